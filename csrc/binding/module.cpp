@@ -1,0 +1,30 @@
+// Every operator schema of moert.  Floating outputs come first, integer outputs last (opcheck needs it).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moert, m) {
+  m.def(
+      "topk_gating(Tensor logits, int k, str score, Tensor? bias, bool renormalize, float scale, int num_groups, "
+      "int topk_groups, str group_score) -> (Tensor weights, Tensor ids)");
+  m.def(
+      "topk_gating_backward(Tensor dweights, Tensor logits, Tensor ids, str score, bool renormalize, float scale) "
+      "-> Tensor dlogits");
+
+  m.def("permute_plan(Tensor ids, int num_experts) -> (Tensor offsets, Tensor tokens, Tensor slots)");
+  m.def("permute(Tensor x, Tensor tokens, Tensor slots) -> Tensor rows");
+  m.def("unpermute(Tensor rows, Tensor slots, Tensor? weights) -> Tensor y");
+  m.def("unpermute_backward(Tensor dy, Tensor rows, Tensor tokens, Tensor slots, Tensor weights) -> (Tensor drows, Tensor dweights)");
+
+  m.def(
+      "grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? bias, Tensor? tokens, Tensor? scale, "
+      "str scale_on, bool transposed) -> Tensor y");
+  m.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor offsets, Tensor? tokens, bool transposed) -> Tensor dw");
+
+  m.def(
+      "fused_experts(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "
+      "str activation, float alpha, float limit, bool transposed, bool interleaved, str scale_on, bool save) "
+      "-> (Tensor y, Tensor h)");
+  m.def(
+      "fused_experts_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, "
+      "Tensor? b2, Tensor h, str activation, float alpha, float limit, bool transposed, bool interleaved, "
+      "str scale_on, int needs) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
+}

@@ -1,0 +1,84 @@
+// Element types of activations and weights, and their conversions to and from float.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace moert {
+
+enum class DType : int32_t { f32, bf16, f16, f64 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+struct bf16 {
+  uint16_t bits;
+};
+
+struct f16 {
+  uint16_t bits;
+};
+
+// `static`: no weak symbol leaves a translation unit that is compiled for one instruction set.
+static inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+static inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+static inline float to_float(float x) { return x; }
+
+static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+
+static inline float to_float(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
+  if (magnitude < 0x0400u) {                                                                         // subnormal
+    const float value = float(magnitude) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+// Round to nearest even; NaN stays NaN.
+static inline bf16 to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t(bits >> 16 | 0x40u)};
+  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+static inline f16 to_f16(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {                                     // below 2^-14: the adder rounds to a multiple of 2^-24
+    return {uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u))};
+  }
+  return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13))};
+}
+
+template <typename T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::f32;
+};
+template <>
+struct DTypeOf<bf16> {
+  static constexpr DType value = DType::bf16;
+};
+template <>
+struct DTypeOf<f16> {
+  static constexpr DType value = DType::f16;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::f64;
+};
+
+}  // namespace moert

@@ -1,0 +1,13 @@
+"""moert: the Mixture-of-Experts runtime for PyTorch."""
+
+from importlib.util import find_spec
+
+import torch
+
+# find_spec, not __file__: in an editable install the library does not lie beside this file.
+torch.ops.load_library(find_spec("moert._ops").origin)
+
+from moert.types import Activation, DispatchPlan, ExpertLayout, Routing  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["Activation", "DispatchPlan", "ExpertLayout", "Routing"]

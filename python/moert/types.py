@@ -1,0 +1,62 @@
+"""The values that pass between routers, experts and layers.  Letters: T tokens, k choices per token, E experts."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each token goes: ids [T, k] of any integer dtype, weights [T, k]; ids outside [0, num_experts) are dropped.
+
+    logits [T, E] are kept where a loss needs them; losses maps names to scalars that training adds to its loss.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    num_experts: int
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Rows in expert order (slots): offsets [E+1], tokens [T*k], slots [T, k], all int32.
+
+    Expert e owns slots offsets[e] .. offsets[e+1]-1, in token order; tokens[s] is the token of slot s and slots[t, j]
+    the slot of choice j of token t; both are -1 where a choice was dropped.
+    """
+
+    offsets: Tensor
+    tokens: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What happens between the two GEMMs of an expert, computed in float32.
+
+    Gated, with g the gate and u the up half of the first GEMM: swiglu silu(g)*u; geglu gelu(g)*u; geglu_tanh;
+    reglu relu(g)*u; swiglu_clamped silu(min(g, limit)) * clamp(u, -limit, limit) (DeepSeek-V4);
+    swiglu_oai g*sigmoid(alpha*g)*(u+1) of g and u clamped likewise (gpt-oss).
+    Not gated: silu, gelu, gelu_tanh, relu, relu2 (relu squared), identity.
+    """
+
+    name: str = "swiglu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    @property
+    def gated(self) -> bool:
+        return "glu" in self.name
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How expert weights lie in memory: Hugging Face's w1 [E, 2I, H], w2 [E, H, I] unless a flag says otherwise.
+
+    transposed: w1 [E, H, 2I], w2 [E, I, H].  interleaved: gate and up alternate along 2I instead of gate first, up after.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
