@@ -1,7 +1,19 @@
-"""What tests and benches share: the error rule and random routings."""
+"""What tests and benches share: the error rule, random routings, shapes and layouts.
+
+Letters: T tokens, E experts, k choices per token, H hidden, I intermediate.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moert.types import Routing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is for gradcheck
+ID_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+LAYOUTS = ("columns_first", "every_second", "padded_rows", "offset_by_one")
+ROUTINGS = ("uniform", "zipf", "one_expert", "empty_experts", "sentinels")
 
 
 def row_error(out: Tensor, ref: Tensor) -> float:
@@ -28,3 +40,119 @@ def assert_rows_close(out: Tensor, fn, *args, factor: float = 2.0, floor: float 
     assert out.shape == ref.shape, f"shape {list(out.shape)}, expected {list(ref.shape)}"
     got, allowed = row_error(out, ref), factor * row_error(same, ref) + floor
     assert got <= allowed, f"worst row is off by {got:.3g}, allowed {allowed:.3g} ({factor} x torch in {same.dtype})"
+
+
+def random_routing(
+    T: int,
+    E: int,
+    k: int,
+    kind: str = "uniform",
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    id_dtype: torch.dtype = torch.int32,
+) -> Routing:
+    """Routing of T tokens to k of E experts; weights are positive, those of dropped choices too.
+
+    uniform and zipf (expert e as likely as 1 / (e + 1)) choose k different experts, repeating where k > E; one_expert
+    sends every choice to expert E // 2; empty_experts leaves the odd ones out; sentinels drops a third (-1 and E).
+    """
+    if kind not in ROUTINGS:
+        raise ValueError(f"kind must be one of {', '.join(ROUTINGS)}, got {kind}")
+    choosable = (E + 1) // 2 if kind == "empty_experts" else E
+    # The Gumbel trick: the k largest of log p + noise are k draws without replacement.
+    noise = -torch.log(-torch.log(torch.rand(T, choosable, generator=generator).clamp(1e-9, 1 - 1e-7)))
+    if kind == "zipf":
+        noise -= torch.log(torch.arange(1, choosable + 1))
+    ids = noise.argsort(-1, descending=True)[:, torch.arange(k) % choosable]
+    if kind == "one_expert":
+        ids = torch.full_like(ids, E // 2)
+    elif kind == "empty_experts":
+        ids = 2 * ids
+    elif kind == "sentinels":
+        lot = torch.randint(0, 6, ids.shape, generator=generator)
+        ids = torch.where(lot == 0, -1, torch.where(lot == 1, E, ids))
+    weights = torch.rand(T, k, generator=generator, dtype=torch.float64) + 0.1
+    weights = weights / weights.sum(-1, keepdim=True)
+    return Routing(ids.to(id_dtype), weights.to(dtype), E)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one case and why it is there; str() is its pytest id, like T7-E60-k4."""
+
+    why: str
+    T: int
+    E: int
+    k: int
+    H: int | None = None
+    I: int | None = None
+    kind: str = "uniform"
+
+    def __str__(self):
+        sizes = "-".join(f"{n}{getattr(self, n)}" for n in "TEkHI" if getattr(self, n) is not None)
+        return sizes if self.kind == "uniform" else f"{sizes}-{self.kind}"
+
+    def routing(self, **options) -> Routing:
+        return random_routing(self.T, self.E, self.k, self.kind, **options)
+
+
+GATING_SHAPES = (
+    Shape("no tokens", 0, 8, 2),
+    Shape("one token, one expert", 1, 1, 1),
+    Shape("k = E: every expert is chosen", 5, 6, 6),
+    Shape("E not a multiple of any vector", 7, 60, 4),
+    Shape("Mixtral", 33, 8, 2),
+    Shape("Qwen3-MoE", 64, 128, 8),
+    Shape("DeepSeek-V3: 256 experts in 8 groups", 16, 256, 8),
+    Shape("one more than 256 experts, a prime", 128, 257, 8),
+)
+
+PERMUTE_SHAPES = (
+    Shape("no tokens", 0, 8, 2, 16),
+    Shape("one token", 1, 4, 2, 8),
+    Shape("one expert, one column", 5, 1, 1, 1),
+    Shape("k = E", 6, 4, 4, 24),
+    Shape("nothing is a multiple of the vector", 7, 60, 4, 33),
+    Shape("one expert takes all", 19, 8, 2, 16, kind="one_expert"),
+    Shape("every other expert is empty", 40, 16, 4, 48, kind="empty_experts"),
+    Shape("dropped choices", 37, 12, 3, 65, kind="sentinels"),
+    Shape("more experts than rows", 9, 300, 2, 17),
+    Shape("enough rows for several threads, uneven experts", 3001, 128, 8, 20, kind="zipf"),
+)
+
+GROUPED_GEMM_SHAPES = (
+    Shape("no tokens", 0, 4, 2, 16, 24),
+    Shape("decode: one row an expert", 1, 8, 4, 64, 48),
+    Shape("one expert is a plain GEMM", 65, 1, 1, 64, 32),
+    Shape("nothing is a multiple of the vector or the tile", 7, 60, 4, 33, 19),
+    Shape("one expert takes all, the others get an empty product", 130, 8, 2, 40, 136, kind="one_expert"),
+    Shape("every other expert is empty", 40, 16, 4, 48, 56, kind="empty_experts"),
+    Shape("dropped rows stay zero", 37, 12, 3, 65, 31, kind="sentinels"),
+    Shape("several tiles of each size, uneven experts", 300, 8, 2, 300, 280, kind="zipf"),
+)
+
+FUSED_EXPERTS_SHAPES = (
+    Shape("no tokens", 0, 4, 2, 16, 24),
+    Shape("decode: one token", 1, 8, 4, 64, 48),
+    Shape("one expert is a plain FFN", 17, 1, 1, 32, 64),
+    Shape("k = E: dense", 6, 4, 4, 24, 16),
+    Shape("nothing is a multiple of the vector or the tile", 7, 60, 4, 33, 19),
+    Shape("one expert takes all", 130, 8, 2, 40, 24, kind="one_expert"),
+    Shape("every other expert is empty", 40, 16, 4, 48, 56, kind="empty_experts"),
+    Shape("dropped choices", 37, 12, 3, 65, 31, kind="sentinels"),
+    Shape("several tiles of each size, uneven experts", 300, 8, 2, 136, 144, kind="zipf"),
+)
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """The values of x in another memory layout (LAYOUTS); what lies between them is NaN or the largest integer."""
+    junk = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
+    if layout == "columns_first":
+        return x.mT.contiguous().mT
+    if layout == "every_second":
+        return torch.stack([x, torch.full_like(x, junk)], -1)[..., 0]
+    if layout == "padded_rows":
+        return torch.cat([x, x.new_full((*x.shape[:-1], 3), junk)], -1)[..., : x.shape[-1]]
+    if layout == "offset_by_one":
+        return torch.cat([x.new_full((1,), junk), x.flatten()])[1:].view(x.shape)
+    raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
