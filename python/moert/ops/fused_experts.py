@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moert.ops.autocast import autocast
+from moert.ops.once_differentiable import once_differentiable
 from moert.types import Activation, ExpertLayout, Routing
 
 
@@ -26,7 +28,28 @@ def fused_experts(
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
     Ids outside [0, E) are dropped: they add nothing and get no gradient.
     """
-    raise RuntimeError("fused_experts must be built first")
+    activation = Activation(activation) if isinstance(activation, str) else activation
+    if routing.num_experts != w1.shape[0]:
+        raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, *bias)
+    tensors = (x, routing.weights, w1, w2, b1, b2)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.ops.moert.fused_experts(
+        x,
+        routing.ids,
+        routing.weights,
+        w1,
+        w2,
+        b1,
+        b2,
+        activation.name,
+        activation.alpha,
+        activation.limit,
+        layout.transposed,
+        layout.interleaved,
+        scale_on,
+        save,
+    )[0]
 
 
 def apply_activation(h: Tensor, activation: Activation, interleaved: bool = False) -> Tensor:
@@ -71,3 +94,45 @@ def fused_experts_ref(
         out = F.linear(apply_activation(h, activation, layout.interleaved), w2[e], None if b2 is None else b2[e])
         y = y.index_add(0, token, out if scale_on == "input" else out * scale)
     return y
+
+
+@torch.library.register_fake("moert::fused_experts")
+def _(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save):
+    slots = ids.shape[0] * ids.shape[1] if save else 0
+    return x.new_empty(x.shape), x.new_empty(slots, w1.shape[2] if transposed else w1.shape[1])
+
+
+@torch.library.register_fake("moert::fused_experts_backward")
+def _(dy, x, ids, weights, w1, w2, b1, b2, h, activation, alpha, limit, transposed, interleaved, scale_on, needs):
+    like = (x, weights, w1, w2, b1, b2)
+    shapes = [() if t is None else t.shape for t in like]
+    out = []
+    for bit, (tensor, shape) in enumerate(zip(like, shapes, strict=True)):
+        needed = tensor is not None and needs >> bit & 1
+        empty = (0, weights.shape[1]) if bit == 1 else (0,)
+        out.append((x if tensor is None else tensor).new_empty(shape if needed else empty))
+    return tuple(out)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    x, ids, weights, w1, w2, b1, b2, h = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
+    nothing = (None,) * 7
+    if dy is None or not any(wanted):
+        return (None,) * 7 + nothing
+    needs = sum(1 << bit for bit, want in enumerate(wanted) if want)
+    choices = (ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on)
+    out = torch.ops.moert.fused_experts_backward(dy, x, ids, weights, w1, w2, b1, b2, h, *choices, needs)
+    dx, dweights, dw1, dw2, db1, db2 = (g if want else None for g, want in zip(out, wanted, strict=True))
+    return dx, None, dweights, dw1, dw2, db1, db2, *nothing
+
+
+torch.library.register_autograd("moert::fused_experts", _backward, setup_context=_setup_context)
+once_differentiable("moert::fused_experts_backward", "fused_experts")

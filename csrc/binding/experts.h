@@ -1,0 +1,43 @@
+// Tensors of expert weights as the kernels take them.
+#pragma once
+
+#include <string>
+
+#include "binding/check.h"
+#include "moert/fused_experts.h"
+
+namespace moert {
+
+// x [rows, columns] with the elements of a row side by side.
+inline Rows rows_of(const Tensor& x, const int32_t* index = nullptr) {
+  return {x.const_data_ptr(), dtype(x), x.stride(0), index};
+}
+
+// w [E, R, C] of any strides, or [E, C, R] if transposed.
+inline ExpertMatrix expert_matrix(const Tensor& w, bool transposed) {
+  const int64_t row = transposed ? w.stride(2) : w.stride(1), column = transposed ? w.stride(1) : w.stride(2);
+  return {w.const_data_ptr(), dtype(w), w.stride(0), row, column};
+}
+
+inline ExpertVector expert_vector(const std::optional<Tensor>& v) {
+  if (!v) return {};
+  return {v->const_data_ptr(), dtype(*v), v->stride(0)};
+}
+
+inline ScaleOn scale_on_of(const std::string& scale_on) {
+  STD_TORCH_CHECK(scale_on == "output" || scale_on == "input", "scale_on must be output or input, got ", scale_on);
+  return scale_on == "input" ? ScaleOn::input : ScaleOn::output;
+}
+
+// Scales in the type of sums, dense: widening loses nothing.
+inline Tensor scale_values(const Tensor& scale, const Tensor& x) {
+  return torch::stable::contiguous(torch::stable::to(scale, accumulate_type(x)));
+}
+
+}  // namespace moert
+
+// Routing weights and row scales come in x's dtype or in that of its sums.
+#define CHECK_SCALE_DTYPE(scale, x)                                                                               \
+  STD_TORCH_CHECK((scale).scalar_type() == (x).scalar_type() || (scale).scalar_type() == ::moert::accumulate_type(x), \
+                  #scale " must have dtype ", torch::headeronly::toString(::moert::accumulate_type(x)),          \
+                  " or that of " #x ", got ", torch::headeronly::toString((scale).scalar_type()))

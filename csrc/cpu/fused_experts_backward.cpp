@@ -1,0 +1,198 @@
+// Gradients of the expert FFN.  With g = dy . down (per slot), act the activation, w the routing weight of the slot:
+//   scale_on output:  dact = w g      dw = <g, act> + <dy, b2>     x's gradient is dh . w1, w1's is dh^T x
+//   scale_on input:   dact = g        dw = <x, dh . w1>            x's gradient is w dh . w1, w1's is (w dh)^T x
+#include "cpu/fused_experts_steps.h"
+
+namespace moert::cpu {
+
+namespace {
+
+template <typename A>
+struct Backward {
+  const Rows& dy;
+  const RoutedRows& tokens;
+  const ExpertWeights& w;
+  const ExpertGradients& gradients;
+  int64_t threads;
+  const GemmKernels& kernels;
+  Plan<A> plan;
+  bool gated, scale_output;
+  int64_t slots, h_width;
+  Rows dy_slots, x_slots;  // [slots, H]
+
+  Backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& w, const ExpertGradients& gradients,
+           int64_t threads)
+      : dy(dy),
+        tokens(tokens),
+        w(w),
+        gradients(gradients),
+        threads(threads),
+        kernels(gemm_kernels()),
+        plan(tokens, w.E, threads),
+        gated(is_gated(w.activation.act)),
+        scale_output(w.scale_on == ScaleOn::output),
+        slots(plan.slots_used()),
+        h_width(gated ? 2 * w.I : w.I),
+        dy_slots(gathered(dy, plan)),
+        x_slots(gathered(tokens.x, plan)) {}
+
+  // f(task, memory) for the tiles of all slots over `columns`.
+  template <typename F>
+  void for_tiles(int64_t columns, const F& f) const {
+    const auto tasks = tile_tasks(plan.offsets.get(), w.E, columns, kTileColumns);
+    parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) { f(tasks[i], tile_memory<A>()); });
+  }
+
+  // dh [slots, 2I]; act [slots, I] (or null) = w act; sums [tiles of I, slots] = parts of <g, act>.
+  void activation_backward(const void* h, A* dh, A* act, A* sums) const {
+    for_tiles(w.I, [&](const TileTask& task, const TileMemory<A>& memory) {
+      GemmTile tile{task.M, task.N, w.H, tile_of(dy_slots, task.row, 0), {}, false, false, false, memory.c2,
+                    memory.scratch};
+      set_b(tile, w.down, task.expert, 0, task.n, false);
+      kernels.gemm(tile);
+      const auto load_half = [&](int64_t column, A* c) {
+        const int64_t skip = task.row * h_width + column + task.n;
+        kernels.widen({at(h, tokens.x.dtype, skip), tokens.x.dtype, h_width, 1, nullptr}, task.M, task.N, c,
+                      kTileColumns);
+      };
+      load_half(0, memory.c0);
+      if (gated) load_half(w.I, memory.c1);
+      A* dgate = dh + task.row * h_width + task.n;
+      kernels.activate_backward(
+          {task.M, task.N, w.activation, memory.c0, memory.c1, memory.c2,
+           scale_output ? plan.scale.get() + task.row : nullptr, dgate, dgate + w.I, h_width,
+           act ? act + task.row * w.I + task.n : nullptr, w.I, sums + task.n / kTileColumns * slots + task.row},
+          sizeof(A) == 8);
+    });
+  }
+
+  // rows [slots, H] = dh . w1
+  void input_rows(const A* dh, A* rows) const {
+    const Rows halves{dh, DTypeOf<A>::value, h_width};
+    for_tiles(w.H, [&](const TileTask& task, const TileMemory<A>& memory) {
+      const auto half = [&](const ExpertMatrix& weight, int64_t column, bool accumulate) {
+        GemmTile tile{task.M, task.N, w.I, tile_of(halves, task.row, column), {}, false, false, accumulate, memory.c0,
+                      memory.scratch};
+        set_b(tile, weight, task.expert, 0, task.n, false);
+        kernels.gemm(tile);
+      };
+      half(w.gate, 0, false);
+      if (gated) half(w.up, w.I, true);
+      kernels.store({task.M, task.N, memory.c0, nullptr, nullptr, ScaleOn::output, rows + task.row * w.H + task.n,
+                     DTypeOf<A>::value, w.H, 1});
+    });
+  }
+
+  // f(slot, i) for every kept choice i = t * k + j, tokens over threads.
+  template <typename F>
+  void for_choices(const F& f) const {
+    parallel_for(tokens.T, threads, [&](int64_t t) {
+      for (int64_t i = t * tokens.k; i < (t + 1) * tokens.k; ++i) f(plan.slots[i], i);
+    });
+  }
+
+  // <a row, b> where a is a row of x or dy of any dtype, widened into `row`.
+  A dot_with(const Rows& a, int64_t t, const A* b, A* row) const {
+    A sum;
+    kernels.widen({at(a.data, a.dtype, t * a.stride), a.dtype, 0, 1, nullptr}, 1, w.H, row, 0);
+    kernels.dot(row, b, w.H, sizeof(A) == 8, &sum);
+    return sum;
+  }
+
+  // dweights where the weight scales the output; the tiles' sums are added in order.
+  void output_weight_gradient(const A* sums) const {
+    A* dweights = static_cast<A*>(gradients.dweights);
+    const int64_t tiles = (w.I + kTileColumns - 1) / kTileColumns;
+    for_choices([&](int64_t slot, int64_t i) {
+      A sum = 0;
+      for (int64_t tile = 0; slot >= 0 && tile < tiles; ++tile) sum += sums[tile * slots + slot];
+      if (slot >= 0 && w.down_bias.data) {
+        const Memory<A> row = allocate<A>(2 * w.H);
+        const char* bias = at(w.down_bias.data, w.down_bias.dtype, tokens.ids[i] * w.down_bias.expert_stride);
+        kernels.widen({bias, w.down_bias.dtype, 0, 1, nullptr}, 1, w.H, row.get() + w.H, 0);
+        sum += dot_with(dy, i / tokens.k, row.get() + w.H, row.get());
+      }
+      dweights[i] = sum;
+    });
+  }
+
+  // dweights where the weight scales the input.
+  void input_weight_gradient(const A* rows) const {
+    A* dweights = static_cast<A*>(gradients.dweights);
+    for_choices([&](int64_t slot, int64_t i) {
+      if (slot < 0) return void(dweights[i] = 0);
+      const Memory<A> row = allocate<A>(w.H);
+      dweights[i] = dot_with(tokens.x, i / tokens.k, rows + slot * w.H, row.get());
+    });
+  }
+
+  // out[e, n] = sum over the slots of e of (scale *) rows[s, n], columns `width` at a time over threads.
+  void sum_rows(const Rows& rows, bool scaled, int64_t columns, const ExpertVector& out, int64_t out_stride) const {
+    if (!out.data) return;
+    const int64_t blocks = (columns + kTileColumns - 1) / kTileColumns;
+    parallel_for(w.E * blocks, threads, [&](int64_t i) {
+      const int64_t e = i / blocks, n = i % blocks * kTileColumns, N = std::min(kTileColumns, columns - n);
+      const TileMemory<A> memory = tile_memory<A>();
+      std::fill(memory.row0, memory.row0 + N, A(0));
+      for (int64_t s = plan.offsets[e]; s < plan.offsets[e + 1]; ++s) {
+        kernels.widen(tile_of(rows, s, n), 1, N, memory.row1, 0);
+        const A scale = scaled ? plan.scale[s] : A(1);
+        for (int64_t c = 0; c < N; ++c) memory.row0[c] += scale * memory.row1[c];
+      }
+      void* to = const_cast<char*>(at(out.data, out.dtype, e * out.expert_stride + n * out_stride));
+      kernels.store({1, N, memory.row0, nullptr, nullptr, ScaleOn::output, to, out.dtype, 0, out_stride});
+    });
+  }
+
+  void scale_rows(A* dh) const {
+    parallel_for(slots, threads, [&](int64_t s) {
+      for (int64_t c = 0; c < h_width; ++c) dh[s * h_width + c] *= plan.scale[s];
+    });
+  }
+
+  void weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right, const ExpertMatrix& out) const {
+    if (out.data) grouped_gemm_wgrad({w.E, N, K, plan.offsets.get(), left, right}, threads, out);
+  }
+
+  void run(const void* saved) const {
+    Memory<char> recomputed;
+    if (!saved) {
+      recomputed = allocate<char>(slots * h_width * size_of(tokens.x.dtype));
+      first_gemm<A>(tokens, w, plan, threads, nullptr, recomputed.get());
+      saved = recomputed.get();
+    }
+    const int64_t tiles = (w.I + kTileColumns - 1) / kTileColumns;
+    const Memory<A> dh = allocate<A>(slots * h_width), sums = allocate<A>(tiles * slots);
+    {
+      const Memory<A> act = gradients.ddown.data ? allocate<A>(slots * w.I) : nullptr;
+      activation_backward(saved, dh.get(), act.get(), sums.get());
+      weight_gradient(w.H, w.I, dy_slots, {act.get(), DTypeOf<A>::value, w.I}, gradients.ddown);
+    }
+    sum_rows(dy_slots, scale_output, w.H, gradients.ddown_bias, 1);
+    const Rows dgate{dh.get(), DTypeOf<A>::value, h_width}, dup{dh.get() + w.I, DTypeOf<A>::value, h_width};
+    sum_rows(dgate, false, w.I, gradients.dgate_bias, w.bias1_stride);
+    if (gated) sum_rows(dup, false, w.I, gradients.dup_bias, w.bias1_stride);
+    if (gradients.dweights && scale_output) output_weight_gradient(sums.get());
+    if (gradients.dx || (gradients.dweights && !scale_output)) {
+      const Memory<A> rows = allocate<A>(slots * w.H);
+      input_rows(dh.get(), rows.get());
+      if (gradients.dx) combine<A>(plan, rows.get(), !scale_output, w.H, threads, gradients.dx, tokens.x.dtype);
+      if (gradients.dweights && !scale_output) input_weight_gradient(rows.get());
+    }
+    if (!scale_output) scale_rows(dh.get());
+    weight_gradient(w.I, w.H, dgate, x_slots, gradients.dgate);
+    if (gated) weight_gradient(w.I, w.H, dup, x_slots, gradients.dup);
+  }
+};
+
+}  // namespace
+
+void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
+                            int64_t threads, const ExpertGradients& gradients) {
+  if (tokens.x.dtype == DType::f64)
+    Backward<double>(dy, tokens, experts, gradients, threads).run(h);
+  else
+    Backward<float>(dy, tokens, experts, gradients, threads).run(h);
+}
+
+}  // namespace moert::cpu

@@ -1,0 +1,154 @@
+// What happens to a tile after its product.  Included by one translation unit per instruction set.
+#pragma once
+
+#include "cpu/activation.h"
+#include "cpu/gemm_isa.h"
+#include "cpu/simd.h"
+
+namespace moert::cpu {
+namespace {
+
+// f(T{}) for the element type at run time.
+template <typename F>
+MOERT_INLINE void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    case DType::f64:
+      return f(double{});
+  }
+}
+
+MOERT_INLINE void narrow(float x, float& y) { y = x; }
+MOERT_INLINE void narrow(float x, bf16& y) { y = to_bf16(x); }
+MOERT_INLINE void narrow(float x, f16& y) { y = to_f16(x); }
+MOERT_INLINE void narrow(double x, double& y) { y = x; }
+MOERT_INLINE double to_float(double x) { return x; }
+using moert::to_float;
+
+template <typename T>
+void store_rows(const StoreTile& t) {
+  using A = Acc<T>;
+  const A *bias = static_cast<const A*>(t.bias), *scale = static_cast<const A*>(t.scale);
+  const bool before = t.scale_on == ScaleOn::input;
+  for (int64_t m = 0; m < t.M; ++m) {
+    const A* c = static_cast<const A*>(t.c) + m * kTileColumns;
+    T* out = static_cast<T*>(t.out) + m * t.row_stride;
+    const A first = scale && before ? scale[m] : A(1), last = scale && !before ? scale[m] : A(1);
+    for_vectors<A>(t.N, [&](int64_t n, auto count) {
+      Vec<A> x = load(c + n, count) * first;
+      if (bias) x += load(bias + n, count);
+      x *= last;
+      if (t.col_stride == 1) return store(out + n, x, count);
+      for (int64_t i = 0; i < count; ++i) narrow(x[i], out[(n + i) * t.col_stride]);
+    });
+  }
+}
+
+void store_tile(const StoreTile& t) {
+  with_dtype(t.dtype, [&](auto x) { store_rows<decltype(x)>(t); });
+}
+
+template <typename T>
+void widen_rows(const TileMatrix& in, int64_t M, int64_t N, Acc<T>* out, int64_t out_stride) {
+  for (int64_t m = 0; m < M; ++m) {
+    const T* row = static_cast<const T*>(in.data) + (in.index ? in.index[m] : m) * in.row_stride;
+    Acc<T>* y = out + m * out_stride;
+    if (in.col_stride == 1)
+      for_vectors<Acc<T>>(N, [&](int64_t n, auto count) { store(y + n, load(row + n, count), count); });
+    else
+      for (int64_t n = 0; n < N; ++n) y[n] = to_float(row[n * in.col_stride]);
+  }
+}
+
+void widen(const TileMatrix& in, int64_t M, int64_t N, void* out, int64_t out_stride) {
+  with_dtype(in.dtype, [&](auto x) {
+    using T = decltype(x);
+    widen_rows<T>(in, M, N, static_cast<Acc<T>*>(out), out_stride);
+  });
+}
+
+template <typename A, Act act>
+void activate_rows(const ActivateTile& t) {
+  const A alpha = A(t.activation.alpha), limit = A(t.activation.limit);
+  for (int64_t m = 0; m < t.M; ++m) {
+    const A *gate = static_cast<const A*>(t.gate) + m * kTileColumns,
+            *up = is_gated(act) ? static_cast<const A*>(t.up) + m * kTileColumns : gate;
+    A* out = static_cast<A*>(t.out) + m * t.out_stride;
+    for_vectors<A>(t.N, [&](int64_t n, auto count) {
+      store(out + n, activate<act>(load(gate + n, count), load(up + n, count), alpha, limit), count);
+    });
+  }
+}
+
+void activate_tile(const ActivateTile& t, bool is_double) {
+  with_act(t.activation.act, [&](auto act) { (is_double ? activate_rows<double, act> : activate_rows<float, act>)(t); });
+}
+
+template <typename A, Act act>
+void activate_backward_rows(const ActivateBackwardTile& t) {
+  const A alpha = A(t.activation.alpha), limit = A(t.activation.limit);
+  for (int64_t m = 0; m < t.M; ++m) {
+    const A *gate = static_cast<const A*>(t.gate) + m * kTileColumns,
+            *up = is_gated(act) ? static_cast<const A*>(t.up) + m * kTileColumns : gate,
+            *g = static_cast<const A*>(t.g) + m * kTileColumns;
+    const A scale = t.scale ? static_cast<const A*>(t.scale)[m] : A(1);
+    A *dgate = static_cast<A*>(t.dgate) + m * t.dh_stride, *dup = static_cast<A*>(t.dup) + m * t.dh_stride;
+    A* out = t.act ? static_cast<A*>(t.act) + m * t.act_stride : nullptr;
+    Vec<A> sum{};
+    for_vectors<A>(t.N, [&](int64_t n, auto count) {
+      const Vec<A> x = load(g + n, count);
+      const auto d = activate_backward<act>(load(gate + n, count), load(up + n, count), x * scale, alpha, limit);
+      store(dgate + n, d.dgate, count);
+      if (is_gated(act)) store(dup + n, d.dup, count);
+      if (out) store(out + n, d.act * scale, count);
+      sum += x * d.act;
+    });
+    static_cast<A*>(t.sums)[m] = sum_lanes(sum);
+  }
+}
+
+void activate_backward_tile(const ActivateBackwardTile& t, bool is_double) {
+  with_act(t.activation.act, [&](auto act) {
+    (is_double ? activate_backward_rows<double, act> : activate_backward_rows<float, act>)(t);
+  });
+}
+
+template <typename T>
+void combine_rows(const CombineRow& c) {
+  using A = Acc<T>;
+  for_vectors<A>(c.H, [&](int64_t h, auto count) {
+    Vec<A> y{};
+    for (int64_t j = 0; j < c.k; ++j) {
+      if (c.slots[j] < 0) continue;
+      const Vec<A> x = load(static_cast<const A*>(c.rows) + c.slots[j] * c.H + h, count);
+      y += c.weights ? x * static_cast<const A*>(c.weights)[j] : x;
+    }
+    store(static_cast<T*>(c.out) + h, y, count);
+  });
+}
+
+void combine_row(const CombineRow& c) {
+  with_dtype(c.dtype, [&](auto x) { combine_rows<decltype(x)>(c); });
+}
+
+template <typename A>
+A dot_rows(const A* a, const A* b, int64_t N) {
+  Vec<A> sum{};
+  for_vectors<A>(N, [&](int64_t n, auto count) { sum += load(a + n, count) * load(b + n, count); });
+  return sum_lanes(sum);
+}
+
+void dot(const void* a, const void* b, int64_t N, bool is_double, void* out) {
+  if (is_double)
+    *static_cast<double*>(out) = dot_rows(static_cast<const double*>(a), static_cast<const double*>(b), N);
+  else
+    *static_cast<float*>(out) = dot_rows(static_cast<const float*>(a), static_cast<const float*>(b), N);
+}
+
+}  // namespace
+}  // namespace moert::cpu

@@ -1,0 +1,106 @@
+// What the GEMM drivers ask of an instruction set: products of tiles and what happens to a tile afterwards.
+// A "value" is float, or double where the operands are float64.
+#pragma once
+
+#include <cstdint>
+
+#include "moert/fused_experts.h"
+
+namespace moert::cpu {
+
+constexpr int64_t kTileRows = 128;     // M of a tile at most
+constexpr int64_t kTileColumns = 256;  // N of a tile at most
+constexpr int64_t kTileK = 256;        // K block
+constexpr int64_t kTilePitch = kTileK + 16;  // of the block of A: rows fall on different cache sets
+
+// Values that gemm() needs to work in.
+constexpr int64_t kGemmScratch = kTileRows * kTilePitch + 32 * kTileK + 32;
+
+// Element (r, c) is data[row(r) * row_stride + c * col_stride]; row(r) = index ? index[r] : r.
+struct TileMatrix {
+  const void* data;
+  DType dtype;
+  int64_t row_stride, col_stride;
+  const int32_t* index;
+};
+
+// c[m, n] (+)= sum over k of a(m, k) * b(k, n).
+struct GemmTile {
+  int64_t M, N, K;
+  TileMatrix a;    // [M, K], or [K, M] if a_k_rows
+  TileMatrix b;    // [N, K], or [K, N] if b_k_rows
+  bool a_k_rows, b_k_rows;
+  bool accumulate;
+  void* c;         // values [M, N], rows kTileColumns apart
+  void* scratch;   // kGemmScratch values, aligned to 64 bytes
+};
+
+// out[m, n] = c[m, n] * scale[m] + bias[n] (scale_on input) or (c[m, n] + bias[n]) * scale[m] (scale_on output).
+struct StoreTile {
+  int64_t M, N;
+  const void* c;      // values, rows kTileColumns apart
+  const void* bias;   // null or values [N]
+  const void* scale;  // null or values [M]
+  ScaleOn scale_on;
+  void* out;
+  DType dtype;
+  int64_t row_stride, col_stride;
+};
+
+// out[m, n] = activation(gate[m, n], up[m, n]).
+struct ActivateTile {
+  int64_t M, N;
+  Activation activation;
+  const void *gate, *up;  // values, rows kTileColumns apart
+  void* out;              // values
+  int64_t out_stride;
+};
+
+// From dout = g * scale: dgate, dup; act * scale for the gradient of w2; and sums[m] = sum over n of g * act.
+struct ActivateBackwardTile {
+  int64_t M, N;
+  Activation activation;
+  const void *gate, *up, *g;  // values, rows kTileColumns apart
+  const void* scale;          // null or values [M]
+  void *dgate, *dup;          // values
+  int64_t dh_stride;
+  void* act;                  // null or values: act * scale
+  int64_t act_stride;
+  void* sums;                 // values [M]
+};
+
+// out [H] = sum over j of weights[j] * rows[slots[j]], in order, slots below 0 left out; out of any dtype.
+struct CombineRow {
+  int64_t k, H;
+  const void* rows;  // values, rows H apart
+  const int32_t* slots;
+  const void* weights;  // null or values [k]
+  void* out;
+  DType dtype;
+};
+
+struct GemmKernels {
+  void (*gemm)(const GemmTile&);
+  void (*store)(const StoreTile&);
+  // Elements of any dtype to values: out[m, n] = in(m, n).
+  void (*widen)(const TileMatrix& in, int64_t M, int64_t N, void* out, int64_t out_stride);
+  void (*activate)(const ActivateTile&, bool is_double);
+  void (*activate_backward)(const ActivateBackwardTile&, bool is_double);
+  void (*combine)(const CombineRow&);
+  // Sum over n of a[n] * b[n]; values.
+  void (*dot)(const void* a, const void* b, int64_t N, bool is_double, void* out);
+};
+
+namespace generic {
+extern const GemmKernels gemm_kernels;
+}
+namespace avx2 {
+extern const GemmKernels gemm_kernels;
+}
+namespace avx512 {
+extern const GemmKernels gemm_kernels;
+}
+
+const GemmKernels& gemm_kernels();
+
+}  // namespace moert::cpu

@@ -1,0 +1,242 @@
+// Vectors of the instruction set that a translation unit is compiled for, over GCC's vector types.
+// Everything is in an unnamed namespace and inlined: no symbol may leave the unit, or the linker could keep
+// the copy of a newer instruction set for everyone.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "moert/dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define MOERT_INLINE inline __attribute__((always_inline))
+
+namespace moert::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+// The type that elements of type T are computed in.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+using VecF = Vec<float>;
+using VecI = Vec<int32_t>;
+
+template <typename V, typename T>
+MOERT_INLINE V bit_cast_vector(const T& x) {
+  static_assert(sizeof(V) == sizeof(T));
+  V y;
+  std::memcpy(&y, &x, sizeof(V));
+  return y;
+}
+
+template <typename T>
+MOERT_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+// Load kLanes elements and widen them.
+MOERT_INLINE VecF load(const float* p) {
+  VecF x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+MOERT_INLINE Vec<double> load(const double* p) {
+  Vec<double> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+MOERT_INLINE VecF load(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast_vector<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast_vector<VecF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
+  VecF x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+MOERT_INLINE VecF load(const f16* p) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_cast_vector<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  VecF x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+// Narrow and store kLanes elements, rounding to nearest even.
+MOERT_INLINE void store(float* p, const VecF& x) { std::memcpy(p, &x, sizeof x); }
+
+MOERT_INLINE void store(double* p, const Vec<double>& x) { std::memcpy(p, &x, sizeof x); }
+
+MOERT_INLINE void store(bf16* p, const VecF& x) {
+  const Vec<uint32_t> bits = bit_cast_vector<Vec<uint32_t>>(x);
+  const Vec<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Vec<uint32_t> is_nan = bit_cast_vector<Vec<uint32_t>>((bits & 0x7fffffffu) > 0x7f800000u);
+  const Vec<uint32_t> y = (is_nan & (bits >> 16 | 0x40u)) | (~is_nan & rounded);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast_vector<__m512i>(y)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = uint16_t(y[i]);
+#endif
+}
+
+MOERT_INLINE void store(f16* p, const VecF& x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(bit_cast_vector<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bit_cast_vector<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = to_f16(x[i]);
+#endif
+}
+
+// The first n < kLanes elements; the others are zero.
+template <typename T>
+MOERT_INLINE Vec<Acc<T>> load_first(const T* p, int64_t n) {
+  T part[kLanes<Acc<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+
+template <typename T>
+MOERT_INLINE void store_first(T* p, const Vec<Acc<T>>& x, int64_t n) {
+  T part[kLanes<Acc<T>>];
+  store(part, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// f(i, n) over [0, size) in steps of one vector; n is the number of elements, kLanes but for the last step.
+template <typename A, typename F>
+MOERT_INLINE void for_vectors(int64_t size, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= size; i += kLanes<A>) f(i, std::integral_constant<int64_t, kLanes<A>>{});
+  if (i < size) f(i, size - i);
+}
+
+// With the n of for_vectors: a whole vector, or the first n.
+template <typename T, int64_t N>
+MOERT_INLINE Vec<Acc<T>> load(const T* p, std::integral_constant<int64_t, N>) {
+  return load(p);
+}
+template <typename T>
+MOERT_INLINE Vec<Acc<T>> load(const T* p, int64_t n) {
+  return load_first(p, n);
+}
+template <typename T, int64_t N>
+MOERT_INLINE void store(T* p, const Vec<Acc<T>>& x, std::integral_constant<int64_t, N>) {
+  store(p, x);
+}
+template <typename T>
+MOERT_INLINE void store(T* p, const Vec<Acc<T>>& x, int64_t n) {
+  store_first(p, x, n);
+}
+
+// Sum of the lanes, pairwise: the order does not depend on anything but the vector's width.
+template <typename V>
+MOERT_INLINE auto sum_lanes(const V& x) {
+  constexpr int n = int(sizeof(V) / sizeof(x[0]));
+  std::remove_cv_t<std::remove_reference_t<decltype(x[0])>> part[n];
+  std::memcpy(part, &x, sizeof x);
+  for (int width = n / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+
+// mask lanes are all ones or zero.
+template <typename V, typename M>
+MOERT_INLINE V select(const M& mask, const V& a, const V& b) {
+  return mask ? a : b;
+}
+
+template <typename V>
+MOERT_INLINE V min(const V& a, const V& b) {  // NaN in a stays
+  return b < a ? b : a;
+}
+template <typename V>
+MOERT_INLINE V max(const V& a, const V& b) {
+  return b > a ? b : a;
+}
+
+// exp within 2 units in the last place: 2^n * p(r), r in [-ln2/2, ln2/2]; underflows to 0, overflows to infinity.
+MOERT_INLINE VecF exp(const VecF& x) {
+  const VecF t = min(max(x, splat(-104.0f)), splat(89.0f));
+  const VecF shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const VecF n = (t * 1.44269504089f + shifter) - shifter;
+  VecF r = t - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  VecF p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // 2^n in two factors: n reaches -150 where the result is subnormal.
+  const VecI i = __builtin_convertvector(n, VecI), half = i >> 1;
+  const VecF a = bit_cast_vector<VecF>((half + 127) << 23), b = bit_cast_vector<VecF>((i - half + 127) << 23);
+  return select(x == x, p * a * b, x);
+}
+
+template <typename F>
+MOERT_INLINE Vec<double> per_lane(const Vec<double>& x, const F& f) {
+  Vec<double> y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = f(x[i]);
+  return y;
+}
+
+MOERT_INLINE Vec<double> exp(const Vec<double>& x) {
+  return per_lane(x, [](double v) { return ::exp(v); });
+}
+
+MOERT_INLINE VecF erf(const VecF& x) {
+  VecF y;
+  for (int i = 0; i < kLanes<float>; ++i) y[i] = ::erff(x[i]);
+  return y;
+}
+MOERT_INLINE Vec<double> erf(const Vec<double>& x) {
+  return per_lane(x, [](double v) { return ::erf(v); });
+}
+
+template <typename V>
+MOERT_INLINE V sigmoid(const V& x) {
+  return 1 / (1 + exp(-x));
+}
+
+}  // namespace
+}  // namespace moert::cpu

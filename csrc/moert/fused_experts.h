@@ -1,0 +1,73 @@
+// The whole expert FFN: gather, GEMM, activation, GEMM, weighted combine.
+#pragma once
+
+#include <cstdint>
+
+#include "moert/grouped_gemm.h"
+
+namespace moert {
+
+// Gated ones act on a gate and an up half; the formulas are in cpu/activation.h.
+enum class Act : int32_t {
+  identity,
+  silu,
+  gelu,
+  gelu_tanh,
+  relu,
+  relu2,
+  swiglu,
+  geglu,
+  geglu_tanh,
+  reglu,
+  swiglu_clamped,
+  swiglu_oai
+};
+
+constexpr bool is_gated(Act act) { return act >= Act::swiglu; }
+
+struct Activation {
+  Act act = Act::swiglu;
+  double alpha = 1.702, limit = 7;
+};
+
+// The experts' weights.  w1 is given as its gate and its up half (only `gate` where the activation is not gated), so
+// that any layout is two strided matrices.
+struct ExpertWeights {
+  int64_t E, H, I;
+  ExpertMatrix gate, up;           // [E, I, H]
+  ExpertMatrix down;               // [E, H, I]
+  ExpertVector gate_bias, up_bias;  // [E, I]
+  int64_t bias1_stride = 1;         // between elements of gate_bias and up_bias
+  ExpertVector down_bias;          // [E, H]
+  Activation activation;
+  ScaleOn scale_on = ScaleOn::output;
+};
+
+// The routed tokens.
+struct RoutedRows {
+  int64_t T, k;
+  Rows x;               // [T, H]
+  const int32_t* ids;   // [T, k]; outside [0, E): dropped
+  const void* weights;  // [T, k], float32 (float64 where x is)
+};
+
+namespace cpu {
+
+// y [T, H] (dense, dtype of x): y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order.
+// h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype (rows of unused slots untouched).
+void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64_t threads, void* y, void* h);
+
+// Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
+struct ExpertGradients {
+  void* dx = nullptr;                      // [T, H]
+  void* dweights = nullptr;                // [T, k], float32 (float64 where x is)
+  ExpertMatrix dgate{}, dup{}, ddown{};    // like gate, up, down
+  ExpertVector dgate_bias, dup_bias, ddown_bias;
+};
+
+// dy [T, H]; h as fused_experts wrote it, or null: then it is computed again.
+void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
+                            int64_t threads, const ExpertGradients& gradients);
+
+}  // namespace cpu
+}  // namespace moert
