@@ -11,8 +11,10 @@ STABLE_TORCH_LIBRARY(moert, m) {
 
   m.def("permute_plan(Tensor ids, int num_experts) -> (Tensor offsets, Tensor tokens, Tensor slots)");
   m.def("permute(Tensor x, Tensor tokens, Tensor slots) -> Tensor rows");
-  m.def("unpermute(Tensor rows, Tensor slots, Tensor? weights) -> Tensor y");
-  m.def("unpermute_backward(Tensor dy, Tensor rows, Tensor tokens, Tensor slots, Tensor weights) -> (Tensor drows, Tensor dweights)");
+  m.def("unpermute(Tensor rows, Tensor tokens, Tensor slots, Tensor? weights) -> Tensor y");
+  m.def(
+      "unpermute_backward(Tensor dy, Tensor rows, Tensor tokens, Tensor slots, Tensor weights) "
+      "-> (Tensor drows, Tensor dweights)");
 
   m.def(
       "grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? bias, Tensor? tokens, Tensor? scale, "

@@ -6,6 +6,48 @@
 
 namespace moert {
 
+namespace {
+
+// What the operators after permute_plan are given of a plan.
+struct Plan {
+  int64_t T, k, S;
+  Tensor tokens, slots;
+};
+
+Plan check_plan(const Tensor& tokens, const Tensor& slots) {
+  CHECK_CPU(tokens);
+  CHECK_CPU(slots);
+  CHECK_DIM(slots, 2, "[T, k]");
+  CHECK_DTYPE(slots, Int);
+  CHECK_DTYPE(tokens, Int);
+  const int64_t T = slots.size(0), k = slots.size(1), S = slots.numel();
+  STD_TORCH_CHECK(S <= std::numeric_limits<int32_t>::max() && T <= std::numeric_limits<int32_t>::max(),
+                  "slots must have fewer than 2^31 elements, got shape ", shape(slots));
+  STD_TORCH_CHECK(has_shape(tokens, {S}), "tokens must have shape [T*k=", S, "], got ", shape(tokens));
+  return {T, k, S, torch::stable::contiguous(tokens), torch::stable::contiguous(slots)};
+}
+
+void check_rows(const Tensor& rows, const Plan& plan) {
+  CHECK_CPU(rows);
+  CHECK_FLOAT(rows);
+  CHECK_DIM(rows, 2, "[T*k, H]");
+  STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [T*k=", plan.S, ", H], got ", shape(rows));
+}
+
+// weights [T, k] in the type that sums are kept in; widening is exact, so narrowing is refused.
+Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan) {
+  CHECK_CPU(weights);
+  CHECK_FLOAT(weights);
+  STD_TORCH_CHECK(weights.scalar_type() != ScalarType::Double || rows.scalar_type() == ScalarType::Double,
+                  "weights must have dtype Float, BFloat16 or Half where rows are ",
+                  torch::headeronly::toString(rows.scalar_type()), ", got Double");
+  STD_TORCH_CHECK(has_shape(weights, {plan.T, plan.k}), "weights must have shape [T=", plan.T, ", k=", plan.k,
+                  "], got ", shape(weights));
+  return torch::stable::contiguous(torch::stable::to(weights, accumulate_type(rows)));
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> permute_plan_cpu(const Tensor& ids, int64_t num_experts) {
   const Tensor ready = expert_ids(ids, num_experts);
   const int64_t T = ids.size(0), k = ids.size(1);
@@ -18,6 +60,58 @@ std::tuple<Tensor, Tensor, Tensor> permute_plan_cpu(const Tensor& ids, int64_t n
   return {offsets, tokens, slots};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moert, CPU, m) { m.impl("permute_plan", TORCH_BOX(&permute_plan_cpu)); }
+Tensor permute_cpu(const Tensor& x, const Tensor& tokens, const Tensor& slots) {
+  const Plan plan = check_plan(tokens, slots);
+  CHECK_CPU(x);
+  CHECK_FLOAT(x);
+  CHECK_DIM(x, 2, "[T, H]");
+  STD_TORCH_CHECK(x.size(0) == plan.T, "x must have shape [T=", plan.T, ", H], got ", shape(x));
+  const int64_t H = x.size(1);
+  const Tensor from = dense_rows(x);
+  Tensor rows = torch::stable::new_empty(x, {plan.S, H});
+  cpu::permute_rows(from.const_data_ptr(), from.stride(0), dtype(x), plan.tokens.const_data_ptr<int32_t>(), plan.T,
+                    plan.S, H, torch::stable::get_num_threads(), rows.mutable_data_ptr());
+  return rows;
+}
+
+Tensor unpermute_cpu(const Tensor& rows, const Tensor& tokens, const Tensor& slots,
+                     const std::optional<Tensor>& weights) {
+  const Plan plan = check_plan(tokens, slots);
+  check_rows(rows, plan);
+  const std::optional<Tensor> w = weights ? std::optional(check_weights(*weights, rows, plan)) : std::nullopt;
+  const int64_t H = rows.size(1);
+  const Tensor from = dense_rows(rows);
+  Tensor y = torch::stable::new_empty(rows, {plan.T, H});
+  cpu::unpermute_rows(from.const_data_ptr(), from.stride(0), dtype(rows), plan.slots.const_data_ptr<int32_t>(),
+                      w ? w->const_data_ptr() : nullptr, plan.T, plan.k, plan.S, H, torch::stable::get_num_threads(),
+                      y.mutable_data_ptr());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> unpermute_backward_cpu(const Tensor& dy, const Tensor& rows, const Tensor& tokens,
+                                                  const Tensor& slots, const Tensor& weights) {
+  const Plan plan = check_plan(tokens, slots);
+  check_rows(rows, plan);
+  const Tensor w = check_weights(weights, rows, plan);
+  const int64_t H = rows.size(1);
+  CHECK_CPU(dy);
+  CHECK_SAME_DTYPE(dy, rows);
+  STD_TORCH_CHECK(has_shape(dy, {plan.T, H}), "dy must have shape [T=", plan.T, ", H=", H, "], got ", shape(dy));
+  const Tensor from = dense_rows(rows), dfrom = dense_rows(dy);
+  Tensor drows = torch::stable::new_empty(rows, {plan.S, H});
+  Tensor dweights = torch::stable::new_empty(w, {plan.T, plan.k});
+  cpu::unpermute_rows_backward(dfrom.const_data_ptr(), dfrom.stride(0), from.const_data_ptr(), from.stride(0),
+                               dtype(rows), plan.tokens.const_data_ptr<int32_t>(), plan.slots.const_data_ptr<int32_t>(),
+                               w.const_data_ptr(), plan.T, plan.k, plan.S, H, torch::stable::get_num_threads(),
+                               drows.mutable_data_ptr(), dweights.mutable_data_ptr());
+  return {drows, torch::stable::to(dweights, weights.scalar_type())};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moert, CPU, m) {
+  m.impl("permute_plan", TORCH_BOX(&permute_plan_cpu));
+  m.impl("permute", TORCH_BOX(&permute_cpu));
+  m.impl("unpermute", TORCH_BOX(&unpermute_cpu));
+  m.impl("unpermute_backward", TORCH_BOX(&unpermute_backward_cpu));
+}
 
 }  // namespace moert

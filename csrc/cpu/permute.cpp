@@ -1,25 +1,148 @@
 #include "moert/permute.h"
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/permute_isa.h"
+#include "moert/check.h"
+#include "moert/isa.h"
 
 namespace moert::cpu {
 
-void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t /*threads*/, int32_t* offsets,
+namespace {
+
+constexpr int64_t kTaskBytes = 128 * 1024;    // of rows; less is not worth a thread
+constexpr int64_t kParallelPlan = 64 * 1024;  // choices; fewer are sorted before a second thread has woken
+
+const PermuteKernels& kernels() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512) return avx512::permute_kernels;
+  if (isa() >= Isa::avx2) return avx2::permute_kernels;
+#endif
+  return generic::permute_kernels;
+}
+
+// f(i) for every i in [0, n), where each touches about `bytes` bytes.
+template <typename F>
+void for_rows(int64_t n, int64_t bytes, int64_t threads, const F& f) {
+  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes));
+  parallel_for((n + step - 1) / step, threads, [&](int64_t task) {
+    for (int64_t i = task * step, end = std::min(n, i + step); i < end; ++i) f(i);
+  });
+}
+
+// Plans may come from a caller: none of their numbers reaches an address before this.
+void check_range(const char* name, const int32_t* index, int64_t count, const char* letter, int64_t n) {
+  bool good = true;
+  for (int64_t i = 0; i < count; ++i) good &= uint32_t(index[i]) + 1u <= uint32_t(n);
+  if (good) return;
+  const auto* bad = std::find_if(index, index + count, [n](int32_t i) { return i < -1 || i >= n; });
+  MOERT_CHECK(false, name, " must hold -1 or be in [0, ", letter, "=", n, "), got ", *bad);
+}
+
+// Choices [first, last) of the sort: next[e] is the next free slot of expert e.
+void place(const int32_t* ids, int64_t k, int64_t E, int64_t first, int64_t last, int32_t* next, int32_t* tokens,
+           int32_t* slots) {
+  int64_t token = first / k, left = k - first % k;
+  for (int64_t i = first; i < last; ++i) {
+    const bool kept = ids[i] >= 0 && ids[i] < E;
+    slots[i] = kept ? next[ids[i]]++ : -1;
+    if (kept) tokens[slots[i]] = int32_t(token);
+    if (--left == 0) ++token, left = k;
+  }
+}
+
+}  // namespace
+
+void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t threads, int32_t* offsets,
                   int32_t* tokens, int32_t* slots) {
   const int64_t n = T * k;
-  std::fill(offsets, offsets + E + 1, 0);
-  for (int64_t i = 0; i < n; ++i)
-    if (ids[i] >= 0 && ids[i] < E) ++offsets[ids[i] + 1];
-  for (int64_t e = 0; e < E; ++e) offsets[e + 1] += offsets[e];
-  std::fill(tokens, tokens + n, -1);
-  // offsets[e] runs ahead to the start of expert e + 1 while slots are given out, then all move back by one.
-  for (int64_t i = 0; i < n; ++i) {
-    const bool kept = ids[i] >= 0 && ids[i] < E;
-    slots[i] = kept ? offsets[ids[i]]++ : -1;
-    if (kept) tokens[slots[i]] = int32_t(i / k);
+  // One histogram a chunk; it must not cost more than the chunk itself.
+  const int64_t chunks = n < kParallelPlan ? 1 : std::clamp<int64_t>(n / (E + 1), 1, std::max<int64_t>(1, threads));
+  const auto first = [&](int64_t chunk) { return n * chunk / chunks; };
+  std::vector<int32_t> next(chunks * E, 0);  // [chunks, E]
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    int32_t* count = next.data() + chunk * E;
+    for (int64_t i = first(chunk); i < first(chunk + 1); ++i)
+      if (ids[i] >= 0 && ids[i] < E) ++count[ids[i]];
+  });
+
+  int32_t slot = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    offsets[e] = slot;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int32_t count = next[chunk * E + e];
+      next[chunk * E + e] = slot;
+      slot += count;
+    }
   }
-  for (int64_t e = E; e > 0; --e) offsets[e] = offsets[e - 1];
-  offsets[0] = 0;
+  offsets[E] = slot;
+
+  std::fill(tokens + slot, tokens + n, -1);
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    if (k > 0) place(ids, k, E, first(chunk), first(chunk + 1), next.data() + chunk * E, tokens, slots);
+  });
+}
+
+void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* tokens, int64_t T, int64_t S, int64_t H,
+                  int64_t threads, void* rows) {
+  check_range("tokens", tokens, S, "T", T);
+  if (H == 0) return;
+  const int64_t size = size_of(dtype), bytes = H * size;
+  for_rows(S, bytes, threads, [&](int64_t s) {
+    char* row = static_cast<char*>(rows) + s * bytes;
+    if (tokens[s] < 0)
+      std::memset(row, 0, bytes);
+    else
+      std::memcpy(row, static_cast<const char*>(x) + tokens[s] * x_stride * size, bytes);
+  });
+}
+
+void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
+                    int64_t T, int64_t k, int64_t S, int64_t H, int64_t threads, void* y) {
+  check_range("slots", slots, T * k, "S", S);
+  const auto sum_rows = kernels().sum_rows;
+  const int64_t size = size_of(dtype), weight_size = dtype == DType::f64 ? 8 : 4;
+  for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
+    const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
+    sum_rows({dtype, k, H, rows, rows_stride, slots + t * k, w, static_cast<char*>(y) + t * H * size});
+  });
+}
+
+void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows, int64_t rows_stride, DType dtype,
+                             const int32_t* tokens, const int32_t* slots, const void* weights, int64_t T, int64_t k,
+                             int64_t S, int64_t H, int64_t threads, void* drows, void* dweights) {
+  check_range("tokens", tokens, S, "T", T);
+  check_range("slots", slots, T * k, "S", S);
+  const auto row_gradient = kernels().row_gradient;
+  const int64_t size = size_of(dtype);
+  const bool is_double = dtype == DType::f64;
+  std::fill_n(static_cast<char*>(dweights), T * k * (is_double ? 8 : 4), 0);
+  if (H == 0) return;
+  // By slot, not by token: every row of drows then has one writer, whatever the plan says.
+  for_rows(S, 3 * H * size, threads, [&](int64_t s) {
+    char* drow = static_cast<char*>(drows) + s * H * size;
+    const int64_t t = tokens[s];
+    double weight = 0;
+    bool used = false;
+    for (int64_t i = t * k; t >= 0 && i < (t + 1) * k; ++i) {
+      if (slots[i] != s) continue;
+      used = true;
+      weight += is_double ? static_cast<const double*>(weights)[i] : static_cast<const float*>(weights)[i];
+    }
+    if (!used) return void(std::memset(drow, 0, H * size));
+    const double dot = row_gradient({dtype, H, static_cast<const char*>(dy) + t * dy_stride * size,
+                                     static_cast<const char*>(rows) + s * rows_stride * size, weight, drow});
+    for (int64_t i = t * k; i < (t + 1) * k; ++i) {
+      if (slots[i] != s) continue;
+      if (is_double)
+        static_cast<double*>(dweights)[i] = dot;
+      else
+        static_cast<float*>(dweights)[i] = float(dot);
+    }
+  });
 }
 
 }  // namespace moert::cpu

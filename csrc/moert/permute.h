@@ -1,7 +1,12 @@
 // Permute: rows from token order to expert order and back.
+//
+// Rows are H elements of one dtype side by side, `_stride` elements from one row to the next; outputs are dense.
+// Sums are float32, float64 where the rows are float64; that is also the type of weights and dweights.
 #pragma once
 
 #include <cstdint>
+
+#include "moert/dtype.h"
 
 namespace moert::cpu {
 
@@ -11,5 +16,23 @@ namespace moert::cpu {
 //   slots   [T, k]  slot of each (token, choice); -1 where it was dropped
 void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t threads, int32_t* offsets,
                   int32_t* tokens, int32_t* slots);
+
+// rows[s] = x[tokens[s]], zero where tokens[s] is -1.  x [T, H], tokens [S] -> rows [S, H].
+// Throws, before it writes, where a token is outside [-1, T).
+void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* tokens, int64_t T, int64_t S, int64_t H,
+                  int64_t threads, void* rows);
+
+// y[t] = sum over j, in order, of weights[t, j] * rows[slots[t, j]]; choices whose slot is -1 are left out.
+// rows [S, H], slots [T, k], weights [T, k] (null: all one) -> y [T, H].
+// Throws, before it writes, where a slot is outside [-1, S).
+void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
+                    int64_t T, int64_t k, int64_t S, int64_t H, int64_t threads, void* y);
+
+// The gradients of unpermute_rows: drows[slots[t, j]] = weights[t, j] * dy[t], dweights[t, j] = <rows[slots[t, j]],
+// dy[t]>. dy [T, H], rows [S, H], tokens [S], slots [T, k], weights [T, k] -> drows [S, H], dweights [T, k]; both are
+// zero where nothing was routed.  Throws, before it writes, where a token or a slot is out of range.
+void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows, int64_t rows_stride, DType dtype,
+                             const int32_t* tokens, const int32_t* slots, const void* weights, int64_t T, int64_t k,
+                             int64_t S, int64_t H, int64_t threads, void* drows, void* dweights);
 
 }  // namespace moert::cpu

@@ -1,0 +1,7 @@
+#include "cpu/permute_rows.h"
+
+namespace moert::cpu::avx512 {
+
+const PermuteKernels permute_kernels = {sum_rows, row_gradient};
+
+}  // namespace moert::cpu::avx512
