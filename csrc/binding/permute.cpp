@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "binding/experts.h"
 #include "binding/ids.h"
 
 namespace moert {
@@ -34,16 +35,13 @@ void check_rows(const Tensor& rows, const Plan& plan) {
   STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [T*k=", plan.S, ", H], got ", shape(rows));
 }
 
-// weights [T, k] in the type that sums are kept in; widening is exact, so narrowing is refused.
+// weights [T, k] in the type that sums are kept in.
 Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan) {
   CHECK_CPU(weights);
-  CHECK_FLOAT(weights);
-  STD_TORCH_CHECK(weights.scalar_type() != ScalarType::Double || rows.scalar_type() == ScalarType::Double,
-                  "weights must have dtype Float, BFloat16 or Half where rows are ",
-                  torch::headeronly::toString(rows.scalar_type()), ", got Double");
+  CHECK_SCALE_DTYPE(weights, rows);
   STD_TORCH_CHECK(has_shape(weights, {plan.T, plan.k}), "weights must have shape [T=", plan.T, ", k=", plan.k,
                   "], got ", shape(weights));
-  return torch::stable::contiguous(torch::stable::to(weights, accumulate_type(rows)));
+  return scale_values(weights, rows);
 }
 
 }  // namespace

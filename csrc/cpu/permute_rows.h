@@ -1,56 +1,55 @@
 // The row kernels of permute, for the instruction set that the including file is compiled for.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/permute_isa.h"
+#include "cpu/simd.h"
 
 namespace moert::cpu {
 namespace {
 
-template <typename T>
-using Value = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-inline double widen(double x) { return x; }
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) { return to_float(x); }
-inline float widen(f16 x) { return to_float(x); }
-inline void narrow(double x, double& y) { y = x; }
-inline void narrow(float x, float& y) { y = x; }
-inline void narrow(float x, bf16& y) { y = to_bf16(x); }
-inline void narrow(float x, f16& y) { y = to_f16(x); }
-
-constexpr int64_t kColumns = 64;  // whose sums stay in registers
+// The sums of `Vectors` vectors of columns stay in registers while the choices pass by.
+template <typename T, int Vectors>
+void sum_columns(const SumOfRows& s, int64_t h) {
+  using A = Acc<T>;
+  Vec<A> sum[Vectors] = {};
+  for (int64_t j = 0; j < s.k; ++j) {
+    if (s.slots[j] < 0) continue;
+    const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;
+    const A weight = s.weights ? static_cast<const A*>(s.weights)[j] : A(1);
+    for (int v = 0; v < Vectors; ++v) sum[v] += load(row + v * kLanes<A>) * weight;
+  }
+  for (int v = 0; v < Vectors; ++v) store(static_cast<T*>(s.y) + h + v * kLanes<A>, sum[v]);
+}
 
 template <typename T>
 void sum_rows_of(const SumOfRows& s) {
-  using V = Value<T>;
-  for (int64_t h = 0; h < s.H; h += kColumns) {
-    V sum[kColumns] = {};
-    const int64_t n = s.H - h < kColumns ? s.H - h : kColumns;
-    for (int64_t j = 0; j < s.k; ++j) {
-      if (s.slots[j] < 0) continue;
-      const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;
-      const V weight = s.weights ? static_cast<const V*>(s.weights)[j] : V(1);
-      for (int64_t i = 0; i < n; ++i) sum[i] += weight * widen(row[i]);
-    }
-    for (int64_t i = 0; i < n; ++i) narrow(sum[i], static_cast<T*>(s.y)[h + i]);
+  using A = Acc<T>;
+  constexpr int kVectors = 8;
+  int64_t h = 0;
+  for (; h + kVectors * kLanes<A> <= s.H; h += kVectors * kLanes<A>) sum_columns<T, kVectors>(s, h);
+  for (; h + kLanes<A> <= s.H; h += kLanes<A>) sum_columns<T, 1>(s, h);
+  if (h == s.H) return;
+  Vec<A> sum{};
+  for (int64_t j = 0; j < s.k; ++j) {
+    if (s.slots[j] < 0) continue;
+    const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;
+    const A weight = s.weights ? static_cast<const A*>(s.weights)[j] : A(1);
+    sum += load_first(row, s.H - h) * weight;
   }
+  store_first(static_cast<T*>(s.y) + h, sum, s.H - h);
 }
 
 template <typename T>
 double row_gradient_of(const RowGradient& g) {
-  using V = Value<T>;
-  const V weight = V(g.weight);
-  V sum[kColumns] = {};
-  for (int64_t h = 0; h < g.H; ++h) {
-    const V dy = widen(static_cast<const T*>(g.dy)[h]);
-    sum[h % kColumns] += dy * widen(static_cast<const T*>(g.row)[h]);
-    narrow(weight * dy, static_cast<T*>(g.drow)[h]);
-  }
-  for (int64_t width = kColumns / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) sum[i] += sum[i + width];
-  return sum[0];
+  using A = Acc<T>;
+  const A weight = A(g.weight);
+  Vec<A> sum{};
+  for_vectors<A>(g.H, [&](int64_t h, auto count) {
+    const Vec<A> dy = load(static_cast<const T*>(g.dy) + h, count);
+    sum += dy * load(static_cast<const T*>(g.row) + h, count);
+    store(static_cast<T*>(g.drow) + h, dy * weight, count);
+  });
+  return sum_lanes(sum);
 }
 
 void sum_rows(const SumOfRows& s) {
