@@ -1,12 +1,81 @@
 // moert._C: what is not a tensor operator.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "moert/isa.h"
 
 namespace py = pybind11;
 
+namespace {
+
+py::dict build() {
+  py::dict facts;
+  facts["version"] = MOERT_VERSION;
+  facts["compiler"] = MOERT_COMPILER;
+  facts["build_type"] = MOERT_BUILD_TYPE;
+  facts["sanitize"] = MOERT_SANITIZE;
+#ifdef MOERT_STD_THREAD
+  facts["threads"] = "std::thread";
+#else
+  facts["threads"] = "OpenMP";
+#endif
+#if defined(__x86_64__)
+  facts["isas"] = std::vector<std::string>{"generic", "avx2", "avx512"};
+#else
+  facts["isas"] = std::vector<std::string>{"generic"};
+#endif
+  return facts;
+}
+
+py::dict cpu_features() {
+  py::dict has;
+#if defined(__x86_64__)
+#define MOERT_FEATURE(name) has[name] = bool(__builtin_cpu_supports(name))
+  MOERT_FEATURE("avx2");
+  MOERT_FEATURE("fma");
+  MOERT_FEATURE("f16c");
+  MOERT_FEATURE("avx512f");
+  MOERT_FEATURE("avx512bw");
+  MOERT_FEATURE("avx512dq");
+  MOERT_FEATURE("avx512vl");
+  MOERT_FEATURE("avx512vnni");
+  MOERT_FEATURE("avx512bf16");
+#undef MOERT_FEATURE
+#endif
+  return has;
+}
+
+py::dict threads() {
+  py::dict facts;
+  facts["cpus"] = std::thread::hardware_concurrency();
+#ifdef _OPENMP
+  facts["openmp"] = omp_get_max_threads();
+#endif
+  return facts;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i <= int(moert::best_isa()); ++i) names.emplace_back(moert::name(moert::Isa(i)));
+  return names;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts and CPU features of moert.";
+  m.doc() = "Build facts, CPU features and threads of moert.";
+  m.def("build", &build, "How this library was built.");
+  m.def("cpu_features", &cpu_features, "The CPU features that moert's kernels ask for -> whether this CPU has them.");
+  m.def("threads", &threads, "The CPUs of this machine and the threads of the OpenMP runtime.");
+  m.def("isas", &isas, "The instruction sets that can run here, lowest first: what MOERT_ISA may name.");
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
 }

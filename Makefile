@@ -1,0 +1,79 @@
+# `make run` and `make test` set everything up.  A fresh machine needs Python >= 3.10 (headers, pip, venv), g++ and make.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+CPP    := build/cpp
+export PATH := $(abspath $(BIN)):$(PATH)
+
+READY   := $(VENV)/.moert
+TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+ISAS     = $(shell $(BIN)/python -c "from moert import _C; print(*_C.isas())")
+
+.PHONY: run test test-cpp test-isa test-slow test-asan test-tsan test-abi test-wheel lint size docs bench bench-cpp clean
+
+run: $(READY)
+	$(BIN)/moert run
+
+test: lint size test-cpp test-isa docs
+	$(PYTEST) -m "not slow and not gpu"
+
+test-cpp: $(READY)
+	$(BIN)/cmake -S . -B $(CPP) -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_BENCH=ON >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
+	$(BIN)/cmake --build $(CPP) && $(BIN)/ctest --test-dir $(CPP) --output-on-failure
+	$(BIN)/python tools/symbols.py $(CPP)
+
+# Every instruction set this CPU has but the highest, which all other targets use.
+test-isa: test-cpp
+	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
+	  $(BIN)/ctest --test-dir $(CPP) -Q; $(PYTEST) -q -m "not slow and not gpu" tests/ops; done
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+test-asan: $(READY)
+	tools/test_asan.sh $(BIN)/python
+
+test-tsan: $(READY)
+	$(BIN)/cmake -S . -B build/tsan -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_STD_THREAD=ON -DMOERT_SANITIZE=thread
+	$(BIN)/cmake --build build/tsan && $(BIN)/ctest --test-dir build/tsan --output-on-failure
+
+test-abi: $(READY)
+	tools/test_abi.sh $(BIN)/python
+
+test-wheel: $(READY)
+	tools/test_wheel.sh $(BIN)/python "$(TORCH)"
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	find csrc tests bench -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/python tools/bans.py && $(BIN)/python tools/mirror.py
+
+size: $(READY)
+	$(BIN)/python tools/size.py
+
+docs: $(READY)
+	$(PYTEST) -q --doctest-modules --doctest-glob='*.md' python/moert docs README.md
+
+bench: $(READY)
+	$(BIN)/python bench/run.py
+
+bench-cpp: test-cpp
+	$(CPP)/bench_cpp
+
+clean:
+	rm -rf build dist $(VENV)
+
+# A second call does nothing: each stamp is newer than all it was made from, and the build folder is kept.
+$(READY): $(TOOLS) $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
+	touch $@
+
+$(TOOLS):
+	$(PYTHON) tools/machine.py
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.tools-*
+	$(BIN)/pip install -q "$(firstword $(TORCH))" $(wordlist 2,9,$(TORCH)) scikit-build-core pybind11 cmake ninja
+	touch "$@"

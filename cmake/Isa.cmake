@@ -1,0 +1,12 @@
+# moert_isa_sources(isa source...): kernels of moert_cpu that are compiled for one instruction set.  They exist on x86-64
+# only; the code that chooses among them is portable and asks for __x86_64__.
+set(MOERT_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(MOERT_FLAGS_avx512 ${MOERT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
+set(MOERT_FLAGS_avx512_vnni ${MOERT_FLAGS_avx512} -mavx512vnni)
+
+function(moert_isa_sources isa)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    target_sources(moert_cpu PRIVATE ${ARGN})
+    set_property(SOURCE ${ARGN} APPEND PROPERTY COMPILE_OPTIONS ${MOERT_FLAGS_${isa}})
+  endif()
+endfunction()
