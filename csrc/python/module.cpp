@@ -6,6 +6,8 @@
 #include <omp.h>
 #endif
 
+#include <map>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,11 +29,14 @@ py::dict build() {
 #else
   facts["threads"] = "OpenMP";
 #endif
-#if defined(__x86_64__)
-  facts["isas"] = std::vector<std::string>{"generic", "avx2", "avx512"};
-#else
-  facts["isas"] = std::vector<std::string>{"generic"};
-#endif
+  // stem -> the instruction sets that it is compiled for, besides the portable kernels that everything has
+  std::map<std::string, std::vector<std::string>> kernels;
+  std::istringstream stems(MOERT_ISA_STEMS);
+  for (std::string word; stems >> word;) {
+    const size_t isa = word.find("_avx");
+    kernels[word.substr(0, isa)].push_back(word.substr(isa + 1));
+  }
+  facts["kernels"] = kernels;
   return facts;
 }
 

@@ -14,7 +14,8 @@ std::vector<float> uniform(int64_t n, uint32_t seed) {
 }
 
 const int64_t T = 13, k = 2, E = 3, H = 37, I = 19;
-const auto x = uniform(T * H, 1), w1 = uniform(E * 2 * I * H, 2), w2 = uniform(E * H * I, 3), weights = uniform(T * k, 4);
+const auto x = uniform(T * H, 1), w1 = uniform(E * 2 * I * H, 2), w2 = uniform(E * H * I, 3),
+           weights = uniform(T * k, 4);
 
 std::vector<int32_t> routing() {
   std::vector<int32_t> ids(T * k);

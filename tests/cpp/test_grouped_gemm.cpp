@@ -25,8 +25,16 @@ void forward(int64_t N, int64_t K, bool transposed, ScaleOn scale_on, int64_t th
   for (int64_t s = 0; s < kOffsets[E]; ++s) tokens[s] = int32_t(s * 5 % T);
   const ExpertMatrix matrix{w.data(), DType::f32, N * K, transposed ? 1 : K, transposed ? N : 1};
   std::vector<float> y(S * N, NAN);
-  cpu::grouped_gemm({S, E, N, K, kOffsets, {x.data(), DType::f32, K, tokens.data()}, matrix,
-                     {bias.data(), DType::f32, N}, scale.data(), scale_on},
+  cpu::grouped_gemm({S,
+                     E,
+                     N,
+                     K,
+                     kOffsets,
+                     {x.data(), DType::f32, K, tokens.data()},
+                     matrix,
+                     {bias.data(), DType::f32, N},
+                     scale.data(),
+                     scale_on},
                     threads, y.data(), N);
   for (int64_t e = 0; e < E; ++e)
     for (int64_t s = kOffsets[e]; s < kOffsets[e + 1]; ++s)

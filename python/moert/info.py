@@ -1,0 +1,73 @@
+"""What this moert is, what it runs on, and what is missing: the facts a bug report needs."""
+
+import importlib.metadata
+import os
+import platform
+import re
+
+import torch
+
+from moert import _C
+
+# Operator -> the stem of its kernels in csrc/cpu.
+_KERNELS = {
+    "topk_gating": "gating",
+    "permute": "permute",
+    "unpermute": "permute",
+    "grouped_gemm": "gemm",
+    "fused_experts": "gemm",
+}
+# Optional package -> the extra that brings it.
+_EXTRAS = {"transformers": "hf", "accelerate": "hf", "typer": "cli", "rich": "cli", "matplotlib": "cli"}
+
+
+def info() -> dict:
+    """Version, build, CPU, threads, the kernel of each operator, CUDA, and what is missing with the way to get it.
+
+    Only plain values, so that it can be written as JSON.
+    """
+    return {
+        "version": _C.build()["version"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "build": _C.build(),
+        "cpu": {"isa": _C.isa(), "best_isa": _C.best_isa(), "features": _C.cpu_features()},
+        "threads": {"torch": torch.get_num_threads(), **_C.threads(), "runtimes": openmp_runtimes()},
+        "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
+        "cuda": {"archs": [], "torch": torch.version.cuda},
+        "missing": _missing(),
+    }
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP libraries that this process has loaded; more than one would fight over the cores."""
+    if not os.path.exists("/proc/self/maps"):
+        return []
+    with open("/proc/self/maps") as maps:
+        paths = {
+            line.split(maxsplit=5)[5].strip() for line in maps if re.search(r"/lib(?:gomp|omp|iomp5)[-.\w]*\.so", line)
+        }
+    return sorted(paths)
+
+
+def _kernel(stem: str) -> str:
+    """The highest instruction set that this stem is compiled for and that is not above the one in use."""
+    allowed = _C.isas()[: _C.isas().index(_C.isa()) + 1]
+    return [isa for isa in allowed if isa in ("generic", *_C.build()["kernels"].get(stem, []))][-1]
+
+
+def _missing() -> list[str]:
+    found = []
+    if _C.isa() != _C.best_isa():
+        found.append(f"the {_C.best_isa()} kernels: unset MOERT_ISA, now {_C.isa()}")
+    for isa, what in (("avx2", "AVX2, FMA and F16C"), ("avx512", "AVX-512 F, BW, DQ and VL")):
+        if isa not in _C.isas():
+            found.append(f"the {isa} kernels: run on a CPU with {what}")
+    if torch.version.cuda:
+        found.append("CUDA kernels: this version has none, keep tensors on the CPU")
+    for package, extra in _EXTRAS.items():
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package}: pip install 'moert[{extra}]'")
+    return found

@@ -1,0 +1,24 @@
+import json
+
+import moert
+from moert.cli.info import info, lines
+
+
+def test_lines_name_every_fact(capsys):
+    info(as_json=False)
+    out = capsys.readouterr().out
+    facts = moert.info()
+    for name, kernel in facts["operators"].items():
+        assert any(line.split() == [name, "(CPU)", kernel["cpu"]] for line in out.splitlines())
+    assert f"moert {facts['version']}" in " ".join(out.split()) and facts["build"]["compiler"] in out
+    assert "CUDA archs" in out and facts["cpu"]["isa"] in out
+
+
+def test_json_is_the_facts(capsys):
+    info(as_json=True)
+    assert json.loads(capsys.readouterr().out) == moert.info()
+
+
+def test_what_is_missing_is_printed():
+    facts = {**moert.info(), "missing": ["rich: pip install 'moert[cli]'"]}
+    assert lines(facts)[-1].endswith("rich: pip install 'moert[cli]'")
