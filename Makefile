@@ -68,8 +68,9 @@ clean:
 
 # A second call does nothing: each stamp is newer than all it was made from, and the build folder is kept.
 $(READY): $(TOOLS) $(SOURCES)
+	touch $@.new  # before the build, so that a file saved during it counts as newer
 	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
-	touch $@
+	mv $@.new $@
 
 $(TOOLS):
 	$(PYTHON) tools/machine.py

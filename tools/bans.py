@@ -1,4 +1,4 @@
-"""What the source must not contain, as regular expressions.  `make lint` and pre-commit run it on every file of the tree."""
+"""What the source must not contain, as regular expressions; `make lint` and pre-commit run it over the tree."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ BANS = [
     (COMMENT + r"[-=*#~]{8,}|/\*{4,}", CODE, (), "banner"),
     (r"^\s*//\s*(?:[\w:<>&*]+ )?[\w.:>\[\]-]+\s*(?:\(.*\)|[-+*/]?= .*);\s*$", CODE, (), "commented-out code"),
     (
-        r"^\s*#\s*(?:import \w+|from \w[\w.]* import .*|return\b.*[\])]|\w+ = .*[\])])$",
+        r"^\s*#\s*(?:import \w+|from [\w.]+ import .*|return\b.*[\])]|\w+ = .*[\])])$",
         {".py"},
         (),
         "commented-out code",

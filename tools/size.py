@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 FOLDERS = ("python", "csrc", "bench", "tools", "tests")
 LIMITS = {".py": {"file": (300, 500), "function": (25, 60)}, ".cpp": {"file": (400, 800), "function": (40, 80)}}
 KERNEL_LIMIT = 150
@@ -82,9 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="print every file and function, largest first")
     options = parser.parse_args()
-    files = [
-        f for d in FOLDERS for f in sorted((ROOT / d).rglob("*")) if f.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
-    ]
+    files = [f for folder in FOLDERS for f in sorted((ROOT / folder).rglob("*")) if f.suffix in SUFFIXES]
     found = [size for f in files for size in sizes(f.relative_to(ROOT), f.read_text())]
     for size in sorted(found, key=lambda s: -s.lines):
         if options.all or size.lines > size.limit:

@@ -1,1 +1,4 @@
-"""Every environment variable that moert's Python reads, read once.  MOERT_ISA is read by the kernels (csrc/cpu/isa.cpp)."""
+"""Every environment variable that moert's Python reads, read once.
+
+MOERT_ISA is read by the kernels (csrc/cpu/isa.cpp).
+"""

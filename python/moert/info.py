@@ -44,10 +44,7 @@ def openmp_runtimes() -> list[str]:
     if not os.path.exists("/proc/self/maps"):
         return []
     with open("/proc/self/maps") as maps:
-        paths = {
-            line.split(maxsplit=5)[5].strip() for line in maps if re.search(r"/lib(?:gomp|omp|iomp5)[-.\w]*\.so", line)
-        }
-    return sorted(paths)
+        return sorted(set(re.findall(r"/.*/lib(?:gomp|omp|iomp5)[-.\w]*\.so\S*", maps.read())))
 
 
 def _kernel(stem: str) -> str:

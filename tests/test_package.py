@@ -1,0 +1,134 @@
+"""The package as built: what its libraries ask for, how light it is, and that a build refuses in one line."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPS, C = find_spec("moert._ops").origin, find_spec("moert._C").origin
+in_source_tree = pytest.mark.skipif(
+    not (ROOT / "CMakeLists.txt").exists(), reason="tests the build, needs the source tree"
+)
+
+
+def tool(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+
+def python(code):
+    return tool(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+# Light
+
+
+def test_import_adds_at_most_a_tenth_of_a_second():
+    code = "import time, torch; a = time.process_time(); import moert; print(time.process_time() - a)"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True) for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) <= 0.1
+
+
+def test_import_loads_no_optional_package():
+    code = "import sys, moert; print(*(m for m in ('transformers', 'typer', 'rich', 'matplotlib') if m in sys.modules))"
+    assert python(code) == "\n"
+
+
+# Libraries
+
+
+def test_libraries_need_no_search_path():
+    for library in (OPS, C):
+        assert not re.search(r"RPATH|RUNPATH", tool("readelf", "-d", library)), library
+
+
+def test_ops_needs_one_torch_library_and_no_python():
+    needed = re.findall(r"NEEDED.*\[(.*)\]", tool("readelf", "-d", OPS))
+    assert [name for name in needed if re.search("torch|c10|python", name)] == ["libtorch.so"]
+    assert sum("omp" in name for name in needed) <= 1
+
+
+def test_ops_asks_only_for_what_torch_2_11_has():
+    undefined = [line.split()[-1] for line in tool("nm", "-D", "--undefined-only", OPS).splitlines()]
+    known = set((Path(__file__).parent / "torch_2_11_symbols.txt").read_text().split())
+    asked = {name for name in undefined if re.match(r"(aoti_)?torch_|_ZN.?.?(5torch|2at|3c10)", name)}
+    assert asked and asked <= known, asked - known
+
+
+# A build that cannot be refuses in one line.
+
+
+def configure(tmp_path, *options, **environment):
+    """CMake's words for a build that must fail: those of moert, and how often it says them."""
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    run = subprocess.run([*command, *options], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert run.returncode != 0
+    said = re.findall(r"^ +(moert: .*)$", run.stderr, re.M)
+    assert len(said) == 1, run.stderr
+    assert run.stderr.count("CMake Error") == 1, run.stderr
+    return said[0]
+
+
+def bare_python(tmp_path, **distributions):
+    """A Python without packages, but for the (empty) ones that are given with their versions."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    site = Path(tool(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for name, version in distributions.items():
+        (site / name).mkdir()
+        (site / name / "__init__.py").touch()
+        (site / f"{name}-{version}.dist-info").mkdir()
+        (site / f"{name}-{version}.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    return f"-DPython_EXECUTABLE={python}"
+
+
+@in_source_tree
+def test_no_compiler(tmp_path):
+    said = configure(tmp_path, CXX="nonexistent++")
+    assert said == "moert: a C++ compiler must be on the PATH or named by CXX, got 'nonexistent++': apt install g++"
+
+
+@in_source_tree
+def test_no_headers(tmp_path):
+    said = configure(tmp_path, f"-DPython_EXECUTABLE={sys.executable}", f"-DPython_INCLUDE_DIR={tmp_path}")
+    assert said == f"moert: Python.h of {sys.executable} must be installed, got none: apt install python3-dev"
+
+
+@in_source_tree
+def test_no_torch(tmp_path):
+    said = configure(tmp_path, bare_python(tmp_path))
+    assert re.fullmatch(r"moert: torch must be installed for \S+, got none: pip install 'torch>=2.11' first .*", said)
+
+
+@in_source_tree
+def test_old_torch(tmp_path):
+    said = configure(tmp_path, bare_python(tmp_path, torch="2.10.1"))
+    assert said == "moert: torch must be >= 2.11, got 2.10.1: pip install -U 'torch>=2.11'"
+
+
+@in_source_tree
+def test_no_pybind11(tmp_path):
+    said = configure(tmp_path, f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+    assert said == f"moert: pybind11 must be installed for {sys.executable}, got none: pip install 'pybind11>=3'"
+
+
+@in_source_tree
+def test_other_systems(tmp_path):
+    said = configure(tmp_path, "-DCMAKE_SYSTEM_NAME=Darwin")
+    assert said.startswith("moert: builds on Linux (x86-64 and aarch64), got Darwin: ")
+
+
+@in_source_tree
+def test_this_machine_configures(tmp_path):
+    assert Path(sysconfig.get_path("include"), "Python.h").exists()
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    run = subprocess.run([*command, f"-DPython_EXECUTABLE={sys.executable}"], capture_output=True, text=True)
+    assert run.returncode == 0 and "CMake Warning" not in run.stderr, run.stderr
