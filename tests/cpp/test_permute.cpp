@@ -1,9 +1,32 @@
 #include "moert/permute.h"
 
 #include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "expect.h"
+
+template <typename T>
+T from_float(float x) {
+  if constexpr (std::is_same_v<T, moert::bf16>) {
+    return moert::to_bf16(x);
+  } else if constexpr (std::is_same_v<T, moert::f16>) {
+    return moert::to_f16(x);
+  } else {
+    return x;
+  }
+}
+
+template <typename T>
+auto to_value(T x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return x;
+  } else {
+    return moert::to_float(x);
+  }
+}
 
 struct Plan {
   std::vector<int32_t> offsets, tokens, slots;
@@ -27,7 +50,7 @@ void no_tokens() { EXPECT((plan_of({}, 2, 3, 4).offsets == std::vector<int32_t>{
 
 // Whatever the threads: every kept choice has one slot, in its expert's range, in the order of the tokens.
 void stable_on_any_threads() {
-  const int64_t T = 5003, k = 3, E = 61;
+  const int64_t T = 50003, k = 3, E = 61;  // enough choices for several threads to share the sort
   std::vector<int32_t> ids(T * k);
   uint32_t state = 1;
   for (auto& id : ids) id = int32_t((state = state * 1664525u + 1013904223u) >> 16) % (E + 3) - 1;
@@ -47,8 +70,92 @@ void stable_on_any_threads() {
   }
 }
 
+// Rows of small integers, which every dtype holds exactly; `stride` elements from row to row, -99 between them.
+template <typename T>
+std::vector<T> integers(int64_t rows, int64_t H, int64_t stride, uint32_t state) {
+  std::vector<T> x(rows * stride, from_float<T>(-99));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < H; ++h)
+      x[r * stride + h] = from_float<T>(float(int((state = state * 1664525u + 1013904223u) >> 29) - 3));
+  return x;
+}
+
+template <typename T, typename Value>
+void rows_there_and_back(int64_t H, int64_t threads) {
+  const int64_t tokens = 3, k = 2, S = tokens * k, stride = H + 3;
+  const Plan plan = plan_of({2, 0, 0, 3, 2, -1}, k, 3, 1);
+  const std::vector<Value> weights = {1, 2, -1, 5, 3, 7};
+  const auto x = integers<T>(tokens, H, stride, 1), dy = integers<T>(tokens, H, stride, 2);
+  const auto dtype = moert::DTypeOf<T>::value;
+
+  std::vector<T> rows(S * H);
+  moert::cpu::permute_rows(x.data(), stride, dtype, plan.tokens.data(), tokens, S, H, threads, rows.data());
+  for (int64_t s = 0; s < S; ++s)
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t t = plan.tokens[s];
+      EXPECT(to_value(rows[s * H + h]) == (t < 0 ? 0 : to_value(x[t * stride + h])));
+    }
+
+  std::vector<T> y(tokens * H), drows(S * H);
+  std::vector<Value> dweights(S);
+  moert::cpu::unpermute_rows(rows.data(), H, dtype, plan.slots.data(), weights.data(), tokens, k, S, H, threads,
+                             y.data());
+  moert::cpu::unpermute_rows_backward(dy.data(), stride, rows.data(), H, dtype, plan.tokens.data(), plan.slots.data(),
+                                      weights.data(), tokens, k, S, H, threads, drows.data(), dweights.data());
+  for (int64_t t = 0; t < tokens; ++t) {
+    Value weight = 0, dot = 0;
+    for (int64_t h = 0; h < H; ++h) dot += Value(to_value(x[t * stride + h]) * to_value(dy[t * stride + h]));
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t s = plan.slots[t * k + j];
+      EXPECT(dweights[t * k + j] == (s < 0 ? 0 : dot));
+      if (s < 0) continue;
+      weight += weights[t * k + j];
+      for (int64_t h = 0; h < H; ++h)
+        EXPECT(to_value(drows[s * H + h]) == weights[t * k + j] * to_value(dy[t * stride + h]));
+    }
+    for (int64_t h = 0; h < H; ++h) EXPECT(to_value(y[t * H + h]) == weight * to_value(x[t * stride + h]));
+  }
+  for (int64_t i = plan.offsets[3] * H; i < S * H; ++i) EXPECT(to_value(drows[i]) == 0);
+}
+
+void rows_of_every_dtype() {
+  for (int64_t threads : {1, 3})
+    for (int64_t H : {0, 1, 7, 16, 33, 128, 300}) {
+      rows_there_and_back<float, float>(H, threads);
+      rows_there_and_back<moert::bf16, float>(H, threads);
+      rows_there_and_back<moert::f16, float>(H, threads);
+      rows_there_and_back<double, double>(H, threads);
+    }
+}
+
+// A plan from a caller never reaches an address unchecked, and nothing is written before the error.
+void refuses_bad_plans() {
+  const std::vector<float> x(8);
+  std::vector<float> rows(16, 5);
+  for (int32_t bad : {4, -2, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()}) {
+    const std::vector<int32_t> index = {0, 1, -1, bad};
+    std::string message;
+    try {
+      moert::cpu::permute_rows(x.data(), 2, moert::DType::f32, index.data(), 4, 4, 2, 1, rows.data());
+    } catch (const std::runtime_error& error) {
+      message = error.what();
+    }
+    EXPECT(message == "tokens must hold -1 or be in [0, T=4), got " + std::to_string(bad));
+    message.clear();
+    try {
+      moert::cpu::unpermute_rows(x.data(), 2, moert::DType::f32, index.data(), nullptr, 2, 2, 4, 2, 1, rows.data());
+    } catch (const std::runtime_error& error) {
+      message = error.what();
+    }
+    EXPECT(message == "slots must hold -1 or be in [0, S=4), got " + std::to_string(bad));
+  }
+  for (float value : rows) EXPECT(value == 5);
+}
+
 int main() {
   small_plan();
   no_tokens();
   stable_on_any_threads();
+  rows_of_every_dtype();
+  refuses_bad_plans();
 }
