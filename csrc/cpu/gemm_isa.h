@@ -11,10 +11,14 @@ namespace moert::cpu {
 constexpr int64_t kTileRows = 128;     // M of a tile at most
 constexpr int64_t kTileColumns = 256;  // N of a tile at most
 constexpr int64_t kTileK = 256;        // K block
-constexpr int64_t kTilePitch = kTileK + 16;  // of the block of A: rows fall on different cache sets
 
-// Values that gemm() needs to work in.
-constexpr int64_t kGemmScratch = kTileRows * kTilePitch + 32 * kTileK + 32;
+// Rows of the block of A, [M, K] or [K, M], lie this far apart, so that they fall on different cache sets.
+constexpr int64_t kPitchMK = kTileK + 16, kPitchKM = kTileRows + 16;
+constexpr int64_t kTileBlock = kTileK * kPitchKM;
+static_assert(kTileRows * kPitchMK <= kTileBlock);
+
+// Values that gemm() needs to work in: the block of A and a panel of B.
+constexpr int64_t kGemmScratch = kTileBlock + 32 * kTileK;
 
 // Element (r, c) is data[row(r) * row_stride + c * col_stride]; row(r) = index ? index[r] : r.
 struct TileMatrix {

@@ -27,7 +27,7 @@ static_assert(kDotRows * kDotPitch <= kGemmScratch);
 template <typename A>
 constexpr int kPanel = 2 * kLanes<A>;
 
-// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is [M, K] or [K, M], rows kTilePitch apart; b is [K, kPanel].
+// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel].
 template <typename A, int M, bool kARows>
 void micro_kernel(int64_t K, const A* a, const A* b, A* c, bool accumulate) {
   Vec<A> acc[M][2];
@@ -40,7 +40,7 @@ void micro_kernel(int64_t K, const A* a, const A* b, A* c, bool accumulate) {
     const Vec<A> b0 = load(b + k * kPanel<A>), b1 = load(b + k * kPanel<A> + kLanes<A>);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Vec<A> x = splat(kARows ? a[k * kTilePitch + m] : a[m * kTilePitch + k]);
+      const Vec<A> x = splat(kARows ? a[k * kPitchKM + m] : a[m * kPitchMK + k]);
       acc[m][0] += x * b0;
       acc[m][1] += x * b1;
     }
@@ -224,11 +224,11 @@ void gemm_dots(const GemmTile& t) {
 template <typename A>
 void gemm_panels(const GemmTile& t) {
   constexpr auto rows = std::make_integer_sequence<int, kRows>{};
-  A *block = static_cast<A*>(t.scratch), *panel = block + kTileRows * kTilePitch, *c = static_cast<A*>(t.c);
+  A *block = static_cast<A*>(t.scratch), *panel = block + kTileBlock, *c = static_cast<A*>(t.c);
   for (int64_t k = 0; k < t.K || k == 0; k += kTileK) {
     const int64_t K = t.K - k < kTileK ? t.K - k : kTileK;
     const bool accumulate = t.accumulate || k > 0;
-    widen_block<A>(t, k, K, block, kTilePitch);
+    widen_block<A>(t, k, K, block, t.a_k_rows ? kPitchKM : kPitchMK);
     for (int64_t n = 0; n < t.N; n += kPanel<A>) {
       pack_panel<A>(t, n, k, t.N - n < kPanel<A> ? t.N - n : kPanel<A>, K, panel);
       for (int64_t m = 0; m < t.M; m += kRows) {
@@ -237,7 +237,7 @@ void gemm_panels(const GemmTile& t) {
         if (t.a_k_rows)
           micro_kernel_of<A, true>(M, rows)(K, block + m, panel, y, accumulate);
         else
-          micro_kernel_of<A, false>(M, rows)(K, block + m * kTilePitch, panel, y, accumulate);
+          micro_kernel_of<A, false>(M, rows)(K, block + m * kPitchMK, panel, y, accumulate);
       }
     }
   }

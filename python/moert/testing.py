@@ -42,6 +42,26 @@ def assert_rows_close(out: Tensor, fn, *args, factor: float = 2.0, floor: float 
     assert got <= allowed, f"worst row is off by {got:.3g}, allowed {allowed:.3g} ({factor} x torch in {same.dtype})"
 
 
+def assert_grads_close(fn, ref, dy: Tensor, *args: Tensor | None, factor: float = 2.0, floor: float = 1e-6) -> None:
+    """The gradients of fn(*args) . dy for every floating argument obey the rule of assert_rows_close against ref's."""
+
+    def grads(f, *args):
+        args = [a if a is None else a.detach().requires_grad_() for a in args]
+        return torch.autograd.grad(f(*args), [a for a in args if a is not None], dy.to(args[0].dtype))
+
+    def double(a):
+        return a if a is None else a.double()
+
+    names = [i for i, a in enumerate(args) if a is not None]
+    all_three = zip(names, grads(fn, *args), grads(ref, *args), grads(ref, *map(double, args)), strict=True)
+    for i, got, same, exact in all_three:
+        assert got.dtype == args[i].dtype, f"gradient of argument {i} has dtype {got.dtype}, expected {args[i].dtype}"
+        # A gradient of one number per row is one row.
+        got, same, exact = (g.reshape(1, -1) if g.dim() < 2 else g for g in (got, same, exact))
+        error, allowed = row_error(got, exact), factor * row_error(same, exact) + floor
+        assert error <= allowed, f"gradient of argument {i}: worst row is off by {error:.3g}, allowed {allowed:.3g}"
+
+
 def random_routing(
     T: int,
     E: int,

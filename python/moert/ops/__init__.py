@@ -1,0 +1,6 @@
+"""The operators, one file each."""
+
+from moert.ops.fused_experts import fused_experts
+from moert.ops.grouped_gemm import grouped_gemm
+
+__all__ = ["fused_experts", "grouped_gemm"]

@@ -1,0 +1,292 @@
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from moert import Activation, ExpertLayout, Routing
+from moert.ops.fused_experts import fused_experts, fused_experts_ref
+from moert.testing import (
+    DTYPES,
+    FUSED_EXPERTS_SHAPES,
+    ID_DTYPES,
+    LAYOUTS,
+    Shape,
+    assert_grads_close,
+    assert_rows_close,
+    row_error,
+    strided,
+)
+
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped", "swiglu_oai")
+UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+EXPERT_LAYOUTS = [ExpertLayout(t, i) for t, i in itertools.product((False, True), repeat=2)]
+ODD = Shape("nothing is a multiple of anything, experts with 0 to 20 rows", 61, 7, 3, 37, 21, "sentinels")
+LARGE = FUSED_EXPERTS_SHAPES[-1]
+
+
+def name_of(layout):
+    return ("EKN" if layout.transposed else "ENK") + ("-interleaved" if layout.interleaved else "")
+
+
+def case(shape, dtype=torch.float32, activation="swiglu", layout=ExpertLayout(), bias=False):
+    """x, weights [T, k], w1, w2, b1, b2 and the function (fn, those) -> y."""
+    E, H, I = shape.E, shape.H, shape.I
+    width = 2 * I if Activation(activation).gated else I
+    routing = shape.routing(dtype=torch.promote_types(dtype, torch.float32))
+    w1, w2 = torch.randn(E, width, H) / H**0.5, torch.randn(E, H, I) / I**0.5
+    if layout.transposed:
+        w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
+    b1, b2 = (torch.randn(E, width).to(dtype), torch.randn(E, H).to(dtype)) if bias else (None, None)
+    x = torch.randn(shape.T, H).to(dtype)
+
+    def run(fn, x, weights, w1, w2, b1=None, b2=None, scale_on="output"):
+        return fn(x, Routing(routing.ids, weights, E), w1, w2, (b1, b2), activation, layout, scale_on)
+
+    return [x, routing.weights, w1.to(dtype), w2.to(dtype), b1, b2], run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
+def test_forward(shape, dtype):
+    args, run = case(shape, dtype)
+    assert_rows_close(run(fused_experts, *args), lambda *a: run(fused_experts_ref, *a), *args)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("scale_on", ["output", "input"])
+@pytest.mark.parametrize("activation", ACTIVATIONS + UNGATED)
+def test_forward_of_every_variant(activation, scale_on, layout):
+    for dtype in (torch.float32, torch.bfloat16):
+        args, run = case(ODD, dtype, activation, layout, bias=True)
+        y = run(fused_experts, *args, scale_on)
+        assert_rows_close(y, lambda *a: run(fused_experts_ref, *a, scale_on), *args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
+def test_backward(shape, dtype):
+    args, run = case(shape, dtype, bias=True)
+    dy = torch.randn_like(args[0])
+    assert_grads_close(lambda *a: run(fused_experts, *a), lambda *a: run(fused_experts_ref, *a), dy, *args)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("scale_on", ["output", "input"])
+@pytest.mark.parametrize("activation", ACTIVATIONS + UNGATED)
+def test_gradcheck(activation, scale_on, layout):
+    args, run = case(Shape("small", 5, 3, 2, 4, 3), torch.float64, activation, layout, bias=True)
+    args = [a.requires_grad_() for a in args]
+    assert torch.autograd.gradcheck(lambda *a: run(fused_experts, *a, scale_on), args)
+
+
+def test_small_integers_are_exact():
+    args, run = case(LARGE, activation="relu")
+    args = [None if a is None else (a * 3).round() for a in args]
+    assert torch.equal(run(fused_experts, *args), run(fused_experts_ref, *args))
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+def test_ids_of_any_integer_type(id_dtype):
+    (x, weights, w1, w2, *_), _ = case(ODD)
+    ids = ODD.routing().ids
+    wide = torch.where(ids < 0, torch.iinfo(id_dtype).max, ids.long()).to(id_dtype)
+    expected = fused_experts_ref(x, Routing(ids, weights, ODD.E), w1, w2)
+    out = fused_experts(x, Routing(wide, weights, ODD.E), w1, w2)
+    assert row_error(out, expected) < 1e-5
+
+
+def test_dropped_choices_add_nothing_and_get_no_gradient():
+    (x, weights, w1, w2, *_), _ = case(ODD)
+    ids = ODD.routing(id_dtype=torch.int64).ids
+    ids[::3] = torch.tensor([-1, 2**63 - 1, -(2**63)])
+    dropped = (ids < 0) | (ids >= ODD.E)
+    x, weights = x.requires_grad_(), torch.where(dropped, torch.nan, weights).requires_grad_()
+    y = fused_experts(x, Routing(ids, weights, ODD.E), w1, w2)
+    y.sum().backward()
+    assert not y[::3].any() and not x.grad[::3].any() and y[1].any()
+    assert not weights.grad[dropped].any() and weights.grad[~dropped].all()
+
+
+def test_nan_stays_in_the_tokens_that_hold_it():
+    args, run = case(ODD)
+    clean, dirty = run(fused_experts, *args), args[0].clone()
+    dirty[[4, 17]] = torch.tensor([[torch.nan], [torch.inf]])
+    out = run(fused_experts, dirty, *args[1:])
+    others = [t for t in range(ODD.T) if t not in (4, 17)]
+    assert torch.equal(out[others], clean[others]) and not out[4].isfinite().any()
+
+
+def test_nan_in_one_expert_stays_with_its_tokens():
+    args, run = case(ODD)
+    clean, w1 = run(fused_experts, *args), args[2].clone()
+    w1[2] = torch.nan
+    out = run(fused_experts, args[0], args[1], w1, args[3])
+    touched = (ODD.routing(generator=None).ids >= -1).any(-1)  # ids are redrawn: find the touched rows by the result
+    touched = out.isnan().any(-1)
+    assert touched.any() and not touched.all() and torch.equal(out[~touched], clean[~touched])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_memory_layout(layout, dtype):
+    args, run = case(LARGE, dtype, bias=True)
+    moved = [a if a is None else strided(a, layout) for a in args]
+    assert_rows_close(run(fused_experts, *moved), lambda *a: run(fused_experts_ref, *a), *args)
+    dy = torch.ones(1, 1, dtype=dtype).expand(LARGE.T, LARGE.H)
+    assert_grads_close(
+        lambda *a: run(fused_experts, *[strided(x, layout) for x in a]), lambda *a: run(fused_experts_ref, *a), dy, *args
+    )
+
+
+def test_same_bits_for_any_number_of_threads():
+    before, results = torch.get_num_threads(), []
+    args, run = case(LARGE, torch.bfloat16, bias=True)
+    try:
+        for threads in (1, 2, 3, 7, 1):
+            torch.set_num_threads(threads)
+            leaves = [a.detach().requires_grad_() for a in args]
+            y = run(fused_experts, *leaves)
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), leaves)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_gradients_without_saved_pre_activations():
+    args, run = case(LARGE)
+    leaves = [a.requires_grad_() for a in args if a is not None]
+    saved = torch.autograd.grad(run(fused_experts, *leaves).square().sum(), leaves)
+    again = torch.autograd.grad(checkpoint(lambda *a: run(fused_experts, *a), *leaves, use_reentrant=False).square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(saved, again, strict=True))
+    ids = torch.zeros(LARGE.T, LARGE.k).int()
+    options = ("swiglu", 0.0, 0.0, False, False, "output", False)
+    y, h = torch.ops.moert.fused_experts(leaves[0], ids, *leaves[1:], None, None, *options)
+    assert h.shape == (0, 2 * LARGE.I)
+    recomputed = torch.autograd.grad(y.square().sum(), leaves)
+    y, h = torch.ops.moert.fused_experts(leaves[0], ids, *leaves[1:], None, None, *options[:-1], True)
+    assert h.shape == (LARGE.T * LARGE.k, 2 * LARGE.I)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, torch.autograd.grad(y.square().sum(), leaves), strict=True))
+
+
+def test_only_what_is_needed_is_computed():
+    args, run = case(LARGE, bias=True)
+    calls = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "fused_experts_backward" in str(func):
+                calls.append([t.numel() for t in out])
+            return out
+
+    x = args[0].requires_grad_()
+    with Spy():
+        run(fused_experts, *args).sum().backward()
+    assert calls == [[x.numel(), 0, 0, 0, 0, 0]]
+
+
+def test_a_second_backward_is_an_error():
+    args, run = case(ODD)
+    x = args[0].requires_grad_()
+    (dx,) = torch.autograd.grad(run(fused_experts, *args).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_experts must be differentiated at most once"):
+        dx.sum().backward()
+
+
+def test_autocast():
+    args, run = case(LARGE)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(fused_experts, *args)
+    assert y.dtype == torch.bfloat16
+    x, weights, w1, w2 = args[:4]
+    assert torch.equal(y, run(fused_experts, x.bfloat16(), weights, w1.bfloat16(), w2.bfloat16()))
+
+
+def op_args(shape, layout=ExpertLayout(), activation="swiglu", save=True):
+    (x, weights, w1, w2, b1, b2), _ = case(shape, activation=activation, layout=layout, bias=True)
+    x, weights, w1, w2, b1, b2 = (t.requires_grad_() for t in (x, weights, w1, w2, b1, b2))
+    options = (activation, 1.7, 7.0, layout.transposed, layout.interleaved, "output")
+    return (x, shape.routing().ids, weights, w1, w2, b1, b2), options
+
+
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES[:8], ids=str)
+def test_opcheck(shape):
+    tensors, options = op_args(shape)
+    opcheck(torch.ops.moert.fused_experts.default, (*tensors, *options, True))
+    tensors = [t.detach() for t in tensors]
+    _, h = torch.ops.moert.fused_experts(*tensors, *options, True)
+    dy = torch.randn(shape.T, shape.H)
+    opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *tensors, h, *options, 0b111111))
+    opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *tensors, h, *options, 0b000101))
+
+
+def test_compile_with_any_number_of_tokens():
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    args, _ = case(LARGE)
+    x, weights, w1, w2 = (a.requires_grad_() for a in args[:4])
+    ids = LARGE.routing().ids
+
+    def layer(x, ids, weights, w1, w2):
+        return fused_experts(x, Routing(ids, weights, LARGE.E), w1, w2)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
+    for T in (2, 3, 64, 300):
+        inputs = x[:T], ids[:T], weights[:T], w1, w2
+        out, expected = compiled(*inputs), layer(*inputs)
+        assert torch.equal(out, expected)
+        grads = [torch.autograd.grad(y.square().sum(), (x, weights, w1, w2)) for y in (out, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert count.frame_count <= 2
+
+
+E, H, I = 4, 6, 5
+GOOD = {
+    "x": torch.zeros(3, H),
+    "ids": torch.zeros(3, 2, dtype=torch.int32),
+    "weights": torch.zeros(3, 2),
+    "w1": torch.zeros(E, 2 * I, H),
+    "w2": torch.zeros(E, H, I),
+    "b1": torch.zeros(E, 2 * I),
+    "b2": torch.zeros(E, H),
+    "activation": "swiglu",
+    "layout": ExpertLayout(),
+    "scale_on": "output",
+}
+ERRORS = [
+    ({"x": torch.zeros(H)}, r"x must be \[T, H\], got shape \[6\]"),
+    ({"x": torch.zeros(3, H).long()}, "x must have dtype Float, BFloat16, Half or Double, got Long"),
+    ({"x": torch.zeros(3, H + 1)}, r"w1 must have shape \[E, 2I, H=7\], got \[4, 10, 6\]"),
+    ({"x": torch.zeros(2, H)}, r"ids must have shape \[T=2, k\], got \[3, 2\]"),
+    ({"ids": torch.zeros(3, 2)}, "ids must have an integer dtype, got Float"),
+    ({"ids": torch.zeros(6).int()}, r"ids must be \[T, k\], got shape \[6\]"),
+    ({"weights": torch.zeros(3, 1)}, r"weights must have the shape of ids, \[3, 2\], got \[3, 1\]"),
+    ({"weights": torch.zeros(3, 2).double()}, "weights must have dtype Float or that of x, got Double"),
+    ({"w1": torch.zeros(E, 2 * I + 1, H)}, r"w1 must have an even 2I for the gated activation swiglu, got \[4, 11, 6\]"),
+    ({"w1": torch.zeros(E, 2 * I)}, r"w1 must be \[E, 2I, H\], got shape \[4, 10\]"),
+    ({"w1": torch.zeros(E, 2 * I, H).bfloat16()}, "w1 must have the dtype of x, Float, got BFloat16"),
+    ({"w2": torch.zeros(E, H, I + 1)}, r"w2 must have shape \[E=4, H=6, I=5\], got \[4, 6, 6\]"),
+    ({"w2": torch.zeros(E, H, I).half()}, "w2 must have the dtype of x, Float, got Half"),
+    ({"layout": ExpertLayout(transposed=True)}, r"w1 must have shape \[E, H=6, 2I\], got \[4, 10, 6\]"),
+    ({"b1": torch.zeros(E, I)}, r"b1 must have shape \[E=4, 2I=10\], got \[4, 5\]"),
+    ({"b2": torch.zeros(E, H).half()}, "b2 must have the dtype of x, Float, got Half"),
+    ({"activation": "swish"}, "activation must be one of identity, silu, .*, got swish"),
+    ({"scale_on": "none"}, "scale_on must be output or input, got none"),
+]
+
+
+@pytest.mark.parametrize("wrong,message", ERRORS, ids=[m for _, m in ERRORS])
+def test_errors(wrong, message):
+    a = GOOD | wrong
+    routing = Routing(a["ids"], a["weights"], E)
+    with pytest.raises(RuntimeError, match=message):
+        fused_experts(
+            a["x"], routing, a["w1"], a["w2"], (a["b1"], a["b2"]), a["activation"], a["layout"], a["scale_on"]
+        )
+
+
+def test_routing_for_another_number_of_experts():
+    with pytest.raises(ValueError, match="w1 must have E=routing.num_experts=5 experts, got 4"):
+        fused_experts(GOOD["x"], Routing(GOOD["ids"], GOOD["weights"], 5), GOOD["w1"], GOOD["w2"])
