@@ -32,6 +32,12 @@ class DispatchPlan:
     slots: Tensor
 
 
+ACTIVATIONS = (
+    *("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped", "swiglu_oai"),
+    *("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"),
+)
+
+
 @dataclass(frozen=True)
 class Activation:
     """What happens between the two GEMMs of an expert, computed in float32.
@@ -45,6 +51,10 @@ class Activation:
     name: str = "swiglu"
     alpha: float = 1.702
     limit: float = 7.0
+
+    def __post_init__(self):
+        if self.name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.name}")
 
     @property
     def gated(self) -> bool:
