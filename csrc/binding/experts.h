@@ -37,7 +37,7 @@ inline Tensor scale_values(const Tensor& scale, const Tensor& x) {
 }  // namespace moert
 
 // Routing weights and row scales come in x's dtype or in that of its sums.
-#define CHECK_SCALE_DTYPE(scale, x)                                                                               \
+#define CHECK_SCALE_DTYPE(scale, x)                                                                                   \
   STD_TORCH_CHECK((scale).scalar_type() == (x).scalar_type() || (scale).scalar_type() == ::moert::accumulate_type(x), \
-                  #scale " must have dtype ", torch::headeronly::toString(::moert::accumulate_type(x)),          \
+                  #scale " must have dtype ", torch::headeronly::toString(::moert::accumulate_type(x)),               \
                   " or that of " #x ", got ", torch::headeronly::toString((scale).scalar_type()))

@@ -64,7 +64,8 @@ ExpertMatrix half_of(const Tensor& w1, const Call& call, bool transposed, bool i
 
 ExpertVector bias_half_of(const std::optional<Tensor>& b1, const Call& call, bool interleaved, bool up) {
   ExpertVector half = expert_vector(b1);
-  if (half.data && up) half.data = static_cast<const char*>(half.data) + (interleaved ? 1 : call.I) * size_of(half.dtype);
+  if (half.data && up)
+    half.data = static_cast<const char*>(half.data) + (interleaved ? 1 : call.I) * size_of(half.dtype);
   return half;
 }
 
@@ -134,11 +135,10 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
                                              const std::optional<Tensor>& b2, std::string activation, double alpha,
                                              double limit, bool transposed, bool interleaved, std::string scale_on,
                                              bool save) {
-  const Call call =
-      check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
+  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
-  Tensor h = save ? torch::stable::new_zeros(x, {call.T * call.k, call.width})
-                  : torch::stable::new_empty(x, {0, call.width});
+  Tensor h =
+      save ? torch::stable::new_zeros(x, {call.T * call.k, call.width}) : torch::stable::new_empty(x, {0, call.width});
   cpu::fused_experts(call.tokens, call.experts, torch::stable::get_num_threads(), y.mutable_data_ptr(),
                      save ? h.mutable_data_ptr() : nullptr);
   return {y, h};
@@ -148,8 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
     const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const Tensor& h, std::string activation,
     double alpha, double limit, bool transposed, bool interleaved, std::string scale_on, int64_t needs) {
-  const Call call =
-      check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
+  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
   CHECK_CPU(dy);
   CHECK_SAME_DTYPE(dy, x);
   STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",

@@ -109,7 +109,11 @@ Tensor grouped_gemm_wgrad_cpu(const Tensor& dy, const Tensor& x, const Tensor& o
   const Tensor left = dense_rows(dy), right = dense_rows(x);
   Tensor dw = transposed ? torch::stable::new_empty(dy, {E, K, N}) : torch::stable::new_empty(dy, {E, N, K});
   const cpu::GroupedGemmWgrad product{
-      E, N, K, p, rows_of(left),
+      E,
+      N,
+      K,
+      p,
+      rows_of(left),
       rows_of(right, index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr)};
   cpu::grouped_gemm_wgrad(product, torch::stable::get_num_threads(), expert_matrix(dw, transposed));
   return dw;

@@ -46,8 +46,8 @@ struct Backward {
   // dh [slots, 2I]; act [slots, I] (or null) = w act; sums [tiles of I, slots] = parts of <g, act>.
   void activation_backward(const void* h, A* dh, A* act, A* sums) const {
     for_tiles(w.I, [&](const TileTask& task, const TileMemory<A>& memory) {
-      GemmTile tile{task.M, task.N, w.H, tile_of(dy_slots, task.row, 0), {}, false, false, false, memory.c2,
-                    memory.scratch};
+      GemmTile tile{task.M, task.N,    w.H,           tile_of(dy_slots, task.row, 0), {}, false, false,
+                    false,  memory.c2, memory.scratch};
       set_b(tile, w.down, task.expert, 0, task.n, false);
       kernels.gemm(tile);
       const auto load_half = [&](int64_t column, A* c) {
@@ -71,8 +71,8 @@ struct Backward {
     const Rows halves{dh, DTypeOf<A>::value, h_width};
     for_tiles(w.H, [&](const TileTask& task, const TileMemory<A>& memory) {
       const auto half = [&](const ExpertMatrix& weight, int64_t column, bool accumulate) {
-        GemmTile tile{task.M, task.N, w.I, tile_of(halves, task.row, column), {}, false, false, accumulate, memory.c0,
-                      memory.scratch};
+        GemmTile tile{task.M,     task.N,    w.I,           tile_of(halves, task.row, column), {}, false, false,
+                      accumulate, memory.c0, memory.scratch};
         set_b(tile, weight, task.expert, 0, task.n, false);
         kernels.gemm(tile);
       };

@@ -73,8 +73,7 @@ void first_gemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>&
       set_b(tile, weight, task.expert, task.n, 0, true);
       kernels.gemm(tile);
       const A* b = vector_of(bias, w.bias1_stride, task, memory.row0);
-      const StoreTile in_place{task.M, task.N,        c, b, scale, ScaleOn::input, c, DTypeOf<A>::value,
-                               kTileColumns, 1};
+      const StoreTile in_place{task.M, task.N, c, b, scale, ScaleOn::input, c, DTypeOf<A>::value, kTileColumns, 1};
       if (b || scale) kernels.store(in_place);
       if (!h) return;
       void* out = const_cast<char*>(at(h, x.dtype, task.row * h_stride + column + task.n));
@@ -114,8 +113,8 @@ void combine(const Plan<A>& plan, const A* rows, bool weighted, int64_t H, int64
     const int64_t end = std::min(plan.T, (task + 1) * kCombineTokens);
     for (int64_t t = task * kCombineTokens; t < end; ++t) {
       void* out = const_cast<char*>(at(y, dtype, t * H));
-      kernels.combine({plan.k, H, rows, plan.slots.get() + t * plan.k, weighted ? plan.weights + t * plan.k : nullptr,
-                       out, dtype});
+      kernels.combine(
+          {plan.k, H, rows, plan.slots.get() + t * plan.k, weighted ? plan.weights + t * plan.k : nullptr, out, dtype});
     }
   });
 }

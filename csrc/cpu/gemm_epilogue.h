@@ -86,7 +86,8 @@ void activate_rows(const ActivateTile& t) {
 }
 
 void activate_tile(const ActivateTile& t, bool is_double) {
-  with_act(t.activation.act, [&](auto act) { (is_double ? activate_rows<double, act> : activate_rows<float, act>)(t); });
+  with_act(t.activation.act,
+           [&](auto act) { (is_double ? activate_rows<double, act> : activate_rows<float, act>)(t); });
 }
 
 template <typename A, Act act>

@@ -31,12 +31,12 @@ struct TileMatrix {
 // c[m, n] (+)= sum over k of a(m, k) * b(k, n).
 struct GemmTile {
   int64_t M, N, K;
-  TileMatrix a;    // [M, K], or [K, M] if a_k_rows
-  TileMatrix b;    // [N, K], or [K, N] if b_k_rows
+  TileMatrix a;  // [M, K], or [K, M] if a_k_rows
+  TileMatrix b;  // [N, K], or [K, N] if b_k_rows
   bool a_k_rows, b_k_rows;
   bool accumulate;
-  void* c;         // values [M, N], rows kTileColumns apart
-  void* scratch;   // kGemmScratch values, aligned to 64 bytes
+  void* c;        // values [M, N], rows kTileColumns apart
+  void* scratch;  // kGemmScratch values, aligned to 64 bytes
 };
 
 // out[m, n] = c[m, n] * scale[m] + bias[n] (scale_on input) or (c[m, n] + bias[n]) * scale[m] (scale_on output).
@@ -68,9 +68,9 @@ struct ActivateBackwardTile {
   const void* scale;          // null or values [M]
   void *dgate, *dup;          // values
   int64_t dh_stride;
-  void* act;                  // null or values: act * scale
+  void* act;  // null or values: act * scale
   int64_t act_stride;
-  void* sums;                 // values [M]
+  void* sums;  // values [M]
 };
 
 // out [H] = sum over j of weights[j] * rows[slots[j]], in order, slots below 0 left out; out of any dtype.

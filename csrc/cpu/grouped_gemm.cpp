@@ -48,8 +48,16 @@ void wgrad_of(const GroupedGemmWgrad& p, int64_t threads, const ExpertMatrix& dw
     const int64_t m = i / tiles_n % tiles_m * kTileRows, n = i % tiles_n * kTileColumns;
     const int64_t begin = p.offsets[e], rows = p.offsets[e + 1] - begin;
     const TileMemory<A> memory = tile_memory<A>();
-    const GemmTile tile{std::min(kTileRows, M - m), std::min(kTileColumns, N - n), rows, tile_of(left, begin, m),
-                        tile_of(right, begin, n), true, true, false, memory.c0, memory.scratch};
+    const GemmTile tile{std::min(kTileRows, M - m),
+                        std::min(kTileColumns, N - n),
+                        rows,
+                        tile_of(left, begin, m),
+                        tile_of(right, begin, n),
+                        true,
+                        true,
+                        false,
+                        memory.c0,
+                        memory.scratch};
     kernels.gemm(tile);
     void* out = const_cast<char*>(at(dw.data, dw.dtype, e * dw.expert_stride + m * row_stride + n * col_stride));
     kernels.store(

@@ -1,4 +1,5 @@
-// Threads for the kernels.  Which thread runs a task never changes a result: every task writes its own part of the output.
+// Threads for the kernels.  Which thread runs a task never changes a result: every task writes its own part of the
+// output.
 #pragma once
 
 #include <algorithm>

@@ -16,7 +16,7 @@ template <typename... Words>
 
 }  // namespace moert
 
-#define MOERT_CHECK(condition, ...)                \
-  do {                                             \
+#define MOERT_CHECK(condition, ...)               \
+  do {                                            \
     if (!(condition)) ::moert::fail(__VA_ARGS__); \
   } while (0)

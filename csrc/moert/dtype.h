@@ -38,7 +38,7 @@ static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 
 static inline float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
-  if (magnitude < 0x0400u) {                                                                         // subnormal
+  if (magnitude < 0x0400u) {                                                                        // subnormal
     const float value = float(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }
@@ -56,7 +56,7 @@ static inline f16 to_f16(float x) {
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above round to infinity
-  if (magnitude < 0x38800000u) {                                     // below 2^-14: the adder rounds to a multiple of 2^-24
+  if (magnitude < 0x38800000u) {  // below 2^-14: the adder rounds to a multiple of 2^-24
     return {uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u))};
   }
   return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13))};

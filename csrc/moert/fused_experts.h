@@ -34,11 +34,11 @@ struct Activation {
 // that any layout is two strided matrices.
 struct ExpertWeights {
   int64_t E, H, I;
-  ExpertMatrix gate, up;           // [E, I, H]
-  ExpertMatrix down;               // [E, H, I]
+  ExpertMatrix gate, up;            // [E, I, H]
+  ExpertMatrix down;                // [E, H, I]
   ExpertVector gate_bias, up_bias;  // [E, I]
   int64_t bias1_stride = 1;         // between elements of gate_bias and up_bias
-  ExpertVector down_bias;          // [E, H]
+  ExpertVector down_bias;           // [E, H]
   Activation activation;
   ScaleOn scale_on = ScaleOn::output;
 };
@@ -59,9 +59,9 @@ void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64
 
 // Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
 struct ExpertGradients {
-  void* dx = nullptr;                      // [T, H]
-  void* dweights = nullptr;                // [T, k], float32 (float64 where x is)
-  ExpertMatrix dgate{}, dup{}, ddown{};    // like gate, up, down
+  void* dx = nullptr;                    // [T, H]
+  void* dweights = nullptr;              // [T, k], float32 (float64 where x is)
+  ExpertMatrix dgate{}, dup{}, ddown{};  // like gate, up, down
   ExpertVector dgate_bias, dup_bias, ddown_bias;
 };
 

@@ -35,11 +35,11 @@ namespace cpu {
 
 struct GroupedGemm {
   int64_t S, E, N, K;
-  const int32_t* offsets;         // [E+1]
-  Rows x;                         // [S, K]
-  ExpertMatrix w;                 // [E, N, K]
-  ExpertVector bias;              // [E, N]
-  const void* scale = nullptr;    // [S], float32 (float64 where x is)
+  const int32_t* offsets;       // [E+1]
+  Rows x;                       // [S, K]
+  ExpertMatrix w;               // [E, N, K]
+  ExpertVector bias;            // [E, N]
+  const void* scale = nullptr;  // [S], float32 (float64 where x is)
   ScaleOn scale_on = ScaleOn::output;
 };
 

@@ -7,9 +7,23 @@ import torch
 # find_spec, not __file__: in an editable install the library does not lie beside this file.
 torch.ops.load_library(find_spec("moert._ops").origin)
 
+from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
-from moert.ops.permute import permute, permute_plan, unpermute  # noqa: E402
+from moert.ops import fused_experts, grouped_gemm, permute, permute_plan, unpermute  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, Routing  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "DispatchPlan", "ExpertLayout", "Routing", "info", "permute", "permute_plan", "unpermute"]
+__all__ = [
+    "Activation",
+    "DispatchPlan",
+    "ExpertLayout",
+    "Experts",
+    "GluExperts",
+    "Routing",
+    "fused_experts",
+    "grouped_gemm",
+    "info",
+    "permute",
+    "permute_plan",
+    "unpermute",
+]

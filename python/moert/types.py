@@ -65,7 +65,7 @@ class Activation:
 class ExpertLayout:
     """How expert weights lie in memory: Hugging Face's w1 [E, 2I, H], w2 [E, H, I] unless a flag says otherwise.
 
-    transposed: w1 [E, H, 2I], w2 [E, I, H].  interleaved: gate and up alternate along 2I instead of gate first, up after.
+    transposed: w1 [E, H, 2I], w2 [E, I, H].  interleaved: gate and up alternate along 2I, instead of all gates first.
     """
 
     transposed: bool = False

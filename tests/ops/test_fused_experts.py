@@ -135,7 +135,10 @@ def test_any_memory_layout(layout, dtype):
     assert_rows_close(run(fused_experts, *moved), lambda *a: run(fused_experts_ref, *a), *args)
     dy = torch.ones(1, 1, dtype=dtype).expand(LARGE.T, LARGE.H)
     assert_grads_close(
-        lambda *a: run(fused_experts, *[strided(x, layout) for x in a]), lambda *a: run(fused_experts_ref, *a), dy, *args
+        lambda *a: run(fused_experts, *[strided(x, layout) for x in a]),
+        lambda *a: run(fused_experts_ref, *a),
+        dy,
+        *args,
     )
 
 
@@ -157,7 +160,9 @@ def test_gradients_without_saved_pre_activations():
     args, run = case(LARGE)
     leaves = [a.requires_grad_() for a in args if a is not None]
     saved = torch.autograd.grad(run(fused_experts, *leaves).square().sum(), leaves)
-    again = torch.autograd.grad(checkpoint(lambda *a: run(fused_experts, *a), *leaves, use_reentrant=False).square().sum(), leaves)
+    again = torch.autograd.grad(
+        checkpoint(lambda *a: run(fused_experts, *a), *leaves, use_reentrant=False).square().sum(), leaves
+    )
     assert all(torch.equal(a, b) for a, b in zip(saved, again, strict=True))
     ids = torch.zeros(LARGE.T, LARGE.k).int()
     options = ("swiglu", 0.0, 0.0, False, False, "output", False)
@@ -166,7 +171,9 @@ def test_gradients_without_saved_pre_activations():
     recomputed = torch.autograd.grad(y.square().sum(), leaves)
     y, h = torch.ops.moert.fused_experts(leaves[0], ids, *leaves[1:], None, None, *options[:-1], True)
     assert h.shape == (LARGE.T * LARGE.k, 2 * LARGE.I)
-    assert all(torch.equal(a, b) for a, b in zip(recomputed, torch.autograd.grad(y.square().sum(), leaves), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(recomputed, torch.autograd.grad(y.square().sum(), leaves), strict=True)
+    )
 
 
 def test_only_what_is_needed_is_computed():
@@ -263,7 +270,7 @@ ERRORS = [
     ({"ids": torch.zeros(6).int()}, r"ids must be \[T, k\], got shape \[6\]"),
     ({"weights": torch.zeros(3, 1)}, r"weights must have the shape of ids, \[3, 2\], got \[3, 1\]"),
     ({"weights": torch.zeros(3, 2).double()}, "weights must have dtype Float or that of x, got Double"),
-    ({"w1": torch.zeros(E, 2 * I + 1, H)}, r"w1 must have an even 2I for the gated activation swiglu, got \[4, 11, 6\]"),
+    ({"w1": torch.zeros(E, 2 * I + 1, H)}, r"w1 must have an even 2I for .* swiglu, got \[4, 11, 6\]"),
     ({"w1": torch.zeros(E, 2 * I)}, r"w1 must be \[E, 2I, H\], got shape \[4, 10\]"),
     ({"w1": torch.zeros(E, 2 * I, H).bfloat16()}, "w1 must have the dtype of x, Float, got BFloat16"),
     ({"w2": torch.zeros(E, H, I + 1)}, r"w2 must have shape \[E=4, H=6, I=5\], got \[4, 6, 6\]"),

@@ -18,7 +18,14 @@ def case(shape, dtype=torch.float32, transposed=False):
     tokens = torch.where(order.values < E, order.indices // shape.k, -1).int()
     w = torch.randn((E, K, N) if transposed else (E, N, K)) / K**0.5
     x, bias, scale = torch.randn(T, K), torch.randn(E, N), torch.rand(T * shape.k) + 0.5
-    return x.to(dtype), w.to(dtype), offsets, bias.to(dtype), tokens, scale.to(torch.promote_types(dtype, torch.float32))
+    return (
+        x.to(dtype),
+        w.to(dtype),
+        offsets,
+        bias.to(dtype),
+        tokens,
+        scale.to(torch.promote_types(dtype, torch.float32)),
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["ENK", "EKN"])
@@ -27,7 +34,12 @@ def case(shape, dtype=torch.float32, transposed=False):
 def test_forward(shape, dtype, transposed):
     x, w, offsets, bias, tokens, scale = case(shape, dtype, transposed)
     rows = x[tokens.clamp_min(0).long()]
-    for bias_, scale_, on in ((None, None, "output"), (bias, None, "output"), (bias, scale, "output"), (bias, scale, "input")):
+    for bias_, scale_, on in (
+        (None, None, "output"),
+        (bias, None, "output"),
+        (bias, scale, "output"),
+        (bias, scale, "input"),
+    ):
 
         def ref(x, w, bias, scale, on=on):
             return grouped_gemm_ref(x, w, offsets, bias, tokens, scale, on, transposed)
@@ -50,7 +62,9 @@ def test_backward(shape, dtype, transposed, on):
         return fn(x, w, offsets, bias, tokens, scale, on, transposed)
 
     # Factor 3: a bias gradient sums up to 300 rows, and one rounding of dy * scale in dtype is added to torch's own.
-    assert_grads_close(lambda *a: run(grouped_gemm, *a), lambda *a: run(grouped_gemm_ref, *a), dy, x, w, bias, scale, factor=3)
+    assert_grads_close(
+        lambda *a: run(grouped_gemm, *a), lambda *a: run(grouped_gemm_ref, *a), dy, x, w, bias, scale, factor=3
+    )
 
 
 @pytest.mark.parametrize("on", ["output", "input"])

@@ -2,5 +2,6 @@
 
 from moert.ops.fused_experts import fused_experts
 from moert.ops.grouped_gemm import grouped_gemm
+from moert.ops.permute import permute, permute_plan, unpermute
 
-__all__ = ["fused_experts", "grouped_gemm"]
+__all__ = ["fused_experts", "grouped_gemm", "permute", "permute_plan", "unpermute"]
