@@ -1,0 +1,349 @@
+// The gating kernel, written once over the vectors of simd.h.  A lane is a token: nothing is summed across lanes, so
+// neither the width of a vector (with -ffp-contract=off) nor the tokens beside it can change a bit.
+#pragma once
+
+#include <utility>
+
+#include "cpu/gating_isa.h"
+#include "cpu/simd.h"
+
+namespace moert::cpu {
+namespace {
+
+MOERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// e^x for x <= 0, to 0.97 ulp; 0 below -87.33, where float32 has no normal numbers; NaN stays.
+MOERT_INLINE VecF exp_negative(VecF x) {
+  // n = round(x / ln 2), left in the low bits by the addition of 1.5 * 2^23; r = x - n ln 2, ln 2 in two parts.
+  const VecF shifted = x * 1.44269504f + 12582912.0f;
+  const VecF n = shifted - 12582912.0f;
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  // (e^r - 1 - r) / r^2 to 3.1e-9, minimax.
+  VecF p = r * 1.3814304256811738e-3f + 8.36885254830122e-3f;
+  p = p * r + 4.1668400168418884e-2f;
+  p = p * r + 1.666651964187622e-1f;
+  p = p * r + 4.999999403953552e-1f;
+  const VecF y = (p * (r * r) + r) + 1.0f;
+  const VecI power = (bit_cast_vector<VecI>(shifted) + 127) << 23;
+  return x < -87.33f ? VecF{} : y * bit_cast_vector<VecF>(power);
+}
+
+MOERT_INLINE Vec<double> exp_negative(Vec<double> x) { return exp(x); }
+
+// a and b change places in the lanes where `wanted` is all ones.  One blend: GCC makes a mask of its own for each.
+template <typename Ints>
+MOERT_INLINE void exchange(Ints wanted, Ints& a, Ints& b) {
+  const Ints both = a ^ b;
+  b = wanted ? a : b;
+  a = both ^ b;
+}
+
+// Lanes whose number has the bit Step change places between two rows that are Step apart.
+template <int Step, typename Reals, int... lane>
+MOERT_INLINE void swap_lanes(Reals& a, Reals& b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+#ifdef __clang__
+  const Reals low = __builtin_shufflevector(a, b, (lane & Step ? lanes + lane - Step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & Step ? lanes + lane : lane + Step)...);
+#else
+  using Ints = decltype(a < b);
+  const Reals low = __builtin_shuffle(a, b, Ints{(lane & Step ? lanes + lane - Step : lane)...});
+  b = __builtin_shuffle(a, b, Ints{(lane & Step ? lanes + lane : lane + Step)...});
+#endif
+  a = low;
+}
+
+template <int Step, typename Reals, int lanes>
+MOERT_INLINE void transpose_from(Reals (&tile)[lanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (!(i & Step)) swap_lanes<Step>(tile[i], tile[i | Step], std::make_integer_sequence<int, lanes>());
+  if constexpr (2 * Step < lanes) transpose_from<2 * Step>(tile);
+}
+
+template <typename Real>
+struct Gating {
+  static constexpr int lanes = kLanes<Real>;
+  using Int = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  using Reals = Vec<Real>;
+  using Ints = Vec<Int>;
+
+  // Selection scores as integers in the same order: no choice at all, then NaN, then -inf to inf.
+  static constexpr Int kMax = Int(~uint64_t(0) >> (65 - 8 * sizeof(Int)));
+  static constexpr Int kNone = -kMax - 1;
+  static constexpr Int kNan = kNone + 1;
+  static constexpr Real kInf = Real(__builtin_inf());
+
+  static MOERT_INLINE Ints order(Reals x) {
+    const Ints bits = bit_cast_vector<Ints>(x + Real(0));  // -0 becomes 0
+    const Ints key = bits ^ (bits >> (8 * sizeof(Int) - 1) & kMax);
+    return x == x ? key : splat(kNan);
+  }
+
+  // rows[e] = logits of expert e for the tokens from `token` on; lanes beyond T repeat the last token.
+  template <typename In>
+  static void load_rows(const GatingCall& call, int64_t token, Reals* rows) {
+    const In* source[lanes];
+    for (int lane = 0; lane < lanes; ++lane)
+      source[lane] = static_cast<const In*>(call.logits) + smaller(token + lane, call.T - 1) * call.stride;
+    for (int64_t e = 0; e < call.E; e += lanes) {
+      Reals tile[lanes];
+      const int64_t width = smaller(lanes, call.E - e);
+      for (int lane = 0; lane < lanes; ++lane)
+        tile[lane] = width == lanes ? load(source[lane] + e) : load_first(source[lane] + e, width);
+      transpose_from<1>(tile);
+      for (int i = 0; i < lanes; ++i) rows[e + i] = tile[i];
+    }
+  }
+
+  template <typename Out>
+  static void store_rows(const GatingCall& call, int64_t token, int64_t count, const Reals* rows) {
+    for (int64_t e = 0; e < call.E; e += lanes) {
+      Reals tile[lanes];
+      for (int i = 0; i < lanes; ++i) tile[i] = rows[e + i];
+      transpose_from<1>(tile);
+      const int64_t width = smaller(lanes, call.E - e);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        Out* target = static_cast<Out*>(call.dlogits) + (token + lane) * call.E + e;
+        if (width == lanes)
+          store(target, tile[lane]);
+        else
+          store_first(target, tile[lane], width);
+      }
+    }
+  }
+
+  static void load_any(const GatingCall& call, int64_t token, Reals* rows) {
+    if constexpr (sizeof(Real) == 8)
+      return load_rows<double>(call, token, rows);
+    else if (call.dtype == DType::f32)
+      return load_rows<float>(call, token, rows);
+    else if (call.dtype == DType::bf16)
+      return load_rows<bf16>(call, token, rows);
+    else
+      return load_rows<f16>(call, token, rows);
+  }
+
+  static void store_any(const GatingCall& call, int64_t token, int64_t count, const Reals* rows) {
+    if constexpr (sizeof(Real) == 8)
+      return store_rows<double>(call, token, count, rows);
+    else if (call.dtype == DType::f32)
+      return store_rows<float>(call, token, count, rows);
+    else if (call.dtype == DType::bf16)
+      return store_rows<bf16>(call, token, count, rows);
+    else
+      return store_rows<f16>(call, token, count, rows);
+  }
+
+  // rows = e^(rows - max), returns their sum: four partial sums in the order of the experts.
+  static Reals softmax_numerators(int64_t n, Reals* rows) {
+    Reals max = splat(-kInf), sums[4] = {};
+    for (int64_t e = 0; e < n; ++e) max = rows[e] > max ? rows[e] : max;
+    for (int64_t e = 0; e < n; ++e) {
+      rows[e] = exp_negative(rows[e] - max);
+      sums[e % 4] += rows[e];
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  static MOERT_INLINE Reals sigmoid(Reals x) {
+    const Reals z = exp_negative(x > 0 ? -x : x);
+    return (x > 0 ? splat(Real(1)) : z) / (1 + z);
+  }
+
+  // rows = scores; a softmax is left without its denominator, which is returned.
+  static Reals score_rows(const GatingCall& call, Reals* rows) {
+    const Score score = call.options->score;
+    if (score == Score::softmax) return softmax_numerators(call.E, rows);
+    if (score == Score::sigmoid)
+      for (int64_t e = 0; e < call.E; ++e) rows[e] = sigmoid(rows[e]);
+    if (score == Score::relu)
+      for (int64_t e = 0; e < call.E; ++e) rows[e] = rows[e] < 0 ? Reals{} : rows[e];
+    return splat(Real(1));
+  }
+
+  static MOERT_INLINE Reals selection(const GatingCall& call, const Reals* rows, int64_t e) {
+    return call.bias ? rows[e] + static_cast<const Real*>(call.bias)[e] : rows[e];
+  }
+
+  // allowed[g] = all ones where group g is among the best.
+  static void limit_groups(const GatingCall& call, const Reals* rows, Ints* scores, Ints* allowed) {
+    const GatingOptions& options = *call.options;
+    const int64_t G = options.num_groups, size = call.E / G;
+    const Reals lowest = splat(-kInf);
+    for (int64_t g = 0; g < G; ++g) {
+      Reals first = lowest, second = lowest;
+      for (int64_t e = g * size; e < (g + 1) * size; ++e) {
+        const Reals x = selection(call, rows, e);  // a NaN is above nothing
+        const Reals loser = x > first ? first : x;
+        first = x > first ? x : first;
+        second = loser > second ? loser : second;
+      }
+      scores[g] = order(options.group_score == GroupScore::top2 ? first + second : first);
+    }
+    for (int64_t g = 0; g < G; ++g) {
+      Ints better = {};
+      for (int64_t h = 0; h < G; ++h) better -= h < g ? scores[h] >= scores[g] : scores[h] > scores[g];
+      allowed[g] = better < Int(options.topk_groups);
+    }
+  }
+
+  // best and ids [k] = the largest selection scores in descending order: an insertion sort that moves four experts at
+  // a time down the list.  From the last expert to the first, so that whoever comes from above wins a tie.
+  static void select(const GatingCall& call, const Reals* rows, const Ints* allowed, Ints* best, Ints* ids) {
+    const int64_t E = call.E, k = call.k, size = E / call.options->num_groups;
+    for (int64_t j = 0; j < k; ++j) best[j] = splat(kNone), ids[j] = Ints{};
+    for (int64_t last = E - 1; last >= 0; last -= 4) {
+      Ints keys[4], names[4];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t e = last - i;
+        keys[i] = e >= 0 ? order(selection(call, rows, e)) : splat(kNone);
+        if (allowed && e >= 0) keys[i] = allowed[e / size] ? keys[i] : splat(kNone);
+        names[i] = splat(Int(e));
+      }
+      const int64_t filled = smaller(k, E - last + 3);
+      for (int64_t j = 0; j < filled; ++j) {
+        Ints key = best[j], name = ids[j];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Ints wins = keys[i] >= key;
+          exchange(wins, keys[i], key);
+          exchange(wins, names[i], name);
+        }
+        best[j] = key;
+        ids[j] = name;
+      }
+    }
+  }
+
+  // weights [k] in: scores of the choices; out: what a token multiplies its experts by.
+  static void weigh(const GatingCall& call, Reals* weights) {
+    const GatingOptions& options = *call.options;
+    Reals sum = {};
+    for (int64_t j = 0; j < call.k; ++j) sum += weights[j];
+    const Reals denominator = options.renormalize ? sum + Real(1e-20) : splat(Real(1));
+    for (int64_t j = 0; j < call.k; ++j) weights[j] = weights[j] / denominator * Real(options.scale);
+  }
+
+  static void divide(int64_t n, Reals denominator, Reals* rows) {
+    for (int64_t i = 0; i < n; ++i) rows[i] /= denominator;
+  }
+
+  // Tokens [token, token + count), count <= lanes.
+  static void forward(const GatingCall& call, int64_t token, int64_t count, void* scratch) {
+    const GatingOptions& options = *call.options;
+    const int64_t E = call.E, k = call.k, G = options.num_groups;
+    Reals* rows = static_cast<Reals*>(scratch);
+    Reals* weights = rows + (E + 15) / 16 * 16;
+    Ints* ids = reinterpret_cast<Ints*>(weights + k);
+    Ints* best = ids + k;
+    Ints* groups = best + k;
+    const bool limited = options.topk_groups < G;
+    const bool by_top2 = limited && options.group_score == GroupScore::top2;
+    // A score grows with its logit: where nothing is added, the order of the logits is that of the scores before
+    // rounding.
+    const bool by_logit = !call.bias && !by_top2 && options.score != Score::relu;
+
+    const auto choose = [&] {
+      if (limited) limit_groups(call, rows, groups, groups + G);
+      select(call, rows, limited ? groups + G : nullptr, best, ids);
+    };
+    load_any(call, token, rows);
+    if (by_logit) choose();
+    const Reals denominator = score_rows(call, rows);
+    if (!by_logit) {
+      if (options.score == Score::softmax) divide(E, denominator, rows);
+      choose();
+    }
+    for (int64_t j = 0; j < k; ++j)
+      for (int lane = 0; lane < lanes; ++lane) weights[j][lane] = rows[ids[j][lane]][lane];
+    if (options.score == Score::softmax_over_topk) divide(k, softmax_numerators(k, weights), weights);
+    if (options.score == Score::softmax && by_logit) divide(k, denominator, weights);
+    weigh(call, weights);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      Real* weights_out = static_cast<Real*>(call.weights) + (token + lane) * k;
+      int32_t* ids_out = call.ids + (token + lane) * k;
+      for (int64_t j = 0; j < k; ++j) {
+        weights_out[j] = weights[j][lane];
+        ids_out[j] = int32_t(ids[j][lane]);
+      }
+    }
+  }
+
+  // dweights -> dscores, in place: through the scale and the renormalisation.
+  static void unweigh(const GatingCall& call, const Reals* scores, Reals* dweights) {
+    const GatingOptions& options = *call.options;
+    Reals sum = {}, dot = {};
+    for (int64_t j = 0; j < call.k; ++j) {
+      dweights[j] *= Real(options.scale);
+      sum += scores[j];
+      dot += dweights[j] * scores[j];
+    }
+    if (!options.renormalize) return;
+    const Reals denominator = sum + Real(1e-20), mean = dot / denominator;
+    for (int64_t j = 0; j < call.k; ++j) dweights[j] = (dweights[j] - mean) / denominator;
+  }
+
+  // dscores -> dlogits of the choices, in place; the softmaxes subtract the mean of dscores, which is returned.
+  static Reals unscore(const GatingCall& call, const Reals* scores, Reals* dscores) {
+    const Score score = call.options->score;
+    Reals mean = {};
+    for (int64_t j = 0; j < call.k; ++j) mean += dscores[j] * scores[j];
+    for (int64_t j = 0; j < call.k; ++j) {
+      if (score == Score::sigmoid)
+        dscores[j] *= scores[j] * (1 - scores[j]);
+      else if (score == Score::relu)
+        dscores[j] = scores[j] > 0 ? dscores[j] : Reals{};
+      else
+        dscores[j] = scores[j] * (dscores[j] - mean);
+    }
+    return mean;
+  }
+
+  static void backward(const GatingCall& call, int64_t token, int64_t count, void* scratch) {
+    const Score score = call.options->score;
+    const int64_t E = call.E, k = call.k;
+    Reals* rows = static_cast<Reals*>(scratch);
+    Reals* scores = rows + (E + 15) / 16 * 16;
+    Reals* d = scores + k;
+    load_any(call, token, rows);
+    const Reals denominator = score_rows(call, rows);
+    if (score == Score::softmax) divide(E, denominator, rows);
+
+    const int32_t* ids = call.ids + token * k;
+    const Real* dweights = static_cast<const Real*>(call.weights) + token * k;
+    const bool over_topk = score == Score::softmax_over_topk;
+    const auto kept = [&](int64_t lane, int64_t j) {
+      return lane < count && ids[lane * k + j] >= 0 && ids[lane * k + j] < E;
+    };
+    for (int64_t j = 0; j < k; ++j)
+      for (int lane = 0; lane < lanes; ++lane) {
+        const bool in = kept(lane, j);
+        scores[j][lane] = in ? rows[ids[lane * k + j]][lane] : over_topk ? -kInf : Real(0);
+        d[j][lane] = in ? dweights[lane * k + j] : Real(0);
+      }
+    if (over_topk) divide(k, softmax_numerators(k, scores), scores);
+    unweigh(call, scores, d);
+    const Reals mean = unscore(call, scores, d);
+    for (int64_t e = 0; e < E; ++e) rows[e] = score == Score::softmax ? 0 - rows[e] * mean : Reals{};
+    for (int64_t j = 0; j < k; ++j)
+      for (int lane = 0; lane < lanes; ++lane)
+        if (kept(lane, j)) rows[ids[lane * k + j]][lane] = d[j][lane];
+    store_any(call, token, count, rows);
+  }
+};
+
+template <typename Real>
+void forward_tokens(const GatingCall& call, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t step = kLanes<Real>;
+  for (int64_t t = begin; t < end; t += step) Gating<Real>::forward(call, t, smaller(step, end - t), scratch);
+}
+
+template <typename Real>
+void backward_tokens(const GatingCall& call, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t step = kLanes<Real>;
+  for (int64_t t = begin; t < end; t += step) Gating<Real>::backward(call, t, smaller(step, end - t), scratch);
+}
+
+}  // namespace
+}  // namespace moert::cpu
