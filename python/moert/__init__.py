@@ -9,8 +9,8 @@ torch.ops.load_library(find_spec("moert._ops").origin)
 
 from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
-from moert.ops import fused_experts, grouped_gemm, permute, permute_plan, unpermute  # noqa: E402
-from moert.types import Activation, DispatchPlan, ExpertLayout, Routing  # noqa: E402
+from moert.ops import fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute  # noqa: E402
+from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,11 +19,13 @@ __all__ = [
     "ExpertLayout",
     "Experts",
     "GluExperts",
+    "GroupLimit",
     "Routing",
     "fused_experts",
     "grouped_gemm",
     "info",
     "permute",
     "permute_plan",
+    "topk_gating",
     "unpermute",
 ]

@@ -76,7 +76,8 @@ class ExpertLayout:
 class GroupLimit:
     """Experts in num_groups equal contiguous groups, of which a token uses only its topk_groups best.
 
-    A group is as good as the sum of its two best experts (score "top2", DeepSeek-V3) or its best one ("max", DeepSeek-V2).
+    A group is as good as the sum of its two best experts (score "top2", DeepSeek-V3) or as its best one ("max",
+    DeepSeek-V2).
     """
 
     num_groups: int

@@ -1,7 +1,8 @@
 """The operators, one file each."""
 
 from moert.ops.fused_experts import fused_experts
+from moert.ops.gating import topk_gating
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.ops.permute import permute, permute_plan, unpermute
 
-__all__ = ["fused_experts", "grouped_gemm", "permute", "permute_plan", "unpermute"]
+__all__ = ["fused_experts", "grouped_gemm", "permute", "permute_plan", "topk_gating", "unpermute"]

@@ -1,6 +1,7 @@
 """Gating: which experts a token goes to, and with what weights.  G expert groups.
 
-Scores of Switch (arXiv:2101.03961), Mixtral (2401.04088), DeepSeek-V2 and -V3 (2405.04434, 2412.19437), ReMoE (2412.14711).
+Scores of Switch (arXiv:2101.03961), Mixtral (2401.04088), DeepSeek-V2 and V3 (2405.04434, 2412.19437), ReMoE
+(2412.14711).
 """
 
 import torch
@@ -22,10 +23,10 @@ def topk_gating(
 ) -> tuple[Tensor, Tensor]:
     """The k experts of the highest score, and their scores as weights.
 
-    logits [T, E], bias [E] -> weights [T, k] float32 in the order of selection, ids [T, k] int32; ties go to the lower id.
-    score: "softmax", "softmax_over_topk" (of the k chosen logits), "sigmoid" or "relu".  The bias counts in the selection
-    only and has no gradient; renormalize divides by the sum + 1e-20; scale comes last.  Arithmetic and weights are
-    float64 for float64 logits.  A NaN loses to everything, and the ids of a row are distinct even if all of it is NaN.
+    logits [T, E], bias [E] -> weights [T, k] float32 in the order of selection, ids [T, k] int32; ties go to the lower
+    id.  score: "softmax", "softmax_over_topk" (of the k chosen logits), "sigmoid" or "relu".  The bias counts in the
+    selection only and has no gradient; renormalize divides by the sum + 1e-20; scale comes last.  Arithmetic and
+    weights are float64 for float64 logits.  A NaN loses to everything; the ids of a row are distinct, come what may.
     """
     limit = groups or _NO_LIMIT
     return torch.ops.moert.topk_gating(
