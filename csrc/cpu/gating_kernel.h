@@ -273,14 +273,15 @@ struct Gating {
   // dweights -> dscores, in place: through the scale and the renormalisation.
   static void unweigh(const GatingCall& call, const Reals* scores, Reals* dweights) {
     const GatingOptions& options = *call.options;
-    Reals sum = {}, dot = {};
+    Reals sum = {}, mean = {};
     for (int64_t j = 0; j < call.k; ++j) {
       dweights[j] *= Real(options.scale);
       sum += scores[j];
-      dot += dweights[j] * scores[j];
     }
     if (!options.renormalize) return;
-    const Reals denominator = sum + Real(1e-20), mean = dot / denominator;
+    const Reals denominator = sum + Real(1e-20);
+    // Each weight is rounded first: that of a single choice is then exactly 1, and its gradient exactly 0.
+    for (int64_t j = 0; j < call.k; ++j) mean += dweights[j] * (scores[j] / denominator);
     for (int64_t j = 0; j < call.k; ++j) dweights[j] = (dweights[j] - mean) / denominator;
   }
 

@@ -77,8 +77,10 @@ def test_backward(shape, kwargs, dtype):
     logits, dweights = torch.randn(shape.T, shape.E).to(dtype), torch.randn(shape.T, shape.k)
     dlogits = grad_of(topk_gating, shape.k, dweights, kwargs)(logits)
     assert dlogits.dtype == dtype
-    # A gradient of renormalised weights cancels where one expert has most of the weight.
-    assert_rows_close(dlogits, grad_of(topk_gating_ref, shape.k, dweights, kwargs), logits, factor=4)
+    if shape.k == 1 and kwargs.get("renormalize"):
+        assert (dlogits == 0).all()  # a weight of 1 whatever the logits; plain torch leaves rounding errors
+    else:
+        assert_rows_close(dlogits, grad_of(topk_gating_ref, shape.k, dweights, kwargs), logits)
 
 
 @pytest.mark.parametrize("renormalize", (False, True))
