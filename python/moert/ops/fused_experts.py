@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moert.ops.autocast import autocast
 from moert.ops.once_differentiable import once_differentiable
+from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Routing
 
 
@@ -98,12 +99,14 @@ def fused_experts_ref(
 
 @torch.library.register_fake("moert::fused_experts")
 def _(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save):
+    same_device(x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2)
     slots = ids.shape[0] * ids.shape[1] if save else 0
     return x.new_empty(x.shape), x.new_empty(slots, w1.shape[2] if transposed else w1.shape[1])
 
 
 @torch.library.register_fake("moert::fused_experts_backward")
 def _(dy, x, ids, weights, w1, w2, b1, b2, h, activation, alpha, limit, transposed, interleaved, scale_on, needs):
+    same_device(dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h)
     like = (x, weights, w1, w2, b1, b2)
     shapes = [() if t is None else t.shape for t in like]
     out = []

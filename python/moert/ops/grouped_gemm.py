@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moert.ops.autocast import autocast
 from moert.ops.once_differentiable import once_differentiable
+from moert.ops.same_device import same_device
 
 
 def grouped_gemm(
@@ -44,12 +45,14 @@ def grouped_gemm_ref(x, w, offsets, bias=None, tokens=None, scale=None, scale_on
 
 @torch.library.register_fake("moert::grouped_gemm")
 def _(x, w, offsets, bias, tokens, scale, scale_on, transposed):
+    same_device(x=x, w=w, offsets=offsets, bias=bias, tokens=tokens, scale=scale)
     S = x.shape[0] if tokens is None else tokens.shape[0]
     return x.new_empty(S, w.shape[2] if transposed else w.shape[1])
 
 
 @torch.library.register_fake("moert::grouped_gemm_wgrad")
 def _(dy, x, offsets, tokens, transposed):
+    same_device(dy=dy, x=x, offsets=offsets, tokens=tokens)
     E, N, K = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
     return dy.new_empty((E, K, N) if transposed else (E, N, K))
 

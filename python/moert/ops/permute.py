@@ -6,6 +6,7 @@ Letters: T tokens, k choices per token, E experts, H hidden; T*k slots, of which
 import torch
 from torch import Tensor
 
+from moert.ops.same_device import same_device
 from moert.types import DispatchPlan
 
 
@@ -67,16 +68,19 @@ def _(ids, num_experts):
 
 @torch.library.register_fake("moert::permute")
 def _(x, tokens, slots):
+    same_device(x=x, tokens=tokens, slots=slots)
     return x.new_empty(tokens.shape[0], x.shape[1])
 
 
 @torch.library.register_fake("moert::unpermute")
 def _(rows, tokens, slots, weights):
+    same_device(rows=rows, tokens=tokens, slots=slots, weights=weights)
     return rows.new_empty(slots.shape[0], rows.shape[1])
 
 
 @torch.library.register_fake("moert::unpermute_backward")
 def _(dy, rows, tokens, slots, weights):
+    same_device(dy=dy, rows=rows, tokens=tokens, slots=slots, weights=weights)
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 

@@ -1,0 +1,224 @@
+"""Bad calls: a valid call of each operator, one argument replaced, and the exact complaint."""
+
+import pytest
+import torch
+
+from moert.ops.fused_experts import fused_experts
+from moert.testing import random_routing
+from moert.types import ExpertLayout, Routing
+
+FLOAT = "Float, BFloat16, Half or Double"
+T, E, k, H, I, S = 3, 4, 2, 6, 5, 6
+IDS = torch.tensor([[0, 3], [1, 0], [2, -1]], dtype=torch.int32)
+OFFSETS, TOKENS, SLOTS = torch.ops.moert.permute_plan(IDS, E)
+NOT_FLOAT = torch.zeros(T, H, dtype=torch.int64)
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(*shape, dtype=dtype)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+PLAN = {"tokens": TOKENS, "slots": SLOTS}
+GEMM = {"x": ones(S, H), "w": ones(E, I, H), "offsets": OFFSETS, "bias": ones(E, I), "tokens": None, "scale": ones(S)}
+EXPERTS = {
+    "x": ones(T, H),
+    "ids": IDS,
+    "weights": ones(T, k),
+    "w1": ones(E, 2 * I, H),
+    "w2": ones(E, H, I),
+    "b1": ones(E, 2 * I),
+    "b2": ones(E, H),
+    "activation": "swiglu",
+    "alpha": 1.0,
+    "limit": 1.0,
+    "transposed": False,
+    "interleaved": False,
+    "scale_on": "output",
+}
+VALID = {
+    "permute_plan": {"ids": IDS, "num_experts": E},
+    "permute": {"x": ones(T, H), **PLAN},
+    "unpermute": {"rows": ones(S, H), **PLAN, "weights": ones(T, k)},
+    "unpermute_backward": {"dy": ones(T, H), "rows": ones(S, H), **PLAN, "weights": ones(T, k)},
+    "grouped_gemm": {**GEMM, "scale_on": "output", "transposed": False},
+    "grouped_gemm_wgrad": {
+        "dy": ones(S, I),
+        "x": ones(S, H),
+        "offsets": OFFSETS,
+        "tokens": None,
+        "transposed": False,
+    },
+    "fused_experts": {**EXPERTS, "save": False},
+    "fused_experts_backward": {"dy": ones(T, H), **EXPERTS, "h": ones(S, 2 * I), "needs": 63},
+}
+BAD = {
+    "permute_plan": [
+        ("ids", IDS[0], r"ids must be \[T, k\], got shape \[2\]"),
+        ("ids", IDS[None], r"ids must be \[T, k\], got shape \[1, 3, 2\]"),
+        ("ids", IDS.float(), "ids must have an integer dtype, got Float"),
+        ("ids", IDS.bool(), "ids must have an integer dtype, got Bool"),
+        ("ids", IDS.cfloat(), "ids must have an integer dtype, got ComplexFloat"),
+        ("num_experts", 0, r"num_experts must be in \[1, 2\^31 - 2\], got 0"),
+        ("num_experts", -(2**63), r"num_experts must be in \[1, 2\^31 - 2\], got -9223372036854775808"),
+        ("num_experts", 2**31 - 1, r"num_experts must be in \[1, 2\^31 - 2\], got 2147483647"),
+        ("num_experts", 2.5, "Expected a value of type 'int' for argument 'num_experts'"),
+        ("num_experts", None, "Expected a value of type 'int' for argument 'num_experts'"),
+    ],
+    "permute": [
+        ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
+        ("x", ones(T + 1, H), r"x must have shape \[T=3, H\], got \[4, 6\]"),
+        ("x", NOT_FLOAT, f"x must have dtype {FLOAT}, got Long"),
+        ("x", ones(T, H).cfloat(), f"x must have dtype {FLOAT}, got ComplexFloat"),
+        ("tokens", TOKENS.long(), "tokens must have dtype Int, got Long"),
+        ("tokens", TOKENS.view(T, k), r"tokens must have shape \[T\*k=6\], got \[3, 2\]"),
+        ("tokens", TOKENS[:-1], r"tokens must have shape \[T\*k=6\], got \[5\]"),
+        ("tokens", TOKENS + 1, r"tokens must hold -1 or be in \[0, T=3\), got 3"),
+        ("tokens", TOKENS - 1, r"tokens must hold -1 or be in \[0, T=3\), got -2"),
+        ("slots", SLOTS.flatten(), r"slots must be \[T, k\], got shape \[6\]"),
+        ("slots", SLOTS.short(), "slots must have dtype Int, got Short"),
+        ("x", [1.0], "Expected a value of type 'Tensor' for argument 'x'"),
+    ],
+    "unpermute": [
+        ("rows", ones(S), r"rows must be \[T\*k, H\], got shape \[6\]"),
+        ("rows", ones(T, H), r"rows must have shape \[T\*k=6, H\], got \[3, 6\]"),
+        ("rows", ones(S, H).bool(), f"rows must have dtype {FLOAT}, got Bool"),
+        ("slots", SLOTS + 2, r"slots must hold -1 or be in \[0, S=6\), got 6"),
+        ("slots", SLOTS - 1, r"slots must hold -1 or be in \[0, S=6\), got -2"),
+        ("weights", ones(k, T), r"weights must have shape \[T=3, k=2\], got \[2, 3\]"),
+        ("weights", ones(T, k, dtype=torch.float64), "weights must have dtype Float or that of rows, got Double"),
+        ("weights", ones(T, k, dtype=torch.int32), "weights must have dtype Float or that of rows, got Int"),
+    ],
+    "unpermute_backward": [
+        ("dy", ones(T, H + 1), r"dy must have shape \[T=3, H=6\], got \[3, 7\]"),
+        ("dy", ones(T, H).half(), "dy must have the dtype of rows, Float, got Half"),
+        ("rows", ones(S, H, 1), r"rows must be \[T\*k, H\], got shape \[6, 6, 1\]"),
+        ("tokens", TOKENS + 2**30, r"tokens must hold -1 or be in \[0, T=3\), got 10737"),
+        ("slots", SLOTS + 2**30, r"slots must hold -1 or be in \[0, S=6\), got 10737"),
+        ("weights", ones(T), r"weights must have shape \[T=3, k=2\], got \[3\]"),
+    ],
+    "grouped_gemm": [
+        ("x", ones(S), r"x must be \[S, K\], got shape \[6\]"),
+        ("x", ones(S, H).int(), f"x must have dtype {FLOAT}, got Int"),
+        ("x", ones(S, H + 1), r"w must have shape \[E, N, K=7\], got \[4, 5, 6\]"),
+        ("x", ones(S - 2, H), r"offsets must end at or below S=4, got 5"),
+        ("w", ones(I, H), r"w must be \[E, N, K\], got shape \[5, 6\]"),
+        ("w", ones(E, I, H).half(), "w must have the dtype of x, Float, got Half"),
+        ("transposed", True, r"w must have shape \[E, K=6, N\], got \[4, 5, 6\]"),
+        ("offsets", OFFSETS[None], r"offsets must be \[E\+1\], got shape \[1, 5\]"),
+        ("offsets", OFFSETS.long(), "offsets must have dtype Int, got Long"),
+        ("offsets", OFFSETS[:1], r"offsets must have shape \[E\+1\] with E >= 1, got \[1\]"),
+        ("offsets", OFFSETS[:-1], r"offsets must have shape \[E\+1=5\], got \[4\]"),
+        ("offsets", OFFSETS + 1, "offsets must ascend from 0, got other values"),
+        ("offsets", ints(0, 3, 2, 4, 5), "offsets must ascend from 0, got other values"),
+        ("offsets", ints(0, 1, 2, 3, 2**31 - 1), "offsets must end at or below S=6, got 2147483647"),
+        ("bias", ones(E), r"bias must have shape \[E=4, N=5\], got \[4\]"),
+        ("bias", ones(E, I).double(), "bias must have the dtype of x, Float, got Double"),
+        ("tokens", ints(0, 1, 2, 3, 6, -1), r"tokens must be in \[0, T=6\) for every slot in use, got 6"),
+        ("tokens", ints(-1, 1, 2, 3, 4, -1), r"tokens must be in \[0, T=6\) for every slot in use, got -1"),
+        ("tokens", TOKENS.long(), "tokens must have dtype Int, got Long"),
+        ("tokens", SLOTS, r"tokens must be \[S\], got shape \[3, 2\]"),
+        ("scale", ones(S, 1), r"scale must have shape \[S=6\], got \[6, 1\]"),
+        ("scale", ones(S).half(), "scale must have dtype Float or that of x, got Half"),
+        ("scale_on", "both", "scale_on must be output or input, got both"),
+    ],
+    "grouped_gemm_wgrad": [
+        ("dy", ones(S), r"dy must be \[S, N\], got shape \[6\]"),
+        ("dy", ones(S, I).int(), f"dy must have dtype {FLOAT}, got Int"),
+        ("x", ones(H), r"x must be \[S, K\], got shape \[6\]"),
+        ("x", ones(S - 1, H), r"x must have shape \[S=6, K\], got \[5, 6\]"),
+        ("x", ones(S, H).double(), "x must have the dtype of dy, Float, got Double"),
+        ("offsets", OFFSETS * 2, "offsets must end at or below S=6, got 10"),
+        ("tokens", TOKENS[1:], r"tokens must have shape \[S=6\], got \[5\]"),
+        ("tokens", TOKENS + 6, r"tokens must be in \[0, T=6\) for every slot in use, got"),
+    ],
+    "fused_experts": [
+        ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
+        ("x", NOT_FLOAT, f"x must have dtype {FLOAT}, got Long"),
+        ("x", ones(T, H).bfloat16(), "w1 must have the dtype of x, BFloat16, got Float"),
+        ("x", ones(T, H + 1), r"w1 must have shape \[E, 2I, H=7\], got \[4, 10, 6\]"),
+        ("ids", IDS.flatten(), r"ids must be \[T, k\], got shape \[6\]"),
+        ("ids", IDS[1:], r"ids must have shape \[T=3, k\], got \[2, 2\]"),
+        ("ids", IDS.float(), "ids must have an integer dtype, got Float"),
+        ("weights", ones(T), r"weights must be \[T, k\], got shape \[3\]"),
+        ("weights", ones(T, k + 1), r"weights must have the shape of ids, \[3, 2\], got \[3, 3\]"),
+        ("weights", ones(T, k).half(), "weights must have dtype Float or that of x, got Half"),
+        ("w1", ones(2 * I, H), r"w1 must be \[E, 2I, H\], got shape \[10, 6\]"),
+        ("w1", ones(E, 9, H), r"w1 must have an even 2I for the gated activation swiglu, got \[4, 9, 6\]"),
+        ("w1", ones(0, 2 * I, H), r"w2 must have shape \[E=0, H=6, I=5\], got \[4, 6, 5\]"),
+        ("w2", ones(E, H), r"w2 must be \[E, H, I\], got shape \[4, 6\]"),
+        ("w2", ones(E, I, H), r"w2 must have shape \[E=4, H=6, I=5\], got \[4, 5, 6\]"),
+        ("w2", ones(E, H, I).half(), "w2 must have the dtype of x, Float, got Half"),
+        ("b1", ones(E, I), r"b1 must have shape \[E=4, 2I=10\], got \[4, 5\]"),
+        ("b2", ones(H), r"b2 must have shape \[E=4, H=6\], got \[6\]"),
+        ("b2", ones(E, H).half(), "b2 must have the dtype of x, Float, got Half"),
+        ("activation", "swish", "activation must be one of identity, silu, .*, got swish"),
+        ("activation", "silu", r"w2 must have shape \[E=4, H=6, I=10\], got \[4, 6, 5\]"),
+        ("transposed", True, r"w1 must have shape \[E, H=6, 2I\], got \[4, 10, 6\]"),
+        ("scale_on", "", "scale_on must be output or input, got "),
+    ],
+    "fused_experts_backward": [
+        ("dy", ones(T, H + 1), r"dy must have shape \[T=3, H=6\], got \[3, 7\]"),
+        ("dy", ones(T, H).double(), "dy must have the dtype of x, Float, got Double"),
+        ("h", ones(S, I), r"h must be what fused_experts returned, \[T\*k, 2I\] or \[0, 2I\], got \[6, 5\]"),
+        ("h", ones(S, 2 * I).half(), "h must have the dtype of x, Float, got Half"),
+    ],
+}
+
+
+def call(op, **replaced):
+    return getattr(torch.ops.moert, op)(**{**VALID[op], **replaced})
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_the_calls_that_are_spoilt_are_valid(op):
+    out = call(op)
+    out = (out,) if torch.is_tensor(out) else out
+    assert all(t.isfinite().all() for t in out)
+
+
+@pytest.mark.parametrize(
+    "op,argument,value,message", [(op, *row) for op, rows in BAD.items() for row in rows], ids=lambda v: str(v)[:24]
+)
+def test_bad_call(op, argument, value, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(op, **{argument: value})
+
+
+def test_the_table_is_long_enough():
+    assert sum(map(len, BAD.values())) >= 80
+
+
+@pytest.mark.parametrize("op", VALID)
+def test_one_device(op):
+    tensors = {name: value for name, value in VALID[op].items() if torch.is_tensor(value)}
+    first = next(iter(tensors))
+    for name, value in tensors.items():
+        message = (
+            rf"\w+ must be on the device of {first}, meta, got cpu" if name == first else rf"{name} must be on the de"
+        )
+        if len(tensors) > 1:
+            with pytest.raises(RuntimeError, match=message):
+                call(op, **{name: value.to("meta")})
+
+
+@pytest.mark.parametrize("layout", ("sparse", "quantized"))
+def test_tensors_without_strides_are_refused(layout):
+    x = ones(T, H)
+    odd = x.to_sparse() if layout == "sparse" else torch.quantize_per_tensor(x, 1.0, 0, torch.qint8)
+    for op, name in (("permute", "x"), ("unpermute", "weights"), ("grouped_gemm", "x"), ("fused_experts", "x")):
+        with pytest.raises((NotImplementedError, RuntimeError), match="moert::|must have dtype|strides"):
+            call(op, **{name: odd})
+
+
+def test_python_arguments():
+    x, routing, w1, w2 = ones(T, H), random_routing(T, E, k), ones(E, 2 * I, H), ones(E, H, I)
+    with pytest.raises(ValueError, match="w1 must have E=routing.num_experts=5 experts, got 4"):
+        fused_experts(x, Routing(routing.ids, routing.weights, 5), w1, w2)
+    with pytest.raises(RuntimeError, match=r"w1 must have shape \[E, H=6, 2I\], got \[4, 10, 6\]"):
+        fused_experts(x, routing, w1, w2, layout=ExpertLayout(transposed=True))
+    with pytest.raises(ValueError, match="kind must be one of uniform, .*, got skewed"):
+        random_routing(T, E, k, "skewed")
