@@ -16,7 +16,7 @@ def expected(path: str) -> list[str]:
         return [name.format(stem) for name in same]
     if folder == "csrc/moert":
         return [f"tests/cpp/test_{stem}.cpp"]
-    if folder == "tools":
+    if folder == "tools" and path.endswith(".py"):
         return [f"tests/tools/test_{stem}.py"]
     if folder == "csrc/cpu" and (isa := stem.find("_avx")) > 0:
         return [f"csrc/cpu/{stem[:isa]}.cpp", f"csrc/cpu/{stem[:isa]}_isa.h"]

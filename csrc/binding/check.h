@@ -64,17 +64,17 @@ inline Tensor dense_rows(const Tensor& x) {
 
 }  // namespace moert
 
-// MOERT_EXPECT(condition, "x must be ...", got): the last word is what was got.
 #define CHECK_DIM(x, n, layout) \
   STD_TORCH_CHECK((x).dim() == (n), #x " must be " layout ", got shape ", ::moert::shape(x))
-#define CHECK_DTYPE(x, type)                                                \
-  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, \
-                  #x " must have dtype " #type ", got ", torch::headeronly::toString((x).scalar_type()))
-#define CHECK_FLOAT(x)                                                                                      \
+#define CHECK_DTYPE(x, type)                                                                                       \
+  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " must have dtype " #type ", got ", \
+                  torch::headeronly::toString((x).scalar_type()))
+#define CHECK_FLOAT(x)                                                                                               \
   STD_TORCH_CHECK(::moert::is_float((x).scalar_type()), #x " must have dtype Float, BFloat16, Half or Double, got ", \
                   torch::headeronly::toString((x).scalar_type()))
-#define CHECK_SAME_DTYPE(x, y)                                                                                 \
-  STD_TORCH_CHECK((x).scalar_type() == (y).scalar_type(), #x " must have the dtype of " #y ", ",                \
-                  torch::headeronly::toString((y).scalar_type()), ", got ",                                    \
+#define CHECK_SAME_DTYPE(x, y)                                                                   \
+  STD_TORCH_CHECK((x).scalar_type() == (y).scalar_type(), #x " must have the dtype of " #y ", ", \
+                  torch::headeronly::toString((y).scalar_type()), ", got ",                      \
                   torch::headeronly::toString((x).scalar_type()))
-#define CHECK_CPU(x) STD_TORCH_CHECK((x).is_cpu(), #x " must be on the CPU like the other arguments, got another device")
+#define CHECK_CPU(x) \
+  STD_TORCH_CHECK((x).is_cpu(), #x " must be on the CPU like the other arguments, got another device")

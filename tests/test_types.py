@@ -1,0 +1,31 @@
+import dataclasses
+
+import pytest
+import torch
+
+from moert import Activation, DispatchPlan, ExpertLayout, Routing
+
+
+@pytest.mark.parametrize(
+    "value", [Routing(None, None, 4), DispatchPlan(None, None, None), Activation(), ExpertLayout()]
+)
+def test_values_are_frozen(value):
+    field = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, None)
+
+
+def test_routings_do_not_share_their_losses():
+    a, b = (Routing(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), 2) for _ in range(2))
+    a.losses["balance"] = torch.ones(())
+    assert b.losses == {}
+
+
+@pytest.mark.parametrize("name,gated", [("swiglu", True), ("reglu", True), ("swiglu_oai", True), ("relu2", False)])
+def test_gated_activations(name, gated):
+    assert Activation(name).gated == gated
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match=r"activation must be one of swiglu, geglu, .*identity, got swish"):
+        Activation("swish")
