@@ -10,6 +10,7 @@ torch.ops.load_library(find_spec("moert._ops").origin)
 from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.ops import fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute  # noqa: E402
+from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
 __version__ = "0.1.0"
@@ -20,7 +21,10 @@ __all__ = [
     "Experts",
     "GluExperts",
     "GroupLimit",
+    "Router",
+    "RouterContext",
     "Routing",
+    "TopKRouter",
     "fused_experts",
     "grouped_gemm",
     "info",

@@ -37,7 +37,7 @@ def topk_gating(
 def topk_gating_ref(logits, k, score="softmax", bias=None, renormalize=False, scale=1.0, groups=None):
     logits = logits if logits.dtype == torch.float64 else logits.float()
     limited = groups is not None and groups.topk_groups < groups.num_groups
-    scores = _SCORES[score](logits)
+    scores = SCORES[score](logits)
     # Scores grow with their logits: where nothing is added to them the logits decide, which rounding does not tie.
     by_logit = bias is None and score != "relu" and not (limited and groups.score == "top2")
     select = logits if by_logit else scores if bias is None else scores + bias
@@ -51,7 +51,7 @@ def topk_gating_ref(logits, k, score="softmax", bias=None, renormalize=False, sc
     return weights * scale, ids.int()
 
 
-_SCORES = {
+SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
     "softmax_over_topk": lambda logits: logits,
     "sigmoid": torch.sigmoid,

@@ -1,0 +1,49 @@
+"""The contract of routers: (x [T, H], what is known about the T tokens) -> Routing."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moert.types import Routing
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """What a caller knows about the tokens, for all routers: each reads what it needs and ignores the rest.
+
+    mask [T] is True where a token counts (False for padding); cu_seqlens [documents + 1] int32 are the boundaries of
+    documents, from 0 to T; previous is the routing of the layer before; state is what this router returned to its
+    caller for the next call; modality [T] holds integers; step counts training steps.
+    """
+
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    previous: Routing | None = None
+    state: Any = None
+    modality: Tensor | None = None
+    step: int | Tensor | None = None
+
+
+class Router(nn.Module):
+    """Decides which experts each token goes to, and with what weights.
+
+    logit_bias [E] is None or a trained parameter that a router adds to its logits.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        logit_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+        self.num_experts = num_experts
+        self.logit_bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=dtype)) if logit_bias else None
+
+    def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
+        raise TypeError(f"{type(self).__name__} must define forward(x, context)")

@@ -1,0 +1,102 @@
+"""The router of most models: a linear layer, a score, the k best experts."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moert.ops.gating import SCORES, topk_gating
+from moert.routers.base import Router, RouterContext
+from moert.types import GroupLimit, Routing
+
+
+class TopKRouter(Router):
+    """The k best experts of x @ weight.T; weight [E, H] as in Hugging Face, see topk_gating for the scores.
+
+    expert_bias keeps a buffer [E] that counts in the selection only and that update_expert_bias_ moves (DeepSeek-V3);
+    it stays float32 in a module of lower precision.  The logits are computed in logits_dtype; its default is that of
+    the models with this score: float32 for sigmoid, else the dtype of x.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        k: int,
+        score: str = "softmax",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        groups: GroupLimit | None = None,
+        expert_bias: bool = False,
+        logit_bias: bool = False,
+        logits_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(num_experts, logit_bias, device, dtype)
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score}")
+        most = num_experts if groups is None else _eligible(groups, num_experts)
+        if not 1 <= k <= most:
+            raise ValueError(f"k must be in [1, {most}], got {k}")
+        self.hidden, self.k = hidden, k
+        self.score, self.renormalize, self.scale, self.groups = score, renormalize, scale, groups
+        self.logits_dtype = torch.float32 if logits_dtype is None and score == "sigmoid" else logits_dtype
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = torch.zeros(num_experts, device=device, dtype=wide) if expert_bias else None
+        self.register_buffer("expert_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -(self.hidden**-0.5), self.hidden**-0.5)
+        for bias in (self.logit_bias, self.expert_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
+        logits_TE = self._logits(x)
+        bias = self.expert_bias
+        if bias is not None and logits_TE.dtype != torch.float64:
+            bias = bias.float()
+        weights, ids = topk_gating(logits_TE, self.k, self.score, bias, self.renormalize, self.scale, self.groups)
+        return Routing(ids, weights, self.num_experts, logits=logits_TE)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.logits_dtype is None:
+            return F.linear(x, self.weight, self.logit_bias)
+        dtype = torch.promote_types(x.dtype, self.logits_dtype)
+        bias = None if self.logit_bias is None else self.logit_bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+    def _apply(self, fn, recurse=True):
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        after = self.expert_bias
+        # In bfloat16 a bias of 1 would swallow every step of 0.001.
+        if before is not None and after.dtype.itemsize < 4:
+            self.expert_bias = before.to(after.device, torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}, score={self.score}"
+        for name, default in (("renormalize", False), ("scale", 1.0), ("groups", None)):
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value}"
+        for name in ("expert_bias", "logit_bias"):
+            if getattr(self, name) is not None:
+                text += f", {name}=True"
+        return text
+
+
+def _eligible(groups: GroupLimit, num_experts: int) -> int:
+    """How many experts a token may choose from."""
+    if groups.num_groups < 1 or num_experts % groups.num_groups:
+        raise ValueError(f"groups.num_groups must divide num_experts={num_experts}, got {groups.num_groups}")
+    if not 1 <= groups.topk_groups <= groups.num_groups:
+        raise ValueError(f"groups.topk_groups must be in [1, {groups.num_groups}], got {groups.topk_groups}")
+    if groups.score not in ("top2", "max"):
+        raise ValueError(f"groups.score must be top2 or max, got {groups.score}")
+    return groups.topk_groups * (num_experts // groups.num_groups)

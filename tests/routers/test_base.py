@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from moert import Router, RouterContext, Routing
+
+
+class HashRouter(Router):
+    """Token t goes to expert t mod E, masked tokens nowhere."""
+
+    def forward(self, x, context=None):
+        ids = torch.arange(len(x))[:, None] % self.num_experts
+        if context is not None and context.mask is not None:
+            ids = torch.where(context.mask[:, None], ids, self.num_experts)
+        return Routing(ids, torch.ones(len(x), 1), self.num_experts)
+
+
+def test_a_router_reads_what_it_knows_of_the_context():
+    router, x = HashRouter(3), torch.zeros(4, 2)
+    assert router(x).ids.tolist() == [[0], [1], [2], [0]]
+    context = RouterContext(mask=torch.tensor([True, False, True, True]), step=7)
+    assert router(x, context).ids.tolist() == [[0], [3], [2], [0]]
+
+
+def test_logit_bias_is_a_parameter():
+    assert HashRouter(3).logit_bias is None
+    assert [(name, p.shape) for name, p in HashRouter(3, logit_bias=True).named_parameters()] == [("logit_bias", (3,))]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
+        HashRouter(0)
+    with pytest.raises(TypeError, match=r"Router must define forward\(x, context\)"):
+        Router(2)(torch.zeros(1, 1))
