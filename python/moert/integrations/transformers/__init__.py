@@ -1,0 +1,25 @@
+"""moert in Hugging Face transformers: importing this registers the experts implementation "moert".
+
+`from_pretrained(..., experts_implementation="moert")` or `model.set_experts_implementation("moert")` selects it;
+`swap_(model)` serves the models whose MoE blocks lie outside transformers' experts interface.
+"""
+
+import re
+
+import transformers
+
+if tuple(map(int, re.match(r"(\d+)\.(\d+)", transformers.__version__).groups())) < (5, 22):
+    raise ImportError(f"transformers must be 5.22 or newer, got {transformers.__version__}: pip install -U 'moert[hf]'")
+
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface  # noqa: E402
+from transformers.integrations.moe import ExpertsInterface  # noqa: E402
+
+from moert.integrations.transformers.experts import experts_forward, fp8_experts_forward  # noqa: E402
+from moert.integrations.transformers.lora import install  # noqa: E402
+
+__all__ = ["experts_forward"]
+
+# transformers validates a name against both registries together: in one alone it would load and then fail in forward.
+ExpertsInterface.register("moert", experts_forward)
+FP8ExpertsInterface.register("moert", fp8_experts_forward)
+install()
