@@ -12,12 +12,12 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; print(*_C.isas())")
 
-.PHONY: run test test-cpp test-isa test-slow test-asan test-tsan test-abi test-wheel lint size docs bench bench-cpp clean
+.PHONY: run test test-cpp test-isa test-slow test-asan test-tsan test-abi test-wheel lint size docs bench bench-smoke bench-cpp clean
 
 run: $(READY)
 	$(BIN)/moert run
 
-test: lint size test-cpp test-isa docs
+test: lint size test-cpp test-isa bench-smoke
 	$(PYTEST) -m "not slow and not gpu"
 
 test-cpp: $(READY)
@@ -55,10 +55,13 @@ size: $(READY)
 	$(BIN)/python tools/size.py
 
 docs: $(READY)
-	$(PYTEST) -q --doctest-modules --doctest-glob='*.md' python/moert docs README.md
+	$(PYTEST) -q tests/test_docs.py
 
 bench: $(READY)
 	$(BIN)/python bench/run.py
+
+bench-smoke: $(READY)
+	$(BIN)/python bench/run.py --smoke
 
 bench-cpp: test-cpp
 	$(CPP)/bench_cpp
