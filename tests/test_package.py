@@ -8,7 +8,6 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +62,13 @@ def test_ops_asks_only_for_what_torch_2_11_has():
 # A build that cannot be refuses in one line.
 
 
+def pybind11():
+    return "-Dpybind11_DIR=" + tool(sys.executable, "-m", "pybind11", "--cmakedir").strip()
+
+
 def configure(tmp_path, *options, **environment):
     """CMake's words for a build that must fail: those of moert, and how often it says them."""
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), pybind11()]
     run = subprocess.run([*command, *options], env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode != 0
     said = re.findall(r"^ +(moert: .*)$", run.stderr, re.M)
@@ -126,6 +129,6 @@ def test_other_systems(tmp_path):
 @in_source_tree
 def test_this_machine_configures(tmp_path):
     assert Path(sysconfig.get_path("include"), "Python.h").exists()
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, pybind11()]
     run = subprocess.run([*command, f"-DPython_EXECUTABLE={sys.executable}"], capture_output=True, text=True)
     assert run.returncode == 0 and "CMake Warning" not in run.stderr, run.stderr

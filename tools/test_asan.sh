@@ -17,5 +17,7 @@ site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 export PYTHONPATH=$build/site:$site
 # Python itself leaks by design, and torch overrides operator new.
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
-LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)" \
-  "$python" -S -m pytest -q -m "not slow and not gpu" -p no:cacheprovider -k "not compile" $tests
+export LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
+"$python" -S -c "from moert import _C; assert _C.build()['sanitize'] == '$sanitize', _C.__file__"
+# Without torch.compile, whose generated code is not ours.
+"$python" -S -m pytest -q -m "not slow and not gpu" -p no:cacheprovider -k "not compile" $tests

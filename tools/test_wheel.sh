@@ -17,12 +17,12 @@ CHECK
 
 "$python" -m venv $out/venv
 $out/venv/bin/pip install -q $torch
-$out/venv/bin/pip install -q "$wheel[test]" pybind11 cmake
+$out/venv/bin/pip install -q "$wheel[test]"
 # Away from the sources, so that only the wheel can be imported.
 run=$(mktemp -d) && trap 'rm -rf "$run"' EXIT
 cp -r tests pyproject.toml "$run"
 venv=$(pwd)/$out/venv/bin
 cd "$run"
 "$venv/python" -c "import moert; assert 'site-packages' in moert.__file__, moert.__file__"
-"$venv/python" -m pytest -q -m "not slow and not gpu" -p no:cacheprovider tests/test_package.py tests/test_info.py tests/ops
+"$venv/python" -m pytest -q -m "not slow and not gpu" -p no:cacheprovider tests/test_package.py tests/test_info.py tests/ops tests/routers
 "$venv/moert" info
