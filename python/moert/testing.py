@@ -163,6 +163,15 @@ FUSED_EXPERTS_SHAPES = (
     Shape("several tiles of each size, uneven experts", 300, 8, 2, 136, 144, kind="zipf"),
 )
 
+# The smallest first: it is the one that a smoke run takes.
+BENCH_SHAPES = (
+    Shape("decode with the model that moert run trains", 1, 32, 2, 128, 128),
+    Shape("a training step of that model", 1024, 32, 2, 128, 128),
+    Shape("OLMoE decode", 1, 64, 8, 2048, 1024),
+    Shape("OLMoE prefill", 512, 64, 8, 2048, 1024),
+    Shape("Qwen3-30B-A3B decode, sixteen sequences", 16, 128, 8, 2048, 768),
+)
+
 
 def strided(x: Tensor, layout: str) -> Tensor:
     """The values of x in another memory layout (LAYOUTS); what lies between them is NaN or the largest integer."""

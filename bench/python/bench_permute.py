@@ -1,0 +1,30 @@
+import torch
+
+from case import Case
+from moert.ops.permute import permute, permute_plan, unpermute
+from moert.testing import Shape
+
+
+def case(shape: Shape, dtype: torch.dtype) -> Case:
+    """Plan, rows to expert order, weighted rows back: all of MoE that is not a product."""
+    routing = shape.routing()
+    x = torch.randn(shape.T, shape.H).to(dtype)
+    providers = {
+        "moert": lambda x, weights: _moert(x, weights, routing.ids, shape.E),
+        "torch": lambda x, weights: _torch(x, weights, routing.ids),
+    }
+    rows = shape.k * x.nbytes
+    return Case((x, routing.weights), providers, 2 * shape.k * x.numel(), 2 * x.nbytes + 2 * rows)
+
+
+def _moert(x, weights, ids, num_experts):
+    plan = permute_plan(ids, num_experts)
+    return unpermute(permute(x, plan), plan, weights)
+
+
+def _torch(x, weights, ids):
+    T, k = ids.shape
+    order = ids.flatten().argsort(stable=True)
+    rows = x[order // k]
+    scaled = rows * weights.flatten()[order, None].to(rows.dtype)
+    return torch.zeros_like(x).index_add(0, order // k, scaled)

@@ -1,0 +1,38 @@
+"""The commands of the moert program and how they fail: one line on stderr, never a traceback for bad input."""
+
+import functools
+import sys
+
+import typer
+
+from moert.cli import bench, info, run
+from moert.cli.errors import CommandError
+
+
+def _one_line(command):
+    @functools.wraps(command)
+    def wrapped(*args, **options):
+        try:
+            return command(*args, **options)
+        except CommandError as error:
+            typer.echo(f"moert {command.__name__}: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            typer.echo(f"moert {command.__name__}: interrupted", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+app = typer.Typer(
+    name="moert",
+    help="The Mixture-of-Experts runtime for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(_one_line(run.run))
+app.command()(_one_line(info.info))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    _one_line(bench.bench)
+)

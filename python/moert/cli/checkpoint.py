@@ -1,0 +1,143 @@
+"""Local Hugging Face MoE checkpoints: what is checked before and while one is loaded, and the byte tokenizer.
+
+Nothing here looks at the network, runs code from a checkpoint or unpickles one.
+"""
+
+import json
+from pathlib import Path
+
+from moert.cli.errors import CommandError, first_line
+
+_INDEX = "model.safetensors.index.json"
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+
+
+def check_files(directory: Path) -> None:
+    """A CommandError unless directory holds config.json and safetensors files whose headers are sound."""
+    if not directory.is_dir():
+        raise CommandError(f"model must be a local directory, got {directory}")
+    config = _read_json(directory / "config.json")
+    if "model_type" not in config:
+        raise CommandError(f"config.json of the model must have a model_type, got none in {directory}")
+    for name in _weight_files(directory):
+        _check_safetensors(directory / name)
+
+
+def load_model(directory: Path, experts: str, dtype: str):
+    """The model in eval mode, its experts run by `experts`: eager, grouped_mm or moert."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a config.json can provoke
+        raise CommandError(f"model must have a config that transformers knows: {first_line(error)}") from error
+    model_class = _model_class(config)
+    _check_is_moe(config, model_class)
+    if experts == "moert":
+        import moert.integrations.transformers  # noqa: F401  registers the name
+    try:
+        model, report = model_class.from_pretrained(
+            directory,
+            experts_implementation=experts,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # mismatched shapes, truncated data, missing packages: each its own type
+        raise CommandError(f"model must load, got {type(error).__name__}: {first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CommandError(f"model must have every weight, got none for {missing[0]} and {len(missing) - 1} more")
+    return model.eval()
+
+
+def load_tokenizer(directory: Path):
+    from transformers import AutoTokenizer
+
+    # transformers makes an empty vocabulary up where there is none.
+    if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
+        raise CommandError(f"model must have a tokenizer in {directory}, got no tokenizer.json or other vocabulary")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # missing files, broken JSON, packages a tokenizer needs
+        raise CommandError(f"model must have a tokenizer in {directory}, got {first_line(error)}") from error
+
+
+def byte_tokenizer():
+    """A tokenizer whose 256 tokens are the bytes of UTF-8, id for value; AutoTokenizer loads it like any other."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # GPT-2's spelling: bytes that print stand for themselves, the others for the characters from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CommandError(f"model must have a {path.name}, got none in {path.parent}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CommandError(f"{path} must be readable JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CommandError(f"{path} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weight_files(directory: Path) -> list[str]:
+    if (directory / _INDEX).exists():
+        weight_map = _read_json(directory / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CommandError(f"{directory / _INDEX} must have a weight_map, got {type(weight_map).__name__}")
+        names = sorted({str(name) for name in weight_map.values()})
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CommandError(f"{directory / _INDEX} must name files beside it, got {outside[0]}")
+        return names
+    if (directory / "model.safetensors").exists():
+        return ["model.safetensors"]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    got = f"only pickled files ({pickles[0]})" if pickles else "none"
+    raise CommandError(f"model must have safetensors weights, got {got} in {directory}")
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if not file.keys():
+                raise CommandError(f"{path} must hold tensors, got none")
+    except FileNotFoundError as error:
+        raise CommandError(f"model must have every file its index names, got no {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise CommandError(f"{path} must be a sound safetensors file: {first_line(error)}") from error
+
+
+def _model_class(config):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise CommandError(f"model must generate text, got model_type {config.model_type}")
+
+
+def _check_is_moe(config, model_class) -> None:
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # sizes in the config that do not fit together
+        raise CommandError(f"model must have a config that fits its class: {first_line(error)}") from error
+    if not any(hasattr(module, "is_concatenated") and hasattr(module, "has_gate") for module in model.modules()):
+        raise CommandError(f"model must have mixture-of-experts layers, got {model_class.__name__} without any")

@@ -1,0 +1,84 @@
+"""The pictures of a training: loss against the bigram model, and how evenly the experts were used."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from moert.cli.report import write_atomically  # noqa: E402
+
+_INK, _BLUE, _RED = "#222222", "#1f6fb4", "#c4442f"
+
+
+def plot_loss(record: dict, path: Path) -> None:
+    """Training and held-out loss over the bytes seen; the dashed line is what the bigram model reaches."""
+    settings, losses = record["settings"], np.asarray(record["losses"])
+    bytes_per_step = settings["batch"] * settings["sequence"]
+    seen = np.arange(1, len(losses) + 1) * bytes_per_step / 1e3
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    axes.plot(seen, losses, color=_BLUE, alpha=0.25, linewidth=1, label="training, each step")
+    axes.plot(seen, _smooth(losses), color=_BLUE, linewidth=2, label="training, running mean")
+    steps, heldout = np.asarray(record["heldout"]).T
+    axes.plot(steps * bytes_per_step / 1e3, heldout, "o-", color=_INK, markersize=5, label="held-out files")
+    axes.axhline(record["bigram_loss"], color=_RED, linestyle="--", label="bigram model, same held-out text")
+    axes.annotate(
+        f"{heldout[-1]:.2f}",
+        (steps[-1] * bytes_per_step / 1e3, heldout[-1]),
+        xytext=(4, 8),
+        textcoords="offset points",
+        color=_INK,
+    )
+    axes.annotate(f"{record['bigram_loss']:.2f}", (seen[0], record["bigram_loss"]), xytext=(0, -13),
+                  textcoords="offset points", color=_RED)  # fmt: skip
+    axes.set(
+        xlabel="text seen (thousand bytes)",
+        ylabel="loss (nats per byte)",
+        title=f"Byte-level MoE on Python's standard library: {record['parameters'] / 1e6:.1f} M parameters, "
+        f"{settings['experts']} experts, top-{settings['top_k']}",
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_expert_load(record: dict, path: Path) -> None:
+    """A cell per layer and expert: its share of the held-out choices, over an even share."""
+    load = np.asarray(record["expert_load"])
+    relative = load * load.shape[1]
+    figure, axes = plt.subplots(
+        figsize=(max(6, 0.36 * load.shape[1] + 2), 0.5 * load.shape[0] + 2), layout="constrained"
+    )
+    image = axes.imshow(relative, cmap="YlGnBu", vmin=0, vmax=max(2, relative.max()), aspect="auto")
+    for layer, expert in np.ndindex(*relative.shape):
+        value = relative[layer, expert]
+        shade = "white" if value > 0.6 * image.norm.vmax else _INK
+        axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=7, color=shade)
+    axes.set(
+        xlabel="expert",
+        ylabel="layer",
+        xticks=range(load.shape[1]),
+        yticks=range(load.shape[0]),
+        title=f"Expert load on held-out text (1.0 = an even share, {100 / load.shape[1]:.1f} % of the choices)",
+    )
+    axes.tick_params(axis="x", labelsize=8)
+    figure.colorbar(image, ax=axes, label="load / even share", pad=0.01)
+    _save(figure, path)
+
+
+def _smooth(values: np.ndarray, window: int = 20) -> np.ndarray:
+    """Mean of the last `window` values, of fewer at the start."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(1, len(values) + 1)
+    first = np.maximum(0, index - window)
+    return (total[index] - total[first]) / (index - first)
+
+
+def _save(figure, path: Path) -> None:
+    try:
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    finally:
+        plt.close(figure)

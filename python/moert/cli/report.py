@@ -1,0 +1,73 @@
+"""What a run leaves behind: tables for the terminal, report.json and the pictures, each written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.table import Table
+
+from moert.cli.errors import CommandError
+from moert.cli.generation import Difference
+
+MIB = 2**20
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """write() makes a temporary file or directory beside path, which then takes path's place in one rename."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which writers look at
+    replaced = path.with_name(f".{os.getpid()}.replaced.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if path.is_dir():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CommandError(f"{path} must be writable: {error.strerror or error}") from error
+    finally:
+        for leftover in (temporary, replaced):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif leftover.exists():
+                leftover.unlink()
+
+
+def write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def speed_table(rows: dict[str, dict], title: str) -> Table:
+    """rows maps a provider to generation.summarize's numbers."""
+    prompt = next(iter(rows.values()))["prefill_tokens"]
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("experts")
+    table.add_column(f"prefill ({prompt} tokens)\ntokens/s", justify="right")
+    table.add_column("decode\ntokens/s", justify="right")
+    table.add_column("ms per token\np50 (p20-p80)", justify="right")
+    table.add_column("peak memory\nMiB", justify="right")
+    table.add_column("of it generating\nMiB", justify="right")
+    for name, row in rows.items():
+        times = row["milliseconds_per_token"]
+        table.add_row(
+            name,
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.1f}" if times else "-",
+            f"{times['p50']:.2f} ({times['p20']:.2f}-{times['p80']:.2f})" if times else "-",
+            f"{row['peak_bytes'] / MIB:,.0f}",
+            f"{row['generation_bytes'] / MIB:,.1f}",
+        )
+    return table
+
+
+def sameness(differences: list[Difference], tokens: int, names: tuple[str, ...]) -> str:
+    """One sentence: the tokens are the same, or where they part and how close the call was."""
+    if not differences:
+        return f"Same tokens: {' = '.join(names)}, {tokens} of {tokens}."
+    parts = []
+    for d in differences:
+        gap = "" if d.gap is None else f", where the two best logits of {names[0]} are {d.gap:.2g} apart"
+        parts.append(f"{d.provider} chose {d.got} instead of {d.expected} at token {d.position + 1} of {tokens}{gap}")
+    return f"Different tokens: {'; '.join(parts)}."

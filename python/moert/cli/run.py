@@ -1,0 +1,73 @@
+"""`moert run`: the demonstration without a model, generation with one."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moert.cli.errors import CommandError
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def run(
+    model: Annotated[
+        Path | None, typer.Option(help="Local Hugging Face MoE checkpoint (safetensors) to generate with.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; needed with --model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, more is sampling.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Arithmetic of generation; auto is the checkpoint's.")] = Dtype.auto,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the report; without --model runs/demo.", show_default=False)
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="With --model: also run stock eager and grouped_mm.")] = True,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default 600.")] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train again although there is a checkpoint.")] = False,
+) -> None:
+    """Train a small MoE language model on the standard library's source, generate with it and report;
+    with --model, generate with any local Hugging Face MoE checkpoint.
+    """
+    # Imported when used: transformers takes seconds, which wrong options and --help need not wait for.
+    from moert.cli.generation import Request
+
+    if temperature == 0 and (top_p is not None or top_k is not None):
+        raise CommandError("temperature must be above 0 with top-p or top-k, got 0 (greedy)")
+    if top_p == 0:
+        raise CommandError("top-p must be in (0, 1], got 0")
+    console = Console(highlight=False)
+    if model is not None:
+        if prompt is None:
+            raise CommandError("prompt must be given with model, got none")
+        from moert.cli.generate import generate
+        from moert.cli.provider import Load
+
+        request = Request(prompt, max_new_tokens, temperature, top_p, top_k, seed)
+        generate(Load(model, dtype.value, threads), request, out, compare, console)
+        return
+    _needs_extras()
+    from moert.cli.demo import PROMPT, demo
+    from moert.cli.demo_train import DemoSettings
+
+    settings = DemoSettings() if steps is None else DemoSettings(steps=steps)
+    request = Request(PROMPT if prompt is None else prompt, max_new_tokens, temperature, top_p, top_k, seed)
+    demo(settings, request, out or Path("runs/demo"), dtype.value, threads, retrain, console)
+
+
+def _needs_extras() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("transformers", "safetensors", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise CommandError(f"needs {', '.join(missing)}: pip install 'moert[cli]'")

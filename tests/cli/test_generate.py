@@ -1,0 +1,41 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from moert.cli.checkpoint import load_model, load_tokenizer
+from moert.cli.errors import CommandError
+from moert.cli.generate import generate
+from moert.cli.generation import Request
+from moert.cli.provider import Load
+
+PROMPT = "import os\n"
+
+
+def run(load, request, out=None, stock=True):
+    console = Console(file=io.StringIO(), width=140)
+    generate(load, request, out, stock, console)
+    return console.file.getvalue()
+
+
+def test_text_sameness_table_and_report(checkpoint, tmp_path):
+    text = run(Load(checkpoint, threads=1), Request(PROMPT, 12), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    ids = load_tokenizer(checkpoint)(PROMPT, return_tensors="pt")
+    model = load_model(checkpoint, "eager", "auto")
+    expected = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, len(PROMPT) :].tolist()
+    assert report["generation"]["ids"] == {"moert": expected, "eager": expected, "grouped_mm": expected}
+    assert report["generation"]["same_tokens"] and "Same tokens: moert = eager = grouped_mm, 12 of 12." in text
+    assert all(row["decode_tokens"] == 12 for row in report["providers"].values())
+    assert text.startswith(PROMPT) and str(tmp_path / "out" / "report.json") in text.replace("\n", "")
+
+
+def test_moert_alone_in_bfloat16_sampled(checkpoint):
+    text = run(Load(checkpoint, "bfloat16", 1), Request(PROMPT, 4, temperature=1.0, top_k=5, seed=3), stock=False)
+    assert "moert" in text and "eager" not in text and "bfloat16" in text
+
+
+def test_files_are_checked_before_anything_starts(tmp_path):
+    with pytest.raises(CommandError, match="model must be a local directory"):
+        run(Load(tmp_path / "gone"), Request(PROMPT, 4))

@@ -1,0 +1,37 @@
+import struct
+
+from moert.cli.plots import plot_expert_load, plot_loss
+
+RECORD = {
+    "settings": {"batch": 4, "sequence": 256, "experts": 4, "top_k": 2},
+    "parameters": 6_600_000,
+    "losses": [5.5, 4.0, 3.0],
+    "heldout": [[2, 3.6], [3, 3.1]],
+    "bigram_loss": 2.4,
+    "expert_load": [[0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25]],
+}
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_pictures_are_whole_png_files_of_a_readable_size(tmp_path):
+    for plot in (plot_loss, plot_expert_load):
+        path = tmp_path / f"{plot.__name__}.png"
+        plot(RECORD, path)
+        width, height = png_size(path)
+        assert 800 <= width <= 3000 and 400 <= height <= 2000
+
+
+def test_a_single_step_can_be_drawn(tmp_path):
+    plot_loss({**RECORD, "losses": [5.5], "heldout": [[1, 5.4]]}, tmp_path / "loss.png")
+    png_size(tmp_path / "loss.png")
+
+
+def test_another_load_is_another_picture(tmp_path):
+    plot_expert_load(RECORD, tmp_path / "a.png")
+    plot_expert_load({**RECORD, "expert_load": [[1.0, 0.0, 0.0, 0.0], [0.25] * 4]}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()

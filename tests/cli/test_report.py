@@ -1,0 +1,65 @@
+import json
+
+import pytest
+from rich.console import Console
+
+from moert.cli.errors import CommandError
+from moert.cli.generation import Difference
+from moert.cli.report import sameness, speed_table, write_atomically, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "report.json"
+    write_json(path, {"a": 1})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CommandError, match=r"report.json must be writable: No space left on device"):
+        write_atomically(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_directory_takes_the_place_of_another(tmp_path):
+    def make(content):
+        def write(temporary):
+            temporary.mkdir()
+            (temporary / content).touch()
+
+        return write
+
+    for content in ("old", "new"):
+        write_atomically(tmp_path / "a" / "model", make(content))
+    assert [p.name for p in (tmp_path / "a").rglob("*")] == ["model", "new"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CommandError, match="must be writable"):
+        write_json(tmp_path / "file" / "report.json", {})
+
+
+def test_sameness_says_where_and_how_close():
+    names = ("eager", "moert")
+    assert sameness([], 128, names) == "Same tokens: eager = moert, 128 of 128."
+    text = sameness([Difference("moert", 4, 97, 98, 1.5e-6)], 128, names)
+    assert "moert chose 98 instead of 97 at token 5 of 128" in text and "1.5e-06 apart" in text
+
+
+def test_table_has_every_number():
+    row = {
+        "prefill_tokens": 512,
+        "prefill_tokens_per_second": 12345.6,
+        "decode_tokens_per_second": 250.0,
+        "milliseconds_per_token": {"p20": 3.5, "p50": 4.0, "p80": 4.5},
+        "peak_bytes": 700 * 2**20,
+        "generation_bytes": 12.5 * 2**20,
+    }
+    nothing = {**row, "decode_tokens_per_second": None, "milliseconds_per_token": None}
+    console = Console(width=150, record=True, quiet=False)
+    console.print(speed_table({"eager": row, "moert": nothing}, "title"))
+    text = console.export_text()
+    for piece in ("512", "12,346", "250.0", "4.00 (3.50-4.50)", "700", "12.5", "eager", "title"):
+        assert piece in text

@@ -1,0 +1,35 @@
+import pytest
+from typer.testing import CliRunner
+
+from moert.cli.app import app
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "x"], "prompt must be given with model, got none"),
+        (["--top-p", "0.5"], "temperature must be above 0 with top-p or top-k, got 0 (greedy)"),
+        (["--top-p", "0", "--temperature", "1"], "top-p must be in (0, 1], got 0"),
+        (["--model", "/no/such/place", "--prompt", "a"], "model must be a local directory, got /no/such/place"),
+    ],
+)
+def test_errors(arguments, message):
+    done = CliRunner().invoke(app, ["run", *arguments])
+    assert done.exit_code == 2
+    assert done.stderr == f"moert run: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--max-new-tokens", "0"], ["--top-p", "2"], ["--threads", "0"], ["--dtype", "int3"]],
+)
+def test_values_out_of_range_are_usage_errors(arguments):
+    done = CliRunner().invoke(app, ["run", *arguments])
+    assert done.exit_code == 2 and arguments[0] in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_names_every_option():
+    text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).stdout
+    for option in ("model", "prompt", "max-new-tokens", "temperature", "top-p", "top-k", "seed", "threads", "dtype",
+                   "out", "compare", "steps", "retrain"):  # fmt: skip
+        assert f"--{option}" in text
