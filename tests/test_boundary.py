@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moert import permute, permute_plan, unpermute
 from moert.ops.fused_experts import fused_experts
+from moert.ops.gating import topk_gating, topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.testing import ID_DTYPES, LAYOUTS, assert_rows_close, random_routing, row_error, strided
 from moert.types import Routing
@@ -286,3 +287,44 @@ def test_meta_has_the_shape_and_dtype_of_the_result(operator):
         far = Routing(routing.ids.to("meta"), routing.weights.to("meta"), 4)
         fake = operator.run(x.to("meta"), far, *(p.to("meta") for p in params))
         assert (fake.device.type, fake.shape, fake.dtype, fake.stride()) == ("meta", y.shape, y.dtype, y.stride())
+
+
+@pytest.mark.parametrize("score", ("softmax", "softmax_over_topk", "sigmoid", "relu"))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+def test_gating_of_poisoned_logits(value, score):
+    """Ids are distinct and in range whatever the logits, and other tokens do not notice."""
+    logits = torch.randn(9, 12)
+    clean_weights, clean_ids = topk_gating(logits, 5, score)
+    some, whole = logits.clone(), logits.clone()
+    some[4, ::2], whole[4] = value, value
+    others = torch.arange(9) != 4
+    for bad in (some, whole):
+        weights, ids = topk_gating(bad, 5, score)
+        assert torch.equal(weights[others], clean_weights[others]) and torch.equal(ids[others], clean_ids[others])
+        assert ids.min() >= 0 and ids.max() < 12
+        assert all(len(set(row)) == 5 for row in ids.tolist())
+        dlogits = grads(lambda x: topk_gating(x, 5, score)[0], bad)[0]
+        assert torch.equal(dlogits[others], grads(lambda x: topk_gating(x, 5, score)[0], logits)[0][others])
+
+
+@pytest.mark.parametrize("T,E,k", ((0, 4, 2), (1, 4, 2), (3, 1, 1), (3, 4, 0), (3, 4, 4)), ids=str)
+def test_gating_edges(T, E, k):
+    logits = torch.randn(T, E)
+    weights, ids = topk_gating(logits, k)
+    assert torch.equal(ids, topk_gating_ref(logits, k)[1])
+    assert_rows_close(weights, lambda x: topk_gating_ref(x, k)[0], logits)
+    assert_rows_close(
+        grads(lambda x: topk_gating(x, k)[0], logits)[0],
+        lambda x: grads(lambda x: topk_gating_ref(x, k)[0], x)[0],
+        logits,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gating_of_any_memory_layout(layout):
+    logits, bias = torch.randn(5, 9), torch.randn(2, 9)
+    expected = topk_gating(logits, 3, "sigmoid", bias[0])
+    got = topk_gating(strided(logits, layout), 3, "sigmoid", strided(bias, layout)[0])
+    assert all(map(torch.equal, got, expected))
+    flat = topk_gating(logits[:, :1].expand(5, 9), 3, "sigmoid", bias[0, :1].expand(9))
+    assert flat[1].tolist() == [[0, 1, 2]] * 5

@@ -1,0 +1,242 @@
+"""Any tensors at an operator's boundary: the reference's result or an error that names an argument, never a crash."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.gating import topk_gating_ref
+from moert.ops.grouped_gemm import grouped_gemm_ref
+from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
+from moert.testing import LAYOUTS, assert_rows_close, strided
+from moert.types import DispatchPlan, ExpertLayout, GroupLimit, Routing
+
+FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+OTHERS = (torch.bool, torch.complex64, torch.float8_e4m3fn, *FLOATS, *INTS)
+ENDS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 127, 255, 2**31 - 1, 2**32, 2**63 - 1)
+# The right form of a complaint: ours, or that of torch's own schema and type checks.
+FORM = re.compile(
+    r"\w+ must (be|have|hold|end|ascend|divide|leave)|Expected a value of type|Unable to cast|out of range"
+)
+CHANGES = ("rank", "size", "dtype", "values", "layout", "empty")
+
+
+def floats(draw, *shape, dtype):
+    torch.manual_seed(draw(st.integers(0, 99)))
+    return torch.randn(*shape).to(dtype)
+
+
+def integers(draw, *shape, low, high, dtype=torch.int32):
+    torch.manual_seed(draw(st.integers(0, 99)))
+    return torch.randint(low, high, shape).to(dtype)
+
+
+def changed(draw, x):
+    """Something that differs from x in one way; None stays None."""
+    if x is None:
+        return x
+    change = draw(st.sampled_from(CHANGES))
+    if change == "layout":
+        return strided(x, draw(st.sampled_from(LAYOUTS))) if x.dim() > 1 and x.dtype in (*FLOATS, *INTS) else x
+    if change == "rank":
+        return x[None] if draw(st.booleans()) or x.dim() == 0 or x.shape[0] == 0 else x[0]
+    if change == "dtype":
+        return x.to(draw(st.sampled_from(OTHERS)))
+    if change == "values" and not x.is_floating_point() and x.numel():
+        x = x.long().flatten()
+        x[draw(st.integers(0, len(x) - 1))] = draw(st.sampled_from(ENDS))
+        return x.view(-1).to(torch.int32) if draw(st.booleans()) else x
+    shape = list(x.shape)
+    if shape:
+        shape[draw(st.integers(0, len(shape) - 1))] = 0 if change == "empty" else draw(st.integers(0, 9))
+    return x.new_zeros(shape)
+
+
+def some_changed(draw, *tensors):
+    """At most two are changed: a call that is wrong everywhere only meets the first check."""
+    which = draw(st.lists(st.integers(0, len(tensors) - 1), max_size=2))
+    return [changed(draw, x) if i in which else x for i, x in enumerate(tensors)]
+
+
+def sizes(draw):
+    return [draw(st.integers(0, 7)) for _ in "TkHI"] + [draw(st.integers(1, 6))]
+
+
+@st.composite
+def topk_gating_calls(draw):
+    T, k, _, half, groups = sizes(draw)
+    E, dtype = groups * (half + 1), draw(st.sampled_from(FLOATS))
+    bias = floats(draw, E, dtype=torch.promote_types(dtype, torch.float32)) if draw(st.booleans()) else None
+    score = draw(st.sampled_from(("softmax", "softmax_over_topk", "sigmoid", "relu", "softplus")))
+    limit = groups, draw(st.sampled_from((groups, groups, 1, 0))), draw(st.sampled_from(("max", "top2")))
+    logits, bias = some_changed(draw, floats(draw, T, E, dtype=dtype), bias)
+    return logits, k, score, bias, draw(st.booleans()), 1.5, *limit
+
+
+@st.composite
+def permute_plan_calls(draw):
+    T, k, _, _, E = sizes(draw)
+    ids = integers(draw, T, k, low=-2, high=E + 2, dtype=draw(st.sampled_from(INTS)))
+    return *some_changed(draw, ids), draw(st.sampled_from((E, E, E, 0, -1, 300, 2**31 - 1, 2**40)))
+
+
+def plan_of(draw):
+    T, k, H, _, E = sizes(draw)
+    plan = permute_plan_ref(integers(draw, T, k, low=-1, high=E + 1), E)
+    return T, k, H, plan.tokens, plan.slots
+
+
+@st.composite
+def permute_calls(draw):
+    T, k, H, *plan = plan_of(draw)
+    return some_changed(draw, floats(draw, T, H, dtype=draw(st.sampled_from(FLOATS))), *plan)
+
+
+@st.composite
+def unpermute_calls(draw):
+    T, k, H, *plan = plan_of(draw)
+    dtype = draw(st.sampled_from(FLOATS))
+    weights = floats(draw, T, k, dtype=torch.promote_types(dtype, torch.float32)) if draw(st.booleans()) else None
+    return some_changed(draw, floats(draw, T * k, H, dtype=dtype), *plan, weights)
+
+
+@st.composite
+def unpermute_backward_calls(draw):
+    rows, tokens, slots, weights = draw(unpermute_calls())
+    weights = torch.zeros(slots.shape) if weights is None else weights
+    dy = floats(draw, slots.shape[0] if slots.dim() else 1, rows.shape[-1] if rows.dim() else 1, dtype=rows.dtype)
+    return *some_changed(draw, dy), rows, tokens, slots, weights
+
+
+@st.composite
+def grouped_gemm_calls(draw):
+    S, T, K, N, E = sizes(draw)
+    dtype, transposed, gather = draw(st.sampled_from(FLOATS)), draw(st.booleans()), draw(st.booleans())
+    ends = sorted(draw(st.lists(st.integers(0, S), min_size=E, max_size=E)))
+    offsets = torch.tensor([0, *ends], dtype=torch.int32)
+    tokens = integers(draw, S, low=0, high=max(T, 1)) if gather else None
+    x = floats(draw, T if gather else S, K, dtype=dtype)
+    w = floats(draw, E, *((K, N) if transposed else (N, K)), dtype=dtype)
+    bias = floats(draw, E, N, dtype=dtype) if draw(st.booleans()) else None
+    scale = floats(draw, S, dtype=torch.promote_types(dtype, torch.float32)) if draw(st.booleans()) else None
+    tensors = some_changed(draw, x, w, offsets, bias, tokens, scale)
+    return *tensors, draw(st.sampled_from(("output", "input", "output", "both"))), transposed
+
+
+@st.composite
+def fused_experts_calls(draw):
+    T, k, H, I, E = sizes(draw)
+    dtype, transposed, interleaved = draw(st.sampled_from(FLOATS)), draw(st.booleans()), draw(st.booleans())
+    activation = draw(st.sampled_from(("swiglu", "geglu", "swiglu_oai", "relu2", "silu", "swish")))
+    wide = 2 * I if "glu" in activation else I
+    ids = integers(draw, T, k, low=-1, high=E + 1, dtype=draw(st.sampled_from(INTS)))
+    weights = floats(draw, T, k, dtype=torch.promote_types(dtype, torch.float32)).abs()
+    w1 = floats(draw, E, *((H, wide) if transposed else (wide, H)), dtype=dtype)
+    w2 = floats(draw, E, *((I, H) if transposed else (H, I)), dtype=dtype)
+    biased = draw(st.booleans())
+    b1, b2 = (floats(draw, E, n, dtype=dtype) if biased else None for n in (wide, H))
+    tensors = some_changed(draw, floats(draw, T, H, dtype=dtype), ids, weights, w1, w2, b1, b2)
+    scale_on = draw(st.sampled_from(("output", "input")))
+    return *tensors, activation, 1.702, 7.0, transposed, interleaved, scale_on, draw(st.booleans())
+
+
+def plan(tokens, slots):
+    return DispatchPlan(None, tokens, slots)
+
+
+def check_topk_gating(got, logits, k, score, bias, renormalize, scale, *limit):
+    def weights(logits, bias):
+        return topk_gating_ref(logits, k, score, bias, renormalize, scale, GroupLimit(*limit))
+
+    assert torch.equal(got[1], weights(logits, bias)[1])
+    assert_rows_close(got[0], lambda *args: weights(*args)[0], logits, bias, floor=1e-5)
+
+
+def check_permute_plan(got, ids, num_experts):
+    ref = permute_plan_ref(ids, num_experts)
+    assert all(map(torch.equal, got, (ref.offsets, ref.tokens, ref.slots)))
+
+
+def check_permute(got, x, tokens, slots):
+    assert torch.equal(got, permute_ref(x, plan(tokens, slots)))
+
+
+def check_unpermute(got, rows, tokens, slots, weights):
+    assert_rows_close(got, lambda rows, weights: unpermute_ref(rows, plan(tokens, slots), weights), rows, weights)
+
+
+def check_unpermute_backward(got, dy, rows, tokens, slots, weights):
+    """A changed plan may contradict itself (one slot for two tokens): then only its token's choices count."""
+    drows, dweights = torch.zeros(rows.shape, dtype=torch.float64), torch.zeros(slots.shape, dtype=torch.float64)
+    for t, choices in enumerate(slots.tolist()):
+        for j, s in enumerate(choices):
+            if s >= 0 and tokens[s] == t:
+                drows[s] += weights[t, j].double() * dy[t].double()
+                dweights[t, j] = (rows[s].double() * dy[t].double()).sum()
+    for mine, ref in zip(got, (drows, dweights), strict=True):
+        eps = torch.finfo(mine.dtype).eps
+        torch.testing.assert_close(mine.double(), ref, rtol=4 * eps, atol=1e-5)
+
+
+def check_grouped_gemm(got, x, w, offsets, bias, tokens, scale, scale_on, transposed):
+    def ref(x, w, bias, scale):
+        used = offsets[-1]
+        # A slot that is not in use may hold any token.
+        index = None if tokens is None else tokens.masked_fill(torch.arange(len(tokens)) >= used, 0)
+        rows = x.new_zeros(1, x.shape[1]) if not len(x) and index is not None else x
+        return grouped_gemm_ref(rows, w, offsets, bias, index, scale, scale_on, transposed)
+
+    assert_rows_close(got, ref, x, w, bias, scale, floor=1e-5)
+
+
+def check_fused_experts(got, x, ids, weights, w1, w2, b1, b2, activation, _, __, transposed, interleaved, on, save):
+    def ref(x, weights, w1, w2, b1, b2):
+        layout = ExpertLayout(transposed, interleaved)
+        return fused_experts_ref(x, Routing(ids, weights, len(w1)), w1, w2, (b1, b2), activation, layout, on)
+
+    assert_rows_close(got[0], ref, x, weights, w1, w2, b1, b2, floor=1e-5)
+
+
+CALLS = {
+    "topk_gating": (topk_gating_calls(), check_topk_gating, 300),
+    "permute_plan": (permute_plan_calls(), check_permute_plan, 300),
+    "permute": (permute_calls(), check_permute, 300),
+    "unpermute": (unpermute_calls(), check_unpermute, 300),
+    "unpermute_backward": (unpermute_backward_calls(), check_unpermute_backward, 200),
+    "grouped_gemm": (grouped_gemm_calls(), check_grouped_gemm, 450),
+    "fused_experts": (fused_experts_calls(), check_fused_experts, 450),
+}
+
+
+@pytest.mark.parametrize("times", (1, pytest.param(25, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("op", CALLS)
+def test_fuzz(op, times):
+    calls, check, examples = CALLS[op]
+    results = []
+
+    @settings(
+        max_examples=examples * times,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(calls)
+    def run(args):
+        try:
+            got = getattr(torch.ops.moert, op)(*args)
+        except (RuntimeError, TypeError, ValueError) as error:
+            assert FORM.search(str(error)), str(error)
+            results.append("refused")
+            return
+        check(got, *args)
+        results.append("right")
+
+    run()
+    # Neither side may be empty: a fuzz that is always refused tests one check.
+    assert results.count("right") > examples * times / 10
+    assert results.count("refused") > examples * times / 10
