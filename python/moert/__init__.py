@@ -9,6 +9,7 @@ torch.ops.load_library(find_spec("moert._ops").origin)
 
 from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
+from moert.layers import MoELayer  # noqa: E402
 from moert.ops import fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute  # noqa: E402
 from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "Experts",
     "GluExperts",
     "GroupLimit",
+    "MoELayer",
     "Router",
     "RouterContext",
     "Routing",

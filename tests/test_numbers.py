@@ -1,0 +1,73 @@
+"""Every operator against float64 over many sizes: absolute bounds beside the relative rule of the operators' own tests.
+
+Inputs are scaled so that the reference has a root mean square in [0.1, 10], which is asserted; the errors are
+max |d| / max |ref| and the normalised mean square of d.
+"""
+
+import pytest
+import torch
+
+from moert import Routing, fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute
+from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.gating import topk_gating_ref
+from moert.ops.grouped_gemm import grouped_gemm_ref
+from moert.testing import Shape
+
+BOUNDS = {torch.float32: (1e-5, 1e-11), torch.float16: (2e-3, 1e-6), torch.bfloat16: (8e-3, 1e-5)}
+KINDS = ("uniform", "zipf", "one_expert", "empty_experts", "sentinels")
+
+
+def shapes():
+    """25 sizes: each of T, E, H, I walks over small, primes, powers of two and their neighbours, out of step."""
+    tokens, experts = (1, 2, 3, 17, 31, 64, 100, 257), (1, 2, 3, 8, 13, 64, 129)
+    hidden, inner = (1, 7, 16, 33, 64, 100, 129, 256, 300), (4, 5, 16, 31, 48, 96, 130, 257)
+    for i in range(25):
+        E = experts[i % len(experts)]
+        sizes = (tokens[i % len(tokens)], E, min(1 + i % 8, E), hidden[i % len(hidden)], inner[(3 * i) % len(inner)])
+        yield Shape("walks over sizes", *sizes, kind=KINDS[i % len(KINDS)])
+
+
+def assert_bounds(out, ref):
+    worst, mean = BOUNDS[out.dtype]
+    if not ref.any():  # every choice of every token was dropped
+        return torch.testing.assert_close(out.double(), ref, rtol=0, atol=0)
+    rms = ref[ref.any(-1)].square().mean().sqrt()
+    assert 0.1 <= rms <= 10, f"the reference has a root mean square of {rms:.3g}: scale the inputs"
+    d = out.double() - ref
+    assert d.abs().max() <= worst * ref.abs().max()
+    assert d.square().sum() <= mean * ref.square().sum()
+    return None
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", list(shapes()), ids=str)
+def test_numbers(shape, dtype):
+    T, E, H, I = shape.T, shape.E, shape.H, shape.I
+    routing = shape.routing(dtype=torch.float32)
+    routing = Routing(routing.ids, routing.weights / routing.weights.square().sum(-1, keepdim=True).sqrt(), E)
+    exact = Routing(routing.ids, routing.weights.double(), E)
+    x = torch.randn(T, H).sign() * (0.5 + torch.rand(T, H))  # no value so small that a sum of one could vanish
+    x, w1, w2 = (t.to(dtype) for t in (x, torch.randn(E, 2 * I, H) * (4 / H) ** 0.5, torch.randn(E, H, I) / I**0.5))
+
+    assert_bounds(fused_experts(x, routing, w1, w2), fused_experts_ref(x.double(), exact, w1.double(), w2.double()))
+
+    plan = permute_plan(routing.ids, E)
+    rows = permute(x, plan)
+    args = rows, w1, plan.offsets
+    assert_bounds(grouped_gemm(*args), grouped_gemm_ref(*(a.double() if a.is_floating_point() else a for a in args)))
+    kept = ((routing.ids >= 0) & (routing.ids < E)) * exact.weights
+    assert_bounds(unpermute(rows, plan, routing.weights), x.double() * kept.sum(-1, keepdim=True))
+
+    logits = torch.randn(T, E).to(dtype)
+    weights, ids = topk_gating(logits, shape.k, "softmax", renormalize=True)
+    ref, ref_ids = topk_gating_ref(logits.double(), shape.k, "softmax", renormalize=True)
+    assert torch.equal(ids, ref_ids)
+    assert (weights.double() - ref).abs().max() <= 1e-6  # float32 inside and out, whatever the logits are
+
+
+def test_a_hundred_repeats_give_the_same_bits():
+    shape = Shape("several tiles, uneven experts", 200, 8, 2, 136, 144, "zipf")
+    routing, x = shape.routing(), torch.randn(200, 136).bfloat16()
+    w1, w2 = torch.randn(8, 288, 136).bfloat16(), torch.randn(8, 136, 144).bfloat16()
+    first = fused_experts(x, routing, w1, w2)
+    assert all(torch.equal(fused_experts(x, routing, w1, w2), first) for _ in range(100))
