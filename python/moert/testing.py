@@ -22,15 +22,16 @@ def row_error(out: Tensor, ref: Tensor) -> float:
         return 0.0
     out, ref = out.double().flatten(0, -2), ref.double().flatten(0, -2)
     size = ref.norm(dim=-1)
-    # Rows that cancel to almost nothing are held to the error of a row of a thousandth of the largest.
-    error = ((out - ref).norm(dim=-1) / size.clamp_min(max(1e-3 * size.max().item(), 1e-30))).max().item()
+    # A row that cancels keeps the rounding of its terms: it is held to the error of a row of a tenth of the largest.
+    error = ((out - ref).norm(dim=-1) / size.clamp_min(max(0.1 * size.max().item(), 1e-30))).max().item()
     return float("inf") if error != error else error
 
 
-def assert_rows_close(out: Tensor, fn, *args, factor: float = 2.0, floor: float = 1e-6) -> None:
+def assert_rows_close(out: Tensor, fn, *args, factor: float = 2.0, floor: float = 2e-6) -> None:
     """out is at most `factor` times further from fn(args in float64) than fn(args) itself, row by row.
 
-    The floor is the rounding of a float32 sum: plain torch may be exact by luck.
+    On top come the floor, which is the rounding of a float32 sum, and half a unit in the last place of a narrower
+    dtype: plain torch may be exact by luck.
     """
 
     def double(x):
@@ -38,11 +39,15 @@ def assert_rows_close(out: Tensor, fn, *args, factor: float = 2.0, floor: float 
 
     ref, same = fn(*map(double, args)), fn(*args)
     assert out.shape == ref.shape, f"shape {list(out.shape)}, expected {list(ref.shape)}"
-    got, allowed = row_error(out, ref), factor * row_error(same, ref) + floor
+    got, allowed = row_error(out, ref), factor * row_error(same, ref) + floor + _half_unit(same.dtype)
     assert got <= allowed, f"worst row is off by {got:.3g}, allowed {allowed:.3g} ({factor} x torch in {same.dtype})"
 
 
-def assert_grads_close(fn, ref, dy: Tensor, *args: Tensor | None, factor: float = 2.0, floor: float = 1e-6) -> None:
+def _half_unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2 if dtype.itemsize < 4 else 0.0
+
+
+def assert_grads_close(fn, ref, dy: Tensor, *args: Tensor | None, factor: float = 2.0, floor: float = 2e-6) -> None:
     """The gradients of fn(*args) . dy for every floating argument obey the rule of assert_rows_close against ref's."""
 
     def grads(f, *args):
@@ -56,9 +61,10 @@ def assert_grads_close(fn, ref, dy: Tensor, *args: Tensor | None, factor: float 
     all_three = zip(names, grads(fn, *args), grads(ref, *args), grads(ref, *map(double, args)), strict=True)
     for i, got, same, exact in all_three:
         assert got.dtype == args[i].dtype, f"gradient of argument {i} has dtype {got.dtype}, expected {args[i].dtype}"
-        # A gradient of one number per row is one row.
-        got, same, exact = (g.reshape(1, -1) if g.dim() < 2 else g for g in (got, same, exact))
-        error, allowed = row_error(got, exact), factor * row_error(same, exact) + floor
+        # Rows of a few numbers (a token's k weights, a bias) cancel by chance, all of them together do not.
+        got, same, exact = (g.reshape(1, -1) if g.dim() < 2 or g.shape[-1] < 8 else g for g in (got, same, exact))
+        allowed = factor * row_error(same, exact) + floor + _half_unit(args[0].dtype)
+        error = row_error(got, exact)
         assert error <= allowed, f"gradient of argument {i}: worst row is off by {error:.3g}, allowed {allowed:.3g}"
 
 
