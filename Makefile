@@ -12,7 +12,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; print(*_C.isas())")
 
-.PHONY: run test test-cpp test-isa test-slow test-asan test-tsan test-abi test-wheel lint size docs bench bench-smoke bench-cpp clean
+.PHONY: run test test-cpp test-isa test-slow test-asan test-tsan test-abi test-wheel lint size docs bench bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -65,6 +65,14 @@ bench-smoke: $(READY)
 
 bench-cpp: test-cpp
 	$(CPP)/bench_cpp
+
+# Every system's experiment (about two minutes each), then docs/systems.md from their results.
+systems: $(READY)
+	set -e; for system in examples/systems/*.py; do $(BIN)/python $$system; done
+	$(BIN)/python examples/systems/experiment/page.py
+
+systems-page: $(READY)
+	$(BIN)/python examples/systems/experiment/page.py
 
 clean:
 	rm -rf build dist $(VENV)

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from moert import GluExperts, MoELayer, TopKRouter
 from moert.testing import (
     DTYPES,
     ID_DTYPES,
     LAYOUTS,
     ROUTINGS,
+    OperatorsRan,
     Shape,
     assert_grads_close,
     assert_rows_close,
@@ -60,6 +62,13 @@ def test_gradient_rule_names_the_argument():
     assert_grads_close(product, product, dy, x, w)
     with pytest.raises(AssertionError, match="gradient of argument 1"):
         assert_grads_close(lambda x, w: product(x, w.detach() + 0.9 * (w - w.detach())), product, dy, x, w)
+
+
+def test_operators_that_ran():
+    layer = MoELayer(TopKRouter(8, 4, 2), GluExperts(4, 8, 16))
+    with OperatorsRan() as ran:
+        layer(torch.randn(5, 8)).sum().backward()
+    assert ran.names == ["topk_gating", "fused_experts", "fused_experts_backward", "topk_gating_backward"]
 
 
 @pytest.mark.parametrize("kind", ROUTINGS)

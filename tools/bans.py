@@ -10,7 +10,12 @@ COMMENT = r"(?://|#)\s*"
 
 # (what to look for, in which suffixes, not under these paths, what it is)
 BANS = [
-    (r"\bprint\(", {".py"}, ("python/moert/cli/", "bench/", "tests/", "tools/"), "print( outside cli/ and bench/"),
+    (
+        r"\bprint\(",
+        {".py"},
+        ("python/moert/cli/", "bench/", "examples/", "tests/", "tools/"),
+        "print( outside cli/, bench/ and examples/",
+    ),
     (r"\bTODO\b(?!\((?:#\d+|v?\d+\.\d+)\))|\bFIXME\b|\bXXX\b", CODE, (), "TODO without an issue or version, TODO(#12)"),
     (r"^\s*#\s*if 0\b", CODE, (), "#if 0"),
     (r"\t", CODE | {".md", ".toml", ".yaml"}, (), "tab"),
@@ -39,7 +44,7 @@ def findings(path: str, text: str) -> list[str]:
 
 
 def sources() -> list[Path]:
-    folders = ("csrc", "python", "tests", "bench", "tools", "docs", "cmake")
+    folders = ("csrc", "python", "tests", "bench", "examples", "tools", "docs", "cmake")
     files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
     return sorted(f for f in [*files, *ROOT.glob("*.*")] if f.suffix in CODE | {".md", ".toml", ".yaml"})
 

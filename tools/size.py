@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
-FOLDERS = ("python", "csrc", "bench", "tools", "tests")
+FOLDERS = ("python", "csrc", "bench", "examples", "tools", "tests")
 LIMITS = {".py": {"file": (300, 500), "function": (25, 60)}, ".cpp": {"file": (400, 800), "function": (40, 80)}}
 KERNEL_LIMIT = 150
 KERNEL_FILE = re.compile(r"_avx\w*\.cpp$|_isa\.h$|_tile\.h$|simd\.h$|\.cuh$")

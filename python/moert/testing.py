@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moert.types import Routing
 
@@ -66,6 +67,19 @@ def assert_grads_close(fn, ref, dy: Tensor, *args: Tensor | None, factor: float 
         allowed = factor * row_error(same, exact) + floor + _half_unit(args[0].dtype)
         error = row_error(got, exact)
         assert error <= allowed, f"gradient of argument {i}: worst row is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+class OperatorsRan(TorchDispatchMode):
+    """`with OperatorsRan() as ran:` collects in ran.names moert's operators in the order in which they ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moert":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
 
 
 def random_routing(

@@ -15,7 +15,8 @@ class RouterContext:
 
     mask [T] is True where a token counts (False for padding); cu_seqlens [documents + 1] int32 are the boundaries of
     documents, from 0 to T; previous is the routing of the layer before; state is what this router returned to its
-    caller for the next call; modality [T] holds integers; step counts training steps.
+    caller for the next call; modality [T] holds integers; conditional [T] is False for the tokens of samples without a
+    label (classifier-free guidance); step counts training steps.
     """
 
     mask: Tensor | None = None
@@ -23,6 +24,7 @@ class RouterContext:
     previous: Routing | None = None
     state: Any = None
     modality: Tensor | None = None
+    conditional: Tensor | None = None
     step: int | Tensor | None = None
 
 

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from experiment import Claim, Experiment, main
+from experiment.page import page
+
+
+def toy(**changes):
+    def variant(offset):
+        def run(seed, progress):
+            total = sum(1 for _ in progress.steps(5))
+            return {"loss": offset + 0.1 * seed + total, "extra": 1.0} if offset else {"loss": 0.1 * seed + total}
+
+        return run
+
+    said = {
+        "name": "toy",
+        "title": "Toy",
+        "paper": "arXiv:0000.00000",
+        "classes": ("MoELayer",),
+        "figures": {"loss": "nats", "extra": "per cent"},
+        "claims": (
+            Claim("lower loss than the baseline", "loss", "lower", "toy", "baseline"),
+            Claim("loss above 5.05", "loss", "higher", "toy", 5.05),
+            Claim("half the loss of the baseline", "loss", "lower", "toy", "baseline", 0.5),
+        ),
+        "equal": "equal parameters",
+        "variants": {"baseline": variant(1.0), "toy": variant(0.0)},
+    }
+    return Experiment(**(said | changes))
+
+
+def test_figures_of_every_seed_and_verdicts(tmp_path, capsys):
+    result = main(toy(), ["--out", str(tmp_path)])
+    assert json.loads((tmp_path / "toy.json").read_text()) == result
+    assert result["runs"]["toy"][:2] == [{"loss": 5.0}, {"loss": 5.1}]
+    assert result["runs"]["baseline"][2] == pytest.approx({"loss": 6.2, "extra": 1.0})
+    assert result["seeds"] == [0, 1, 2] and result["machine"]["torch"] and result["commit"] and result["date"]
+    text = " ".join(capsys.readouterr().out.split())
+    assert "lower loss than the baseline: shown: loss of toy 5.10 ± 0.10, asked ≤ baseline 6.10 ± 0.10 (nats)" in text
+    assert "loss above 5.05: in the mean only: loss of toy 5.10 ± 0.10, asked ≥ 5.05 (nats)" in text
+    assert "half the loss of the baseline: not shown:" in text and "asked ≤ 0.5 x baseline 6.10 ± 0.10" in text
+    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_is_one_step_of_one_seed(tmp_path):
+    assert main(toy(), ["--quick", "--out", str(tmp_path)])["runs"]["toy"] == [{"loss": 1.0}]
+
+
+def test_some_variants_alone_write_nothing(tmp_path):
+    assert list(main(toy(), ["--variant", "toy", "--out", str(tmp_path)])["runs"]) == ["toy"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_has_a_row_per_claim(tmp_path):
+    text = page([main(toy(notes="tried twice as long."), ["--out", str(tmp_path)])])
+    rows = [line for line in text.splitlines() if line.startswith("| Toy |")]
+    assert len(rows) == 3 and "[arXiv:0000.00000](https://arxiv.org/abs/0000.00000) | `MoELayer` |" in rows[0]
+    assert "shown: loss of toy 5.1" in rows[0] and "3 seeds, equal parameters" in rows[0]
+    assert "- **Toy**: tried twice as long." in text
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="better must be lower or higher, got more"):
+        Claim("", "loss", "more", "toy", 1.0)
+    with pytest.raises(ValueError, match="figure must be one of loss, extra, got speed"):
+        toy(claims=(Claim("", "speed", "lower", "toy", 1.0),))
+    with pytest.raises(ValueError, match="variant must be one of baseline, toy, got other"):
+        toy(claims=(Claim("", "loss", "lower", "toy", "other"),))
+    with pytest.raises(ValueError, match=r"figures must be among loss, extra, got \{'speed'\}"):
+        main(toy(variants={"baseline": lambda *_: {"speed": 1}, "toy": None}), ["--quick", "--out", str(tmp_path)])
