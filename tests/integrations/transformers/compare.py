@@ -8,14 +8,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import moert.integrations.transformers  # noqa: F401  registers "moert"
-from moert.integrations.transformers import experts
+from moert.integrations.transformers import experts, swap_, unswap_
+from moert.integrations.transformers.swap import blocks
 from moert.testing import row_error
 
 # Classes whose eager forward computes in float32 whatever the dtype is; transformers' own grouped_mm does not either.
 WIDER = {"OpenAIPrivacyFilterExperts"}
 # Sampling a canvas amplifies rounding: in float32 eager, grouped_mm and batched_mm draw three different texts.
 CHAOTIC = {"DiffusionGemmaForBlockDiffusion"}
+LOSSES = ("loss", "aux_loss", "encoder_z_loss", "encoder_aux_loss", "decoder_z_loss", "decoder_aux_loss")
+# Routers outside the experts interface: what their output says about who is chosen.
+ROUTERS = {
+    "DbrxRouter": lambda out: out.topk(2).indices,
+    "JetMoeTopKGating": lambda out: out[4].topk(2).indices,
+    "Llama4Router": lambda out: out[0] > 0,
+    "LongcatFlashTopkRouter": lambda out: out[2],
+    "NllbMoeTop2Router": lambda out: out[1] > 0,
+    "Step3p7TopKRouter": lambda out: out[2],
+    "SwitchTransformersTop1Router": lambda out: out[0],
+}
 FLOOR = 1e-6  # the rounding of a float32 sum: eager may be exact by luck
 
 
@@ -154,26 +165,34 @@ def _meets_the_clamp(module: nn.Module, x: Tensor, ids: Tensor) -> bool:
     return bool(((h.abs() - limit).abs() < 2**-7 * limit).any())
 
 
+def choose(model: nn.Module, implementation: str) -> None:
+    if blocks(model):
+        (swap_ if implementation == "moert" else unswap_)(model)
+    else:
+        model.set_experts_implementation(implementation)
+
+
 def run_model(model: nn.Module, implementation: str, inputs: dict, backward: bool = True) -> tuple[dict, list[Tensor]]:
     """Logits, losses and gradients of a whole model, and the ids every experts module was called with."""
-    model.set_experts_implementation(implementation)
+    choose(model, implementation)
     model.zero_grad(set_to_none=True)
     ids, hooks = [], []
     for module in model.modules():
         if hasattr(module, "is_concatenated") and hasattr(module, "down_proj"):
             hooks.append(module.register_forward_pre_hook(_keep_ids(ids), with_kwargs=True))
+        if chosen := ROUTERS.get(type(module).__name__):
+            hooks.append(module.register_forward_hook(_keep_chosen(ids, chosen)))
     torch.manual_seed(0)  # a diffusion model draws its canvas
     out = model(**inputs, **_options(model, inputs))
     for hook in hooks:
         hook.remove()
-    results = {
-        name: out[name] for name in ("logits", "last_hidden_state", "loss", "aux_loss") if out.get(name) is not None
-    }
-    results |= {f"router_logits{i}": x for i, x in enumerate(out.get("router_logits") or ())}
+    results = {name: out[name] for name in ("logits", "last_hidden_state", *LOSSES) if out.get(name) is not None}
+    for name in ("router_logits", "encoder_router_logits", "decoder_router_logits", "feature_maps"):
+        results |= {f"{name}{i}": x for i, x in enumerate(out.get(name) or ())}
     if backward:
-        main = results.get("logits", results.get("last_hidden_state"))
+        main = next(results[name] for name in ("logits", "last_hidden_state", "feature_maps0") if name in results)
         cotangent = torch.randn(main.shape, generator=torch.Generator().manual_seed(2)).to(main.dtype)
-        total = (main * cotangent).sum() + sum(results[name] for name in ("loss", "aux_loss") if name in results)
+        total = (main * cotangent).sum() + sum(results[name] for name in LOSSES if name in results)
         total.backward()
         results |= {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: x.detach() for name, x in results.items()}, ids
@@ -182,6 +201,13 @@ def run_model(model: nn.Module, implementation: str, inputs: dict, backward: boo
 def _keep_ids(ids: list):
     def hook(module, args, kwargs):
         ids.append((args[1:] + tuple(kwargs.values()))[0].detach().clone())
+
+    return hook
+
+
+def _keep_chosen(ids: list, chosen):
+    def hook(module, args, out):
+        ids.append(chosen(out).detach().clone())
 
     return hook
 
@@ -216,7 +242,7 @@ def compare_generate(model: nn.Module, steps: int = 6) -> str:
     inputs = tiny_inputs(model, generate=True)
     tokens = {}
     for implementation in ("eager", "moert"):
-        model.set_experts_implementation(implementation)
+        choose(model, implementation)
         with torch.no_grad():
             torch.manual_seed(0)
             out = model.generate(

@@ -204,8 +204,11 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def tiny_inputs(model: PreTrainedModel, seed: int = 1, generate: bool = False) -> dict:
-    """Two rows of seven tokens; for the talker of Qwen3-Omni what its thinker would hand it."""
+    """Two rows of seven tokens, or two pictures; for the talker of Qwen3-Omni what its thinker would hand it."""
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(2, 3, 32, 32, generator=generator).to(next(model.parameters()).dtype)
+        return {"pixel_values": pixels, "dataset_index": torch.tensor([1, 0])}
     if model.base_model_prefix != "talker":
         return {"input_ids": torch.randint(3, 60, (2, 7), generator=generator)}
     dtype, hidden = next(model.parameters()).dtype, text_config(model).hidden_size

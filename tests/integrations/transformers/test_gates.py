@@ -20,6 +20,27 @@ def test_an_activation_is_recognised_only_if_it_computes_that():
     assert recognised == {"silu", "gelu", "gelu_tanh", "relu", "relu2"}
 
 
+def test_an_activation_that_is_a_gate_has_its_gated_form():
+    x = torch.linspace(-6, 6, 96, dtype=torch.float64).view(-1, 4)
+    for name, gated in {"silu": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "relu": "reglu"}.items():
+        gate, up = x.chunk(2, -1)
+        assert gates.glu_name(ACT2FN[name]) == gated
+        assert torch.allclose(ACT2FN[name](gate) * up, apply_activation(x, Activation(gated)), rtol=1e-12, atol=1e-12)
+    assert gates.glu_name(ACT2FN["relu2"]) is None and gates.glu_name(torch.nn.Softplus()) is None
+
+
+def test_a_module_with_hooks_or_a_forward_of_its_own_is_touched():
+    act = torch.nn.SiLU()
+    assert gates.untouched(act)
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        handle = getattr(act, register)(lambda *_: None)
+        assert not gates.untouched(act) and gates.glu_name(act) is None
+        handle.remove()
+        assert gates.untouched(act)
+    act.forward = act.forward
+    assert not gates.untouched(act)
+
+
 def test_changed_gates_are_not_recognised():
     """What is near a known gate but not the same runs as it is."""
     F = torch.nn.functional

@@ -16,8 +16,9 @@ from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
 from moert.integrations.transformers.experts import experts_forward, fp8_experts_forward  # noqa: E402
 from moert.integrations.transformers.lora import install  # noqa: E402
+from moert.integrations.transformers.swap import swap_, unswap_  # noqa: E402
 
-__all__ = ["experts_forward"]
+__all__ = ["experts_forward", "swap_", "unswap_"]
 
 # transformers validates a name against both registries together: in one alone it would load and then fail in forward.
 ExpertsInterface.register("moert", experts_forward)

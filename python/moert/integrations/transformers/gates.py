@@ -54,13 +54,22 @@ def activation_name(act: Callable) -> str | None:
     """
     if not isinstance(act, nn.Module):
         return _FUNCTIONS.get(act) if not isinstance(act, functools.partial) else _partial_name(act)
-    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
-        return None
-    if "forward" in act.__dict__:
+    if not untouched(act):
         return None
     if type(act) is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     return _MODULES.get(type(act))
+
+
+def glu_name(act: Callable) -> str | None:
+    """The gated Activation that computes act(gate) * up, or None."""
+    return _GLU.get(activation_name(act))
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs the forward of its class and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 def _partial_name(act: functools.partial) -> str | None:
