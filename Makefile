@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 CPP    := build/cpp
+OLDER  := build/transformers-5.22
 export PATH := $(abspath $(BIN)):$(PATH)
 
 READY   := $(VENV)/.moert
@@ -12,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; print(*_C.isas())")
 
-.PHONY: run test test-cpp test-isa test-slow test-asan test-tsan test-abi test-wheel lint size docs bench bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-abi test-wheel lint size docs bench bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -32,6 +33,15 @@ test-isa: test-cpp
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+# The older of the two supported minor versions of transformers; `make test` has the newest.
+test-transformers: $(READY) $(OLDER)/transformers
+	export PYTHONPATH=$(abspath $(OLDER)); $(BIN)/python -c "import transformers; print(transformers.__version__, transformers.__file__)"; \
+	  $(PYTEST) -q -m "not gpu" tests/integrations/transformers
+
+$(OLDER)/transformers: $(READY)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDER) 'transformers==5.22.*'
+	touch $@
 
 test-asan: $(READY)
 	tools/test_asan.sh $(BIN)/python
