@@ -29,3 +29,13 @@ def test_gated_activations(name, gated):
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"activation must be one of swiglu, geglu, .*identity, got swish"):
         Activation("swish")
+
+
+def test_dense_weights():
+    ids = torch.tensor([[2, 0], [3, -1], [1, 1]])
+    weights = torch.tensor([[0.5, 0.25], [9.0, 8.0], [1.0, 2.0]], requires_grad=True)
+    dense = Routing(ids, weights, 3).dense_weights()
+    assert dense.tolist() == [[0.25, 0, 0.5], [0, 0, 0], [0, 3, 0]]
+    dense.sum().backward()
+    assert weights.grad.tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert Routing(ids[:0], weights[:0], 3).dense_weights().shape == (0, 3)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,13 @@ class Routing:
     num_experts: int
     logits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def dense_weights(self) -> Tensor:
+        """[T, E]: the weight that each expert has for each token, 0 where it was not chosen; weights of repeats add."""
+        T, E = self.ids.shape[0], self.num_experts
+        ids = self.ids.long()
+        column = torch.where((ids >= 0) & (ids < E), ids, E)
+        return self.weights.new_zeros(T, E + 1).scatter_add(1, column, self.weights)[:, :E]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,19 @@ def test_logit_bias_is_a_parameter():
     assert [(name, p.shape) for name, p in HashRouter(3, logit_bias=True).named_parameters()] == [("logit_bias", (3,))]
 
 
+def test_biased_adds_both_biases():
+    router, logits = HashRouter(3, logit_bias=True), torch.randn(4, 3).bfloat16()
+    assert torch.equal(HashRouter(3).biased(logits, RouterContext()), logits)
+    torch.nn.init.constant_(router.logit_bias, 2.0)
+    assert router.biased(logits, None).dtype == torch.bfloat16
+    for shape in ((3,), (4, 3)):
+        delta = torch.full(shape, 1e-4, requires_grad=True)
+        both = router.biased(logits, RouterContext(logit_bias=delta))
+        assert torch.equal(both, (logits + 2).float() + 1e-4)
+        both.sum().backward()
+        assert delta.grad.sum() == 12
+
+
 def test_errors():
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         HashRouter(0)

@@ -16,7 +16,9 @@ class RouterContext:
     mask [T] is True where a token counts (False for padding); cu_seqlens [documents + 1] int32 are the boundaries of
     documents, from 0 to T; previous is the routing of the layer before; state is what this router returned to its
     caller for the next call; modality [T] holds integers; conditional [T] is False for the tokens of samples without a
-    label (classifier-free guidance); step counts training steps.
+    label (classifier-free guidance); step counts training steps.  logit_bias [E] or [T, E] is added to this call's
+    logits.  ranks holds a tuple of ranks (1 is a token's best expert) for each group of tokens, which then go to the
+    experts of these ranks; group [T] is the group of each token.
     """
 
     mask: Tensor | None = None
@@ -26,12 +28,15 @@ class RouterContext:
     modality: Tensor | None = None
     conditional: Tensor | None = None
     step: int | Tensor | None = None
+    logit_bias: Tensor | None = None
+    ranks: tuple[tuple[int, ...], ...] | None = None
+    group: Tensor | None = None
 
 
 class Router(nn.Module):
     """Decides which experts each token goes to, and with what weights.
 
-    logit_bias [E] is None or a trained parameter that a router adds to its logits.
+    logit_bias [E] is None or a trained parameter that a router adds to its logits (by biased).
     """
 
     def __init__(
@@ -49,3 +54,12 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         raise TypeError(f"{type(self).__name__} must define forward(x, context)")
+
+    def biased(self, logits: Tensor, context: RouterContext | None) -> Tensor:
+        """logits [T, E] plus what is added to them before any rule of selection: logit_bias and the context's."""
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias.to(logits.dtype)
+        if context is not None and context.logit_bias is not None:
+            # A float32 bias makes bfloat16 logits float32: a small step would be lost in them.
+            logits = logits + context.logit_bias
+        return logits

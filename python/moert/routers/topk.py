@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moert.ops.gating import SCORES, topk_gating
 from moert.routers.base import Router, RouterContext
+from moert.routers.ranks import rank_gating
 from moert.types import GroupLimit, Routing
 
 
@@ -56,20 +57,23 @@ class TopKRouter(Router):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
-        logits_TE = self._logits(x)
+        logits_TE = self.biased(self._logits(x), context)
         bias = self.expert_bias
         if bias is not None and logits_TE.dtype != torch.float64:
             bias = bias.float()
-        weights, ids = topk_gating(logits_TE, self.k, self.score, bias, self.renormalize, self.scale, self.groups)
+        choice = (self.score, bias, self.renormalize, self.scale, self.groups)
+        if context is not None and context.ranks is not None:
+            weights, ids = rank_gating(logits_TE, context, *choice)
+        else:
+            weights, ids = topk_gating(logits_TE, self.k, *choice)
         return Routing(ids, weights, self.num_experts, logits=logits_TE)
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.logits_dtype is None:
-            return F.linear(x, self.weight, self.logit_bias)
+            return F.linear(x, self.weight)
         dtype = torch.promote_types(x.dtype, self.logits_dtype)
-        bias = None if self.logit_bias is None else self.logit_bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def _apply(self, fn, recurse=True):
         before = self.expert_bias

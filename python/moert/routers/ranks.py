@@ -1,0 +1,49 @@
+"""Routing by rank: each token goes to the experts of given ranks (1 is its best) instead of to its k best.
+
+Self-contrast decoding (arXiv:2405.14507) runs a model as it is and with a deliberately weak choice of ranks at once.
+"""
+
+import torch
+from torch import Tensor
+
+from moert.ops.gating import topk_gating
+from moert.routers.base import RouterContext
+from moert.types import GroupLimit
+
+
+def rank_gating(
+    logits: Tensor,
+    context: RouterContext,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    renormalize: bool = False,
+    scale: float = 1.0,
+    groups: GroupLimit | None = None,
+) -> tuple[Tensor, Tensor]:
+    """topk_gating for the ranks of context.ranks[context.group[t]] (the first group where group is None).
+
+    logits [T, E] -> weights [T, r], ids [T, r], r the largest number of ranks of a group; a group with fewer has id E
+    and weight 0 in the rest.  Ranks count among the experts that a token may choose from.
+    """
+    E = logits.shape[1]
+    most = E if groups is None else groups.topk_groups * (E // groups.num_groups)
+    for rank in (rank for ranks in context.ranks for rank in ranks):
+        if not 1 <= rank <= most:
+            raise ValueError(f"ranks must be in [1, {most}], got {rank}")
+    # The softmax of the chosen logits is the softmax of all, divided by what the chosen have of it.
+    over_chosen = score == "softmax_over_topk"
+    deepest = max([1, *(rank for ranks in context.ranks for rank in ranks)])
+    weights, ids = topk_gating(logits, deepest, "softmax" if over_chosen else score, bias, groups=groups)
+    rank_TR = _rank_of_each_token(context, len(logits), logits.device)
+    index, given = (rank_TR - 1).clamp_min(0), rank_TR > 0
+    weights = torch.where(given, weights.gather(1, index), 0)
+    if renormalize or over_chosen:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * scale, torch.where(given, ids.gather(1, index), E)
+
+
+def _rank_of_each_token(context: RouterContext, T: int, device: torch.device) -> Tensor:
+    """[T, r], 0 where a token's group has fewer ranks."""
+    width = max(map(len, context.ranks))
+    table = torch.tensor([[*ranks, *[0] * (width - len(ranks))] for ranks in context.ranks], device=device)
+    return table[0].expand(T, width) if context.group is None else table[context.group.long()]

@@ -1,0 +1,61 @@
+"""The routers inside a model that knows nothing of contexts and routings, as Hugging Face's: reached by hooks."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+
+from torch import nn
+
+from moert.routers.base import Router, RouterContext
+from moert.types import Routing
+
+
+def routers_in(model: nn.Module) -> dict[str, Router]:
+    """Every router of the model, by its name in it, in the order of the modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+
+
+@contextmanager
+def given_context(model: nn.Module, context: RouterContext | Mapping[str, RouterContext]) -> Iterator[None]:
+    """Inside, the model's routers are called with this context, or with their own from a mapping by name.
+
+    What a caller passes itself counts before it, field by field.
+    """
+    own = context if isinstance(context, Mapping) else dict.fromkeys(routers_in(model), context)
+    known = routers_in(model)
+    if unknown := own.keys() - known.keys():
+        raise ValueError(f"context must name routers of the model, {', '.join(known)}, got {', '.join(unknown)}")
+    handles = [known[name].register_forward_pre_hook(_filling(each), with_kwargs=True) for name, each in own.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _filling(given: RouterContext):
+    def fill(router, args, kwargs):
+        passed = args[1] if len(args) > 1 else kwargs.get("context")
+        return args[:1], {**kwargs, "context": given if passed is None else _merged(given, passed)}
+
+    return fill
+
+
+def _merged(given: RouterContext, passed: RouterContext) -> RouterContext:
+    known = {field.name: value for field in fields(passed) if (value := getattr(passed, field.name)) is not None}
+    return replace(given, **known)
+
+
+@contextmanager
+def recorded_routings(model: nn.Module) -> Iterator[list[tuple[str, Routing]]]:
+    """The list that is yielded gets (name of the router, its routing) at each of the model's routers' calls."""
+    calls: list[tuple[str, Routing]] = []
+    handles = [
+        router.register_forward_hook(lambda _, args, routing, name=name: calls.append((name, routing)))
+        for name, router in routers_in(model).items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
