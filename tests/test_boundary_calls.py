@@ -64,6 +64,11 @@ VALID = {
         "transposed": False,
     },
     "fused_experts": {**EXPERTS, "save": False},
+    "union_experts": {
+        **{name: value for name, value in EXPERTS.items() if name not in ("weights", "scale_on")},
+        "ids": ints(3, 0, 4),
+        "gains": ones(T, E),
+    },
     "fused_experts_backward": {"dy": ones(T, H), **EXPERTS, "h": ones(S, 2 * I), "needs": 63},
 }
 BAD = {
@@ -192,6 +197,16 @@ BAD = {
         ("activation", "silu", r"w2 must have shape \[E=4, H=6, I=10\], got \[4, 6, 5\]"),
         ("transposed", True, r"w1 must have shape \[E, H=6, 2I\], got \[4, 10, 6\]"),
         ("scale_on", "", "scale_on must be output or input, got "),
+    ],
+    "union_experts": [
+        ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
+        ("gains", ones(E, T), r"gains must have shape \[T=3, E=4\], got \[4, 3\]"),
+        ("gains", ones(T, E).half(), "gains must have dtype Float or that of x, got Half"),
+        ("ids", IDS, r"ids must be \[n\], got shape \[3, 2\]"),
+        ("ids", ones(3), "ids must have an integer dtype, got Float"),
+        ("w2", ones(E, I, H), r"w2 must have shape \[E=4, H=6, I=5\], got \[4, 5, 6\]"),
+        ("b1", ones(E, I), r"b1 must have shape \[E=4, 2I=10\], got \[4, 5\]"),
+        ("activation", "swish", "activation must be one of identity, silu, .*, got swish"),
     ],
     "fused_experts_backward": [
         ("dy", ones(T, H + 1), r"dy must have shape \[T=3, H=6\], got \[3, 7\]"),

@@ -11,6 +11,7 @@ from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm_ref
 from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
+from moert.ops.union_experts import union_experts_ref
 from moert.testing import LAYOUTS, assert_rows_close, strided
 from moert.types import DispatchPlan, ExpertLayout, GroupLimit, Routing
 
@@ -144,6 +145,13 @@ def fused_experts_calls(draw):
     return *tensors, activation, 1.702, 7.0, transposed, interleaved, scale_on, draw(st.booleans())
 
 
+@st.composite
+def union_experts_calls(draw):
+    x, ids, _, w1, w2, b1, b2, *gate, transposed, interleaved, _, _ = draw(fused_experts_calls())
+    gains = floats(draw, len(x) if x.dim() else 0, len(w1) if w1.dim() else 0, dtype=torch.float32)
+    return *some_changed(draw, x, gains, ids.flatten(), w1, w2, b1, b2), *gate, transposed, interleaved
+
+
 def plan(tokens, slots):
     return DispatchPlan(None, tokens, slots)
 
@@ -201,6 +209,13 @@ def check_fused_experts(got, x, ids, weights, w1, w2, b1, b2, activation, _, __,
     assert_rows_close(got[0], ref, x, weights, w1, w2, b1, b2, floor=1e-5)
 
 
+def check_union_experts(got, x, gains, ids, w1, w2, b1, b2, activation, _, __, transposed, interleaved):
+    def ref(x, gains, w1, w2, b1, b2):
+        return union_experts_ref(x, gains, ids, w1, w2, (b1, b2), activation, ExpertLayout(transposed, interleaved))
+
+    assert_rows_close(got, ref, x, gains, w1, w2, b1, b2, floor=1e-5)
+
+
 CALLS = {
     "topk_gating": (topk_gating_calls(), check_topk_gating, 300),
     "permute_plan": (permute_plan_calls(), check_permute_plan, 300),
@@ -209,6 +224,7 @@ CALLS = {
     "unpermute_backward": (unpermute_backward_calls(), check_unpermute_backward, 200),
     "grouped_gemm": (grouped_gemm_calls(), check_grouped_gemm, 450),
     "fused_experts": (fused_experts_calls(), check_fused_experts, 450),
+    "union_experts": (union_experts_calls(), check_union_experts, 450),
 }
 
 

@@ -3,85 +3,22 @@
 #include <cstring>
 #include <utility>
 
-#include "binding/experts.h"
+#include "binding/expert_weights.h"
 #include "binding/ids.h"
 
 namespace moert {
 
 namespace {
 
-constexpr std::pair<const char*, Act> kActivations[] = {
-    {"identity", Act::identity},
-    {"silu", Act::silu},
-    {"gelu", Act::gelu},
-    {"gelu_tanh", Act::gelu_tanh},
-    {"relu", Act::relu},
-    {"relu2", Act::relu2},
-    {"swiglu", Act::swiglu},
-    {"geglu", Act::geglu},
-    {"geglu_tanh", Act::geglu_tanh},
-    {"reglu", Act::reglu},
-    {"swiglu_clamped", Act::swiglu_clamped},
-    {"swiglu_oai", Act::swiglu_oai},
-};
-
-Activation activation_of(const std::string& name, double alpha, double limit) {
-  std::string known;
-  for (const auto& [known_name, act] : kActivations) {
-    if (name == known_name) return {act, alpha, limit};
-    known += (known.empty() ? "" : ", ") + std::string(known_name);
-  }
-  STD_TORCH_CHECK(false, "activation must be one of ", known, ", got ", name);
-}
-
-// The arguments that forward and backward share, checked; holds the tensors that the pointers of `tokens` and
-// `experts` belong to.
+// The arguments that forward and backward share, checked; holds the tensors that the pointers of `tokens` belong to.
 struct Call {
   Tensor x, ids, weights;
-  std::optional<Tensor> b1, b2;
-  int64_t T, H, k, E, I, width;  // width: 2I where the activation is gated, else I
+  int64_t T, H, k;
   RoutedRows tokens;
-  ExpertWeights experts;
+  Experts experts;
 };
 
-void check_bias(const char* name, const Tensor& bias, const Tensor& x, int64_t E, int64_t N, const char* letter) {
-  STD_TORCH_CHECK(has_shape(bias, {E, N}), name, " must have shape [E=", E, ", ", letter, "=", N, "], got ",
-                  shape(bias));
-  STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ",
-                  torch::headeronly::toString(x.scalar_type()), ", got ",
-                  torch::headeronly::toString(bias.scalar_type()));
-  STD_TORCH_CHECK(bias.is_cpu(), name, " must be on the CPU like x, got another device");
-}
-
-// The gate or up half of w1 [E, 2I, H] (or transposed, or interleaved).
-ExpertMatrix half_of(const Tensor& w1, const Call& call, bool transposed, bool interleaved, bool up) {
-  ExpertMatrix half = expert_matrix(w1, transposed);
-  const int64_t step = half.row_stride;
-  if (up) half.data = static_cast<const char*>(half.data) + (interleaved ? step : call.I * step) * size_of(half.dtype);
-  if (interleaved) half.row_stride = 2 * step;
-  return half;
-}
-
-ExpertVector bias_half_of(const std::optional<Tensor>& b1, const Call& call, bool interleaved, bool up) {
-  ExpertVector half = expert_vector(b1);
-  if (half.data && up)
-    half.data = static_cast<const char*>(half.data) + (interleaved ? 1 : call.I) * size_of(half.dtype);
-  return half;
-}
-
-void check_shapes(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2) {
-  CHECK_DIM(x, 2, "[T, H]");
-  CHECK_FLOAT(x);
-  CHECK_CPU(x);
-  CHECK_DIM(ids, 2, "[T, k]");
-  CHECK_DIM(weights, 2, "[T, k]");
-  CHECK_CPU(weights);
-  CHECK_DIM(w1, 3, "[E, 2I, H]");
-  CHECK_CPU(w1);
-  CHECK_SAME_DTYPE(w1, x);
-  CHECK_DIM(w2, 3, "[E, H, I]");
-  CHECK_CPU(w2);
-  CHECK_SAME_DTYPE(w2, x);
+void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weights) {
   STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
   STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
                   ", got ", shape(weights));
@@ -91,40 +28,20 @@ void check_shapes(const Tensor& x, const Tensor& ids, const Tensor& weights, con
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
            const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const std::string& activation,
            double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on) {
-  check_shapes(x, ids, weights, w1, w2);
-  const Activation act = activation_of(activation, alpha, limit);
-  const bool gated = is_gated(act.act);
-  const int64_t T = x.size(0), H = x.size(1), k = ids.size(1), E = w1.size(0), width = w1.size(transposed ? 2 : 1);
-  STD_TORCH_CHECK(w1.size(transposed ? 1 : 2) == H, "w1 must have shape ", transposed ? "[E, H=" : "[E, 2I, H=", H,
-                  transposed ? ", 2I], got " : "], got ", shape(w1));
-  STD_TORCH_CHECK(!gated || width % 2 == 0, "w1 must have an even 2I for the gated activation ", activation, ", got ",
-                  shape(w1));
-  const int64_t I = gated ? width / 2 : width;
-  STD_TORCH_CHECK(transposed ? has_shape(w2, {E, I, H}) : has_shape(w2, {E, H, I}), "w2 must have shape [E=", E, ", ",
-                  transposed ? "I=" : "H=", transposed ? I : H, ", ", transposed ? "H=" : "I=", transposed ? H : I,
-                  "], got ", shape(w2));
-  if (b1) check_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
-  if (b2) check_bias("b2", *b2, x, E, H, "H");
-  const ScaleOn on = scale_on_of(scale_on);
-
-  Call call{dense_rows(x), expert_ids(ids, E), scale_values(weights, x), {}, {}, T, H, k, E, I, width, {}, {}};
-  if (b1) call.b1 = dense_rows(*b1);
-  if (b2) call.b2 = dense_rows(*b2);
+  CHECK_DIM(x, 2, "[T, H]");
+  CHECK_FLOAT(x);
+  CHECK_CPU(x);
+  CHECK_DIM(ids, 2, "[T, k]");
+  CHECK_DIM(weights, 2, "[T, k]");
+  CHECK_CPU(weights);
+  check_expert_matrices(x, w1, w2);
+  check_routed(x, ids, weights);
+  Experts experts = experts_of(x, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved);
+  experts.weights.scale_on = scale_on_of(scale_on);
+  const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
+  Call call{dense_rows(x), expert_ids(ids, w1.size(0)), scale_values(weights, x), T, H, k, {}, std::move(experts)};
   call.tokens = {T, k, rows_of(call.x), static_cast<const int32_t*>(call.ids.const_data_ptr()),
                  call.weights.const_data_ptr()};
-  const bool alternate = gated && interleaved;
-  call.experts = {E,
-                  H,
-                  I,
-                  half_of(w1, call, transposed, alternate, false),
-                  gated ? half_of(w1, call, transposed, alternate, true) : ExpertMatrix{},
-                  expert_matrix(w2, transposed),
-                  bias_half_of(call.b1, call, alternate, false),
-                  gated ? bias_half_of(call.b1, call, alternate, true) : ExpertVector{},
-                  alternate ? 2 : 1,
-                  expert_vector(call.b2),
-                  act,
-                  on};
   return call;
 }
 
@@ -137,9 +54,9 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
                                              bool save) {
   const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
-  Tensor h =
-      save ? torch::stable::new_zeros(x, {call.T * call.k, call.width}) : torch::stable::new_empty(x, {0, call.width});
-  cpu::fused_experts(call.tokens, call.experts, torch::stable::get_num_threads(), y.mutable_data_ptr(),
+  const int64_t width = call.experts.width;
+  Tensor h = save ? torch::stable::new_zeros(x, {call.T * call.k, width}) : torch::stable::new_empty(x, {0, width});
+  cpu::fused_experts(call.tokens, call.experts.weights, torch::stable::get_num_threads(), y.mutable_data_ptr(),
                      save ? h.mutable_data_ptr() : nullptr);
   return {y, h};
 }
@@ -154,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",
                   shape(dy));
   CHECK_SAME_DTYPE(h, x);
-  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.T * call.k, call.width}) || has_shape(h, {0, call.width})),
+  const int64_t width = call.experts.width;
+  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.T * call.k, width}) || has_shape(h, {0, width})),
                   "h must be what fused_experts returned, [T*k, 2I] or [0, 2I], got ", shape(h));
 
   // needs has one bit per output, in order; what is not needed comes back empty.
@@ -169,23 +87,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   Tensor db2 = b2 ? output(5, *b2) : torch::stable::new_empty(x, {0});
 
   cpu::ExpertGradients gradients;
-  const bool gated = is_gated(call.experts.activation.act), alternate = gated && interleaved;
+  const bool gated = call.experts.gated;
+  const Halves& halves = call.experts.halves;
   if (needs & 1) gradients.dx = dx.mutable_data_ptr();
   if (needs >> 1 & 1) gradients.dweights = dweights.mutable_data_ptr();
   if (needs >> 2 & 1) {
-    gradients.dgate = half_of(dw1, call, transposed, alternate, false);
-    if (gated) gradients.dup = half_of(dw1, call, transposed, alternate, true);
+    gradients.dgate = halves.matrix(dw1, false);
+    if (gated) gradients.dup = halves.matrix(dw1, true);
   }
   if (needs >> 3 & 1) gradients.ddown = expert_matrix(dw2, transposed);
   if (b1 && needs >> 4 & 1) {
-    gradients.dgate_bias = bias_half_of(db1, call, alternate, false);
-    if (gated) gradients.dup_bias = bias_half_of(db1, call, alternate, true);
+    gradients.dgate_bias = halves.vector(db1, false);
+    if (gated) gradients.dup_bias = halves.vector(db1, true);
   }
   if (b2 && needs >> 5 & 1) gradients.ddown_bias = expert_vector(db2);
 
   const Tensor rows = dense_rows(dy);
-  cpu::fused_experts_backward(rows_of(rows), call.tokens, call.experts, h.size(0) ? h.const_data_ptr() : nullptr,
-                              torch::stable::get_num_threads(), gradients);
+  cpu::fused_experts_backward(rows_of(rows), call.tokens, call.experts.weights,
+                              h.size(0) ? h.const_data_ptr() : nullptr, torch::stable::get_num_threads(), gradients);
   if (weights.scalar_type() != dweights.scalar_type()) dweights = torch::stable::to(dweights, weights.scalar_type());
   return {dx, dweights, dw1, dw2, db1, db2};
 }

@@ -29,4 +29,8 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "fused_experts_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, "
       "Tensor? b2, Tensor h, str activation, float alpha, float limit, bool transposed, bool interleaved, "
       "str scale_on, int needs) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
+
+  m.def(
+      "union_experts(Tensor x, Tensor gains, Tensor ids, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "
+      "str activation, float alpha, float limit, bool transposed, bool interleaved) -> Tensor y");
 }

@@ -10,7 +10,16 @@ torch.ops.load_library(find_spec("moert._ops").origin)
 from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.layers import MoELayer  # noqa: E402
-from moert.ops import fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute  # noqa: E402
+from moert.ops import (  # noqa: E402
+    experts_in_use,
+    fused_experts,
+    grouped_gemm,
+    permute,
+    permute_plan,
+    topk_gating,
+    union_experts,
+    unpermute,
+)
 from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
@@ -27,11 +36,13 @@ __all__ = [
     "RouterContext",
     "Routing",
     "TopKRouter",
+    "experts_in_use",
     "fused_experts",
     "grouped_gemm",
     "info",
     "permute",
     "permute_plan",
     "topk_gating",
+    "union_experts",
     "unpermute",
 ]

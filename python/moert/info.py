@@ -16,6 +16,7 @@ _KERNELS = {
     "unpermute": "permute",
     "grouped_gemm": "gemm",
     "fused_experts": "gemm",
+    "union_experts": "gemm",
 }
 # Optional package -> the extra that brings it.
 _EXTRAS = {"transformers": "hf", "accelerate": "hf", "typer": "cli", "rich": "cli", "matplotlib": "cli"}

@@ -4,5 +4,15 @@ from moert.ops.fused_experts import fused_experts
 from moert.ops.gating import topk_gating
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.ops.permute import permute, permute_plan, unpermute
+from moert.ops.union_experts import experts_in_use, union_experts
 
-__all__ = ["fused_experts", "grouped_gemm", "permute", "permute_plan", "topk_gating", "unpermute"]
+__all__ = [
+    "experts_in_use",
+    "fused_experts",
+    "grouped_gemm",
+    "permute",
+    "permute_plan",
+    "topk_gating",
+    "union_experts",
+    "unpermute",
+]

@@ -1,0 +1,118 @@
+// The weights of feed-forward experts at the boundary: checked, and as the kernels take them.
+#pragma once
+
+#include <utility>
+
+#include "binding/experts.h"
+
+namespace moert {
+
+inline Activation activation_of(const std::string& name, double alpha, double limit) {
+  static constexpr std::pair<const char*, Act> kActivations[] = {
+      {"identity", Act::identity},
+      {"silu", Act::silu},
+      {"gelu", Act::gelu},
+      {"gelu_tanh", Act::gelu_tanh},
+      {"relu", Act::relu},
+      {"relu2", Act::relu2},
+      {"swiglu", Act::swiglu},
+      {"geglu", Act::geglu},
+      {"geglu_tanh", Act::geglu_tanh},
+      {"reglu", Act::reglu},
+      {"swiglu_clamped", Act::swiglu_clamped},
+      {"swiglu_oai", Act::swiglu_oai},
+  };
+  std::string known;
+  for (const auto& [known_name, act] : kActivations) {
+    if (name == known_name) return {act, alpha, limit};
+    known += (known.empty() ? "" : ", ") + std::string(known_name);
+  }
+  STD_TORCH_CHECK(false, "activation must be one of ", known, ", got ", name);
+}
+
+// How w1 holds its gate and up halves: one after the other, or in turns.
+struct Halves {
+  int64_t I;
+  bool transposed, alternate;
+
+  // The gate or up half of w1 [E, 2I, H] (or transposed).
+  ExpertMatrix matrix(const Tensor& w1, bool up) const {
+    ExpertMatrix half = expert_matrix(w1, transposed);
+    const int64_t step = half.row_stride;
+    if (up) half.data = static_cast<const char*>(half.data) + (alternate ? step : I * step) * size_of(half.dtype);
+    if (alternate) half.row_stride = 2 * step;
+    return half;
+  }
+
+  ExpertVector vector(const std::optional<Tensor>& b1, bool up) const {
+    ExpertVector half = expert_vector(b1);
+    if (half.data && up) half.data = static_cast<const char*>(half.data) + (alternate ? 1 : I) * size_of(half.dtype);
+    return half;
+  }
+};
+
+// Checked experts; holds the tensors that the pointers of `weights` belong to.
+struct Experts {
+  std::optional<Tensor> b1, b2;
+  int64_t width;  // 2I where the activation is gated, else I
+  bool gated;
+  Halves halves;
+  ExpertWeights weights;
+};
+
+inline void check_expert_bias(const char* name, const Tensor& bias, const Tensor& x, int64_t E, int64_t N,
+                              const char* letter) {
+  STD_TORCH_CHECK(has_shape(bias, {E, N}), name, " must have shape [E=", E, ", ", letter, "=", N, "], got ",
+                  shape(bias));
+  STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ",
+                  torch::headeronly::toString(x.scalar_type()), ", got ",
+                  torch::headeronly::toString(bias.scalar_type()));
+  STD_TORCH_CHECK(bias.is_cpu(), name, " must be on the CPU like x, got another device");
+}
+
+// w1 and w2 are matrices of experts of x's dtype; their sizes are checked by experts_of.
+inline void check_expert_matrices(const Tensor& x, const Tensor& w1, const Tensor& w2) {
+  CHECK_DIM(w1, 3, "[E, 2I, H]");
+  CHECK_CPU(w1);
+  CHECK_SAME_DTYPE(w1, x);
+  CHECK_DIM(w2, 3, "[E, H, I]");
+  CHECK_CPU(w2);
+  CHECK_SAME_DTYPE(w2, x);
+}
+
+inline Experts experts_of(const Tensor& x, const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1,
+                          const std::optional<Tensor>& b2, const std::string& activation, double alpha, double limit,
+                          bool transposed, bool interleaved) {
+  const Activation act = activation_of(activation, alpha, limit);
+  const bool gated = is_gated(act.act), alternate = gated && interleaved;
+  const int64_t H = x.size(1), E = w1.size(0), width = w1.size(transposed ? 2 : 1);
+  STD_TORCH_CHECK(w1.size(transposed ? 1 : 2) == H, "w1 must have shape ", transposed ? "[E, H=" : "[E, 2I, H=", H,
+                  transposed ? ", 2I], got " : "], got ", shape(w1));
+  STD_TORCH_CHECK(!gated || width % 2 == 0, "w1 must have an even 2I for the gated activation ", activation, ", got ",
+                  shape(w1));
+  const int64_t I = gated ? width / 2 : width;
+  STD_TORCH_CHECK(transposed ? has_shape(w2, {E, I, H}) : has_shape(w2, {E, H, I}), "w2 must have shape [E=", E, ", ",
+                  transposed ? "I=" : "H=", transposed ? I : H, ", ", transposed ? "H=" : "I=", transposed ? H : I,
+                  "], got ", shape(w2));
+  if (b1) check_expert_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
+  if (b2) check_expert_bias("b2", *b2, x, E, H, "H");
+
+  Experts experts{{}, {}, width, gated, {I, transposed, alternate}, {}};
+  if (b1) experts.b1 = dense_rows(*b1);
+  if (b2) experts.b2 = dense_rows(*b2);
+  const Halves& halves = experts.halves;
+  experts.weights = {E,
+                     H,
+                     I,
+                     halves.matrix(w1, false),
+                     gated ? halves.matrix(w1, true) : ExpertMatrix{},
+                     expert_matrix(w2, transposed),
+                     halves.vector(experts.b1, false),
+                     gated ? halves.vector(experts.b1, true) : ExpertVector{},
+                     alternate ? 2 : 1,
+                     expert_vector(experts.b2),
+                     act};
+  return experts;
+}
+
+}  // namespace moert
