@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moert.ops.expert_choice import expert_choice_ref
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm_ref
@@ -72,10 +73,19 @@ def topk_gating_calls(draw):
     T, k, _, half, groups = sizes(draw)
     E, dtype = groups * (half + 1), draw(st.sampled_from(FLOATS))
     bias = floats(draw, E, dtype=torch.promote_types(dtype, torch.float32)) if draw(st.booleans()) else None
-    score = draw(st.sampled_from(("softmax", "softmax_over_topk", "sigmoid", "relu", "softplus")))
+    score = draw(st.sampled_from(("softmax", "softmax_over_topk", "sigmoid", "relu", "identity", "softplus")))
     limit = groups, draw(st.sampled_from((groups, groups, 1, 0))), draw(st.sampled_from(("max", "top2")))
     logits, bias = some_changed(draw, floats(draw, T, E, dtype=dtype), bias)
     return logits, k, score, bias, draw(st.booleans()), 1.5, *limit
+
+
+@st.composite
+def expert_choice_calls(draw):
+    T, D, _, _, E = sizes(draw)
+    scores = floats(draw, T, E, dtype=draw(st.sampled_from(FLOATS)))
+    segments = integers(draw, T, low=-1, high=D + 1, dtype=torch.int64)
+    capacity = integers(draw, D, E, low=0, high=4, dtype=torch.int64)
+    return *some_changed(draw, scores, segments, capacity), draw(st.sampled_from((E, E, E, 1, -1, 99)))
 
 
 @st.composite
@@ -156,6 +166,11 @@ def plan(tokens, slots):
     return DispatchPlan(None, tokens, slots)
 
 
+def check_expert_choice(got, scores, segments, capacity, max_choices):
+    weights, ids = expert_choice_ref(scores, segments.long(), capacity.long(), max_choices)
+    assert torch.equal(got[1], ids) and torch.equal(got[0], weights)
+
+
 def check_topk_gating(got, logits, k, score, bias, renormalize, scale, *limit):
     def weights(logits, bias):
         return topk_gating_ref(logits, k, score, bias, renormalize, scale, GroupLimit(*limit))
@@ -217,6 +232,7 @@ def check_union_experts(got, x, gains, ids, w1, w2, b1, b2, activation, _, __, t
 
 
 CALLS = {
+    "expert_choice": (expert_choice_calls(), check_expert_choice, 200),
     "topk_gating": (topk_gating_calls(), check_topk_gating, 300),
     "permute_plan": (permute_plan_calls(), check_permute_plan, 300),
     "permute": (permute_calls(), check_permute, 300),

@@ -12,8 +12,10 @@ Score parse_score(const std::string& score) {
   if (score == "softmax") return Score::softmax;
   if (score == "softmax_over_topk") return Score::softmax_over_topk;
   if (score == "sigmoid") return Score::sigmoid;
-  STD_TORCH_CHECK(score == "relu", "score must be softmax, softmax_over_topk, sigmoid or relu, got ", score);
-  return Score::relu;
+  if (score == "relu") return Score::relu;
+  STD_TORCH_CHECK(score == "identity", "score must be softmax, softmax_over_topk, sigmoid, relu or identity, got ",
+                  score);
+  return Score::identity;
 }
 
 GroupScore parse_group_score(const std::string& group_score) {

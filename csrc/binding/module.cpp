@@ -9,6 +9,10 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "topk_gating_backward(Tensor dweights, Tensor logits, Tensor ids, str score, bool renormalize, float scale) "
       "-> Tensor dlogits");
 
+  m.def(
+      "expert_choice(Tensor scores, Tensor segments, Tensor capacity, int max_choices) -> (Tensor weights, Tensor "
+      "ids)");
+
   m.def("permute_plan(Tensor ids, int num_experts) -> (Tensor offsets, Tensor tokens, Tensor slots)");
   m.def("permute(Tensor x, Tensor tokens, Tensor slots) -> Tensor rows");
   m.def("unpermute(Tensor rows, Tensor tokens, Tensor slots, Tensor? weights) -> Tensor y");

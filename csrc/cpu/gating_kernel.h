@@ -295,7 +295,7 @@ struct Gating {
         dscores[j] *= scores[j] * (1 - scores[j]);
       else if (score == Score::relu)
         dscores[j] = scores[j] > 0 ? dscores[j] : Reals{};
-      else
+      else if (score != Score::identity)
         dscores[j] = scores[j] * (dscores[j] - mean);
     }
     return mean;

@@ -7,7 +7,7 @@
 
 namespace moert {
 
-enum class Score : int32_t { softmax, softmax_over_topk, sigmoid, relu };
+enum class Score : int32_t { softmax, softmax_over_topk, sigmoid, relu, identity };
 enum class GroupScore : int32_t { max, top2 };
 
 struct GatingOptions {

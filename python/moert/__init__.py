@@ -11,6 +11,7 @@ from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.layers import MoELayer  # noqa: E402
 from moert.ops import (  # noqa: E402
+    expert_choice,
     experts_in_use,
     fused_experts,
     grouped_gemm,
@@ -36,6 +37,7 @@ __all__ = [
     "RouterContext",
     "Routing",
     "TopKRouter",
+    "expert_choice",
     "experts_in_use",
     "fused_experts",
     "grouped_gemm",

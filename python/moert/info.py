@@ -12,6 +12,7 @@ from moert import _C
 # Operator -> the stem of its kernels in csrc/cpu.
 _KERNELS = {
     "topk_gating": "gating",
+    "expert_choice": "expert_choice",
     "permute": "permute",
     "unpermute": "permute",
     "grouped_gemm": "gemm",

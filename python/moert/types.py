@@ -91,3 +91,15 @@ class GroupLimit:
     num_groups: int
     topk_groups: int
     score: str = "top2"
+
+
+FREE_KINDS = ("zero", "copy", "const")
+
+
+def check_kinds(kinds: list[str] | tuple[str, ...]) -> int:
+    """How many experts are feed-forward networks ("ffn"), which must come first; the others cost next to nothing."""
+    num_ffn = next((i for i, kind in enumerate(kinds) if kind != "ffn"), len(kinds))
+    for i, kind in enumerate(kinds):
+        if i >= num_ffn and kind not in FREE_KINDS:
+            raise ValueError(f"kinds[{i}] must be {', '.join(FREE_KINDS)} after the first ffn experts, got {kind}")
+    return num_ffn

@@ -15,7 +15,7 @@ from moert.testing import DTYPES, GATING_SHAPES, LAYOUTS, Shape, assert_rows_clo
 
 ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # the last has no gating kernel of its own
 OPS = torch.ops.moert
-SCORES = ("softmax", "softmax_over_topk", "sigmoid", "relu")
+SCORES = ("softmax", "softmax_over_topk", "sigmoid", "relu", "identity")
 SHAPES = (
     *GATING_SHAPES,
     Shape("no choice", 5, 8, 0),
@@ -203,7 +203,7 @@ for E, k in ((1, 1), (8, 2), (60, 4), (256, 8), (257, 30)):
     logits[7, :2] = float("nan")
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         x = logits.to(dtype).requires_grad_()
-        for score in ("softmax", "softmax_over_topk", "sigmoid", "relu"):
+        for score in ("softmax", "softmax_over_topk", "sigmoid", "relu", "identity"):
             groups = GroupLimit(4, 3) if E % 4 == 0 else None
             bias = torch.linspace(-0.1, 0.1, E)
             for kwargs in ({}, {"renormalize": True, "bias": bias, "groups": groups, "scale": 2.5}):
@@ -317,7 +317,7 @@ def test_compile():
 def opcheck_samples():
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
     for i, shape in enumerate(SHAPES[:10]):
-        score = SCORES[i % 4]
+        score = SCORES[i % 5]
         logits = torch.randn(shape.T, shape.E).to(dtypes[i % 3]).requires_grad_()
         args = (shape.k, score, torch.randn(shape.E) if i % 2 else None, True, 2.5, 1, 1, "max")
         yield "topk_gating", (logits, *args)
@@ -352,8 +352,8 @@ META = torch.zeros(8, device="meta")
         (X, 9, {}, r"k must be in \[0, E=8\], got 9"),
         (X, -1, {}, r"k must be in \[0, E=8\], got -1"),
         (torch.zeros(0, 8), 9, {}, r"k must be in \[0, E=8\], got 9"),
-        (X, 1, {"score": "tanh"}, "score must be softmax, softmax_over_topk, sigmoid or relu, got tanh"),
-        (X, 1, {"score": ""}, "score must be softmax, softmax_over_topk, sigmoid or relu, got "),
+        (X, 1, {"score": "tanh"}, "score must be softmax, softmax_over_topk, sigmoid, relu or identity, got tanh"),
+        (X, 1, {"score": ""}, "score must be softmax, softmax_over_topk, sigmoid, relu or identity, got "),
         (X, 1, {"bias": torch.zeros(7)}, r"bias must have shape \[E=8\], got \[7\]"),
         (X, 1, {"bias": torch.zeros(1, 8)}, r"bias must have shape \[E=8\], got \[1, 8\]"),
         (
@@ -402,7 +402,7 @@ DWEIGHTS = torch.zeros(3, 2)
         (DWEIGHTS.t(), X, IDS, "relu", r"dweights must have shape \[T=3, k=2\], got \[2, 3\]"),
         (DWEIGHTS.half(), X.half(), IDS, "relu", "dweights must have dtype Float, got Half"),
         (DWEIGHTS, X.double(), IDS, "relu", "dweights must have dtype Double, got Float"),
-        (DWEIGHTS, X, IDS, "max", "score must be softmax, softmax_over_topk, sigmoid or relu, got max"),
+        (DWEIGHTS, X, IDS, "max", "score must be softmax, softmax_over_topk, sigmoid, relu or identity, got max"),
         (DWEIGHTS, X, IDS.to("meta"), "relu", "ids must be on cpu, got meta"),
         (DWEIGHTS.to("meta"), X, IDS, "relu", "dweights must be on cpu, got meta"),
     ],

@@ -44,3 +44,18 @@ def test_errors():
         HashRouter(0)
     with pytest.raises(TypeError, match=r"Router must define forward\(x, context\)"):
         Router(2)(torch.zeros(1, 1))
+
+
+def test_wide_parameters_stay_float32_with_their_gradients():
+    class Wide(Router):
+        wide = ("weight", "logit_bias")
+
+        def __init__(self):
+            super().__init__(3)
+            self.weight = torch.nn.Parameter(torch.full((3, 2), 1.001))
+
+    router = Wide()
+    router.weight.sum().backward()
+    router.bfloat16()
+    assert router.weight.dtype == router.weight.grad.dtype == torch.float32 and (router.weight == 1.001).all()
+    assert router.double().weight.dtype == torch.float64

@@ -135,7 +135,7 @@ def test_repr():
         ((4, 0, 2), "num_experts must be at least 1, got 0"),
         ((4, 8, 0), r"k must be in \[1, 8\], got 0"),
         ((4, 8, 9), r"k must be in \[1, 8\], got 9"),
-        ((4, 8, 2, "tanh"), "score must be one of softmax, softmax_over_topk, sigmoid, relu, got tanh"),
+        ((4, 8, 2, "tanh"), "score must be one of softmax, softmax_over_topk, sigmoid, relu, identity, got tanh"),
         ((4, 8, 2, "relu", False, 1.0, GroupLimit(3, 1)), "groups.num_groups must divide num_experts=8, got 3"),
         ((4, 8, 2, "relu", False, 1.0, GroupLimit(4, 5)), r"groups.topk_groups must be in \[1, 4\], got 5"),
         ((4, 8, 2, "relu", False, 1.0, GroupLimit(4, 1, "min")), "groups.score must be top2 or max, got min"),

@@ -2,5 +2,6 @@
 
 from moert.experts.base import Experts
 from moert.experts.glu import GluExperts
+from moert.experts.hetero import HeteroExperts
 
-__all__ = ["Experts", "GluExperts"]
+__all__ = ["Experts", "GluExperts", "HeteroExperts"]

@@ -1,5 +1,6 @@
 """The operators, one file each."""
 
+from moert.ops.expert_choice import expert_choice
 from moert.ops.fused_experts import fused_experts
 from moert.ops.gating import topk_gating
 from moert.ops.grouped_gemm import grouped_gemm
@@ -7,6 +8,7 @@ from moert.ops.permute import permute, permute_plan, unpermute
 from moert.ops.union_experts import experts_in_use, union_experts
 
 __all__ = [
+    "expert_choice",
     "experts_in_use",
     "fused_experts",
     "grouped_gemm",

@@ -24,7 +24,8 @@ def topk_gating(
     """The k experts of the highest score, and their scores as weights.
 
     logits [T, E], bias [E] -> weights [T, k] float32 in the order of selection, ids [T, k] int32; ties go to the lower
-    id.  score: "softmax", "softmax_over_topk" (of the k chosen logits), "sigmoid" or "relu".  The bias counts in the
+    id.  score: "softmax", "softmax_over_topk" (of the k chosen logits), "sigmoid", "relu" or
+    "identity" (the logits).  The bias counts in the
     selection only and has no gradient; renormalize divides by the sum + 1e-20; scale comes last.  Arithmetic and
     weights are float64 for float64 logits.  A NaN loses to everything; the ids of a row are distinct, come what may.
     """
@@ -56,6 +57,7 @@ SCORES = {
     "softmax_over_topk": lambda logits: logits,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
+    "identity": lambda logits: logits,
 }
 
 
@@ -76,7 +78,7 @@ def _barred(scores, groups):
     return barred.repeat_interleave(E // groups.num_groups, -1)
 
 
-def _weights_dtype(logits):
+def weights_dtype(logits):
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -87,7 +89,7 @@ def _(logits, k, score, bias, renormalize, scale, num_groups, topk_groups, group
     torch._check(0 <= k <= E, lambda: f"k must be in [0, E={E}], got {k}")
     if bias is not None:
         torch._check(bias.device == logits.device, lambda: f"bias must be on {logits.device}, got {bias.device}")
-    return logits.new_empty(T, k, dtype=_weights_dtype(logits)), logits.new_empty(T, k, dtype=torch.int32)
+    return logits.new_empty(T, k, dtype=weights_dtype(logits)), logits.new_empty(T, k, dtype=torch.int32)
 
 
 @torch.library.register_fake("moert::topk_gating_backward")

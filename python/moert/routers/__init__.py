@@ -1,19 +1,43 @@
 """Routers: x [T, H] -> Routing, one file each; the losses are functions of the Routing."""
 
 from moert.routers.base import Router, RouterContext
-from moert.routers.losses import expert_load, load_balance_loss, router_z_loss, update_expert_bias_
+from moert.routers.capacity import within_capacity
+from moert.routers.deepseek import DeepSeekRouter
+from moert.routers.dense_to_sparse import DenseToSparseRouter
+from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
+from moert.routers.gating_residual import GatingResidualRouter
+from moert.routers.losses import (
+    balance_terms,
+    expert_load,
+    load_balance_loss,
+    router_z_loss,
+    step_expert_bias_,
+    update_expert_bias_,
+)
+from moert.routers.modality import ModalityRouter
+from moert.routers.prototype import PrototypeRouter
 from moert.routers.topk import TopKRouter
 from moert.routers.within import given_context, recorded_routings, routers_in
 
 __all__ = [
+    "AuxiliaryRouter",
+    "DeepSeekRouter",
+    "DenseToSparseRouter",
+    "ExpertChoiceRouter",
+    "GatingResidualRouter",
+    "ModalityRouter",
+    "PrototypeRouter",
     "Router",
     "RouterContext",
     "TopKRouter",
+    "balance_terms",
     "expert_load",
     "given_context",
     "load_balance_loss",
     "recorded_routings",
     "router_z_loss",
     "routers_in",
+    "step_expert_bias_",
     "update_expert_bias_",
+    "within_capacity",
 ]

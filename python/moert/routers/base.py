@@ -36,8 +36,11 @@ class RouterContext:
 class Router(nn.Module):
     """Decides which experts each token goes to, and with what weights.
 
-    logit_bias [E] is None or a trained parameter that a router adds to its logits (by biased).
+    logit_bias [E] is None or a trained parameter that a router adds to its logits (by biased).  What wide names
+    (parameters and buffers) stays float32 when the module moves to a lower precision.
     """
+
+    wide: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -51,6 +54,18 @@ class Router(nn.Module):
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
         self.num_experts = num_experts
         self.logit_bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=dtype)) if logit_bias else None
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name) for name in self.wide}
+        before = {name: (t.detach().clone(), t.grad) for name, t in before.items() if t is not None}
+        super()._apply(fn, recurse)
+        for name, (tensor, grad) in before.items():
+            moved = getattr(self, name)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                moved.grad = None
+                moved.data = tensor.to(moved.device, torch.float32)
+                moved.grad = None if grad is None else grad.to(moved.device, torch.float32)
+        return self
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         raise TypeError(f"{type(self).__name__} must define forward(x, context)")

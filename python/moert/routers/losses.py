@@ -29,19 +29,41 @@ def load_balance_loss(routing: Routing | Sequence[Routing], mask: Tensor | None 
     Several routings (layers) are pooled, as in transformers.  Tokens where mask [T] is False do not count.
     """
     routings = [routing] if isinstance(routing, Routing) else list(routing)
-    load, probability, tokens = 0, 0, 0
-    for each in routings:
-        p_TE = _logits(each).softmax(-1)
-        if mask is None:
-            tokens = tokens + len(p_TE)
-        else:
-            mask_T = mask.reshape(-1)
-            tokens = tokens + mask_T.bool().sum()
-            p_TE = torch.where(mask_T.bool()[:, None], p_TE, 0)
-        load = load + expert_load(each, mask)
-        probability = probability + p_TE.sum(0)
-    tokens = torch.as_tensor(tokens, device=probability.device).clamp_min(1)
-    return routings[0].num_experts * ((load / tokens) * (probability / tokens)).sum()
+    terms = [balance_terms(each, _logits(each).softmax(-1), mask) for each in routings]
+    tokens = sum(count for _, _, count in terms).clamp_min(1)
+    load = sum(load * count for load, _, count in terms) / tokens
+    mean = sum(mean * count for _, mean, count in terms) / tokens
+    return routings[0].num_experts * (load * mean).sum()
+
+
+def document_of_token(cu_seqlens: Tensor | None, T: int, device: torch.device) -> tuple[Tensor, int]:
+    """The number of each token's document int64 [T], and how many documents there are; one where cu_seqlens is None."""
+    if cu_seqlens is None:
+        return torch.zeros(T, dtype=torch.int64, device=device), 1
+    ends = cu_seqlens[1:].to(device=device, dtype=torch.int64)
+    return torch.bucketize(torch.arange(T, device=device), ends, right=True), len(ends)
+
+
+def balance_terms(
+    routing: Routing, p_TE: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What balance losses are made of, for each of the D documents that cu_seqlens bounds (one where it is None).
+
+    Choices of each expert per token [D, E], mean of p_TE over the tokens [D, E] and the number of tokens [D]; tokens
+    where mask [T] is False do not count, and a document without tokens has zeros.
+    """
+    T, E = p_TE.shape
+    ids = routing.ids.long()
+    document, D = document_of_token(cu_seqlens, T, p_TE.device)
+    counts = torch.ones_like(document) if mask is None else mask.reshape(-1).to(torch.int64)
+    kept = (ids >= 0) & (ids < E)
+    bins = document[:, None] * E + torch.where(kept, ids, 0)
+    load = p_TE.new_zeros(D * E).scatter_add(0, bins.flatten(), (kept * counts[:, None]).to(p_TE.dtype).flatten())
+    p_TE = torch.where(counts.bool()[:, None], p_TE, 0)
+    mean = p_TE.new_zeros(D, E).index_add(0, document, p_TE)
+    tokens = torch.zeros(D, dtype=torch.int64, device=p_TE.device).scatter_add(0, document, counts)
+    divisor = tokens.clamp_min(1)[:, None]
+    return load.view(D, E) / divisor, mean / divisor, tokens
 
 
 def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -59,8 +81,14 @@ def update_expert_bias_(bias: Tensor, routing: Routing, rate: float = 0.001, mas
 
     bias [E] float32.  Once a step, with the routing of the whole batch.
     """
-    load = expert_load(routing, mask).to(bias.dtype)
-    return bias.add_(torch.sign(load.mean() - load), alpha=rate)
+    return step_expert_bias_(bias, expert_load(routing, mask), rate)
+
+
+@torch.no_grad()
+def step_expert_bias_(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """update_expert_bias_ where the load [E] has been counted, over ranks or steps."""
+    # E * load against their sum: whole numbers, which no rounding ties or unties.
+    return bias.add_(torch.sign(load.sum() - len(load) * load).to(bias.dtype), alpha=rate)
 
 
 def _logits(routing: Routing) -> Tensor:

@@ -18,6 +18,8 @@ class TopKRouter(Router):
     the models with this score: float32 for sigmoid, else the dtype of x.
     """
 
+    wide = ("expert_bias",)  # in bfloat16 a bias of 1 would swallow every step of 0.001
+
     def __init__(
         self,
         hidden: int,
@@ -75,15 +77,6 @@ class TopKRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
-    def _apply(self, fn, recurse=True):
-        before = self.expert_bias
-        super()._apply(fn, recurse)
-        after = self.expert_bias
-        # In bfloat16 a bias of 1 would swallow every step of 0.001.
-        if before is not None and after.dtype.itemsize < 4:
-            self.expert_bias = before.to(after.device, torch.float32)
-        return self
-
     def extra_repr(self) -> str:
         text = f"hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}, score={self.score}"
         for name, default in (("renormalize", False), ("scale", 1.0), ("groups", None)):
@@ -103,4 +96,7 @@ def _eligible(groups: GroupLimit, num_experts: int) -> int:
         raise ValueError(f"groups.topk_groups must be in [1, {groups.num_groups}], got {groups.topk_groups}")
     if groups.score not in ("top2", "max"):
         raise ValueError(f"groups.score must be top2 or max, got {groups.score}")
-    return groups.topk_groups * (num_experts // groups.num_groups)
+    size = num_experts // groups.num_groups
+    if groups.score == "top2" and size < 2 <= groups.num_groups:
+        raise ValueError(f"groups.num_groups must leave two experts to a group for score top2, got {groups.num_groups}")
+    return groups.topk_groups * size

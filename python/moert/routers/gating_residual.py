@@ -1,0 +1,128 @@
+"""The router of MoE++ (arXiv:2410.07348): scores of the layer before count, and some experts cost nothing.
+
+Letters: E all experts, feed-forward ones first.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moert.ops.gating import topk_gating
+from moert.routers.base import Router, RouterContext
+from moert.routers.capacity import within_capacity
+from moert.routers.losses import balance_terms
+from moert.types import Routing, check_kinds
+
+RENORMS = ("released", "paper", "mixtral")
+
+
+class GatingResidualRouter(Router):
+    """logits = x W^T + (logits of context.previous) Wg^T in float32.
+
+    two_layer puts Linear(H, 8E), tanh, Linear(8E, E) in the place of W.
+    The logits of the Routing, residual included, are what the next layer is given.  renorm "paper": softmax over all,
+    not renormalised; "released": the zero experts' weights are dropped and the others divided by their sum;
+    "mixtral": softmax over the k chosen logits.  target_std rescales the logits of a token to that deviation.
+    In training losses["balance"] = beta * sum of eta_e f_e P_e, where eta is 1 for feed-forward experts and tau for the
+    others, and with a capacity_factor each expert keeps the first of its tokens.
+    """
+
+    wide = ("weight", "hidden_weight", "residual_weight", "logit_bias")
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        k: int = 2,
+        kinds: list[str] | None = None,
+        two_layer: bool = False,
+        renorm: str = "released",
+        tau: float = 0.75,
+        beta: float = 0.01,
+        capacity_factor: float | None = None,
+        target_std: float | None = None,
+        logit_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        super().__init__(num_experts, logit_bias, device, wide)
+        kinds = ["ffn"] * num_experts if kinds is None else list(kinds)
+        if len(kinds) != num_experts:
+            raise ValueError(f"kinds must have num_experts={num_experts} entries, got {len(kinds)}")
+        self.num_ffn = check_kinds(kinds)
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k must be in [1, num_experts={num_experts}], got {k}")
+        if renorm not in RENORMS:
+            raise ValueError(f"renorm must be one of {', '.join(RENORMS)}, got {renorm}")
+        if not tau > 0:
+            raise ValueError(f"tau must be above 0, got {tau}")
+        self.hidden, self.k, self.kinds, self.renorm = hidden, k, tuple(kinds), renorm
+        self.tau, self.beta, self.capacity_factor, self.target_std = tau, beta, capacity_factor, target_std
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=wide))
+
+        width = 8 * num_experts if two_layer else hidden
+        self.hidden_weight = parameter(width, hidden) if two_layer else None
+        self.weight = parameter(num_experts, width)
+        self.residual_weight = parameter(num_experts, num_experts)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.hidden_weight, self.weight, self.residual_weight):
+            if weight is not None:
+                nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
+        context = context or RouterContext()
+        logits_TE = self._logits(x, context)
+        if self.renorm == "mixtral":
+            weights, ids = topk_gating(logits_TE, self.k, "softmax_over_topk")
+        else:
+            weights, ids = topk_gating(logits_TE, self.k)
+        if self.renorm == "released":
+            zero = torch.tensor([kind == "zero" for kind in self.kinds], device=ids.device)
+            weights = torch.where(zero[ids.long()], 0, weights)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        routing = Routing(ids, weights, self.num_experts, logits_TE)
+        if not self.training:
+            return routing
+        losses = {"balance": self._balance_loss(routing, context.mask)}
+        if self.capacity_factor is not None:
+            ids = within_capacity(ids, self.capacity(len(x), ids.device))
+        return Routing(ids, weights, self.num_experts, logits_TE, losses)
+
+    def capacity(self, T: int, device: torch.device | str | None = None) -> Tensor:
+        """How many of T tokens each expert takes [E]: tau times as many for a feed-forward expert as for another."""
+        share = self.capacity_factor * T / (self.tau * self.num_ffn + self.num_experts - self.num_ffn)
+        sizes = [math.ceil(self.tau * share) if kind == "ffn" else math.ceil(share) for kind in self.kinds]
+        return torch.tensor(sizes, device=device)
+
+    def _logits(self, x: Tensor, context: RouterContext) -> Tensor:
+        previous = context.previous
+        x = x.to(self.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.hidden_weight is not None:
+                x = torch.tanh(F.linear(x, self.hidden_weight))
+            logits_TE = self.biased(F.linear(x, self.weight), context)
+            if previous is not None:
+                before = None if previous.logits is None else list(previous.logits.shape)
+                if before != list(logits_TE.shape):
+                    raise ValueError(f"context.previous.logits must have shape {list(logits_TE.shape)}, got {before}")
+                logits_TE = logits_TE + F.linear(previous.logits.to(x.dtype), self.residual_weight)
+        if self.target_std is not None:
+            logits_TE = logits_TE * (self.target_std / logits_TE.std(-1, keepdim=True))
+        return logits_TE
+
+    def _balance_loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
+        load, mean, _ = balance_terms(routing, routing.logits.softmax(-1), mask)
+        eta = torch.tensor([1.0 if kind == "ffn" else self.tau for kind in self.kinds], device=load.device)
+        return self.beta * (eta.to(load.dtype) * load * mean).sum()
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}, num_ffn={self.num_ffn}, tau={self.tau}"
+        )

@@ -1,0 +1,62 @@
+"""Experts by modality: each modality has its own router over its own experts (MoMa, arXiv:2407.21770)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moert.routers.base import Router, RouterContext
+from moert.types import Routing
+
+
+class ModalityRouter(Router):
+    """routers[g] routes the tokens with context.modality [T] == g to its experts, which follow those of routers[:g].
+
+    Every router sees all tokens, with the others' masked: shapes do not depend on the modalities, and together the
+    gates cost what one gate over all experts does.  losses are named "g.name".
+    """
+
+    def __init__(self, routers: Sequence[Router]):
+        if not routers:
+            raise ValueError("routers must have at least one, got none")
+        super().__init__(sum(router.num_experts for router in routers))
+        self.routers = nn.ModuleList(routers)
+
+    def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
+        modality = self._modality(x, context)
+        routings, first, offset = [], [], 0
+        for g, router in enumerate(self.routers):
+            mine = modality == g
+            mask = mine if context.mask is None else mine & context.mask.reshape(-1).bool()
+            bias = context.logit_bias
+            bias = None if bias is None else bias[..., offset : offset + router.num_experts]
+            routings.append(router(x, replace(context, mask=mask, logit_bias=bias)))
+            first.append(offset)
+            offset += router.num_experts
+        k = max(routing.ids.shape[1] for routing in routings)
+        ids = torch.full((len(x), k), self.num_experts, device=x.device)
+        weights = torch.zeros_like(ids, dtype=routings[0].weights.dtype)
+        for g, routing in enumerate(routings):
+            pad = (0, k - routing.ids.shape[1])
+            real = (routing.ids >= 0) & (routing.ids < routing.num_experts) & (modality == g)[:, None]
+            ids = torch.where(F.pad(real, pad), F.pad(routing.ids, pad) + first[g], ids)
+            weights = torch.where(F.pad(real, pad), F.pad(routing.weights, pad), weights)
+        logits = [routing.logits for routing in routings]
+        losses = {f"{g}.{name}": loss for g, each in enumerate(routings) for name, loss in each.losses.items()}
+        together = None if any(each is None for each in logits) else torch.cat(logits, -1)
+        return Routing(ids, weights, self.num_experts, together, losses)
+
+    def _modality(self, x: Tensor, context: RouterContext | None) -> Tensor:
+        if context is None or context.modality is None:
+            raise ValueError("context.modality must be given, got None")
+        modality, G = context.modality.reshape(-1), len(self.routers)
+        good = (modality >= 0) & (modality < G)
+        # The number of bad ones would make a GPU wait for the host, and a compiled graph break.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if bad := int((~good).sum()):
+                raise ValueError(f"context.modality must be in [0, {G}), got {bad} tokens outside")
+        else:
+            torch._assert_async(good.all(), "context.modality must be in [0, number of routers)")
+        return modality
