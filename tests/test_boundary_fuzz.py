@@ -92,7 +92,8 @@ def expert_choice_calls(draw):
 def permute_plan_calls(draw):
     T, k, _, _, E = sizes(draw)
     ids = integers(draw, T, k, low=-2, high=E + 2, dtype=draw(st.sampled_from(INTS)))
-    return *some_changed(draw, ids), draw(st.sampled_from((E, E, E, 0, -1, 300, 2**31 - 1, 2**40)))
+    num_experts = draw(st.sampled_from((E, E, E, 0, -1, 300, 2**31 - 1, 2**40)))
+    return *some_changed(draw, ids), num_experts, draw(st.sampled_from((None, None, 0, 2, -1, 2**40)))
 
 
 def plan_of(draw):
@@ -112,12 +113,13 @@ def unpermute_calls(draw):
     T, k, H, *plan = plan_of(draw)
     dtype = draw(st.sampled_from(FLOATS))
     weights = floats(draw, T, k, dtype=torch.promote_types(dtype, torch.float32)) if draw(st.booleans()) else None
-    return some_changed(draw, floats(draw, T * k, H, dtype=dtype), *plan, weights)
+    residual = floats(draw, T, H, dtype=dtype) if draw(st.booleans()) else None
+    return some_changed(draw, floats(draw, T * k, H, dtype=dtype), *plan, weights, residual)
 
 
 @st.composite
 def unpermute_backward_calls(draw):
-    rows, tokens, slots, weights = draw(unpermute_calls())
+    rows, tokens, slots, weights, _ = draw(unpermute_calls())
     weights = torch.zeros(slots.shape) if weights is None else weights
     dy = floats(draw, slots.shape[0] if slots.dim() else 1, rows.shape[-1] if rows.dim() else 1, dtype=rows.dtype)
     return *some_changed(draw, dy), rows, tokens, slots, weights
@@ -179,8 +181,8 @@ def check_topk_gating(got, logits, k, score, bias, renormalize, scale, *limit):
     assert_rows_close(got[0], lambda *args: weights(*args)[0], logits, bias, floor=1e-5)
 
 
-def check_permute_plan(got, ids, num_experts):
-    ref = permute_plan_ref(ids, num_experts)
+def check_permute_plan(got, ids, num_experts, capacity):
+    ref = permute_plan_ref(ids, num_experts, capacity)
     assert all(map(torch.equal, got, (ref.offsets, ref.tokens, ref.slots)))
 
 
@@ -188,8 +190,11 @@ def check_permute(got, x, tokens, slots):
     assert torch.equal(got, permute_ref(x, plan(tokens, slots)))
 
 
-def check_unpermute(got, rows, tokens, slots, weights):
-    assert_rows_close(got, lambda rows, weights: unpermute_ref(rows, plan(tokens, slots), weights), rows, weights)
+def check_unpermute(got, rows, tokens, slots, weights, residual):
+    def ref(rows, weights, residual):
+        return unpermute_ref(rows, plan(tokens, slots), weights, residual)
+
+    assert_rows_close(got, ref, rows, weights, residual)
 
 
 def check_unpermute_backward(got, dy, rows, tokens, slots, weights):

@@ -13,9 +13,11 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "expert_choice(Tensor scores, Tensor segments, Tensor capacity, int max_choices) -> (Tensor weights, Tensor "
       "ids)");
 
-  m.def("permute_plan(Tensor ids, int num_experts) -> (Tensor offsets, Tensor tokens, Tensor slots)");
+  m.def(
+      "permute_plan(Tensor ids, int num_experts, SymInt? capacity=None) -> (Tensor offsets, Tensor tokens, Tensor "
+      "slots)");
   m.def("permute(Tensor x, Tensor tokens, Tensor slots) -> Tensor rows");
-  m.def("unpermute(Tensor rows, Tensor tokens, Tensor slots, Tensor? weights) -> Tensor y");
+  m.def("unpermute(Tensor rows, Tensor tokens, Tensor slots, Tensor? weights, Tensor? residual=None) -> Tensor y");
   m.def(
       "unpermute_backward(Tensor dy, Tensor rows, Tensor tokens, Tensor slots, Tensor weights) "
       "-> (Tensor drows, Tensor dweights)");

@@ -21,18 +21,19 @@ Plan check_plan(const Tensor& tokens, const Tensor& slots) {
   CHECK_DIM(slots, 2, "[T, k]");
   CHECK_DTYPE(slots, Int);
   CHECK_DTYPE(tokens, Int);
-  const int64_t T = slots.size(0), k = slots.size(1), S = slots.numel();
-  STD_TORCH_CHECK(S <= std::numeric_limits<int32_t>::max() && T <= std::numeric_limits<int32_t>::max(),
-                  "slots must have fewer than 2^31 elements, got shape ", shape(slots));
-  STD_TORCH_CHECK(has_shape(tokens, {S}), "tokens must have shape [T*k=", S, "], got ", shape(tokens));
+  CHECK_DIM(tokens, 1, "[S]");
+  const int64_t T = slots.size(0), k = slots.size(1), S = tokens.numel(), most = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(slots.numel() <= most && T <= most, "slots must have fewer than 2^31 elements, got shape ",
+                  shape(slots));
+  STD_TORCH_CHECK(S <= most, "tokens must have fewer than 2^31 elements, got shape ", shape(tokens));
   return {T, k, S, torch::stable::contiguous(tokens), torch::stable::contiguous(slots)};
 }
 
 void check_rows(const Tensor& rows, const Plan& plan) {
   CHECK_CPU(rows);
   CHECK_FLOAT(rows);
-  CHECK_DIM(rows, 2, "[T*k, H]");
-  STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [T*k=", plan.S, ", H], got ", shape(rows));
+  CHECK_DIM(rows, 2, "[S, H]");
+  STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [S=", plan.S, ", H], got ", shape(rows));
 }
 
 // weights [T, k] in the type that sums are kept in.
@@ -44,17 +45,30 @@ Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan
   return scale_values(weights, rows);
 }
 
+// residual [T, H] with the elements of a row side by side.
+Tensor check_residual(const Tensor& residual, const Tensor& rows, const Plan& plan) {
+  CHECK_CPU(residual);
+  CHECK_SAME_DTYPE(residual, rows);
+  STD_TORCH_CHECK(has_shape(residual, {plan.T, rows.size(1)}), "residual must have shape [T=", plan.T,
+                  ", H=", rows.size(1), "], got ", shape(residual));
+  return dense_rows(residual);
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> permute_plan_cpu(const Tensor& ids, int64_t num_experts) {
+std::tuple<Tensor, Tensor, Tensor> permute_plan_cpu(const Tensor& ids, int64_t num_experts,
+                                                    std::optional<int64_t> capacity) {
+  const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, num_experts);
+  STD_TORCH_CHECK(!capacity || (*capacity >= 0 && *capacity <= most),
+                  "capacity must be in [0, 2^31 / num_experts), got ", *capacity);
   const Tensor ready = expert_ids(ids, num_experts);
   const int64_t T = ids.size(0), k = ids.size(1);
   Tensor offsets = torch::stable::new_empty(ids, {num_experts + 1}, ScalarType::Int);
-  Tensor tokens = torch::stable::new_empty(ids, {T * k}, ScalarType::Int);
+  Tensor tokens = torch::stable::new_empty(ids, {capacity ? num_experts * *capacity : T * k}, ScalarType::Int);
   Tensor slots = torch::stable::new_empty(ids, {T, k}, ScalarType::Int);
-  cpu::permute_plan(ready.const_data_ptr<int32_t>(), T, k, num_experts, torch::stable::get_num_threads(),
-                    offsets.mutable_data_ptr<int32_t>(), tokens.mutable_data_ptr<int32_t>(),
-                    slots.mutable_data_ptr<int32_t>());
+  cpu::permute_plan(ready.const_data_ptr<int32_t>(), T, k, num_experts, capacity.value_or(-1),
+                    torch::stable::get_num_threads(), offsets.mutable_data_ptr<int32_t>(),
+                    tokens.mutable_data_ptr<int32_t>(), slots.mutable_data_ptr<int32_t>());
   return {offsets, tokens, slots};
 }
 
@@ -73,15 +87,17 @@ Tensor permute_cpu(const Tensor& x, const Tensor& tokens, const Tensor& slots) {
 }
 
 Tensor unpermute_cpu(const Tensor& rows, const Tensor& tokens, const Tensor& slots,
-                     const std::optional<Tensor>& weights) {
+                     const std::optional<Tensor>& weights, const std::optional<Tensor>& residual) {
   const Plan plan = check_plan(tokens, slots);
   check_rows(rows, plan);
   const std::optional<Tensor> w = weights ? std::optional(check_weights(*weights, rows, plan)) : std::nullopt;
   const int64_t H = rows.size(1);
+  const std::optional<Tensor> start = residual ? std::optional(check_residual(*residual, rows, plan)) : std::nullopt;
   const Tensor from = dense_rows(rows);
   Tensor y = torch::stable::new_empty(rows, {plan.T, H});
   cpu::unpermute_rows(from.const_data_ptr(), from.stride(0), dtype(rows), plan.slots.const_data_ptr<int32_t>(),
-                      w ? w->const_data_ptr() : nullptr, plan.T, plan.k, plan.S, H, torch::stable::get_num_threads(),
+                      w ? w->const_data_ptr() : nullptr, start ? start->const_data_ptr() : nullptr,
+                      start ? start->stride(0) : 0, plan.T, plan.k, plan.S, H, torch::stable::get_num_threads(),
                       y.mutable_data_ptr());
   return y;
 }

@@ -32,7 +32,7 @@ struct Plan {
         slots(allocate<int32_t>(r.T * r.k)),
         scale(allocate<A>(r.T * r.k)),
         weights(static_cast<const A*>(r.weights)) {
-    permute_plan(r.ids, T, k, E, threads, offsets.get(), tokens.get(), slots.get());
+    permute_plan(r.ids, T, k, E, -1, threads, offsets.get(), tokens.get(), slots.get());
     for (int64_t i = 0; i < T * k; ++i)
       if (slots[i] >= 0) scale[slots[i]] = weights[i];
   }

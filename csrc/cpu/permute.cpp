@@ -42,12 +42,12 @@ void check_range(const char* name, const int32_t* index, int64_t count, const ch
   MOERT_CHECK(false, name, " must hold -1 or be in [0, ", letter, "=", n, "), got ", *bad);
 }
 
-// Choices [first, last) of the sort: next[e] is the next free slot of expert e.
-void place(const int32_t* ids, int64_t k, int64_t E, int64_t first, int64_t last, int32_t* next, int32_t* tokens,
-           int32_t* slots) {
+// Choices [first, last) of the sort: next[e] is the next free slot of expert e, end[e] the first that is not its own.
+void place(const int32_t* ids, int64_t k, int64_t E, int64_t first, int64_t last, const int32_t* end, int32_t* next,
+           int32_t* tokens, int32_t* slots) {
   int64_t token = first / k, left = k - first % k;
   for (int64_t i = first; i < last; ++i) {
-    const bool kept = ids[i] >= 0 && ids[i] < E;
+    const bool kept = ids[i] >= 0 && ids[i] < E && next[ids[i]] < end[ids[i]];
     slots[i] = kept ? next[ids[i]]++ : -1;
     if (kept) tokens[slots[i]] = int32_t(token);
     if (--left == 0) ++token, left = k;
@@ -56,8 +56,8 @@ void place(const int32_t* ids, int64_t k, int64_t E, int64_t first, int64_t last
 
 }  // namespace
 
-void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t threads, int32_t* offsets,
-                  int32_t* tokens, int32_t* slots) {
+void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t capacity, int64_t threads,
+                  int32_t* offsets, int32_t* tokens, int32_t* slots) {
   const int64_t n = T * k;
   // One histogram a chunk; it must not cost more than the chunk itself.
   const int64_t chunks = n < kParallelPlan ? 1 : std::clamp<int64_t>(n / (E + 1), 1, std::max<int64_t>(1, threads));
@@ -71,18 +71,22 @@ void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t t
 
   int32_t slot = 0;
   for (int64_t e = 0; e < E; ++e) {
+    if (capacity >= 0) slot = int32_t(e * capacity);
     offsets[e] = slot;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int32_t count = next[chunk * E + e];
       next[chunk * E + e] = slot;
-      slot += count;
+      slot = int32_t(std::min<int64_t>(slot + int64_t(count), INT32_MAX));  // beyond the capacity all are dropped
     }
   }
-  offsets[E] = slot;
+  offsets[E] = capacity < 0 ? slot : int32_t(E * capacity);
 
-  std::fill(tokens + slot, tokens + n, -1);
+  if (capacity < 0)
+    std::fill(tokens + slot, tokens + n, -1);
+  else
+    std::fill_n(tokens, E * capacity, -1);
   parallel_for(chunks, threads, [&](int64_t chunk) {
-    if (k > 0) place(ids, k, E, first(chunk), first(chunk + 1), next.data() + chunk * E, tokens, slots);
+    if (k > 0) place(ids, k, E, first(chunk), first(chunk + 1), offsets + 1, next.data() + chunk * E, tokens, slots);
   });
 }
 
@@ -101,13 +105,15 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
 }
 
 void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
-                    int64_t T, int64_t k, int64_t S, int64_t H, int64_t threads, void* y) {
+                    const void* residual, int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H,
+                    int64_t threads, void* y) {
   check_range("slots", slots, T * k, "S", S);
   const auto sum_rows = kernels().sum_rows;
   const int64_t size = size_of(dtype), weight_size = dtype == DType::f64 ? 8 : 4;
   for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
     const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
-    sum_rows({dtype, k, H, rows, rows_stride, slots + t * k, w, static_cast<char*>(y) + t * H * size});
+    const void* start = residual ? static_cast<const char*>(residual) + t * residual_stride * size : nullptr;
+    sum_rows({dtype, k, H, rows, rows_stride, slots + t * k, w, start, static_cast<char*>(y) + t * H * size});
   });
 }
 

@@ -5,7 +5,7 @@
 
 namespace moert::cpu {
 
-// y [H] = sum over j of weights[j] * rows[slots[j]], in order; slots below 0 are left out.
+// y [H] = start + sum over j of weights[j] * rows[slots[j]], in order; slots below 0 are left out.
 struct SumOfRows {
   DType dtype;
   int64_t k, H;
@@ -13,6 +13,7 @@ struct SumOfRows {
   int64_t rows_stride;
   const int32_t* slots;  // [k]
   const void* weights;   // null or values [k]
+  const void* start;     // null or [H]
   void* y;
 };
 

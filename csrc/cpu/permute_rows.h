@@ -12,6 +12,7 @@ template <typename T, int Vectors>
 void sum_columns(const SumOfRows& s, int64_t h) {
   using A = Acc<T>;
   Vec<A> sum[Vectors] = {};
+  for (int v = 0; s.start && v < Vectors; ++v) sum[v] = load(static_cast<const T*>(s.start) + h + v * kLanes<A>);
   for (int64_t j = 0; j < s.k; ++j) {
     if (s.slots[j] < 0) continue;
     const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;
@@ -29,7 +30,7 @@ void sum_rows_of(const SumOfRows& s) {
   for (; h + kVectors * kLanes<A> <= s.H; h += kVectors * kLanes<A>) sum_columns<T, kVectors>(s, h);
   for (; h + kLanes<A> <= s.H; h += kLanes<A>) sum_columns<T, 1>(s, h);
   if (h == s.H) return;
-  Vec<A> sum{};
+  Vec<A> sum = s.start ? load_first(static_cast<const T*>(s.start) + h, s.H - h) : Vec<A>{};
   for (int64_t j = 0; j < s.k; ++j) {
     if (s.slots[j] < 0) continue;
     const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;

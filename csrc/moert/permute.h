@@ -14,19 +14,22 @@ namespace moert::cpu {
 //   offsets [E+1]   the slots of expert e are offsets[e] .. offsets[e+1]-1; offsets[E] is the number of slots in use
 //   tokens  [T*k]   token of each slot; -1 from offsets[E] on
 //   slots   [T, k]  slot of each (token, choice); -1 where it was dropped
-void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t threads, int32_t* offsets,
-                  int32_t* tokens, int32_t* slots);
+// With a capacity (-1: none) every expert owns `capacity` slots: tokens has E * capacity, -1 where the expert has fewer
+// choices, and an expert's later choices are dropped.
+void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t capacity, int64_t threads,
+                  int32_t* offsets, int32_t* tokens, int32_t* slots);
 
 // rows[s] = x[tokens[s]], zero where tokens[s] is -1.  x [T, H], tokens [S] -> rows [S, H].
 // Throws, before it writes, where a token is outside [-1, T).
 void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* tokens, int64_t T, int64_t S, int64_t H,
                   int64_t threads, void* rows);
 
-// y[t] = sum over j, in order, of weights[t, j] * rows[slots[t, j]]; choices whose slot is -1 are left out.
-// rows [S, H], slots [T, k], weights [T, k] (null: all one) -> y [T, H].
+// y[t] = residual[t] + sum over j, in order, of weights[t, j] * rows[slots[t, j]]; choices whose slot is -1 are left
+// out.  rows [S, H], slots [T, k], weights [T, k] (null: all one), residual [T, H] (null: zero) -> y [T, H].
 // Throws, before it writes, where a slot is outside [-1, S).
 void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
-                    int64_t T, int64_t k, int64_t S, int64_t H, int64_t threads, void* y);
+                    const void* residual, int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H,
+                    int64_t threads, void* y);
 
 // The gradients of unpermute_rows: drows[slots[t, j]] = weights[t, j] * dy[t], dweights[t, j] = <rows[slots[t, j]],
 // dy[t]>. dy [T, H], rows [S, H], tokens [S], slots [T, k], weights [T, k] -> drows [S, H], dweights [T, k]; both are

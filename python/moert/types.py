@@ -29,10 +29,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Rows in expert order (slots): offsets [E+1], tokens [T*k], slots [T, k], all int32.
+    """Rows in expert order (S slots): offsets [E+1], tokens [S], slots [T, k], all int32.
 
-    Expert e owns slots offsets[e] .. offsets[e+1]-1, in token order; tokens[s] is the token of slot s and slots[t, j]
-    the slot of choice j of token t; both are -1 where a choice was dropped.
+    Expert e owns slots offsets[e] .. offsets[e+1]-1, in token order; tokens[s] is the token of slot s, -1 where it has
+    none; slots[t, j] is the slot of choice j of token t, -1 where the choice was dropped.  S is T*k, or E*capacity.
     """
 
     offsets: Tensor

@@ -32,10 +32,11 @@ struct Plan {
   std::vector<int32_t> offsets, tokens, slots;
 };
 
-Plan plan_of(const std::vector<int32_t>& ids, int64_t k, int64_t E, int64_t threads) {
-  const int64_t T = int64_t(ids.size()) / k;
-  Plan plan{std::vector<int32_t>(E + 1, -7), std::vector<int32_t>(T * k, -7), std::vector<int32_t>(T * k, -7)};
-  moert::cpu::permute_plan(ids.data(), T, k, E, threads, plan.offsets.data(), plan.tokens.data(), plan.slots.data());
+Plan plan_of(const std::vector<int32_t>& ids, int64_t k, int64_t E, int64_t threads, int64_t capacity = -1) {
+  const int64_t T = int64_t(ids.size()) / k, S = capacity < 0 ? T * k : E * capacity;
+  Plan plan{std::vector<int32_t>(E + 1, -7), std::vector<int32_t>(S, -7), std::vector<int32_t>(T * k, -7)};
+  moert::cpu::permute_plan(ids.data(), T, k, E, capacity, threads, plan.offsets.data(), plan.tokens.data(),
+                           plan.slots.data());
   return plan;
 }
 
@@ -44,6 +45,15 @@ void small_plan() {
   EXPECT((plan.offsets == std::vector<int32_t>{0, 2, 2, 4}));
   EXPECT((plan.tokens == std::vector<int32_t>{0, 1, 0, 2, -1, -1}));
   EXPECT((plan.slots == std::vector<int32_t>{2, 0, 1, -1, 3, -1}));
+}
+
+// Two slots an expert: the third choice of expert 0 is dropped, experts 1 and 2 leave slots empty.
+void small_capacity() {
+  const Plan plan = plan_of({2, 0, 0, 3, 0, -1}, 2, 3, 1, 2);
+  EXPECT((plan.offsets == std::vector<int32_t>{0, 2, 4, 6}));
+  EXPECT((plan.tokens == std::vector<int32_t>{0, 1, -1, -1, 0, -1}));
+  EXPECT((plan.slots == std::vector<int32_t>{4, 0, 1, -1, -1, -1}));
+  EXPECT((plan_of({0, 1}, 1, 2, 1, 0).slots == std::vector<int32_t>{-1, -1}));
 }
 
 void no_tokens() { EXPECT((plan_of({}, 2, 3, 4).offsets == std::vector<int32_t>{0, 0, 0, 0})); }
@@ -67,6 +77,8 @@ void stable_on_any_threads() {
   for (int64_t threads : {2, 3, 8}) {
     const Plan same = plan_of(ids, k, E, threads);
     EXPECT(same.offsets == plan.offsets && same.tokens == plan.tokens && same.slots == plan.slots);
+    const Plan few = plan_of(ids, k, E, threads, 1000), fewer = plan_of(ids, k, E, 1, 1000);
+    EXPECT(few.offsets == fewer.offsets && few.tokens == fewer.tokens && few.slots == fewer.slots);
   }
 }
 
@@ -98,8 +110,17 @@ void rows_there_and_back(int64_t H, int64_t threads) {
 
   std::vector<T> y(tokens * H), drows(S * H);
   std::vector<Value> dweights(S);
-  moert::cpu::unpermute_rows(rows.data(), H, dtype, plan.slots.data(), weights.data(), tokens, k, S, H, threads,
-                             y.data());
+  moert::cpu::unpermute_rows(rows.data(), H, dtype, plan.slots.data(), weights.data(), dy.data(), stride, tokens, k, S,
+                             H, threads, y.data());
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < H; ++h) {
+      Value sum = to_value(dy[t * stride + h]);
+      for (int64_t j = 0; j < k; ++j)
+        if (plan.slots[t * k + j] >= 0) sum += weights[t * k + j] * to_value(x[t * stride + h]);
+      EXPECT(to_value(y[t * H + h]) == sum);
+    }
+  moert::cpu::unpermute_rows(rows.data(), H, dtype, plan.slots.data(), weights.data(), nullptr, 0, tokens, k, S, H,
+                             threads, y.data());
   moert::cpu::unpermute_rows_backward(dy.data(), stride, rows.data(), H, dtype, plan.tokens.data(), plan.slots.data(),
                                       weights.data(), tokens, k, S, H, threads, drows.data(), dweights.data());
   for (int64_t t = 0; t < tokens; ++t) {
@@ -143,7 +164,8 @@ void refuses_bad_plans() {
     EXPECT(message == "tokens must hold -1 or be in [0, T=4), got " + std::to_string(bad));
     message.clear();
     try {
-      moert::cpu::unpermute_rows(x.data(), 2, moert::DType::f32, index.data(), nullptr, 2, 2, 4, 2, 1, rows.data());
+      moert::cpu::unpermute_rows(x.data(), 2, moert::DType::f32, index.data(), nullptr, nullptr, 0, 2, 2, 4, 2, 1,
+                                 rows.data());
     } catch (const std::runtime_error& error) {
       message = error.what();
     }
@@ -154,6 +176,7 @@ void refuses_bad_plans() {
 
 int main() {
   small_plan();
+  small_capacity();
   no_tokens();
   stable_on_any_threads();
   rows_of_every_dtype();

@@ -81,6 +81,7 @@ def test_gradcheck_twice(kind):
         (lambda x: permute(x, plan), (x,)),
         (lambda rows: unpermute(rows, plan), (rows,)),
         (lambda rows, weights: unpermute(rows, plan, weights), (rows, weights)),
+        (lambda rows, weights, x: unpermute(rows, plan, weights, x), (rows, weights, x)),
         (lambda *args: OPS.unpermute_backward(*args[:2], plan.tokens, plan.slots, args[2]), (x, rows, weights)),
     ):
         assert gradcheck(fn, inputs)
@@ -234,6 +235,44 @@ def test_empty(T, k, H):
     assert torch.equal(weights.grad, x.detach().sum(-1, keepdim=True).expand(T, k))
 
 
+@pytest.mark.parametrize("capacity", (0, 1, 3, 50))
+@pytest.mark.parametrize("shape", PERMUTE_SHAPES, ids=str)
+def test_capacity_gives_every_expert_the_same_number_of_slots(shape, capacity):
+    ids = shape.routing().ids
+    plan = permute_plan(ids, shape.E, capacity)
+    assert_plan_equal(plan, permute_plan_ref(ids, shape.E, capacity))
+    free = permute_plan(ids, shape.E)
+    for e in range(shape.E):  # the first choices of each expert stay, in the order of the tokens
+        mine = plan.tokens[e * capacity : (e + 1) * capacity]
+        first = free.tokens[free.offsets[e] : free.offsets[e + 1]][:capacity]
+        assert torch.equal(mine[: len(first)], first) and (mine[len(first) :] == -1).all()
+
+
+def test_rows_of_a_capacity_plan_there_and_back():
+    routing = random_routing(37, 5, 2, "sentinels", dtype=torch.float64)
+    plan = permute_plan(routing.ids, 5, 9)
+    x = torch.randn(37, 6, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(45, 6, dtype=torch.float64, requires_grad=True)
+    weights = routing.weights.requires_grad_()
+    assert torch.equal(permute(x, plan), permute_ref(x, plan))
+    assert_rows_close(unpermute(rows, plan, weights), lambda r, w: unpermute_ref(r, plan, w), rows, weights)
+    assert gradcheck(lambda x: permute(x, plan), x)
+    assert gradcheck(lambda rows, weights: unpermute(rows, plan, weights), (rows, weights))
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", PERMUTE_SHAPES, ids=str)
+def test_residual_is_added_before_the_only_rounding(shape, dtype):
+    plan, x, rows, weights = case(shape, dtype)
+    y = unpermute(rows, plan, weights, x)
+    assert_rows_close(y, lambda rows, weights, x: unpermute_ref(rows, plan, weights, x), rows, weights, x)
+    untouched = (plan.slots < 0).all(-1)
+    assert torch.equal(y[untouched], x[untouched])
+    assert torch.equal(unpermute(rows, plan, weights, strided(x, "columns_first")), y)
+    grad = torch.autograd.grad(unpermute(rows, plan, weights, x.requires_grad_()), x, dy := torch.randn_like(x))[0]
+    assert torch.equal(grad, dy)
+
+
 def test_a_plan_that_contradicts_itself_has_a_defined_result():
     # Both choices of both tokens claim slot 0, which claims token 1.
     tokens, slots = torch.tensor([1, -1, -1, -1], dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
@@ -274,6 +313,8 @@ def opcheck_samples():
             yield "permute", (x, *indices)
             yield "unpermute", (rows, *indices, None)
             yield "unpermute", (rows, *indices, weights)
+            yield "unpermute", (rows, *indices, weights, x)
+            yield "permute_plan", (routing.ids, shape.E, 2)
             yield "unpermute_backward", (x, rows, *indices, weights)
 
 
@@ -313,14 +354,19 @@ ROWS, X, WEIGHTS = torch.zeros(6, 4), torch.zeros(3, 4), torch.zeros(3, 2)
         ("permute", (X, TOKENS.long(), SLOTS), "tokens must have dtype Int, got Long"),
         ("permute", (X, TOKENS, SLOTS.long()), "slots must have dtype Int, got Long"),
         ("permute", (X, TOKENS, SLOTS[0]), r"slots must be \[T, k\], got shape \[2\]"),
-        ("permute", (X, TOKENS[1:], SLOTS), r"tokens must have shape \[T\*k=6\], got \[5\]"),
+        ("permute", (X, TOKENS[None], SLOTS), r"tokens must be \[S\], got shape \[1, 6\]"),
         ("permute", (X, TOKENS + 1, SLOTS), r"tokens must hold -1 or be in \[0, T=3\), got 3"),
         ("permute", (X, TOKENS - 1, SLOTS), r"tokens must hold -1 or be in \[0, T=3\), got -2"),
-        ("unpermute", (ROWS[0], TOKENS, SLOTS, None), r"rows must be \[T\*k, H\], got shape \[4\]"),
-        ("unpermute", (X, TOKENS, SLOTS, None), r"rows must have shape \[T\*k=6, H\], got \[3, 4\]"),
+        ("unpermute", (ROWS[0], TOKENS, SLOTS, None), r"rows must be \[S, H\], got shape \[4\]"),
+        ("unpermute", (X, TOKENS, SLOTS, None), r"rows must have shape \[S=6, H\], got \[3, 4\]"),
         ("unpermute", (ROWS.bool(), TOKENS, SLOTS, None), "rows must have dtype Float, BFloat16, Half or Double, got"),
         ("unpermute", (ROWS, TOKENS, SLOTS + 2, None), r"slots must hold -1 or be in \[0, S=6\), got 6"),
         ("unpermute", (ROWS, TOKENS, SLOTS - 2**31, None), r"slots must hold -1 or be in \[0, S=6\), got -2147483648"),
+        ("permute_plan", (SLOTS, 4, -1), r"capacity must be in \[0, 2\^31 / num_experts\), got -1"),
+        ("permute_plan", (SLOTS, 4, 2**30), r"capacity must be in \[0, 2\^31 / num_experts\), got 1073741824"),
+        ("unpermute", (ROWS, TOKENS[1:], SLOTS, None), r"rows must have shape \[S=5, H\], got \[6, 4\]"),
+        ("unpermute", (ROWS, TOKENS, SLOTS, None, ROWS), r"residual must have shape \[T=3, H=4\], got \[6, 4\]"),
+        ("unpermute", (ROWS, TOKENS, SLOTS, None, X.half()), "residual must have the dtype of rows, Float, got Half"),
         ("unpermute", (ROWS, TOKENS, SLOTS, X), r"weights must have shape \[T=3, k=2\], got \[3, 4\]"),
         (
             "unpermute",

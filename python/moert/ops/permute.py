@@ -1,6 +1,7 @@
 """Permute: rows from token order to expert order and back.
 
-Letters: T tokens, k choices per token, E experts, H hidden; T*k slots, of which the last offsets[E].. are unused.
+Letters: T tokens, k choices per token, E experts, H hidden; S slots: T*k, of which offsets[E].. are unused, or
+E*capacity.
 """
 
 import torch
@@ -10,30 +11,37 @@ from moert.ops.same_device import same_device
 from moert.types import DispatchPlan
 
 
-def permute_plan(ids: Tensor, num_experts: int) -> DispatchPlan:
+def permute_plan(ids: Tensor, num_experts: int, capacity: int | None = None) -> DispatchPlan:
     """Stable counting sort of the choices by expert.
 
-    ids [T, k] of any integer dtype -> offsets [E+1], tokens [T*k], slots [T, k], all int32 (see DispatchPlan).
-    An id outside [0, num_experts) is dropped: its slot is -1, and the last slots have no token.
+    ids [T, k] of any integer dtype -> offsets [E+1], tokens [S], slots [T, k], all int32 (see DispatchPlan).
+    An id outside [0, num_experts) is dropped: its slot is -1, and the last of the S = T*k slots have no token.
+    With a capacity every expert has that many slots, S = E*capacity; its later choices are dropped, and slots that it
+    does not need have no token: a rectangle, whose sizes do not depend on the ids.
     """
-    return DispatchPlan(*torch.ops.moert.permute_plan(ids, num_experts))
+    return DispatchPlan(*torch.ops.moert.permute_plan(ids, num_experts, capacity))
 
 
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
-    """Rows in expert order: x [T, H] -> rows [T*k, H] with rows[s] = x[tokens[s]]; unused slots are zero."""
+    """Rows in expert order: x [T, H] -> rows [S, H] with rows[s] = x[tokens[s]]; unused slots are zero."""
     return torch.ops.moert.permute(x, plan.tokens, plan.slots)
 
 
-def unpermute(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> Tensor:
-    """Rows back in token order, summed over the choices: y[t] = sum over j of weights[t, j] * rows[slots[t, j]].
+def unpermute(
+    rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Rows back in token order: y[t] = residual[t] + sum over j of weights[t, j] * rows[slots[t, j]].
 
-    rows [T*k, H], weights [T, k] (None: all one) -> y [T, H] in the dtype of rows.  The sum is kept in float32 (float64
-    for float64) and taken in choice order; dropped choices add nothing and get no gradient, whatever their weight.
+    rows [S, H], weights [T, k] (None: all one), residual [T, H] (None: zero) -> y [T, H] in the dtype of rows.  The sum
+    is kept in float32 (float64 for float64) and taken in choice order; dropped choices add nothing and get no gradient,
+    whatever their weight.
     """
-    return torch.ops.moert.unpermute(rows, plan.tokens, plan.slots, weights)
+    return torch.ops.moert.unpermute(rows, plan.tokens, plan.slots, weights, residual)
 
 
-def permute_plan_ref(ids: Tensor, num_experts: int) -> DispatchPlan:
+def permute_plan_ref(ids: Tensor, num_experts: int, capacity: int | None = None) -> DispatchPlan:
+    if capacity is not None:
+        return _capacity_plan_ref(ids, num_experts, capacity)
     T, k = ids.shape
     expert = ids.flatten().long()
     expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
@@ -47,12 +55,26 @@ def permute_plan_ref(ids: Tensor, num_experts: int) -> DispatchPlan:
     return DispatchPlan(offsets.int(), tokens.int(), slots.view(T, k).int())
 
 
+def _capacity_plan_ref(ids, num_experts, capacity):
+    slots = torch.full(ids.shape, -1)
+    tokens = torch.full((num_experts * capacity,), -1)
+    for e in range(num_experts):
+        token, choice = (index[:capacity] for index in torch.where(ids.long() == e))
+        slots[token, choice] = slot = e * capacity + torch.arange(len(token))
+        tokens[slot] = token
+    offsets = torch.arange(num_experts + 1) * capacity
+    return DispatchPlan(offsets.int(), tokens.int(), slots.int())
+
+
 def permute_ref(x: Tensor, plan: DispatchPlan) -> Tensor:
-    return x[plan.tokens.clamp_min(0).long()].masked_fill(plan.tokens[:, None] < 0, 0)
+    used = torch.where(plan.tokens >= 0)[0]
+    return x.new_zeros(len(plan.tokens), x.shape[1]).index_copy(0, used, x[plan.tokens[used].long()])
 
 
-def unpermute_ref(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None) -> Tensor:
-    y = rows.new_zeros(plan.slots.shape[0], rows.shape[1])
+def unpermute_ref(
+    rows: Tensor, plan: DispatchPlan, weights: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    y = rows.new_zeros(plan.slots.shape[0], rows.shape[1]) if residual is None else residual
     for j, slot in enumerate(plan.slots.T):
         token = torch.where(slot >= 0)[0]
         chosen = rows[slot[token].long()]
@@ -61,9 +83,10 @@ def unpermute_ref(rows: Tensor, plan: DispatchPlan, weights: Tensor | None = Non
 
 
 @torch.library.register_fake("moert::permute_plan")
-def _(ids, num_experts):
+def _(ids, num_experts, capacity=None):
     T, k = ids.shape
-    return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in ((num_experts + 1,), (T * k,), (T, k)))
+    S = T * k if capacity is None else num_experts * capacity
+    return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in ((num_experts + 1,), (S,), (T, k)))
 
 
 @torch.library.register_fake("moert::permute")
@@ -73,8 +96,8 @@ def _(x, tokens, slots):
 
 
 @torch.library.register_fake("moert::unpermute")
-def _(rows, tokens, slots, weights):
-    same_device(rows=rows, tokens=tokens, slots=slots, weights=weights)
+def _(rows, tokens, slots, weights, residual=None):
+    same_device(rows=rows, tokens=tokens, slots=slots, weights=weights, residual=residual)
     return rows.new_empty(slots.shape[0], rows.shape[1])
 
 
@@ -97,17 +120,18 @@ def _permute_backward(ctx, drows):
 
 
 def _setup_unpermute(ctx, inputs, output):
-    rows, tokens, slots, weights = inputs
+    rows, tokens, slots, weights, ctx.residual = *inputs[:4], inputs[4] is not None
     # Without weights the gradient does not depend on the rows: they need not stay in memory.
     ctx.save_for_backward(None if weights is None else rows, tokens, slots, weights)
 
 
 def _unpermute_backward(ctx, dy):
     rows, tokens, slots, weights = ctx.saved_tensors
+    dresidual = dy if ctx.residual else None
     if weights is None:
-        return torch.ops.moert.permute(dy, tokens, slots), None, None, None
+        return torch.ops.moert.permute(dy, tokens, slots), None, None, None, dresidual
     drows, dweights = torch.ops.moert.unpermute_backward(dy, rows, tokens, slots, weights)
-    return drows, None, None, dweights
+    return drows, None, None, dweights, dresidual
 
 
 def _setup_unpermute_backward(ctx, inputs, output):

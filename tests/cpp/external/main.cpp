@@ -9,7 +9,7 @@ int main() {
   const int64_t T = 3, k = 1, E = 2, H = 2, N = 2, threads = 2;
   const int32_t ids[T * k] = {1, 0, 1};
   int32_t offsets[E + 1], tokens[T * k], slots[T * k];
-  moert::cpu::permute_plan(ids, T, k, E, threads, offsets, tokens, slots);
+  moert::cpu::permute_plan(ids, T, k, E, -1, threads, offsets, tokens, slots);
 
   const float x[T * H] = {1, 2, 4, 6, 3, 6};
   const float w[E * N * H] = {1, 0, 0, 1, 10, 0, 0, 10};  // expert 0: the identity; expert 1: ten times it
