@@ -61,6 +61,34 @@ MOERT_INLINE void transpose_from(Reals (&tile)[lanes]) {
   if constexpr (2 * Step < lanes) transpose_from<2 * Step>(tile);
 }
 
+// The larger of a and b to a, the smaller to b.
+template <typename V>
+MOERT_INLINE void order_pair(V& a, V& b) {
+  const V larger = a > b ? a : b;
+  b = a > b ? b : a;
+  a = larger;
+}
+
+// One step of a bitonic network: pairs that are Step apart, descending in blocks of Block, ascending in every second.
+template <int Step, int Block, int N, typename V>
+MOERT_INLINE void network_step(V (&x)[N]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    if (!(i & Step)) i& Block ? order_pair(x[i | Step], x[i]) : order_pair(x[i], x[i | Step]);
+}
+
+template <int Step, int Block, int N, typename V>
+MOERT_INLINE void merge_blocks(V (&x)[N]) {
+  network_step<Step, Block>(x);
+  if constexpr (Step > 1) merge_blocks<Step / 2, Block>(x);
+}
+
+template <int Block = 2, int N, typename V>
+MOERT_INLINE void sort_descending(V (&x)[N]) {
+  merge_blocks<Block / 2, Block>(x);
+  if constexpr (Block < N) sort_descending<2 * Block>(x);
+}
+
 template <typename Real>
 struct Gating {
   static constexpr int lanes = kLanes<Real>;
@@ -151,15 +179,32 @@ struct Gating {
     return (x > 0 ? splat(Real(1)) : z) / (1 + z);
   }
 
-  // rows = scores; a softmax is left without its denominator, which is returned.
-  static Reals score_rows(const GatingCall& call, Reals* rows) {
+  static void divide(int64_t n, Reals denominator, Reals* rows) {
+    for (int64_t i = 0; i < n; ++i) rows[i] /= denominator;
+  }
+
+  // rows = scores, but those of the chosen only where they alone decide (softmax_over_topk).
+  static void score_rows(const GatingCall& call, Reals* rows) {
     const Score score = call.options->score;
-    if (score == Score::softmax) return softmax_numerators(call.E, rows);
+    if (score == Score::softmax) divide(call.E, softmax_numerators(call.E, rows), rows);
     if (score == Score::sigmoid)
       for (int64_t e = 0; e < call.E; ++e) rows[e] = sigmoid(rows[e]);
     if (score == Score::relu)
       for (int64_t e = 0; e < call.E; ++e) rows[e] = rows[e] < 0 ? Reals{} : rows[e];
-    return splat(Real(1));
+  }
+
+  // weights [k] = scores, in: logits of the choices.  A NaN among all the logits of a softmax is one in every weight.
+  static void score_chosen(const GatingCall& call, const Reals* rows, Reals* weights) {
+    const Score score = call.options->score;
+    if (score == Score::sigmoid) {
+      for (int64_t j = 0; j < call.k; ++j) weights[j] = sigmoid(weights[j]);
+      return;
+    }
+    divide(call.k, softmax_numerators(call.k, weights), weights);
+    if (score == Score::softmax_over_topk) return;
+    Reals poison = {};
+    for (int64_t e = 0; e < call.E; ++e) poison = rows[e] == rows[e] ? poison : rows[e];
+    for (int64_t j = 0; j < call.k; ++j) weights[j] += poison;
   }
 
   static MOERT_INLINE Reals selection(const GatingCall& call, const Reals* rows, int64_t e) {
@@ -188,9 +233,95 @@ struct Gating {
     }
   }
 
+#if defined(__AVX2__)
+  // Selection by sorting networks over N experts at a time, k <= N, descending.  A score and its expert share one
+  // integer, the lower expert above the higher, so that no two are equal and a minimum and a maximum order a pair.
+  // lost (may be null) gets the largest of what is not among the N.
+  template <int N, typename V, typename Packed>
+  static MOERT_INLINE void largest(int64_t E, const Packed& packed, V* best, V* lost) {
+    V list[N], next[N];
+    for (int i = 0; i < N; ++i) list[i] = packed(i);
+    sort_descending(list);
+    for (int64_t e = N; e < E; e += N) {
+      for (int i = 0; i < N; ++i) next[i] = packed(e + i);
+      sort_descending(next);
+      for (int i = 0; i < N; ++i) {
+        order_pair(list[i], next[N - 1 - i]);
+        if (lost) *lost = next[N - 1 - i] > *lost ? next[N - 1 - i] : *lost;
+      }
+      merge_blocks<N / 2, N>(list);
+    }
+    for (int i = 0; i < N; ++i) best[i] = list[i];
+  }
+
+  static MOERT_INLINE Ints key(const GatingCall& call, const Reals* rows, const Ints* allowed, int64_t size,
+                               int64_t e) {
+    if (e >= call.E) return splat(kNone);
+    const Ints key = order(selection(call, rows, e));
+    if (!allowed) return key;
+    return allowed[e / size] ? key : splat(kNone);
+  }
+
+  // The expert takes the place of a score's last 8 bits.  False where those could have decided: then ids are not set.
+  // They are zero in logits of 16 bits (exact), and rarely decide among others.
+  template <int N>
+  static bool select_by_high_bits(const GatingCall& call, const Reals* rows, const Ints* allowed, bool exact,
+                                  Ints* ids) {
+    constexpr Int kExpert = 0xff;
+    const int64_t size = call.E / call.options->num_groups;
+    Ints best[N], lost = splat(kNone), clash = {};
+    const auto packed = [&](int64_t e) {
+      return (key(call, rows, allowed, size, e) & ~kExpert) | ((kExpert - Int(e)) & kExpert);
+    };
+    largest<N>(call.E, packed, best, exact ? nullptr : &lost);
+    if (!exact) {
+      for (int64_t j = 0; j < call.k; ++j) clash |= ((best[j] ^ (j + 1 < N ? best[j + 1] : lost)) & ~kExpert) == 0;
+      for (int lane = 0; lane < lanes; ++lane)
+        if (clash[lane]) return false;
+    }
+    for (int64_t j = 0; j < call.k; ++j) ids[j] = kExpert - (best[j] & kExpert);
+    return true;
+  }
+
+  // All bits of the score above those of the expert, in 64 bits; half the lanes at a time.
+  template <int N>
+  static void select_by_all_bits(const GatingCall& call, const Reals* rows, const Ints* allowed, Ints* ids) {
+    typedef Int Half __attribute__((vector_size(kVectorBytes / 2)));
+    using Wide = Vec<int64_t>;
+    const int64_t size = call.E / call.options->num_groups;
+    for (int half = 0; half < 2; ++half) {
+      const auto packed = [&](int64_t e) {
+        const Ints whole = key(call, rows, allowed, size, e);
+        Half part;
+        std::memcpy(&part, reinterpret_cast<const char*>(&whole) + half * sizeof part, sizeof part);
+        return (__builtin_convertvector(part, Wide) << 32) + int64_t(0xffffffff - e);
+      };
+      Wide best[N];
+      largest<N, Wide>(call.E, packed, best, nullptr);
+      for (int64_t j = 0; j < call.k; ++j) {
+        const Half part = __builtin_convertvector(0xffffffff - (best[j] & 0xffffffff), Half);
+        std::memcpy(reinterpret_cast<char*>(ids + j) + half * sizeof part, &part, sizeof part);
+      }
+    }
+  }
+
+  template <int N>
+  static void select_sorted(const GatingCall& call, const Reals* rows, const Ints* allowed, bool exact, Ints* ids) {
+    if (call.E > 256 || !select_by_high_bits<N>(call, rows, allowed, exact, ids))
+      select_by_all_bits<N>(call, rows, allowed, ids);
+  }
+#endif
+
   // best and ids [k] = the largest selection scores in descending order: an insertion sort that moves four experts at
   // a time down the list.  From the last expert to the first, so that whoever comes from above wins a tie.
-  static void select(const GatingCall& call, const Reals* rows, const Ints* allowed, Ints* best, Ints* ids) {
+  static void select(const GatingCall& call, const Reals* rows, const Ints* allowed, [[maybe_unused]] bool exact,
+                     Ints* best, Ints* ids) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(Real) == 4) {
+      if (2 < call.k && call.k <= 8) return select_sorted<8>(call, rows, allowed, exact, ids);
+      if (8 < call.k && call.k <= 16) return select_sorted<16>(call, rows, allowed, exact, ids);
+    }
+#endif
     const int64_t E = call.E, k = call.k, size = E / call.options->num_groups;
     for (int64_t j = 0; j < k; ++j) best[j] = splat(kNone), ids[j] = Ints{};
     for (int64_t last = E - 1; last >= 0; last -= 4) {
@@ -225,10 +356,6 @@ struct Gating {
     for (int64_t j = 0; j < call.k; ++j) weights[j] = weights[j] / denominator * Real(options.scale);
   }
 
-  static void divide(int64_t n, Reals denominator, Reals* rows) {
-    for (int64_t i = 0; i < n; ++i) rows[i] /= denominator;
-  }
-
   // Tokens [token, token + count), count <= lanes.
   static void forward(const GatingCall& call, int64_t token, int64_t count, void* scratch) {
     const GatingOptions& options = *call.options;
@@ -246,19 +373,18 @@ struct Gating {
 
     const auto choose = [&] {
       if (limited) limit_groups(call, rows, groups, groups + G);
-      select(call, rows, limited ? groups + G : nullptr, best, ids);
+      select(call, rows, limited ? groups + G : nullptr, by_logit && call.dtype != DType::f32, best, ids);
     };
     load_any(call, token, rows);
     if (by_logit) choose();
-    const Reals denominator = score_rows(call, rows);
-    if (!by_logit) {
-      if (options.score == Score::softmax) divide(E, denominator, rows);
-      choose();
-    }
+    // The denominator of a softmax cancels where the weights are renormalised: then the chosen scores are enough.
+    const bool chosen_alone = options.score == Score::softmax_over_topk ||
+                              (by_logit && (options.score != Score::softmax || options.renormalize));
+    if (!chosen_alone) score_rows(call, rows);
+    if (!by_logit) choose();
     for (int64_t j = 0; j < k; ++j)
       for (int lane = 0; lane < lanes; ++lane) weights[j][lane] = rows[ids[j][lane]][lane];
-    if (options.score == Score::softmax_over_topk) divide(k, softmax_numerators(k, weights), weights);
-    if (options.score == Score::softmax && by_logit) divide(k, denominator, weights);
+    if (chosen_alone) score_chosen(call, rows, weights);
     weigh(call, weights);
     for (int64_t lane = 0; lane < count; ++lane) {
       Real* weights_out = static_cast<Real*>(call.weights) + (token + lane) * k;
@@ -308,8 +434,7 @@ struct Gating {
     Reals* scores = rows + (E + 15) / 16 * 16;
     Reals* d = scores + k;
     load_any(call, token, rows);
-    const Reals denominator = score_rows(call, rows);
-    if (score == Score::softmax) divide(E, denominator, rows);
+    score_rows(call, rows);
 
     const int32_t* ids = call.ids + token * k;
     const Real* dweights = static_cast<const Real*>(call.weights) + token * k;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/permute_isa.h"
 #include "moert/check.h"
@@ -95,6 +96,7 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
   check_range("tokens", tokens, S, "T", T);
   if (H == 0) return;
   const int64_t size = size_of(dtype), bytes = H * size;
+  advise_huge_pages(rows, S * bytes);
   for_rows(S, bytes, threads, [&](int64_t s) {
     char* row = static_cast<char*>(rows) + s * bytes;
     if (tokens[s] < 0)
@@ -110,6 +112,7 @@ void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const in
   check_range("slots", slots, T * k, "S", S);
   const auto sum_rows = kernels().sum_rows;
   const int64_t size = size_of(dtype), weight_size = dtype == DType::f64 ? 8 : 4;
+  advise_huge_pages(y, T * H * size);
   for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
     const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
     const void* start = residual ? static_cast<const char*>(residual) + t * residual_stride * size : nullptr;
@@ -127,6 +130,7 @@ void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows
   const bool is_double = dtype == DType::f64;
   std::fill_n(static_cast<char*>(dweights), T * k * (is_double ? 8 : 4), 0);
   if (H == 0) return;
+  advise_huge_pages(drows, S * H * size);
   // By slot, not by token: every row of drows then has one writer, whatever the plan says.
   for_rows(S, 3 * H * size, threads, [&](int64_t s) {
     char* drow = static_cast<char*>(drows) + s * H * size;
