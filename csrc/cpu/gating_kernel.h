@@ -196,10 +196,8 @@ struct Gating {
   // weights [k] = scores, in: logits of the choices.  A NaN among all the logits of a softmax is one in every weight.
   static void score_chosen(const GatingCall& call, const Reals* rows, Reals* weights) {
     const Score score = call.options->score;
-    if (score == Score::sigmoid) {
-      for (int64_t j = 0; j < call.k; ++j) weights[j] = sigmoid(weights[j]);
-      return;
-    }
+    for (int64_t j = 0; score == Score::sigmoid && j < call.k; ++j) weights[j] = sigmoid(weights[j]);
+    if (score != Score::softmax && score != Score::softmax_over_topk) return;
     divide(call.k, softmax_numerators(call.k, weights), weights);
     if (score == Score::softmax_over_topk) return;
     Reals poison = {};
