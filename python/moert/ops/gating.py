@@ -24,10 +24,10 @@ def topk_gating(
     """The k experts of the highest score, and their scores as weights.
 
     logits [T, E], bias [E] -> weights [T, k] float32 in the order of selection, ids [T, k] int32; ties go to the lower
-    id.  score: "softmax", "softmax_over_topk" (of the k chosen logits), "sigmoid", "relu" or
-    "identity" (the logits).  The bias counts in the
-    selection only and has no gradient; renormalize divides by the sum + 1e-20; scale comes last.  Arithmetic and
-    weights are float64 for float64 logits.  A NaN loses to everything; the ids of a row are distinct, come what may.
+    id.  score: "softmax", "softmax_over_topk" (of the k chosen logits), "sigmoid", "relu" or "identity" (the logits).
+    The bias counts in the selection only and has no gradient; renormalize divides by the sum + 1e-20; scale comes last.
+    Arithmetic and weights are float64 for float64 logits.  A NaN loses to everything; the ids of a row are distinct,
+    come what may.
     """
     limit = groups or _NO_LIMIT
     return torch.ops.moert.topk_gating(
