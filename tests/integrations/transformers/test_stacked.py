@@ -17,6 +17,10 @@ def parameters(E: int = 4, dtype=torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(3, 5, dtype=dtype)) for _ in range(E)]
 
 
+def stacked(params, chosen=None) -> torch.Tensor:
+    return stack(params.__getitem__, len(params), chosen)
+
+
 def packed(E: int = 4) -> list[nn.Parameter]:
     params = parameters(E)
     pack_(params)
@@ -43,7 +47,7 @@ def test_stack_shares_memory_and_sees_updates():
     params = packed()
     with torch.no_grad():
         params[2].add_(1)
-        whole = stack(params)
+        whole = stacked(params)
         assert whole.data_ptr() == params[0].data_ptr()
         assert torch.equal(whole, torch.stack([p.detach() for p in params]))
 
@@ -52,18 +56,33 @@ def test_stack_shares_memory_and_sees_updates():
 def test_gradients(make):
     params = make()
     params[1].requires_grad_(False)
-    ids = torch.tensor([[0, 1], [3, 9], [-1, 0]])
     cotangent = torch.randn(4, 3, 5)
-    (stack(params, ids) * cotangent).sum().backward()
-    assert params[1].grad is None and params[2].grad is None, "frozen, and chosen by nobody"
+    (stacked(params, [0, 3]) * cotangent).sum().backward()
+    assert params[1].grad is None and params[2].grad is None, "frozen, and not chosen"
     assert torch.equal(params[0].grad, cotangent[0]) and torch.equal(params[3].grad, cotangent[3])
-    (stack(params) * cotangent).sum().backward()
+    (stacked(params) * cotangent).sum().backward()
     assert torch.equal(params[2].grad, cotangent[2]) and torch.equal(params[0].grad, 2 * cotangent[0])
+
+
+def test_only_chosen_experts_need_lie_in_place():
+    params = packed()
+    params[2] = nn.Parameter(torch.randn(3, 5))
+    assert stacked(params, [0, 3]).data_ptr() == params[0].data_ptr()
+    assert torch.equal(stacked(params, [2, 3])[2], params[2])
+
+
+def test_a_change_between_forward_and_backward_is_noticed():
+    params = packed()
+    y = stacked(params).square().sum()
+    with torch.no_grad():
+        params[2].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_nothing_is_recorded_for_frozen_parameters():
     params = [p.requires_grad_(False) for p in packed()]
-    assert not stack(params).requires_grad
+    assert not stacked(params).requires_grad
 
 
 @pytest.mark.parametrize("spoil", ["reorder", "replace", "dtype", "shape", "strides"])
@@ -84,7 +103,7 @@ def test_what_does_not_lie_together_is_copied(spoil):
         pack_(params)
         assert not lie_together(params), "what cannot be packed is left alone"
         return
-    assert torch.equal(stack(params), torch.stack(tuple(params)))
+    assert torch.equal(stacked(params), torch.stack(tuple(params)))
 
 
 def test_tied_and_meta_parameters_are_left_alone():
@@ -92,8 +111,8 @@ def test_tied_and_meta_parameters_are_left_alone():
     tied = [one, nn.Parameter(torch.randn(3, 5)), one]
     address = one.data_ptr()
     pack_(tied)
-    assert one.data_ptr() == address and torch.equal(stack(tied), torch.stack(tied))
-    stack(tied).sum().backward()
+    assert one.data_ptr() == address and torch.equal(stacked(tied), torch.stack(tied))
+    stacked(tied).sum().backward()
     assert (one.grad == 2).all()
     meta = [nn.Parameter(torch.empty(3, 5, device="meta")) for _ in range(2)]
     pack_(meta)
@@ -104,13 +123,13 @@ def test_packed_in_inference_mode_they_can_still_be_trained():
     params = parameters()
     with torch.inference_mode():
         pack_(params)
-    (stack(params).square()).sum().backward()
+    (stacked(params).square()).sum().backward()
     assert all(torch.allclose(p.grad, 2 * p) for p in params)
 
 
 def test_gradients_can_be_detached_and_changed_in_place():
     params = packed()
-    stack(params).sum().backward()
+    stacked(params).sum().backward()
     for p in params:
         p.grad.mul_(3)
         p.grad = p.grad.detach()

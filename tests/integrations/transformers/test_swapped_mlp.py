@@ -133,12 +133,12 @@ def test_other_activations_are_fused(activation):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_that_differ_or_are_unknown_are_not_guessed(family):
-    for acts in ([nn.Softplus()], [nn.ReLU(), nn.SiLU()]):
+    for acts in ([nn.Softplus()], [nn.ReLU(), nn.Softplus()], [nn.ReLU(), nn.SiLU()]):
         model = outside_model(family)
         for _, block in blocks(model):
-            for e, expert in enumerate(type(block).__getitem__(block, f"expert_{e}") for e in range(6)):
-                expert.act = acts[e % len(acts)]
-        assert same_as_eager(model, exact=True)
+            for e in range(6):
+                block[f"expert_{e}"].act = acts[e % len(acts)]
+        assert same_as_eager(model, exact=len(acts) == 1)
 
 
 def test_compile():

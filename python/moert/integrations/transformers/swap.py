@@ -37,7 +37,7 @@ def swap_(model: nn.Module) -> nn.Module:
         raise ValueError(f"model must have a block of {_known()}, got {_described(model)}")
     for name, module in found:
         # Hooks that move weights between devices replace forward on the instance, where no class can reach it.
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not _is_swapped(module):
             raise ValueError(
                 f"{name} must run the forward of its class, got one of its own (swap_ before adding hooks)"
             )

@@ -28,7 +28,8 @@ class DbrxExperts:
         plan, x_TH = permute_plan(top_k_index, E), hidden_states.reshape(-1, H)
         gate, up = (grouped_gemm(x_TH, w, plan.offsets, tokens=plan.tokens) for w in (w1, v1))
         y_SH = grouped_gemm(self.mlp.activation_fn(gate) * up, w2, plan.offsets, transposed=True)
-        return unpermute(y_SH, plan, top_k_weights).view(hidden_states.shape[0], -1, H)
+        y_TH = unpermute(y_SH, plan, top_k_weights).to(hidden_states.dtype)
+        return y_TH.view(hidden_states.shape[0], -1, H)
 
 
 class JetMoeParallelExperts:
@@ -69,8 +70,9 @@ class Llama4TextMoe:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, self.hidden_dim)
         scores, logits = self.router(x_TH)
-        ids = logits.topk(self.top_k, dim=1).indices
-        routing = Routing(ids, scores.gather(1, ids), self.num_experts)
+        # Scores are sigmoids, and 0 for who is not chosen: should a chosen one round to 0 too, either adds nothing.
+        chosen, ids = scores.topk(self.top_k, dim=1)
+        routing = Routing(ids, chosen, self.num_experts)
         weights, layout = (experts.gate_up_proj, experts.down_proj), ExpertLayout(transposed=True)
         y_TH = fused_experts(x_TH, routing, *weights, activation=activation, layout=layout, scale_on="input")
         return self.shared_expert(x_TH) + y_TH, logits
@@ -87,7 +89,7 @@ class LongcatFlashExperts:
         routing = Routing(top_k_index, top_k_weights, E)
         y = fused_experts(hidden_states, routing, self.gate_up_proj[:E], self.down_proj, activation=activation)
         kept = (top_k_weights * (top_k_index >= E)).sum(-1, keepdim=True)
-        return y + (hidden_states * kept).to(y.dtype)
+        return (y + hidden_states * kept).to(hidden_states.dtype)
 
 
 class Step3p7Experts:
@@ -100,17 +102,17 @@ class Step3p7Experts:
 class VitPoseNaiveMoe(Stacked):
     """One linear layer per expert; a picture's data set chooses the expert of all its patches."""
 
-    def stacks(self) -> list[list[Tensor]]:
+    def stacks(self) -> list[list[nn.Parameter]]:
         return [[linear.weight for linear in self], [linear.bias for linear in self]]
 
     def forward(self, hidden_state: Tensor, indices: Tensor) -> Tensor:
         if not all(_is_linear(linear) for linear in self):
             return super().forward(hidden_state, indices)
-        weight, bias = map(stack, self.stacks())
+        weight, bias = (stack(params.__getitem__, len(self)) for params in self.stacks())
         x_TH = hidden_state.flatten(0, 1)
         plan = permute_plan(indices.expand(hidden_state.shape[:2] + (1,)).reshape(-1, 1), len(self))
         y_SH = grouped_gemm(x_TH, weight, plan.offsets, bias, plan.tokens)
-        return unpermute(y_SH, plan).view(*hidden_state.shape[:2], -1)
+        return unpermute(y_SH, plan).view(*hidden_state.shape[:2], -1).to(hidden_state.dtype)
 
 
 def _owns(module: nn.Module, *names: str) -> bool:

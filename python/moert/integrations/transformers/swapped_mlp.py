@@ -1,4 +1,9 @@
-"""The forwards that swap_ gives to experts which are modules of their own (Switch Transformers, NLLB-MoE)."""
+"""The forwards that swap_ gives to experts which are modules of their own (Switch Transformers, NLLB-MoE).
+
+What a forward checks and stacks it does for the experts that were chosen only: of 128 experts a token meets one or two.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,85 +20,99 @@ class MlpExperts(Stacked):
     """E modules of two linear layers, called `linears`, with `act` and `dropout` between them."""
 
     linears: tuple[str, str]
+    has_bias: bool
 
-    def experts(self) -> list[nn.Module]:
-        return [self[f"expert_{e}"] for e in range(self.num_experts)]
+    def expert(self, e: int) -> nn.Module:
+        return self._modules[f"expert_{e}"]
 
-    def stacks(self) -> list[list[Tensor]]:
-        layers = [[getattr(expert, name) for expert in self.experts()] for name in self.linears]
-        weights, biases = ([[getattr(layer, kind) for layer in row] for row in layers] for kind in ("weight", "bias"))
-        return weights + [bias for bias in biases if bias[0] is not None]
+    def stacks(self) -> list[list[nn.Parameter]]:
+        return [[param(e) for e in range(self.num_experts)] for param in self._params()]
 
-    def weights(self, ids: Tensor) -> list[Tensor]:
-        """Both weights as [E, ...], then both biases where there are any; gradients go to the experts in ids."""
-        return [stack(params, ids) for params in self.stacks()]
+    def weights(self, chosen: Sequence[int]) -> list[Tensor]:
+        """Both weights as [E, ...], then both biases where there are any."""
+        return [stack(param, self.num_experts, chosen) for param in self._params()]
 
-    def activation(self) -> str | None:
+    def _params(self) -> list[Callable[[int], nn.Parameter]]:
+        kinds = ("weight", "bias") if self.has_bias else ("weight",)
+        return [
+            lambda e, linear=linear, kind=kind: self.expert(e)._modules[linear]._parameters[kind]
+            for kind in kinds
+            for linear in self.linears
+        ]
+
+    def chosen(self, ids: Tensor) -> Sequence[int]:
+        """The experts in ids; all of them under torch.compile, which does not know the ids."""
+        if torch.compiler.is_compiling():
+            return range(self.num_experts)
+        return [e for e in ids.unique().tolist() if 0 <= e < self.num_experts]
+
+    def activation(self, chosen: Sequence[int]) -> str | None:
         """What lies between the layers; None where an expert is not what its class makes it, or they differ."""
-        experts = self.experts()
+        experts = [self.expert(e) for e in chosen]
         names = {activation_name(expert.act) for expert in experts}
         return names.pop() if len(names) == 1 and all(map(self._is_as_made, experts)) else None
 
     def _is_as_made(self, expert: nn.Module) -> bool:
-        layers = [expert._modules[name] for name in self.linears]
+        first, second, dropout = (expert._modules[name] for name in (*self.linears, "dropout"))
         return (
-            all(type(layer) is nn.Linear and untouched(layer) for layer in layers)
-            and layers[0].weight.dtype == layers[1].weight.dtype
-            and type(expert.dropout) is nn.Dropout
-            and untouched(expert.dropout)
-            and untouched(expert)
+            (type(first), type(second), type(dropout)) == (nn.Linear, nn.Linear, nn.Dropout)
+            and first.weight.dtype == second.weight.dtype
+            and all(map(untouched, (expert, first, second, dropout)))
         )
 
-    def drops_out(self) -> bool:
-        return any(expert.dropout.training and expert.dropout.p > 0 for expert in self.experts())
+    def drops_out(self, chosen: Sequence[int]) -> bool:
+        dropouts = [self.expert(e).dropout for e in chosen]
+        return any(dropout.training and dropout.p > 0 for dropout in dropouts)
 
 
 class SwitchTransformersExperts(MlpExperts):
-    linears = ("wi", "wo")
+    linears, has_bias = ("wi", "wo"), False
 
     def forward(self, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
         """selected_experts [T, 1, E] is one-hot, or zero where the expert was over its capacity."""
-        activation = self.activation()
+        one_hot = selected_experts.bool()
+        ids = one_hot.int().argmax(-1).masked_fill(~one_hot.any(-1), self.num_experts)
+        chosen, routing = self.chosen(ids), Routing(ids, routing_weights, self.num_experts)
+        activation = self.activation(chosen)
         if activation is None:
             return super().forward(hidden_states, selected_experts, routing_weights)
-        chosen = selected_experts.bool()
-        ids = chosen.int().argmax(-1).masked_fill(~chosen.any(-1), self.num_experts)
-        routing = Routing(ids, routing_weights, self.num_experts)
-        if self.drops_out():
-            return self._with_dropout(hidden_states, routing)
-        return fused_experts(hidden_states, routing, *self.weights(ids), activation=activation)
+        if self.drops_out(chosen):
+            y = self._with_dropout(hidden_states, routing, chosen)
+        else:
+            y = fused_experts(hidden_states, routing, *self.weights(chosen), activation=activation)
+        return y.to(hidden_states.dtype)
 
-    def _with_dropout(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        w1, w2 = self.weights(routing.ids)
+    def _with_dropout(self, hidden_states: Tensor, routing: Routing, chosen: Sequence[int]) -> Tensor:
+        w1, w2 = self.weights(chosen)
         plan = permute_plan(routing.ids, routing.num_experts)
-        act = self.experts()[0].act
+        act = self.expert(chosen[0]).act
         h_SI = act(grouped_gemm(hidden_states, w1, plan.offsets, tokens=plan.tokens))
-        h_SI = h_SI * self._noise(h_SI, plan)
-        return unpermute(grouped_gemm(h_SI, w2, plan.offsets), plan, routing.weights)
+        y_SH = grouped_gemm(h_SI * self._noise(h_SI, plan), w2, plan.offsets)
+        return unpermute(y_SH, plan, routing.weights)
 
     def _noise(self, h_SI: Tensor, plan: DispatchPlan) -> Tensor:
         """What dropout multiplies with, drawn expert by expert, so that every number is the one eager draws."""
-        ends = plan.offsets.tolist()
-        ones = torch.ones_like(h_SI)
-        pieces = [
-            expert.dropout(ones[start:end])
-            for expert, start, end in zip(self.experts(), ends[:-1], ends[1:], strict=True)
-            if start < end
-        ]
-        return torch.cat([*pieces, ones[ends[-1] :]])
+        ends, ones = plan.offsets.tolist(), torch.ones_like(h_SI)
+        spans = zip(range(self.num_experts), ends[:-1], ends[1:], strict=True)
+        drawn = [self.expert(e).dropout(ones[start:end]) for e, start, end in spans if start < end]
+        return torch.cat([*drawn, ones[ends[-1] :]])
 
 
 class NllbMoeExperts(MlpExperts):
-    linears = ("fc1", "fc2")
+    linears, has_bias = ("fc1", "fc2"), True
 
     def forward(self, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
-        """router_mask [T, E] holds the expert that computes for router_probs [T, E], most of which are zero."""
-        activation = self.activation()
-        token_dropout = self.moe_token_dropout > 0 and self.training
-        if activation is None or self.drops_out() or token_dropout:
+        """router_mask [T, E] holds the expert that computes for each of router_probs [T, E], of which two are not zero.
+
+        Of the others the router lets no gradient through, so that they need not be computed.
+        """
+        chosen = self.chosen(router_mask)
+        activation = self.activation(chosen)
+        if activation is None or self.drops_out(chosen) or (self.training and self.moe_token_dropout > 0):
             return super().forward(hidden_states, router_mask, router_probs)
-        # A weight is zero where the router chose nothing or dropped the choice; the router lets no gradient through.
-        ids = router_mask.masked_fill(router_probs == 0, self.num_experts)
-        weights = router_probs * (1 - self.moe_token_dropout)
-        w1, w2, *bias = self.weights(router_mask)
-        return fused_experts(hidden_states, Routing(ids, weights, self.num_experts), w1, w2, tuple(bias), activation)
+        weights, columns = router_probs.topk(min(2, self.num_experts), dim=-1)
+        ids = router_mask.gather(1, columns).masked_fill(weights == 0, self.num_experts)
+        routing = Routing(ids, weights * (1 - self.moe_token_dropout), self.num_experts)
+        w1, w2, *bias = self.weights(chosen)
+        y = fused_experts(hidden_states, routing, w1, w2, tuple(bias), activation)
+        return y.to(hidden_states.dtype)
