@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+
 from ranks import ranks
 
 

@@ -3,14 +3,15 @@
 # The torches of the package index are CUDA builds: importing and using the CPU must work without a GPU.
 set -euo pipefail
 python=$1 root=build/abi
-torches=${TORCHES:-2.11.0 2.13.0 2.15.0}
+torches=${TORCHES:-2.11.0 2.13.0 newest}
 
 rm -rf $root/wheel
 "$python" -m pip wheel -q --no-deps --no-build-isolation -w $root/wheel .
 for torch in $torches; do
   env=$root/torch-$torch
   [ -x $env/bin/python ] || "$python" -m venv $env
-  $env/bin/python -m pip install -q "torch==$torch" pytest hypothesis expecttest numpy
+  [ $torch = newest ] && wanted=torch || wanted=torch==$torch
+  $env/bin/python -m pip install -q -U "$wanted" pytest hypothesis expecttest numpy
   $env/bin/python -m pip install -q --no-deps --force-reinstall $root/wheel/*.whl
   rm -rf $root/run && mkdir $root/run && cp -r tests pyproject.toml $root/run/
   (cd $root/run && ../torch-$torch/bin/python -m pytest -q -m "not slow and not gpu" -p no:cacheprovider \

@@ -54,6 +54,18 @@ def test_ids_outside_are_dropped(module, dtype):
         assert row_error(mine[name].reshape(len(mine[name]), -1), want[name].reshape(len(want[name]), -1)) < 1e-5, name
 
 
+@pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_routing_weights_of_another_dtype(module, dtype, weights_dtype):
+    """A router may compute in a type of its own; the result has the dtype of the hidden states."""
+    module = copy.deepcopy(module).to(dtype)
+    x, ids, weights = inputs_of(module, dtype=dtype)
+    weights = weights.half().to(weights_dtype)
+    y = experts.experts_forward(module, x, ids, weights)
+    assert y.dtype == dtype
+    assert row_error(y, experts.experts_forward(module, x, ids, weights.float().to(dtype))) < 4 * torch.finfo(dtype).eps
+
+
 def test_no_tokens(module):
     x, ids, weights = inputs_of(module, tokens=0)
     results = run_experts(module, experts.experts_forward, x, ids, weights)

@@ -2,9 +2,9 @@
 
 import pytest
 from parallel import LAYOUTS, LAYOUTS_OF_4, compare, save
+
 from ranks import ranks
 
-# A few sums in another order, through every layer and three steps of float32.
 BOUND = 1e-5
 WITH_FSDP = ["FSDP2", "FSDP2 and expert parallel"]
 # What transformers itself can spread; the reasons are the same for its other implementations of the experts.
@@ -17,7 +17,7 @@ KINDS = {
     "MiniMaxM3VL": [*LAYOUTS],
     "OpenAIPrivacyFilter": WITH_FSDP,  # has no plan for tensor parallelism, which the others build on
     "Gemma4Text": [*LAYOUTS][:4],  # puts its dense layers on the ranks of the experts, where FSDP2 has them
-    "Inkling2": [*LAYOUTS][1:],  # tensor parallel: gathers the gradient of gate_up_proj in another order than itself
+    "Inkling2": [*LAYOUTS][1:],  # tensor parallel: full_tensor() of gate_up_proj has its quarters in another order
     "MuseSpark": WITH_FSDP,  # tensor parallel: a norm inside the embedding meets a sum that is not finished
 }
 # Each kind at least once and each layout at least twice; all pairs are run with -m slow.

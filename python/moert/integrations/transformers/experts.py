@@ -18,13 +18,14 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     are dropped: the sentinels of expert parallelism, and negative ids.
     """
     w1 = "gate_up_proj" if self.has_gate else "up_proj"
-    routing = Routing(top_k_index, top_k_weights, self.down_proj.shape[0])
+    w2 = self.down_proj  # read once: a parametrization makes it anew each time
+    routing = Routing(top_k_index, _weights(top_k_weights, _dtype(hidden_states, w2)), w2.shape[0])
     fused = fused_activation(self)
     if fused is None or self.has_post_expert_norm or lora.adapts(self):
         y = _unfused(self, hidden_states, routing, w1)
     else:
         activation, interleaved = fused
-        x, weight1, weight2, *bias = _cast(hidden_states, getattr(self, w1), self.down_proj, *_biases(self, w1))
+        x, weight1, weight2, *bias = _cast(hidden_states, getattr(self, w1), w2, *_biases(self, w1))
         layout = ExpertLayout(transposed=self.is_transposed, interleaved=interleaved)
         y = fused_experts(x, routing, weight1, weight2, tuple(bias), activation, layout)
     return y.to(hidden_states.dtype)
@@ -67,7 +68,16 @@ def _biases(self: nn.Module, w1: str) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _cast(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """All in the dtype in which torch would multiply: autocast's, else the weight's (as transformers' grouped_mm)."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = _dtype(x, weight)
     return [None if tensor is None else tensor.to(dtype) for tensor in (x, weight, *others)]
+
+
+def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """In which torch would multiply: autocast's, else the weight's (as transformers' grouped_mm)."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the operators take them beside rows of this dtype: in the same, or in float32 (float64 for float64)."""
+    return weights if weights.dtype == dtype else weights.to(torch.promote_types(dtype, torch.float32))
