@@ -18,3 +18,16 @@ def test_tensors_take_the_dtype_of_autocast():
 def test_nested_region_that_is_off():
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert autocast(torch.zeros(2))[0].dtype == torch.float32
+
+
+def test_meta_has_no_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast(torch.zeros(2, device="meta"))[0].dtype == torch.float32
+
+
+def test_compile_in_every_supported_torch():
+    torch._dynamo.reset()
+    compiled = torch.compile(autocast, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2))[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(torch.zeros(2))[0].dtype == torch.bfloat16

@@ -122,7 +122,6 @@ def test_nan_in_one_expert_stays_with_its_tokens():
     clean, w1 = run(fused_experts, *args), args[2].clone()
     w1[2] = torch.nan
     out = run(fused_experts, args[0], args[1], w1, args[3])
-    touched = (ODD.routing(generator=None).ids >= -1).any(-1)  # ids are redrawn: find the touched rows by the result
     touched = out.isnan().any(-1)
     assert touched.any() and not touched.all() and torch.equal(out[~touched], clean[~touched])
 
@@ -210,16 +209,16 @@ def test_autocast():
     assert torch.equal(y, run(fused_experts, x.bfloat16(), weights, w1.bfloat16(), w2.bfloat16()))
 
 
-def op_args(shape, layout=ExpertLayout(), activation="swiglu", save=True):
+def op_args(shape, layout, activation):
     (x, weights, w1, w2, b1, b2), _ = case(shape, activation=activation, layout=layout, bias=True)
     x, weights, w1, w2, b1, b2 = (t.requires_grad_() for t in (x, weights, w1, w2, b1, b2))
     options = (activation, 1.7, 7.0, layout.transposed, layout.interleaved, "output")
     return (x, shape.routing().ids, weights, w1, w2, b1, b2), options
 
 
-@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES[:8], ids=str)
-def test_opcheck(shape):
-    tensors, options = op_args(shape)
+@pytest.mark.parametrize("i,shape", [*enumerate(FUSED_EXPERTS_SHAPES[:8])], ids=str)
+def test_opcheck(i, shape):
+    tensors, options = op_args(shape, EXPERT_LAYOUTS[i % 4], ACTIVATIONS[(3 * i) % len(ACTIVATIONS)])
     opcheck(torch.ops.moert.fused_experts.default, (*tensors, *options, True))
     tensors = [t.detach() for t in tensors]
     _, h = torch.ops.moert.fused_experts(*tensors, *options, True)
@@ -239,7 +238,7 @@ def test_compile_with_any_number_of_tokens():
         return fused_experts(x, Routing(ids, weights, LARGE.E), w1, w2)
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
-    for T in (2, 3, 64, 300):
+    for T in range(1, 65):
         inputs = x[:T], ids[:T], weights[:T], w1, w2
         out, expected = compiled(*inputs), layer(*inputs)
         assert torch.equal(out, expected)

@@ -5,9 +5,14 @@ from torch import Tensor
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on for their device; float64 is left alone, as torch does."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    """The tensors in the dtype in which torch would multiply them."""
+    return tuple(None if t is None else t.to(autocast_dtype(t)) for t in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's where it is on for x's device, else x's own; float64 is left alone, as torch does."""
+    device = x.device.type
+    # meta has no autocast; torch.amp.is_autocast_available would say so, but torch 2.11 cannot compile it.
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

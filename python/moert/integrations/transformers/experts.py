@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from moert.integrations.transformers import lora
 from moert.integrations.transformers.gates import fused_activation
+from moert.ops.autocast import autocast_dtype
 from moert.ops.fused_experts import fused_experts
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.ops.permute import permute_plan, unpermute
@@ -19,7 +20,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """
     w1 = "gate_up_proj" if self.has_gate else "up_proj"
     w2 = self.down_proj  # read once: a parametrization makes it anew each time
-    routing = Routing(top_k_index, _weights(top_k_weights, _dtype(hidden_states, w2)), w2.shape[0])
+    routing = Routing(top_k_index, _weights(top_k_weights, autocast_dtype(w2)), w2.shape[0])
     fused = fused_activation(self)
     if fused is None or self.has_post_expert_norm or lora.adapts(self):
         y = _unfused(self, hidden_states, routing, w1)
@@ -68,14 +69,9 @@ def _biases(self: nn.Module, w1: str) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _cast(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    dtype = _dtype(x, weight)
+    """All in the dtype in which torch would multiply: autocast's, else the weight's (as transformers' grouped_mm)."""
+    dtype = autocast_dtype(weight)
     return [None if tensor is None else tensor.to(dtype) for tensor in (x, weight, *others)]
-
-
-def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """In which torch would multiply: autocast's, else the weight's (as transformers' grouped_mm)."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _weights(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,73 @@
+"""The same inputs give the same bits: forward and backward of every operator, repeated, with 1, 2 and 4 threads."""
+
+import pytest
+import torch
+
+from moert import Routing, fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute
+from moert.testing import Shape
+
+SHAPE = Shape("several tiles, uneven experts, dropped choices", 150, 8, 2, 136, 72, "zipf")
+REPEATS = {1: 10, 2: 80, 4: 10}  # threads: how often, a hundred in all; four are slow on two cores
+
+
+def gradients(y, *leaves):
+    return y, *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel())).view_as(y).to(y.dtype))
+
+
+def leaf(*shape, dtype):
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def gating(dtype, routing):
+    logits = leaf(SHAPE.T, 67, dtype=dtype)
+
+    def run():
+        weights, ids = topk_gating(logits, 6, renormalize=True)
+        return ids, *gradients(weights, logits)
+
+    return run
+
+
+def there_and_back(dtype, routing):
+    x, weights = leaf(SHAPE.T, SHAPE.H, dtype=dtype), routing.weights.requires_grad_()
+
+    def run():
+        plan = permute_plan(routing.ids, SHAPE.E)
+        y = unpermute(permute(x, plan), plan, weights)
+        return plan.offsets, plan.tokens, plan.slots, *gradients(y, x, weights)
+
+    return run
+
+
+def gemm(dtype, routing):
+    plan = permute_plan(routing.ids, SHAPE.E)
+    x, w, bias = leaf(SHAPE.T, 136, dtype=dtype), leaf(8, 144, 136, dtype=dtype), leaf(8, 144, dtype=dtype)
+    scale = torch.rand(len(plan.tokens)).requires_grad_()
+    return lambda: gradients(grouped_gemm(x, w, plan.offsets, bias, plan.tokens, scale), x, w, bias, scale)
+
+
+def experts(dtype, routing):
+    x, w1, w2 = leaf(SHAPE.T, 136, dtype=dtype), leaf(8, 144, 136, dtype=dtype), leaf(8, 136, 72, dtype=dtype)
+    bias, weights = (leaf(8, 144, dtype=dtype), leaf(8, 136, dtype=dtype)), routing.weights.requires_grad_()
+
+    def run():
+        y = fused_experts(x, Routing(routing.ids, weights, SHAPE.E), w1, w2, bias)
+        return gradients(y, x, weights, w1, w2, *bias)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", [gating, there_and_back, gemm, experts], ids=lambda f: f.__name__)
+def test_a_hundred_repeats_for_any_number_of_threads(operator, dtype):
+    routing = SHAPE.routing()
+    routing.ids[::7, 0] = -1
+    run = operator(dtype, routing)
+    before, first = torch.get_num_threads(), run()
+    try:
+        for threads, times in REPEATS.items():
+            torch.set_num_threads(threads)
+            for _ in range(times):
+                assert all(map(torch.equal, run(), first)), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
