@@ -1,0 +1,115 @@
+"""Is temperature sample efficient?  How fast gate and experts are estimated with a linear score and an activation.
+
+The same two experts and sample sizes for every gate; a run fits 24 samples of each size from near the truth.
+"""
+
+import math
+from statistics import median
+
+import torch
+
+from experiment import Claim, Experiment, main
+from moert.analysis.gaussian_moe import GaussianMoE, fit, matched
+
+SIZES, REPEATS = (500, 2000, 8000), 24
+
+
+def truth(act):
+    """Experts y = -2x + 3 and 2x - 3; the gate's values are of the size that suits each activation."""
+    beta1, beta0, tau = {
+        "identity": ((2.0, 0.0), 0.5, 0.2),
+        "tanh": ((0.22, 1.34), -0.3, 0.14),
+        "gelu": ((-0.67, -0.05), 0.1, 0.11),
+        "sigmoid": ((2.0, 0.7), 0.5, 0.2),
+    }[act]
+
+    def tensor(*values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    gate = {"gate": "linear" if act == "identity" else "activation", "act": act}
+    experts = {"a": tensor(-2, 2)[:, None], "b": tensor(3, -3), "sigma": tensor(0.3, 0.4)}
+    return GaussianMoE(tensor(*beta1)[:, None], tensor(beta0, 0), tensor(tau)[0], **experts, **gate)
+
+
+def draw(model, n, generator):
+    x = 8 * torch.rand(n, 1, dtype=torch.float64, generator=generator) - 4
+    return x, model.sample(x, generator)
+
+
+def errors(fitted, true):
+    """Of the gate (beta1, beta0, tau) and of the experts (a, b)."""
+    fitted = matched(fitted, true)
+    gate = sum((getattr(fitted, name) - getattr(true, name)).abs().sum() for name in ("beta1", "beta0", "tau"))
+    return gate.item(), sum((getattr(fitted, name) - getattr(true, name)).abs().sum() for name in ("a", "b")).item()
+
+
+def slope(sizes, values):
+    """Of log value on log size, least squares."""
+    x, y = [math.log(n) for n in sizes], [math.log(v) for v in values]
+    middle = sum(x) / len(x)
+    return sum((a - middle) * b for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
+
+
+def variant(act):
+    def run(seed, progress):
+        true, generator = truth(act), torch.Generator().manual_seed(seed)
+        sizes = SIZES[:2] if progress.quick else SIZES
+        found = {n: [] for n in sizes}
+        for _ in progress.steps(REPEATS):
+            for n in sizes:
+                x, y = draw(true, n, generator)
+                noise = 0.1 * torch.randn(len(true.free()), dtype=torch.float64, generator=generator)
+                found[n].append(errors(fit(true.with_free(true.free() + noise), x, y), true))
+        medians = [[median(error[i] for error in found[n]) for n in sizes] for i in (0, 1)]
+        eigenvalues = torch.linalg.eigvalsh(true.fisher(*draw(true, 100 if progress.quick else 10_000, generator)))
+        return {
+            "gate slope": slope(sizes, medians[0]),
+            "expert slope": slope(sizes, medians[1]),
+            "gate error": medians[0][-1],
+            "least information": math.log10(max(abs(eigenvalues[0].item()), 1e-20)),
+        }
+
+    return run
+
+
+EXPERIMENT = Experiment(
+    name="dense-to-sparse-gate",
+    title="Dense-to-sparse gate",
+    paper="arXiv:2401.13875",
+    classes=("DenseToSparseRouter", "GaussianMoE"),
+    figures={
+        "gate slope": "d log error / d log n",
+        "expert slope": "d log error / d log n",
+        "gate error": "median, n = 8,000",
+        "least information": "log10 of the smallest eigenvalue",
+    },
+    claims=(
+        Claim(
+            "A linear gate's temperature is estimated slower than any polynomial rate",
+            "gate slope",
+            "higher",
+            "linear",
+            -0.25,
+        ),
+        Claim("An activation (tanh) restores a polynomial rate", "gate slope", "lower", "tanh", -0.4),
+        Claim("An activation (GELU) restores a polynomial rate", "gate slope", "lower", "gelu", -0.4),
+        Claim("An activation (sigmoid) restores a polynomial rate", "gate slope", "lower", "sigmoid", -0.4),
+        Claim("Experts are estimated at a polynomial rate either way", "expert slope", "lower", "linear", -0.3),
+        Claim("Experts are estimated at a polynomial rate either way (tanh)", "expert slope", "lower", "tanh", -0.3),
+        Claim(
+            "No direction of a linear gate and temperature is without information but the ray",
+            "least information",
+            "lower",
+            "linear",
+            -10.0,
+        ),
+        Claim("Every direction of an activation gate has information", "least information", "higher", "tanh", -5.0),
+    ),
+    equal="the same experts and samples",
+    variants={
+        name: variant("identity" if name == "linear" else name) for name in ("linear", "tanh", "gelu", "sigmoid")
+    },
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

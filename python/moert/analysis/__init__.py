@@ -1,0 +1,1 @@
+"""What can be learnt about routers from statistics, apart from training them."""

@@ -1,0 +1,123 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moert.analysis.gaussian_moe import GaussianMoE, fit, matched, voronoi_loss
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def model(act="identity", gate=None, K=None):
+    gate = gate or ("linear" if act == "identity" else "activation")
+    experts = {"a": tensor(-2, 2)[:, None], "b": tensor(1, -1), "sigma": tensor(0.3, 0.4)}
+    return GaussianMoE(tensor(2, 0.7)[:, None], tensor(0.5, 0), tensor(0.2)[0], **experts, gate=gate, act=act, K=K)
+
+
+def data(true, n=400, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = 8 * torch.rand(n, 1, dtype=torch.float64, generator=generator) - 4
+    return x, true.sample(x, generator)
+
+
+def test_density_against_a_loop():
+    true = model("tanh")
+    x, y = data(true, 20)
+    for t in range(20):
+        z = [(math.tanh(true.beta1[i] * x[t]) + true.beta0[i].item()) / 0.2 for i in (0, 1)]
+        p = 0
+        for i in (0, 1):
+            gate = math.exp(z[i]) / sum(math.exp(v) for v in z)
+            s = true.sigma[i].item()
+            p += (
+                gate
+                * math.exp(-(((y[t] - true.a[i] * x[t] - true.b[i]).item() / s) ** 2) / 2)
+                / s
+                / math.sqrt(2 * math.pi)
+            )
+        assert true.log_density(x, y)[t].item() == pytest.approx(math.log(p))
+    grid = torch.linspace(-30, 30, 20001, dtype=torch.float64)
+    total = true.log_density(torch.full((20001, 1), 0.7, dtype=torch.float64), grid).exp().sum() * (grid[1] - grid[0])
+    assert total.item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("c", (0.5, 2.0, 10.0))
+def test_a_linear_gate_does_not_know_its_temperature(c):
+    x, y = data(model())
+    for act in ("identity", "tanh", "sigmoid", "gelu"):
+        one = model(act)
+        other = replace(one, beta1=c * one.beta1, beta0=c * one.beta0, tau=c * one.tau)
+        difference = (one.log_density(x, y) - other.log_density(x, y)).abs()
+        assert difference.max() <= 1e-9 if act == "identity" else difference.mean() > 1e-4
+
+
+def test_information():
+    # Linear: the ray, and the common shift of beta1; an activation leaves no direction without information.
+    assert torch.linalg.eigvalsh(model().fisher(*data(model(), 10_000)))[:2].abs().max() < 1e-10
+    for act in ("tanh", "gelu", "sigmoid"):
+        assert torch.linalg.eigvalsh(model(act).fisher(*data(model(act), 10_000)))[0] > 1e-5
+
+
+def test_topk_gate_keeps_k_experts():
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    gate = model(gate="topk", K=1).log_gate(x)
+    assert torch.equal(gate == 0, torch.stack([x[:, 0] >= 0, x[:, 0] < 0], 1))
+    both = model(gate="topk", K=2).log_gate(x)
+    torch.testing.assert_close(both, model().log_gate(x))
+    by_bias = replace(model(gate="topk", K=1), rank_with_bias=True).log_gate(x)
+    assert torch.equal(by_bias[:, 0] == 0, 1.3 * x[:, 0] + 0.5 >= 0)
+
+
+@pytest.mark.parametrize("method", ("bfgs", "em"))
+def test_fit_climbs_and_comes_near(method):
+    true = model("tanh")
+    x, y = data(true, 2000)
+    start = true.with_free(true.free() + 0.1 * torch.randn(len(true.free()), dtype=torch.float64))
+    best = fit(start, x, y, method)
+    assert best.log_density(x, y).mean() >= true.log_density(x, y).mean() > start.log_density(x, y).mean()
+    assert (best.a - true.a).abs().max() < 0.05 and (best.b - true.b).abs().max() < 0.1
+    assert best.beta0[-1] == true.beta0[-1]
+
+
+def test_both_methods_find_the_same():
+    true = model()
+    x, y = data(true, 1000)
+    one, other = (fit(true, x, y, method, 500) for method in ("bfgs", "em"))
+    torch.testing.assert_close(one.a, other.a, rtol=0, atol=1e-3)
+    assert one.log_density(x, y).mean().item() == pytest.approx(other.log_density(x, y).mean().item(), abs=1e-5)
+
+
+def test_matching_and_voronoi_loss():
+    true = model()
+    swapped = replace(true, **{n: getattr(true, n).flip(0) for n in ("beta1", "beta0", "a", "b", "sigma")})
+    back = matched(swapped, true)
+    for name in ("beta1", "beta0", "a", "b", "sigma"):
+        torch.testing.assert_close(getattr(back, name), getattr(true, name))
+    assert voronoi_loss(true, true) == 0 and voronoi_loss(swapped, true) == 0
+    moved = replace(true, a=true.a + tensor(0.1, 0)[:, None], tau=true.tau + 0.3)
+    assert voronoi_loss(moved, true) == pytest.approx(0.3 + 0.1 * math.exp(0.5))
+    twice = {n: torch.cat([getattr(true, n)[:1], getattr(true, n)]) for n in ("beta1", "a", "b", "sigma")}
+    split = replace(true, beta0=tensor(0.5 - math.log(2), 0.5 - math.log(2), 0), **twice)
+    assert voronoi_loss(split, true) == pytest.approx(0, abs=1e-12)
+    near = replace(split, b=split.b + tensor(0.1, 0, 0))
+    assert voronoi_loss(near, true) == pytest.approx(0.01 * math.exp(0.5) / 2)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"gate": "dense"}, "gate must be one of linear, activation, topk, got dense"),
+        ({"act": "relu"}, "act must be one of identity, sigmoid, tanh, gelu, got relu"),
+        ({"act": "tanh"}, "act must be given with gate activation and no other, got tanh with linear"),
+        ({"gate": "topk"}, r"K must be in \[1, k=2\] with gate topk and None without, got None"),
+        ({"gate": "topk", "K": 3}, r"K must be in \[1, k=2\] with gate topk and None without, got 3"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(model(), **options)
+    with pytest.raises(ValueError, match="method must be bfgs or em, got sgd"):
+        fit(model(), *data(model(), 5), method="sgd")
