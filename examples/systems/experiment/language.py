@@ -50,11 +50,19 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """bytes [B, S] -> logits [B, S, 256] and the routing of every block that has one.
 
-    The context of a block holds the routing of the one before it, and the boundaries of the sequences.
+    The context of a block holds the routing of the one before it, the boundaries of the sequences, and what modality
+    makes of the bytes.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], hidden: int, length: int):
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        hidden: int,
+        length: int,
+        modality: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__()
+        self.modality = modality
         self.embedding, self.position = nn.Embedding(BYTES, hidden), nn.Embedding(length, hidden)
         self.blocks, self.norm = nn.ModuleList(blocks), nn.RMSNorm(hidden)
         for embedding in (self.embedding, self.position):
@@ -64,10 +72,12 @@ class LanguageModel(nn.Module):
         B, S = ids.shape
         x = self.embedding(ids) + self.position.weight[:S]
         boundaries = torch.arange(0, B * S + 1, S, dtype=torch.int32)
+        modality = None if self.modality is None else self.modality(ids.flatten())
         routings: list[Routing] = []
         for block in self.blocks:
             previous = routings[-1] if routings else None
-            x, routing = block(x, RouterContext(cu_seqlens=boundaries, previous=previous, step=step))
+            context = RouterContext(cu_seqlens=boundaries, previous=previous, modality=modality, step=step)
+            x, routing = block(x, context)
             if routing is not None:
                 routings.append(routing)
         return F.linear(self.norm(x), self.embedding.weight), routings

@@ -5,7 +5,7 @@ Letters: D devices, contiguous groups of experts; M the groups that a token may 
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from moert.ops.gating import SCORES
 from moert.routers.base import RouterContext
@@ -91,10 +91,6 @@ class DeepSeekRouter(TopKRouter):
         }
         balance = {"bias_balance": 0.001, "aux": "sequence", "aux_alpha": 1e-4}
         return cls(hidden, num_experts, k, **(gate | balance | options))
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.normal_(self.weight, std=0.006)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         context = context or RouterContext()
