@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moert import Routing, fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute
+from moert import Routing, expert_choice, fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute
 from moert.testing import Shape
 
 SHAPE = Shape("several tiles, uneven experts, dropped choices", 150, 8, 2, 136, 72, "zipf")
@@ -24,6 +24,16 @@ def gating(dtype, routing):
     def run():
         weights, ids = topk_gating(logits, 6, renormalize=True)
         return ids, *gradients(weights, logits)
+
+    return run
+
+
+def choosing(dtype, routing):
+    scores, capacity = leaf(SHAPE.T, 67, dtype=dtype), torch.full((2, 67), 9)
+
+    def run():
+        weights, ids = expert_choice(scores, torch.arange(SHAPE.T) % 2, capacity)
+        return ids, *gradients(weights, scores)
 
     return run
 
@@ -58,7 +68,7 @@ def experts(dtype, routing):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("operator", [gating, there_and_back, gemm, experts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("operator", [gating, choosing, there_and_back, gemm, experts], ids=lambda f: f.__name__)
 def test_a_hundred_repeats_for_any_number_of_threads(operator, dtype):
     routing = SHAPE.routing()
     routing.ids[::7, 0] = -1

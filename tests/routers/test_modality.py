@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moert import RouterContext, TopKRouter
-from moert.routers import ExpertChoiceRouter, ModalityRouter
+from moert.routers import DeepSeekRouter, ExpertChoiceRouter, ModalityRouter
 
 H = 16
 
@@ -23,8 +23,6 @@ def test_each_router_routes_its_own_tokens_to_its_own_experts():
 
 
 def test_losses_are_named_by_modality():
-    from moert.routers import DeepSeekRouter
-
     router = ModalityRouter([DeepSeekRouter(H, 4, 2, aux="batch", aux_alpha=1.0) for _ in range(2)])
     x, modality = torch.randn(30, H), torch.arange(30) % 2
     losses = router(x, RouterContext(modality=modality)).losses
