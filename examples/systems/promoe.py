@@ -13,7 +13,7 @@ from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.layers import FeedForward
 from moert.routers import PrototypeRouter, load_balance_loss
 
-H, HEADS, BLOCKS, N, CLASSES = 64, 4, 4, 12, 10
+H, HEADS, BLOCKS, N, CLASSES = 64, 4, 2, 12, 10
 PATCHES, STEPS, BATCH, GUIDANCE = 16, 300, 64, 1.5
 
 
@@ -112,7 +112,7 @@ def train(moe, objective, seed, progress):
     model.eval()
     fixed = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        errors = [loss(model, test_x, test_y, objective, fixed)[0].item() for _ in range(1 if progress.quick else 8)]
+        errors = [loss(model, test_x, test_y, objective, fixed)[0].item() for _ in range(1 if progress.quick else 4)]
     return model, sum(errors) / len(errors)
 
 
@@ -125,7 +125,7 @@ def loss(model, pixels, label, objective, generator):
 
 
 @torch.no_grad()
-def generate(model, count, steps=25) -> Tensor:
+def generate(model, count, steps=20) -> Tensor:
     """Pixels [count, 64] from noise, by Euler's method on the flow with guidance."""
     generator = torch.Generator().manual_seed(1)
     x, label = torch.randn(count, PATCHES, 4, generator=generator), torch.arange(count) % CLASSES
@@ -164,7 +164,7 @@ def frechet(one: Tensor, other: Tensor) -> float:
 def generation(moe):
     def run(seed, progress):
         model, flow = train(moe, "flow", seed, progress)
-        features, images = classifier(seed), generate(model, 100 if progress.quick else 1000)
+        features, images = classifier(seed), generate(model, 50 if progress.quick else 400)
         _, ddpm = train(moe, "ddpm", seed, progress)
         return {
             "flow loss": flow,

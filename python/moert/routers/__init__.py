@@ -6,6 +6,7 @@ from moert.routers.deepseek import DeepSeekRouter
 from moert.routers.dense_to_sparse import DenseToSparseRouter
 from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
 from moert.routers.gating_residual import GatingResidualRouter
+from moert.routers.linear import LinearRouter
 from moert.routers.losses import (
     balance_terms,
     expert_load,
@@ -25,6 +26,7 @@ __all__ = [
     "DenseToSparseRouter",
     "ExpertChoiceRouter",
     "GatingResidualRouter",
+    "LinearRouter",
     "ModalityRouter",
     "PrototypeRouter",
     "Router",

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.gating import topk_gating
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
+from moert.routers.linear import LinearRouter, wide_dtype
 from moert.types import Routing
 
 ACTS = {"identity": lambda z: z, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
@@ -19,7 +20,7 @@ def gumbel(like: Tensor) -> Tensor:
     return -torch.log(-torch.log(torch.rand_like(like).clamp(1e-9, 1 - 1e-7)))
 
 
-class DenseToSparseRouter(Router):
+class DenseToSparseRouter(LinearRouter):
     """softmax((act(x W^T) + b + noise) / tau): every expert above threshold is used, fewer and fewer as tau falls.
 
     tau goes linearly from tau[0] to tau[1] in total_steps; the step is context.step, else what set_step was given.
@@ -46,8 +47,8 @@ class DenseToSparseRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        super().__init__(num_experts, logit_bias, device, wide)
+        wide = wide_dtype(dtype)
+        super().__init__(hidden, num_experts, logit_bias, torch.float32, device, wide)
         if not 1 <= k_min <= num_experts:
             raise ValueError(f"k_min must be in [1, num_experts={num_experts}], got {k_min}")
         if act not in ACTS:
@@ -60,15 +61,14 @@ class DenseToSparseRouter(Router):
             raise ValueError(f"granularity must be token or batch, got {granularity}")
         if learn_tau and act == "identity":
             warnings.warn("learn_tau with act identity: tau and the weights scale each other away", stacklevel=2)
-        self.hidden, self.k_min, self.act, self.threshold = hidden, k_min, act, threshold
+        self.k_min, self.act, self.threshold = k_min, act, threshold
         self.tau_range, self.total_steps, self.gumbel, self.granularity = tau, total_steps, gumbel, granularity
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=wide))
         self.log_tau = nn.Parameter(torch.empty((), device=device, dtype=wide)) if learn_tau else None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.hidden**-0.5), self.hidden**-0.5)
+        super().reset_parameters()
         if self.log_tau is not None:
             nn.init.constant_(self.log_tau, math.log(self.tau_range[0]))
 
@@ -85,9 +85,7 @@ class DenseToSparseRouter(Router):
         return torch.lerp(torch.full_like(done, start), torch.full_like(done, end), done).clamp_min(1e-3)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):
-            z_TE = ACTS[self.act](F.linear(x.to(self.weight.dtype), self.weight))
-        z_TE = self.biased(z_TE, context)
+        z_TE = self.biased(ACTS[self.act](self.unbiased_logits(x)), context)
         tau = self.tau(None if context is None else context.step)
         if not self.training:
             weights, ids = topk_gating(z_TE, self.k_min, "softmax_over_topk")

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from moert.ops.expert_choice import expert_choice
 from moert.ops.gating import SCORES
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
 from moert.routers.dense_to_sparse import gumbel
-from moert.routers.losses import document_of_token
+from moert.routers.documents import document_of_token, tokens_per_document
+from moert.routers.linear import LinearRouter, wide_dtype
 from moert.types import Routing
 
 
@@ -32,7 +33,7 @@ class AuxiliaryRouter(nn.Module):
             return F.linear(h, self.down.weight.float())
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(LinearRouter):
     """Every expert takes the share `capacity` of the tokens, those with its largest scores: even load by construction.
 
     capacity None is 1 / num_experts; the number of tokens is rounded up.  Tokens compete in the whole batch, or (per
@@ -58,8 +59,7 @@ class ExpertChoiceRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        super().__init__(num_experts, logit_bias, device, wide)
+        super().__init__(hidden, num_experts, logit_bias, torch.float32, device, wide_dtype(dtype))
         if capacity is not None and not 0 < capacity <= 1:
             raise ValueError(f"capacity must be in (0, 1], got {capacity}")
         if score not in ("sigmoid", "softmax"):
@@ -68,13 +68,9 @@ class ExpertChoiceRouter(Router):
             raise ValueError(f"per must be batch or sequence, got {per}")
         if scope not in ("rank", "world"):
             raise ValueError(f"scope must be rank or world, got {scope}")
-        self.hidden, self.capacity, self.score, self.gumbel = hidden, capacity, score, gumbel
+        self.capacity, self.score, self.gumbel = capacity, score, gumbel
         self.per, self.scope, self.auxiliary, self.causal = per, scope, auxiliary, False
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=wide))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.hidden**-0.5), self.hidden**-0.5)
 
     def causal_(self, on: bool = True) -> "ExpertChoiceRouter":
         """The auxiliary router chooses from here on; the weights stay the scores."""
@@ -89,8 +85,7 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         context = context or RouterContext()
-        with torch.autocast(x.device.type, enabled=False):
-            logits_TE = self.biased(F.linear(x.to(self.weight.dtype), self.weight), context)
+        logits_TE = self.logits(x, context)
         if self.training and self.gumbel:
             logits_TE = logits_TE + gumbel(logits_TE) - gumbel(logits_TE)
         scores_TE = SCORES[self.score](logits_TE)
@@ -107,8 +102,7 @@ class ExpertChoiceRouter(Router):
 
     def _tokens_per_expert(self, segment: Tensor, D: int) -> Tensor:
         """[D, E], from the number of tokens in each segment; segment D is no segment."""
-        count = torch.zeros(D + 1, dtype=torch.int64, device=segment.device)
-        count = count.scatter_add(0, segment, torch.ones_like(segment))[:D]
+        count = tokens_per_document(segment, D)
         if self.scope == "world" and torch.distributed.is_initialized():
             torch.distributed.all_reduce(count)
             count = count // torch.distributed.get_world_size()

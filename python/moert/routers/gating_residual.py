@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moert.ops.gating import topk_gating
 from moert.routers.base import Router, RouterContext
 from moert.routers.capacity import within_capacity
+from moert.routers.linear import wide_dtype
 from moert.routers.losses import balance_terms
 from moert.types import Routing, check_kinds
 
@@ -47,7 +48,7 @@ class GatingResidualRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = wide_dtype(dtype)
         super().__init__(num_experts, logit_bias, device, wide)
         kinds = ["ffn"] * num_experts if kinds is None else list(kinds)
         if len(kinds) != num_experts:
@@ -75,6 +76,8 @@ class GatingResidualRouter(Router):
         for weight in (self.hidden_weight, self.weight, self.residual_weight):
             if weight is not None:
                 nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+        if self.logit_bias is not None:
+            nn.init.zeros_(self.logit_bias)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         context = context or RouterContext()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moert.routers.documents import document_of_token, tokens_per_document
 from moert.types import Routing
 
 
@@ -36,14 +37,6 @@ def load_balance_loss(routing: Routing | Sequence[Routing], mask: Tensor | None 
     return routings[0].num_experts * (load * mean).sum()
 
 
-def document_of_token(cu_seqlens: Tensor | None, T: int, device: torch.device) -> tuple[Tensor, int]:
-    """The number of each token's document int64 [T], and how many documents there are; one where cu_seqlens is None."""
-    if cu_seqlens is None:
-        return torch.zeros(T, dtype=torch.int64, device=device), 1
-    ends = cu_seqlens[1:].to(device=device, dtype=torch.int64)
-    return torch.bucketize(torch.arange(T, device=device), ends, right=True), len(ends)
-
-
 def balance_terms(
     routing: Routing, p_TE: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +54,7 @@ def balance_terms(
     load = p_TE.new_zeros(D * E).scatter_add(0, bins.flatten(), (kept * counts[:, None]).to(p_TE.dtype).flatten())
     p_TE = torch.where(counts.bool()[:, None], p_TE, 0)
     mean = p_TE.new_zeros(D, E).index_add(0, document, p_TE)
-    tokens = torch.zeros(D, dtype=torch.int64, device=p_TE.device).scatter_add(0, document, counts)
+    tokens = tokens_per_document(torch.where(counts.bool(), document, -1), D)
     divisor = tokens.clamp_min(1)[:, None]
     return load.view(D, E) / divisor, mean / divisor, tokens
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from moert.ops.expert_choice import expert_choice
 from moert.ops.gating import SCORES, topk_gating
 from moert.routers.base import Router, RouterContext
-from moert.routers.losses import document_of_token
+from moert.routers.documents import document_of_token, tokens_per_document
+from moert.routers.linear import wide_dtype
 from moert.types import Routing
 
 
@@ -42,7 +43,7 @@ class PrototypeRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = wide_dtype(dtype)
         super().__init__(num_routed + bool(uncond_expert), logit_bias, device, wide)
         if not 1 <= k <= num_routed:
             raise ValueError(f"k must be in [1, num_routed={num_routed}], got {k}")
@@ -63,6 +64,8 @@ class PrototypeRouter(Router):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.prototypes, std=0.02)
+        if self.logit_bias is not None:
+            nn.init.zeros_(self.logit_bias)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         context = context or RouterContext()
@@ -97,10 +100,7 @@ class PrototypeRouter(Router):
 
     def _choose(self, cosine_TN: Tensor, sample: Tensor, D: int) -> tuple[Tensor, Tensor]:
         """Expert choice: each expert takes the share k / N of every sample's tokens, at least one."""
-        tokens = torch.zeros(D + 1, dtype=torch.int64, device=sample.device).index_add(
-            0, torch.where(sample < 0, D, sample), torch.ones_like(sample)
-        )[:D]
-        capacity = (tokens * self.k // self.num_routed).clamp_min(1)
+        capacity = (tokens_per_document(sample, D) * self.k // self.num_routed).clamp_min(1)
         capacity = capacity[:, None].expand(D, self.num_routed)
         return expert_choice(SCORES[self.score](cosine_TN), sample, capacity)
 

@@ -1,16 +1,16 @@
 """The router of most models: a linear layer, a score, the k best experts."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.gating import SCORES, topk_gating
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
+from moert.routers.linear import LinearRouter, wide_dtype
 from moert.routers.ranks import rank_gating
 from moert.types import GroupLimit, Routing
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """The k best experts of x @ weight.T; weight [E, H] as in Hugging Face, see topk_gating for the scores.
 
     expert_bias keeps a buffer [E] that counts in the selection only and that update_expert_bias_ moves (DeepSeek-V3);
@@ -35,31 +35,25 @@ class TopKRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_experts, logit_bias, device, dtype)
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        logits_dtype = torch.float32 if logits_dtype is None and score == "sigmoid" else logits_dtype
+        super().__init__(hidden, num_experts, logit_bias, logits_dtype, device, dtype)
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score}")
         most = num_experts if groups is None else _eligible(groups, num_experts)
         if not 1 <= k <= most:
             raise ValueError(f"k must be in [1, {most}], got {k}")
-        self.hidden, self.k = hidden, k
-        self.score, self.renormalize, self.scale, self.groups = score, renormalize, scale, groups
-        self.logits_dtype = torch.float32 if logits_dtype is None and score == "sigmoid" else logits_dtype
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        bias = torch.zeros(num_experts, device=device, dtype=wide) if expert_bias else None
+        self.k, self.score, self.renormalize, self.scale, self.groups = k, score, renormalize, scale, groups
+        bias = torch.zeros(num_experts, device=device, dtype=wide_dtype(dtype)) if expert_bias else None
         self.register_buffer("expert_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.hidden**-0.5), self.hidden**-0.5)
-        for bias in (self.logit_bias, self.expert_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        super().reset_parameters()
+        if self.expert_bias is not None:
+            nn.init.zeros_(self.expert_bias)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
-        logits_TE = self.biased(self._logits(x), context)
+        logits_TE = self.logits(x, context)
         bias = self.expert_bias
         if bias is not None and logits_TE.dtype != torch.float64:
             bias = bias.float()
@@ -69,13 +63,6 @@ class TopKRouter(Router):
         else:
             weights, ids = topk_gating(logits_TE, self.k, *choice)
         return Routing(ids, weights, self.num_experts, logits=logits_TE)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        if self.logits_dtype is None:
-            return F.linear(x, self.weight)
-        dtype = torch.promote_types(x.dtype, self.logits_dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def extra_repr(self) -> str:
         text = f"hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}, score={self.score}"
