@@ -61,3 +61,10 @@ print(u.find_spec('torch').submodule_search_locations[0], m.version('torch'), se
   endif()
   set(TORCH_DIR ${dir} PARENT_SCOPE)
 endfunction()
+
+macro(moert_require_benchmark)
+  find_package(benchmark CONFIG QUIET)
+  if(NOT benchmark_FOUND)
+    moert_refuse("Google Benchmark must be installed for MOERT_BENCH=ON, got none: apt install libbenchmark-dev")
+  endif()
+endmacro()
