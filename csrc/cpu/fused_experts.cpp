@@ -9,10 +9,19 @@ namespace {
 template <typename A>
 void forward(const RoutedRows& tokens, const ExpertWeights& w, int64_t threads, void* y, void* h) {
   const Plan<A> plan(tokens, w.E, threads);
-  const Memory<A> act = allocate<A>(plan.slots_used() * w.I), out = allocate<A>(plan.slots_used() * w.H);
-  first_gemm<A>(tokens, w, plan, threads, act.get(), h);
-  second_gemm<A>(w, plan, act.get(), threads, out.get());
-  combine<A>(plan, out.get(), w.scale_on == ScaleOn::output, w.H, threads, y, tokens.x.dtype);
+  const Memory<A> act = allocate<A>(plan.slots_used() * w.I);
+  const FirstGemm<A> first(tokens, w, plan, threads, act.get(), h);
+  const CombinedRows<A> second(plan, w.H, threads);
+  const Rows rows{act.get(), DTypeOf<A>::value, w.I};
+  parallel_region(threads, [&](Team& team) {
+    first.run(team);
+    second.run(
+        team, w.scale_on == ScaleOn::output, y, tokens.x.dtype, [&](const TileTask& task, const TileMemory<A>& memory) {
+          const TileOperand down = operand_of(w.down, task.expert, task.n, 0, true);
+          gemm_kernels().gemm({task.M, task.N, w.I, operand_of(rows, task.row, 0), down, memory.c0, memory.scratch});
+          return vector_of(w.down_bias, 1, task, memory.row0);
+        });
+  });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 //   scale_on output:  dact = w g      dw = <g, act> + <dy, b2>     x's gradient is dh . w1, w1's is dh^T x
 //   scale_on input:   dact = g        dw = <x, dh . w1>            x's gradient is w dh . w1, w1's is (w dh)^T x
 #include "cpu/fused_experts_steps.h"
+#include "cpu/weight_gradient.h"
 
 namespace moert::cpu {
 
@@ -36,20 +37,14 @@ struct Backward {
         dy_slots(gathered(dy, plan)),
         x_slots(gathered(tokens.x, plan)) {}
 
-  // f(task, memory) for the tiles of all slots over `columns`.
-  template <typename F>
-  void for_tiles(int64_t columns, const F& f) const {
-    const auto tasks = tile_tasks(plan.offsets.get(), w.E, columns, kTileColumns);
-    parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) { f(tasks[i], tile_memory<A>()); });
-  }
-
   // dh [slots, 2I]; act [slots, I] (or null) = w act; sums [tiles of I, slots] = parts of <g, act>.
-  void activation_backward(const void* h, A* dh, A* act, A* sums) const {
-    for_tiles(w.I, [&](const TileTask& task, const TileMemory<A>& memory) {
-      GemmTile tile{task.M, task.N,    w.H,           tile_of(dy_slots, task.row, 0), {}, false, false,
-                    false,  memory.c2, memory.scratch};
-      set_b(tile, w.down, task.expert, 0, task.n, false);
-      kernels.gemm(tile);
+  void activation_backward(Team& team, const std::vector<TileTask>& tasks, const void* h, A* dh, A* act,
+                           A* sums) const {
+    team.for_each(int64_t(tasks.size()), [&](int64_t i) {
+      const TileTask& task = tasks[i];
+      const TileMemory<A> memory = tile_memory<A>();
+      const TileOperand down = operand_of(w.down, task.expert, 0, task.n, false);
+      kernels.gemm({task.M, task.N, w.H, operand_of(dy_slots, task.row, 0), down, memory.c2, memory.scratch});
       const auto load_half = [&](int64_t column, A* c) {
         const int64_t skip = task.row * h_width + column + task.n;
         kernels.widen({at(h, tokens.x.dtype, skip), tokens.x.dtype, h_width, 1, nullptr}, task.M, task.N, c,
@@ -66,27 +61,21 @@ struct Backward {
     });
   }
 
-  // rows [slots, H] = dh . w1
-  void input_rows(const A* dh, A* rows) const {
-    const Rows halves{dh, DTypeOf<A>::value, h_width};
-    for_tiles(w.H, [&](const TileTask& task, const TileMemory<A>& memory) {
-      const auto half = [&](const ExpertMatrix& weight, int64_t column, bool accumulate) {
-        GemmTile tile{task.M,     task.N,    w.I,           tile_of(halves, task.row, column), {}, false, false,
-                      accumulate, memory.c0, memory.scratch};
-        set_b(tile, weight, task.expert, 0, task.n, false);
-        kernels.gemm(tile);
-      };
-      half(w.gate, 0, false);
-      if (gated) half(w.up, w.I, true);
-      kernels.store({task.M, task.N, memory.c0, nullptr, nullptr, ScaleOn::output, rows + task.row * w.H + task.n,
-                     DTypeOf<A>::value, w.H, 1});
-    });
+  // A tile of dh . w1, in memory.c0.
+  void input_tile(const TileTask& task, const TileMemory<A>& memory, const Rows& halves) const {
+    const auto half = [&](const ExpertMatrix& weight, int64_t column, bool accumulate) {
+      const TileOperand b = operand_of(weight, task.expert, 0, task.n, false);
+      kernels.gemm(
+          {task.M, task.N, w.I, operand_of(halves, task.row, column), b, memory.c0, memory.scratch, accumulate});
+    };
+    half(w.gate, 0, false);
+    if (gated) half(w.up, w.I, true);
   }
 
   // f(slot, i) for every kept choice i = t * k + j, tokens over threads.
   template <typename F>
-  void for_choices(const F& f) const {
-    parallel_for(tokens.T, threads, [&](int64_t t) {
+  void for_choices(Team& team, const F& f) const {
+    team.for_each(tokens.T, [&](int64_t t) {
       for (int64_t i = t * tokens.k; i < (t + 1) * tokens.k; ++i) f(plan.slots[i], i);
     });
   }
@@ -100,10 +89,10 @@ struct Backward {
   }
 
   // dweights where the weight scales the output; the tiles' sums are added in order.
-  void output_weight_gradient(const A* sums) const {
+  void output_weight_gradient(Team& team, const A* sums) const {
     A* dweights = static_cast<A*>(gradients.dweights);
     const int64_t tiles = (w.I + kTileColumns - 1) / kTileColumns;
-    for_choices([&](int64_t slot, int64_t i) {
+    for_choices(team, [&](int64_t slot, int64_t i) {
       A sum = 0;
       for (int64_t tile = 0; slot >= 0 && tile < tiles; ++tile) sum += sums[tile * slots + slot];
       if (slot >= 0 && w.down_bias.data) {
@@ -117,9 +106,9 @@ struct Backward {
   }
 
   // dweights where the weight scales the input.
-  void input_weight_gradient(const A* rows) const {
+  void input_weight_gradient(Team& team, const A* rows) const {
     A* dweights = static_cast<A*>(gradients.dweights);
-    for_choices([&](int64_t slot, int64_t i) {
+    for_choices(team, [&](int64_t slot, int64_t i) {
       if (slot < 0) return void(dweights[i] = 0);
       const Memory<A> row = allocate<A>(w.H);
       dweights[i] = dot_with(tokens.x, i / tokens.k, rows + slot * w.H, row.get());
@@ -127,10 +116,11 @@ struct Backward {
   }
 
   // out[e, n] = sum over the slots of e of (scale *) rows[s, n], columns `width` at a time over threads.
-  void sum_rows(const Rows& rows, bool scaled, int64_t columns, const ExpertVector& out, int64_t out_stride) const {
+  void sum_rows(Team& team, const Rows& rows, bool scaled, int64_t columns, const ExpertVector& out,
+                int64_t out_stride) const {
     if (!out.data) return;
     const int64_t blocks = (columns + kTileColumns - 1) / kTileColumns;
-    parallel_for(w.E * blocks, threads, [&](int64_t i) {
+    team.for_each(w.E * blocks, [&](int64_t i) {
       const int64_t e = i / blocks, n = i % blocks * kTileColumns, N = std::min(kTileColumns, columns - n);
       const TileMemory<A> memory = tile_memory<A>();
       std::fill(memory.row0, memory.row0 + N, A(0));
@@ -144,44 +134,49 @@ struct Backward {
     });
   }
 
-  void scale_rows(A* dh) const {
-    parallel_for(slots, threads, [&](int64_t s) {
+  void scale_rows(Team& team, A* dh) const {
+    team.for_each(slots, [&](int64_t s) {
       for (int64_t c = 0; c < h_width; ++c) dh[s * h_width + c] *= plan.scale[s];
     });
   }
 
-  void weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right, const ExpertMatrix& out) const {
-    if (out.data) grouped_gemm_wgrad({w.E, N, K, plan.offsets.get(), left, right}, threads, out);
+  WeightGradient<A> weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right,
+                                    const ExpertMatrix& out) const {
+    return WeightGradient<A>({w.E, N, K, plan.offsets.get(), left, right}, out);
   }
 
   void run(const void* saved) const {
-    Memory<char> recomputed;
-    if (!saved) {
-      recomputed = allocate<char>(slots * h_width * size_of(tokens.x.dtype));
-      first_gemm<A>(tokens, w, plan, threads, nullptr, recomputed.get());
-      saved = recomputed.get();
-    }
+    const Memory<char> recomputed = saved ? nullptr : allocate<char>(slots * h_width * size_of(tokens.x.dtype));
+    const FirstGemm<A> first(tokens, w, plan, threads, nullptr, recomputed.get());
     const int64_t tiles = (w.I + kTileColumns - 1) / kTileColumns;
     const Memory<A> dh = allocate<A>(slots * h_width), sums = allocate<A>(tiles * slots);
-    {
-      const Memory<A> act = gradients.ddown.data ? allocate<A>(slots * w.I) : nullptr;
-      activation_backward(saved, dh.get(), act.get(), sums.get());
-      weight_gradient(w.H, w.I, dy_slots, {act.get(), DTypeOf<A>::value, w.I}, gradients.ddown);
-    }
-    sum_rows(dy_slots, scale_output, w.H, gradients.ddown_bias, 1);
+    const Memory<A> act = gradients.ddown.data ? allocate<A>(slots * w.I) : nullptr;
     const Rows dgate{dh.get(), DTypeOf<A>::value, h_width}, dup{dh.get() + w.I, DTypeOf<A>::value, h_width};
-    sum_rows(dgate, false, w.I, gradients.dgate_bias, w.bias1_stride);
-    if (gated) sum_rows(dup, false, w.I, gradients.dup_bias, w.bias1_stride);
-    if (gradients.dweights && scale_output) output_weight_gradient(sums.get());
-    if (gradients.dx || (gradients.dweights && !scale_output)) {
-      const Memory<A> rows = allocate<A>(slots * w.H);
-      input_rows(dh.get(), rows.get());
-      if (gradients.dx) combine<A>(plan, rows.get(), !scale_output, w.H, threads, gradients.dx, tokens.x.dtype);
-      if (gradients.dweights && !scale_output) input_weight_gradient(rows.get());
-    }
-    if (!scale_output) scale_rows(dh.get());
-    weight_gradient(w.I, w.H, dgate, x_slots, gradients.dgate);
-    if (gated) weight_gradient(w.I, w.H, dup, x_slots, gradients.dup);
+    const auto h_tasks = tile_tasks(plan.offsets.get(), w.E, 0, w.I, kTileColumns, 1);
+    const bool row_weights = gradients.dweights && !scale_output;
+    const CombinedRows<A> rows(plan, gradients.dx || row_weights ? w.H : 0, threads, row_weights);
+    const auto ddown = weight_gradient(w.H, w.I, dy_slots, {act.get(), DTypeOf<A>::value, w.I}, gradients.ddown);
+    const auto dgate_weight = weight_gradient(w.I, w.H, dgate, x_slots, gradients.dgate);
+    const auto dup_weight = weight_gradient(w.I, w.H, dup, x_slots, gradients.dup);
+
+    parallel_region(threads, [&](Team& team) {
+      if (!saved) first.run(team);
+      activation_backward(team, h_tasks, saved ? saved : recomputed.get(), dh.get(), act.get(), sums.get());
+      ddown.run(team);
+      sum_rows(team, dy_slots, scale_output, w.H, gradients.ddown_bias, 1);
+      sum_rows(team, dgate, false, w.I, gradients.dgate_bias, w.bias1_stride);
+      if (gated) sum_rows(team, dup, false, w.I, gradients.dup_bias, w.bias1_stride);
+      if (gradients.dweights && scale_output) output_weight_gradient(team, sums.get());
+      rows.run(team, !scale_output, gradients.dx, tokens.x.dtype,
+               [&](const TileTask& task, const TileMemory<A>& memory) -> const A* {
+                 input_tile(task, memory, dgate);
+                 return nullptr;
+               });
+      if (row_weights) input_weight_gradient(team, rows.rows.get());
+      if (!scale_output) scale_rows(team, dh.get());
+      dgate_weight.run(team);
+      dup_weight.run(team);
+    });
   }
 };
 

@@ -13,7 +13,10 @@ namespace moert::cpu {
 // Columns of gate and of up in one tile: the two share the block of x that the tile widens.
 constexpr int64_t kHalfColumns = kTileColumns / 2;
 
-constexpr int64_t kCombineTokens = 16;  // a task of combine()
+constexpr int64_t kCombineTokens = 16;  // a task of the combine
+
+// Rows between a GEMM and its combine: 32 MB of float32 for two threads, a last-level cache's worth.
+constexpr int64_t kSliceValues = 8 << 20;
 
 // The routing in slot order.
 template <typename A>
@@ -55,68 +58,101 @@ const A* vector_of(const ExpertVector& v, int64_t stride, const TileTask& task, 
   return row;
 }
 
-// act [slots, I] = activation of the pre-activations; h (may be null) [slots, 2I] = the pre-activations, gate then up.
+// The first GEMM: act [slots, I] (may be null) = activation of the pre-activations; h (may be null) [slots, 2I] = the
+// pre-activations, gate then up.
 template <typename A>
-void first_gemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>& plan, int64_t threads, A* act,
-                void* h) {
-  const GemmKernels& kernels = gemm_kernels();
-  const bool gated = is_gated(w.activation.act);
-  const int64_t h_stride = gated ? 2 * w.I : w.I;
-  const Rows x = gathered(tokens.x, plan);
-  const auto tasks = tile_tasks(plan.offsets.get(), w.E, w.I, gated ? kHalfColumns : kTileColumns);
-  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
-    const TileTask& task = tasks[i];
-    const TileMemory<A> memory = tile_memory<A>();
-    const A* scale = w.scale_on == ScaleOn::input ? plan.scale.get() + task.row : nullptr;
-    const auto half = [&](const ExpertMatrix& weight, const ExpertVector& bias, A* c, int64_t column) {
-      GemmTile tile{task.M, task.N, w.H, tile_of(x, task.row, 0), {}, false, false, false, c, memory.scratch};
-      set_b(tile, weight, task.expert, task.n, 0, true);
-      kernels.gemm(tile);
-      const A* b = vector_of(bias, w.bias1_stride, task, memory.row0);
-      const StoreTile in_place{task.M, task.N, c, b, scale, ScaleOn::input, c, DTypeOf<A>::value, kTileColumns, 1};
-      if (b || scale) kernels.store(in_place);
-      if (!h) return;
-      void* out = const_cast<char*>(at(h, x.dtype, task.row * h_stride + column + task.n));
-      kernels.store({task.M, task.N, c, nullptr, nullptr, ScaleOn::output, out, x.dtype, h_stride, 1});
-    };
-    half(w.gate, w.gate_bias, memory.c0, 0);
-    if (gated) half(w.up, w.up_bias, memory.c1, w.I);
+struct FirstGemm {
+  const ExpertWeights& w;
+  const Plan<A>& plan;
+  Rows x;  // [slots, H]
+  A* act;
+  void* h;
+  bool gated;
+  std::vector<TileTask> tasks;
+
+  FirstGemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>& plan, int64_t threads, A* act, void* h)
+      : w(w),
+        plan(plan),
+        x(gathered(tokens.x, plan)),
+        act(act),
+        h(h),
+        gated(is_gated(w.activation.act)),
+        tasks(tile_tasks(plan.offsets.get(), w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
+
+  void run(Team& team) const {
+    team.for_each(int64_t(tasks.size()), [&](int64_t i) { run(tasks[i], tile_memory<A>()); });
+  }
+
+  void run(const TileTask& task, const TileMemory<A>& memory) const {
+    const TileOperand gate = operand_of(w.gate, task.expert, task.n, 0, true);
+    GemmTile tile{task.M, task.N, w.H, operand_of(x, task.row, 0), gate, memory.c0, memory.scratch};
+    if (gated) tile.b2 = operand_of(w.up, task.expert, task.n, 0, true), tile.c2 = memory.c1;
+    gemm_kernels().gemm(tile);
+    finish(task, w.gate_bias, memory.c0, 0, memory);
+    if (gated) finish(task, w.up_bias, memory.c1, w.I, memory);
     if (act)
-      kernels.activate({task.M, task.N, w.activation, memory.c0, memory.c1, act + task.row * w.I + task.n, w.I},
-                       sizeof(A) == 8);
-  });
-}
+      gemm_kernels().activate({task.M, task.N, w.activation, memory.c0, memory.c1, act + task.row * w.I + task.n, w.I},
+                              sizeof(A) == 8);
+  }
 
-// out [slots, H] = act . down^T + bias.
-template <typename A>
-void second_gemm(const ExpertWeights& w, const Plan<A>& plan, const A* act, int64_t threads, A* out) {
-  const GemmKernels& kernels = gemm_kernels();
-  const Rows rows{act, DTypeOf<A>::value, w.I};
-  const auto tasks = tile_tasks(plan.offsets.get(), w.E, w.H, kTileColumns);
-  parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
-    const TileTask& task = tasks[i];
-    const TileMemory<A> memory = tile_memory<A>();
-    GemmTile tile{task.M, task.N, w.I, tile_of(rows, task.row, 0), {}, false, false, false, memory.c0, memory.scratch};
-    set_b(tile, w.down, task.expert, task.n, 0, true);
-    kernels.gemm(tile);
-    const A* bias = vector_of(w.down_bias, 1, task, memory.row0);
-    kernels.store({task.M, task.N, memory.c0, bias, nullptr, ScaleOn::output, out + task.row * w.H + task.n,
-                   DTypeOf<A>::value, w.H, 1});
-  });
-}
+  // Scale and bias of a half, which begins at `column` of h; and its copy in h.
+  void finish(const TileTask& task, const ExpertVector& bias, A* c, int64_t column, const TileMemory<A>& memory) const {
+    const A* scale = w.scale_on == ScaleOn::input ? plan.scale.get() + task.row : nullptr;
+    const A* b = vector_of(bias, w.bias1_stride, task, memory.row0);
+    const StoreTile in_place{task.M, task.N, c, b, scale, ScaleOn::input, c, DTypeOf<A>::value, kTileColumns, 1};
+    if (b || scale) gemm_kernels().store(in_place);
+    if (!h) return;
+    const int64_t h_stride = gated ? 2 * w.I : w.I;
+    void* out = const_cast<char*>(at(h, x.dtype, task.row * h_stride + column + task.n));
+    gemm_kernels().store({task.M, task.N, c, nullptr, nullptr, ScaleOn::output, out, x.dtype, h_stride, 1});
+  }
+};
 
-// y[t] = sum over the kept choices of (weight *) rows[slot], in choice order; rows [slots, H] of values, y dense.
+// y[t] = sum over the kept choices of (weight *) rows[slot], in choice order.  The rows [slots, H] are computed and
+// combined a slice of columns at a time, so that what lies in between stays small.
 template <typename A>
-void combine(const Plan<A>& plan, const A* rows, bool weighted, int64_t H, int64_t threads, void* y, DType dtype) {
-  const GemmKernels& kernels = gemm_kernels();
-  parallel_for((plan.T + kCombineTokens - 1) / kCombineTokens, threads, [&](int64_t task) {
-    const int64_t end = std::min(plan.T, (task + 1) * kCombineTokens);
-    for (int64_t t = task * kCombineTokens; t < end; ++t) {
-      void* out = const_cast<char*>(at(y, dtype, t * H));
-      kernels.combine(
-          {plan.k, H, rows, plan.slots.get() + t * plan.k, weighted ? plan.weights + t * plan.k : nullptr, out, dtype});
+struct CombinedRows {
+  const Plan<A>& plan;
+  int64_t H, width;
+  Memory<A> rows;  // [slots, width], of one slice
+  std::vector<std::vector<TileTask>> slices;
+
+  // One slice if `whole`; nothing to do where H is 0.
+  CombinedRows(const Plan<A>& plan, int64_t H, int64_t threads, bool whole = false) : plan(plan), H(H) {
+    const int64_t slots = plan.slots_used(), budget = kSliceValues * std::max<int64_t>(1, threads / 2);
+    const int64_t tiles = std::max<int64_t>(1, budget / std::max<int64_t>(1, slots) / kTileColumns);
+    width = whole ? H : std::min(H, tiles * kTileColumns);
+    rows = allocate<A>(slots * width);
+    for (int64_t n = 0; n < H; n += width)
+      slices.push_back(tile_tasks(plan.offsets.get(), plan.E, n, std::min(H, n + width), kTileColumns, threads));
+  }
+
+  // gemm(task, memory) leaves a tile in memory.c0 and may return a bias for it.
+  template <typename F>
+  void run(Team& team, bool weighted, void* y, DType dtype, const F& gemm) const {
+    for (int64_t n = 0; n < H; n += width) {
+      const std::vector<TileTask>& tasks = slices[n / width];
+      team.for_each(int64_t(tasks.size()), [&](int64_t i) {
+        const TileTask& task = tasks[i];
+        const TileMemory<A> memory = tile_memory<A>();
+        const A* bias = gemm(task, memory);
+        gemm_kernels().store({task.M, task.N, memory.c0, bias, nullptr, ScaleOn::output,
+                              rows.get() + task.row * width + task.n - n, DTypeOf<A>::value, width, 1});
+      });
+      if (y) combine(team, weighted, n, y, dtype);
     }
-  });
-}
+  }
+
+  void combine(Team& team, bool weighted, int64_t n, void* y, DType dtype) const {
+    team.for_each((plan.T + kCombineTokens - 1) / kCombineTokens, [&](int64_t task) {
+      const int64_t end = std::min(plan.T, (task + 1) * kCombineTokens);
+      for (int64_t t = task * kCombineTokens; t < end; ++t) {
+        void* out = const_cast<char*>(at(y, dtype, t * H + n));
+        gemm_kernels().combine({plan.k, std::min(width, H - n), rows.get(), width, plan.slots.get() + t * plan.k,
+                                weighted ? plan.weights + t * plan.k : nullptr, out, dtype});
+      }
+    });
+  }
+};
 
 }  // namespace moert::cpu

@@ -35,6 +35,8 @@ void store_rows(const StoreTile& t) {
   using A = Acc<T>;
   const A *bias = static_cast<const A*>(t.bias), *scale = static_cast<const A*>(t.scale);
   const bool before = t.scale_on == ScaleOn::input;
+  const uintptr_t end = uintptr_t(t.out) | uintptr_t(t.row_stride * int64_t(sizeof(T)));
+  const bool past_caches = t.stream && t.col_stride == 1 && end % (kLanes<A> * sizeof(T)) == 0;
   for (int64_t m = 0; m < t.M; ++m) {
     const A* c = static_cast<const A*>(t.c) + m * kTileColumns;
     T* out = static_cast<T*>(t.out) + m * t.row_stride;
@@ -43,6 +45,7 @@ void store_rows(const StoreTile& t) {
       Vec<A> x = load(c + n, count) * first;
       if (bias) x += load(bias + n, count);
       x *= last;
+      if (past_caches && count == kLanes<A>) return stream(out + n, x);
       if (t.col_stride == 1) return store(out + n, x, count);
       for (int64_t i = 0; i < count; ++i) narrow(x[i], out[(n + i) * t.col_stride]);
     });
@@ -122,11 +125,11 @@ void activate_backward_tile(const ActivateBackwardTile& t, bool is_double) {
 template <typename T>
 void combine_rows(const CombineRow& c) {
   using A = Acc<T>;
-  for_vectors<A>(c.H, [&](int64_t h, auto count) {
+  for_vectors<A>(c.N, [&](int64_t h, auto count) {
     Vec<A> y{};
     for (int64_t j = 0; j < c.k; ++j) {
       if (c.slots[j] < 0) continue;
-      const Vec<A> x = load(static_cast<const A*>(c.rows) + c.slots[j] * c.H + h, count);
+      const Vec<A> x = load(static_cast<const A*>(c.rows) + c.slots[j] * c.row_stride + h, count);
       y += c.weights ? x * static_cast<const A*>(c.weights)[j] : x;
     }
     store(static_cast<T*>(c.out) + h, y, count);

@@ -8,17 +8,22 @@
 
 namespace moert::cpu {
 
-constexpr int64_t kTileRows = 128;     // M of a tile at most
+constexpr int64_t kTileRows = 256;     // M of a tile at most
 constexpr int64_t kTileColumns = 256;  // N of a tile at most
 constexpr int64_t kTileK = 256;        // K block
+
+// Up to so many rows are multiplied as dot products, in longer K blocks: the lanes are summed once a block.
+constexpr int64_t kDotRows = 96;
+constexpr int64_t kDotK = 2048;
 
 // Rows of the block of A, [M, K] or [K, M], lie this far apart, so that they fall on different cache sets.
 constexpr int64_t kPitchMK = kTileK + 16, kPitchKM = kTileRows + 16;
 constexpr int64_t kTileBlock = kTileK * kPitchKM;
 static_assert(kTileRows * kPitchMK <= kTileBlock);
 
-// Values that gemm() needs to work in: the block of A and a panel of B.
-constexpr int64_t kGemmScratch = kTileBlock + 32 * kTileK;
+// Values that gemm() needs to work in: a block of A for dot products, or one of panels and a panel of B.
+constexpr int64_t kGemmScratch = kDotRows * (kDotK + 16);
+static_assert(kTileBlock + 32 * kTileK <= kGemmScratch);
 
 // Element (r, c) is data[row(r) * row_stride + c * col_stride]; row(r) = index ? index[r] : r.
 struct TileMatrix {
@@ -28,15 +33,10 @@ struct TileMatrix {
   const int32_t* index;
 };
 
-// c[m, n] (+)= sum over k of a(m, k) * b(k, n).
-struct GemmTile {
-  int64_t M, N, K;
-  TileMatrix a;  // [M, K], or [K, M] if a_k_rows
-  TileMatrix b;  // [N, K], or [K, N] if b_k_rows
-  bool a_k_rows, b_k_rows;
-  bool accumulate;
-  void* c;        // values [M, N], rows kTileColumns apart
-  void* scratch;  // kGemmScratch values, aligned to 64 bytes
+// A side of a product: rows by K, or K by rows if k_rows.
+struct TileOperand {
+  TileMatrix matrix;
+  bool k_rows;
 };
 
 // out[m, n] = c[m, n] * scale[m] + bias[n] (scale_on input) or (c[m, n] + bias[n]) * scale[m] (scale_on output).
@@ -49,6 +49,23 @@ struct StoreTile {
   void* out;
   DType dtype;
   int64_t row_stride, col_stride;
+  // Past the caches: for outputs larger than they are, which would be read before they are written.
+  bool stream = false;
+};
+
+// c[m, n] (+)= sum over k of a(m, k) * b(n, k).
+struct GemmTile {
+  int64_t M, N, K;
+  TileOperand a;  // [M, K]
+  TileOperand b;  // [N, K]
+  void* c;        // values [M, N], rows kTileColumns apart
+  void* scratch;  // kGemmScratch values, aligned to 64 bytes
+  bool accumulate = false;
+  // A second product of the same a: c2 (+)= a . b2, where c2 is not null; b2 is laid out like b.
+  TileOperand b2{};
+  void* c2 = nullptr;
+  // Done to every part of c as soon as it is complete, where not null; only for products whose b is k_rows.
+  const StoreTile* finish = nullptr;
 };
 
 // out[m, n] = activation(gate[m, n], up[m, n]).
@@ -73,10 +90,11 @@ struct ActivateBackwardTile {
   void* sums;  // values [M]
 };
 
-// out [H] = sum over j of weights[j] * rows[slots[j]], in order, slots below 0 left out; out of any dtype.
+// out [N] = sum over j of weights[j] * rows[slots[j]], in order, slots below 0 left out; out of any dtype.
 struct CombineRow {
-  int64_t k, H;
-  const void* rows;  // values, rows H apart
+  int64_t k, N;
+  const void* rows;  // values
+  int64_t row_stride;
   const int32_t* slots;
   const void* weights;  // null or values [k]
   void* out;

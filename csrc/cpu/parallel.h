@@ -5,35 +5,96 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 #ifdef MOERT_STD_THREAD  // for the thread sanitizer, which cannot see into libgomp's barriers
-#include <thread>
 #include <vector>
+#else
+#include <omp.h>
 #endif
 
 namespace moert::cpu {
 
-// f(task) for every task in [0, tasks), on at most `threads` threads; a free thread takes the next task in order.
+// What the threads of one parallel region share.
+struct TeamState {
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> arrived{0};
+  std::atomic<int64_t> phase{0};
+};
+
+// One thread's view of its region.
+class Team {
+ public:
+  Team(TeamState& state, int64_t threads) : state_(state), threads_(threads) {}
+
+  // f(task) for every task in [0, tasks); a free thread takes the next task in order.  Every thread of the region calls
+  // it; it returns when all tasks are done.
+  template <typename F>
+  void for_each(int64_t tasks, const F& f) {
+    if (threads_ == 1) {
+      for (int64_t task = 0; task < tasks; ++task) f(task);
+      return;
+    }
+    for (int64_t task; (task = state_.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+    wait();
+  }
+
+ private:
+  // The others are microseconds away: spinning costs less than to sleep and be woken, unless another program has the
+  // core of a thread that is waited for.
+  static constexpr int kSpins = 4096;
+
+  void wait() {
+    const int64_t phase = state_.phase.load(std::memory_order_relaxed);
+    if (state_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      state_.arrived.store(0, std::memory_order_relaxed);
+      state_.next.store(0, std::memory_order_relaxed);
+      state_.phase.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; state_.phase.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins >= kSpins) std::this_thread::yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+  TeamState& state_;
+  int64_t threads_;
+};
+
+// body(team) on `threads` threads (fewer inside another parallel region).
 template <typename F>
-void parallel_for(int64_t tasks, int64_t threads, const F& f) {
-  threads = std::min(threads, tasks);
+void parallel_region(int64_t threads, const F& body) {
+  TeamState state;
   if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) f(task);
+    Team team(state, 1);
+    body(team);
     return;
   }
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
-  };
 #ifdef MOERT_STD_THREAD
+  const auto work = [&] {
+    Team team(state, threads);
+    body(team);
+  };
   std::vector<std::thread> pool;
   for (int64_t i = 1; i < threads; ++i) pool.emplace_back(work);
   work();
   for (auto& thread : pool) thread.join();
 #else
 #pragma omp parallel num_threads(int(threads))
-  work();
+  {
+    Team team(state, omp_get_num_threads());
+    body(team);
+  }
 #endif
+}
+
+// A region of one phase.
+template <typename F>
+void parallel_for(int64_t tasks, int64_t threads, const F& f) {
+  parallel_region(std::min(threads, tasks), [&](Team& team) { team.for_each(tasks, f); });
 }
 
 }  // namespace moert::cpu

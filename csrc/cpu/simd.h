@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "moert/dtype.h"
 
@@ -125,6 +126,22 @@ MOERT_INLINE void store(f16* p, const VecF& x) {
 #endif
 }
 
+// Stores past the caches; p is aligned to what one store writes.
+template <typename T>
+MOERT_INLINE void stream(T* p, const Vec<Acc<T>>& x) {
+  T part[kLanes<Acc<T>>] __attribute__((aligned(kVectorBytes)));
+  store(part, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof part == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<const __m512i*>(part));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof part == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(part));
+#endif
+  std::memcpy(p, part, sizeof part);
+}
+
 // The first n < kLanes elements; the others are zero.
 template <typename T>
 MOERT_INLINE Vec<Acc<T>> load_first(const T* p, int64_t n) {
@@ -175,6 +192,69 @@ MOERT_INLINE auto sum_lanes(const V& x) {
   for (int width = n / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) part[i] += part[i + width];
   return part[0];
+}
+
+// Exchange the off-diagonal blocks of `width` lanes between a and b: one step of a transposition.
+template <int width, typename V, size_t... I>
+MOERT_INLINE void exchange(V& a, V& b, std::index_sequence<I...>) {
+  constexpr int n = int(sizeof...(I));
+#if defined(__clang__)
+  const V low = __builtin_shufflevector(a, b, (int(I) & width ? int(I) - width + n : int(I))...);
+  const V high = __builtin_shufflevector(a, b, (int(I) & width ? int(I) + n : int(I) + width)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  typedef Index Mask __attribute__((vector_size(kVectorBytes)));
+  const V low = __builtin_shuffle(a, b, Mask{(int(I) & width ? int(I) - width + n : int(I))...});
+  const V high = __builtin_shuffle(a, b, Mask{(int(I) & width ? int(I) + n : int(I) + width)...});
+#endif
+  a = low;
+  b = high;
+}
+
+template <int width, typename V>
+MOERT_INLINE void exchange(V& a, V& b) {
+  exchange<width>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
+}
+
+// a, b: 2n elements in order -> those of even places and those of odd ones.
+template <typename V, size_t... I>
+MOERT_INLINE void split_even_odd(V& a, V& b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  const V even = __builtin_shufflevector(a, b, int(2 * I)...), odd = __builtin_shufflevector(a, b, int(2 * I + 1)...);
+#else
+  const VecI even_places = {int32_t(2 * I)...};
+  const V even = __builtin_shuffle(a, b, even_places), odd = __builtin_shuffle(a, b, even_places + 1);
+#endif
+  a = even;
+  b = odd;
+}
+
+// sums[i] (+)= sum of the lanes of x[i], i < 4, in the order of sum_lanes.
+template <typename A>
+MOERT_INLINE void add_lanes_of_four(const Vec<A>* x, A* sums, bool accumulate) {
+  constexpr int L = kLanes<A>;
+  if constexpr (L < 4) {
+    for (int i = 0; i < 4; ++i) sums[i] = (accumulate ? sums[i] : A(0)) + sum_lanes(x[i]);
+  } else {
+    Vec<A> a = x[0], b = x[1], c = x[2], d = x[3];
+    exchange<L / 2>(a, b);
+    exchange<L / 2>(c, d);
+    Vec<A> ab = a + b, cd = c + d;  // halves: a, b and c, d
+    exchange<L / 4>(ab, cd);
+    Vec<A> acbd = ab + cd;  // quarters
+    if constexpr (L >= 16) {
+      Vec<A> other = acbd, copy = acbd;
+      exchange<2>(other, copy);
+      acbd = other + copy;
+    }
+    if constexpr (L >= 8) {
+      Vec<A> other = acbd, copy = acbd;
+      exchange<1>(other, copy);
+      acbd = other + copy;
+    }
+    for (int i = 0; i < 4; ++i)
+      sums[i] = (accumulate ? sums[i] : A(0)) + acbd[(i & 1 ? 2 : 0) * (L / 4) + (i >> 1) * (L / 4)];
+  }
 }
 
 // mask lanes are all ones or zero.

@@ -1,9 +1,13 @@
 // How the drivers cut grouped products into tiles, and the memory that a thread works in.
 #pragma once
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "cpu/gemm_isa.h"
@@ -18,11 +22,16 @@ struct FreeMemory {
 template <typename T>
 using Memory = std::unique_ptr<T[], FreeMemory>;
 
+// Large memory asks for huge pages: the kernel hands out 4 KB pages at less than the speed of a combine.
+constexpr size_t kHugePage = 2 << 20;
+
 template <typename T>
 Memory<T> allocate(int64_t count) {
-  const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes ? bytes : 64);
+  const size_t wanted = size_t(count) * sizeof(T), page = wanted >= 4 * kHugePage ? kHugePage : 64;
+  const size_t bytes = std::max(page, (wanted + page - 1) / page * page);
+  void* p = std::aligned_alloc(page, bytes);
   if (!p) throw std::bad_alloc();
+  if (page == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
   return Memory<T>(static_cast<T*>(p));
 }
 
@@ -45,16 +54,39 @@ struct TileTask {
   int64_t expert, row, M, n, N;
 };
 
-// The tiles of all experts' rows over `columns` columns, `width` <= kTileColumns at a time; the tiles that share
-// columns of a weight follow each other.  An expert without rows has no tile.
-inline std::vector<TileTask> tile_tasks(const int32_t* offsets, int64_t E, int64_t columns, int64_t width) {
+// Tasks that a thread should find, so that the last ones end together.
+constexpr int64_t kTasksPerThread = 32;
+constexpr int64_t kNarrowTile = 32;  // columns; less and widening the rows of x is felt
+
+// Experts by their rows, most first: what is started last is short.  An expert without rows is left out.
+inline std::vector<int64_t> busiest_first(const int32_t* offsets, int64_t E) {
+  const auto rows = [&](int64_t e) { return offsets[e + 1] - offsets[e]; };
+  std::vector<int64_t> experts;
+  for (int64_t e = 0; e < E; ++e)
+    if (rows(e) > 0) experts.push_back(e);
+  std::stable_sort(experts.begin(), experts.end(), [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+  return experts;
+}
+
+// The tiles of all experts' rows over the columns [first, last), `width` <= kTileColumns at a time or less if these are
+// too few tasks; the tiles that share columns of a weight follow each other.
+inline std::vector<TileTask> tile_tasks(const int32_t* offsets, int64_t E, int64_t first, int64_t last, int64_t width,
+                                        int64_t threads) {
+  const std::vector<int64_t> experts = busiest_first(offsets, E);
+  const auto tiles_of = [&](int64_t e) { return (offsets[e + 1] - offsets[e] + kTileRows - 1) / kTileRows; };
+  int64_t row_tiles = 0;
+  for (const int64_t e : experts) row_tiles += tiles_of(e);
+  const auto tasks_of = [&](int64_t width) { return row_tiles * ((last - first + width - 1) / width); };
+  while (threads > 1 && width > kNarrowTile && tasks_of(width) < kTasksPerThread * threads) width /= 2;
+
   std::vector<TileTask> tasks;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t begin = offsets[e], rows = offsets[e + 1] - begin;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, M = tiles ? (rows + tiles - 1) / tiles : 0;
-    for (int64_t n = 0; n < columns; n += width)
+  tasks.reserve(tasks_of(width));
+  for (const int64_t e : experts) {
+    const int64_t begin = offsets[e], rows = offsets[e + 1] - begin, tiles = tiles_of(e),
+                  M = (rows + tiles - 1) / tiles;
+    for (int64_t n = first; n < last; n += width)
       for (int64_t row = 0; row < rows; row += M)
-        tasks.push_back({e, begin + row, std::min(M, rows - row), n, std::min(width, columns - n)});
+        tasks.push_back({e, begin + row, std::min(M, rows - row), n, std::min(width, last - n)});
   }
   return tasks;
 }
@@ -75,15 +107,19 @@ inline TileMatrix tile_of(const ExpertMatrix& w, int64_t e, int64_t row, int64_t
   return {at(w.data, w.dtype, skip), w.dtype, w.row_stride, w.col_stride, nullptr};
 }
 
-// b of a tile whose product runs over the columns (over_columns) or the rows of w, from (row, column) on.  Whichever
-// way w lies, its stride-1 side becomes the side along which it is read.
-inline void set_b(GemmTile& tile, const ExpertMatrix& w, int64_t e, int64_t row, int64_t column, bool over_columns) {
-  tile.b = tile_of(w, e, row, column);
-  tile.b_k_rows = !over_columns;
+// w from (row, column) on as an operand whose product runs over its columns (over_columns) or its rows.  Whichever way
+// w lies, its stride-1 side becomes the side along which it is read.
+inline TileOperand operand_of(const ExpertMatrix& w, int64_t e, int64_t row, int64_t column, bool over_columns) {
+  TileOperand b{tile_of(w, e, row, column), !over_columns};
   if (w.col_stride > w.row_stride) {
-    std::swap(tile.b.row_stride, tile.b.col_stride);
-    tile.b_k_rows = over_columns;
+    std::swap(b.matrix.row_stride, b.matrix.col_stride);
+    b.k_rows = over_columns;
   }
+  return b;
+}
+
+inline TileOperand operand_of(const Rows& x, int64_t row, int64_t column, bool k_rows = false) {
+  return {tile_of(x, row, column), k_rows};
 }
 
 }  // namespace moert::cpu

@@ -62,10 +62,8 @@ void first_tile(const Problem<A>& p, int64_t i, const Tile& tile) {
   const ExpertWeights& w = p.w;
   const int64_t e = p.ids[i];
   const auto half = [&](const ExpertMatrix& weight, const ExpertVector& bias, A* c) {
-    const TileMatrix x = tile_of(p.tokens.x, tile.row, 0);
-    GemmTile product{tile.M, tile.N, w.H, x, {}, false, false, false, c, memory.scratch};
-    set_b(product, weight, e, tile.n, 0, true);
-    kernels.gemm(product);
+    const TileOperand x = operand_of(p.tokens.x, tile.row, 0), rows = operand_of(weight, e, tile.n, 0, true);
+    kernels.gemm({tile.M, tile.N, w.H, x, rows, c, memory.scratch});
     if (const A* b = values_of(bias, w.bias1_stride, e, tile, memory.row0))
       kernels.store({tile.M, tile.N, c, b, nullptr, ScaleOn::input, c, DTypeOf<A>::value, kTileColumns, 1});
   };
@@ -85,10 +83,8 @@ void down_product(const Problem<A>& p, const Tile& tile, const TileMemory<A>& me
   const ExpertWeights& w = p.w;
   const Rows act{p.act.get(), DTypeOf<A>::value, p.width()};
   for (int64_t i = 0; i < int64_t(p.ids.size()); ++i) {
-    const TileMatrix a = tile_of(act, tile.row, i * w.I);
-    GemmTile product{tile.M, tile.N, w.I, a, {}, false, false, i > 0, memory.c0, memory.scratch};
-    set_b(product, w.down, p.ids[i], tile.n, 0, true);
-    gemm_kernels().gemm(product);
+    const TileOperand a = operand_of(act, tile.row, i * w.I), b = operand_of(w.down, p.ids[i], tile.n, 0, true);
+    gemm_kernels().gemm({tile.M, tile.N, w.I, a, b, memory.c0, memory.scratch, i > 0});
   }
 }
 
@@ -104,7 +100,7 @@ void add_down_bias(const Problem<A>& p, const Tile& tile, const TileMemory<A>& m
   const TileMatrix a{listed.data(), DTypeOf<A>::value, n, 1, nullptr};
   const ExpertVector& bias = w.down_bias;
   const TileMatrix b{at(bias.data, bias.dtype, tile.n), bias.dtype, bias.expert_stride, 1, p.ids.data()};
-  gemm_kernels().gemm({tile.M, tile.N, n, a, b, false, true, true, memory.c0, memory.scratch});
+  gemm_kernels().gemm({tile.M, tile.N, n, {a, false}, {b, true}, memory.c0, memory.scratch, true});
 }
 
 template <typename A>
