@@ -8,7 +8,6 @@ from moert import GluExperts, MoELayer, RouterContext, Routing
 from moert.layers import FeedForward
 from moert.routers import DeepSeekRouter, expert_load
 from moert.testing import OperatorsRan
-from ranks import ranks
 
 E, G, H, k, T = 64, 8, 32, 8, 512
 
@@ -126,17 +125,6 @@ def test_bias_moves_once_per_step_over_several_forward_passes():
     router.update_bias(torch.tensor([0, 0, 0, 4]))
     assert router.expert_bias.tolist() == [0, 0.5, 0.5, 0]
     assert sorted(router.state_dict()) == ["expert_bias", "weight"]
-
-
-def update_on_a_rank() -> list[float]:
-    router = DeepSeekRouter(4, 4, 1, "sigmoid", bias_balance=1.0)
-    router.update_bias(torch.tensor([[8, 0, 0, 0], [0, 2, 4, 2]][torch.distributed.get_rank()]))
-    return router.expert_bias.tolist()
-
-
-def test_counts_of_all_ranks_move_the_bias():
-    # Alone each rank would say otherwise.
-    assert ranks(2, update_on_a_rank) == [[-1, 1, 0, 1]] * 2
 
 
 def loss_by_loop(router, routing, sequences, mask):

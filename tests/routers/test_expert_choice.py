@@ -4,7 +4,6 @@ import torch
 from moert import GluExperts, MoELayer, RouterContext
 from moert.routers import AuxiliaryRouter, ExpertChoiceRouter
 from moert.testing import OperatorsRan
-from ranks import ranks
 
 H, E = 16, 5
 
@@ -46,16 +45,6 @@ def test_tokens_compete_within_their_sequence():
     for rows in (slice(0, 8), slice(8, 40)):
         assert torch.equal(together.ids[rows], router(x[rows]).ids)
     assert chosen(together)[:8].sum(0).tolist() == [2] * E
-
-
-def tokens_per_expert_on_a_rank(scope: str) -> list[int]:
-    T = [10, 30][torch.distributed.get_rank()]
-    return chosen(ExpertChoiceRouter(H, E, scope=scope)(torch.randn(T, H))).sum(0).tolist()
-
-
-def test_ranks_share_the_number_of_tokens():
-    assert ranks(2, tokens_per_expert_on_a_rank, "rank") == [[2] * E, [6] * E]
-    assert ranks(2, tokens_per_expert_on_a_rank, "world") == [[4] * E, [4] * E]
 
 
 def test_noise_only_in_training():
