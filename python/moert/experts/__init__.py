@@ -1,7 +1,13 @@
 """Experts: (x, routing) -> y."""
 
 from moert.experts.base import Experts
+from moert.experts.block import BlockExperts
 from moert.experts.glu import GluExperts
 from moert.experts.hetero import HeteroExperts
 
-__all__ = ["Experts", "GluExperts", "HeteroExperts"]
+__all__ = [
+    "BlockExperts",
+    "Experts",
+    "GluExperts",
+    "HeteroExperts",
+]

@@ -17,6 +17,7 @@ from moert.routers.losses import (
 )
 from moert.routers.modality import ModalityRouter
 from moert.routers.prototype import PrototypeRouter
+from moert.routers.relu_norm import ReLUNormRouter, activation_locality_loss, chunk_sparsity_loss
 from moert.routers.topk import TopKRouter
 from moert.routers.within import given_context, recorded_routings, routers_in
 
@@ -29,10 +30,13 @@ __all__ = [
     "LinearRouter",
     "ModalityRouter",
     "PrototypeRouter",
+    "ReLUNormRouter",
     "Router",
     "RouterContext",
     "TopKRouter",
+    "activation_locality_loss",
     "balance_terms",
+    "chunk_sparsity_loss",
     "expert_load",
     "given_context",
     "load_balance_loss",

@@ -1,0 +1,112 @@
+"""One feed-forward network cut into blocks that are its experts (BlockFFN, arXiv:2507.08771; arXiv:2303.01610)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moert.experts.base import Experts
+from moert.ops.fused_experts import apply_activation, fused_experts
+from moert.ops.union_experts import experts_in_use, union_experts
+from moert.types import Activation, Routing
+
+MODES = ("auto", "dense", "token", "union")
+
+
+class BlockExperts(Experts):
+    """num_experts blocks of `block` columns of one network; up_proj [E, block, H], down_proj [E, block, H].
+
+    All blocks together are a dense network (down_proj holds columns as rows, so that a block is one piece of memory).
+    It runs in one of three modes of the same result:
+
+    dense   two products over the whole network, each block's activations times the routing weight; for training where
+            a token may use any number of experts, and where most are in use
+    token   fused_experts: only what each token uses
+    union   union_experts: what any of the tokens uses, for all of them; for few tokens, without gradient
+
+    auto takes union for up to union_tokens tokens; else token where the router chooses fewer than E, or where (outside training and
+    compilation: it must be counted) a share below `sparse_below` of all weights is not zero; else dense.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        block: int,
+        act: str = "silu",
+        bias: bool = False,
+        mode: str = "auto",
+        union_tokens: int = 64,
+        sparse_below: float = 0.25,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, size in (("hidden", hidden), ("num_experts", num_experts), ("block", block)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode}")
+        self.activation = Activation(act)
+        if self.activation.gated:
+            raise ValueError(f"act must be an activation without a gate, got {act}")
+        self.hidden, self.num_experts, self.block, self.mode = hidden, num_experts, block, mode
+        self.union_tokens, self.sparse_below = union_tokens, sparse_below
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        self.up_proj, self.down_proj = parameter(block, hidden), parameter(block, hidden)
+        self.up_proj_bias, self.down_proj_bias = (parameter(block), parameter(hidden)) if bias else (None, None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the two linear layers of the dense network."""
+        width = self.num_experts * self.block
+        for fan_in, parameters in (
+            (self.hidden, (self.up_proj, self.up_proj_bias)),
+            (width, (self.down_proj, self.down_proj_bias)),
+        ):
+            for parameter in parameters:
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        return getattr(self, f"_{self._mode(x, routing)}")(x, routing)
+
+    def _mode(self, x: Tensor, routing: Routing) -> str:
+        if self.mode != "auto":
+            return self.mode
+        if not torch.is_grad_enabled() and x.shape[0] <= self.union_tokens:
+            return "union"
+        if routing.ids.shape[1] < self.num_experts:
+            return "token"
+        if self.training or torch.compiler.is_compiling():
+            return "dense"
+        used = (routing.ids >= 0) & (routing.ids < self.num_experts)
+        return "token" if used.float().mean() < self.sparse_below else "dense"
+
+    def _dense(self, x: Tensor, routing: Routing) -> Tensor:
+        gains_TE = routing.dense_weights()
+        bias = None if self.up_proj_bias is None else self.up_proj_bias.flatten()
+        h_TEI = F.linear(x, self.up_proj.flatten(0, 1), bias).unflatten(-1, (self.num_experts, self.block))
+        a_TEI = apply_activation(h_TEI, self.activation) * gains_TE[..., None].to(h_TEI.dtype)
+        # Under autocast the activations have its dtype, and the product's other side follows.
+        y = F.linear(a_TEI.flatten(1), self.down_proj.flatten(0, 1).T)
+        if self.down_proj_bias is None:
+            return y
+        return y + F.linear(gains_TE.to(y.dtype), self.down_proj_bias.T)
+
+    def _token(self, x: Tensor, routing: Routing) -> Tensor:
+        bias = (self.up_proj_bias, self.down_proj_bias)
+        return fused_experts(x, routing, self.up_proj, self.down_proj.mT, bias, self.activation)
+
+    def _union(self, x: Tensor, routing: Routing) -> Tensor:
+        gains_TE, bias = routing.dense_weights(), (self.up_proj_bias, self.down_proj_bias)
+        ids = experts_in_use(gains_TE)
+        return union_experts(x, gains_TE, ids, self.up_proj, self.down_proj.mT, bias, self.activation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden={self.hidden}, num_experts={self.num_experts}, block={self.block}, "
+            f"act={self.activation.name}, mode={self.mode}"
+        )
