@@ -21,7 +21,7 @@ from moert.ops import (  # noqa: E402
     union_experts,
     unpermute,
 )
-from moert.routers import ReLUNormRouter, Router, RouterContext, TopKRouter  # noqa: E402
+from moert.routers import FrozenRandomRouter, ReLUNormRouter, Router, RouterContext, TopKRouter  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "DispatchPlan",
     "ExpertLayout",
     "Experts",
+    "FrozenRandomRouter",
     "GluExperts",
     "GroupLimit",
     "MoELayer",

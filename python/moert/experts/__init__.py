@@ -10,4 +10,5 @@ __all__ = [
     "Experts",
     "GluExperts",
     "HeteroExperts",
+    "split_ffn",
 ]

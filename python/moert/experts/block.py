@@ -23,8 +23,9 @@ class BlockExperts(Experts):
     token   fused_experts: only what each token uses
     union   union_experts: what any of the tokens uses, for all of them; for few tokens, without gradient
 
-    auto takes union for up to union_tokens tokens; else token where the router chooses fewer than E, or where (outside training and
-    compilation: it must be counted) a share below `sparse_below` of all weights is not zero; else dense.
+    auto takes union for up to union_tokens tokens; else token where the router chooses fewer than E, or where (outside
+    training and compilation: it must be counted) fewer than a share `sparse_below` of all choices are experts; else
+    dense.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from moert.routers.capacity import within_capacity
 from moert.routers.deepseek import DeepSeekRouter
 from moert.routers.dense_to_sparse import DenseToSparseRouter
 from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
+from moert.routers.frozen_random import FrozenRandomRouter
 from moert.routers.gating_residual import GatingResidualRouter
 from moert.routers.linear import LinearRouter
 from moert.routers.losses import (
@@ -26,6 +27,7 @@ __all__ = [
     "DeepSeekRouter",
     "DenseToSparseRouter",
     "ExpertChoiceRouter",
+    "FrozenRandomRouter",
     "GatingResidualRouter",
     "LinearRouter",
     "ModalityRouter",

@@ -1,0 +1,91 @@
+"""SMoE-Dropout: does a model trained with a growing number of experts get better with every expert it is given?
+
+Two residual MoE blocks on handwritten digits; k grows from 2 to all 16, against training with all 16 throughout.
+"""
+
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiment import Claim, Experiment, main
+from experiment.digits import split
+from moert import BlockExperts, FrozenRandomRouter, MoELayer
+from moert.train import KSchedule, set_active_experts
+
+H, E, WIDTH, KS = 64, 16, 16, (1, 2, 4, 8, 16)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, H), nn.Linear(H, 10)
+        self.blocks = nn.ModuleList(
+            MoELayer(FrozenRandomRouter(H, E, E), BlockExperts(H, E, WIDTH, "relu", bias=True)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(F.layer_norm(x, (H,)))
+        return self.last(x)
+
+
+def trained(k_min: int, seed: int, progress) -> dict[str, float]:
+    (x, y), (test_x, test_y) = split(seed, held_out=597 / 1797)
+    model, steps = Classifier(), 400
+    schedule = KSchedule(model, k_min, E, 1 if progress.quick else steps)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in progress.steps(steps):
+        batch = torch.randint(len(x), (64,))
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    losses = []
+    with torch.no_grad():
+        for k in KS:
+            set_active_experts(model, k)
+            logits = model(test_x)
+            losses.append(F.cross_entropy(logits, test_y).item())
+    worst = max(after / before for before, after in zip(losses[:-1], losses[1:], strict=True))
+    figures = {f"k = {k}": loss for k, loss in zip(KS, losses, strict=True)}
+    return figures | {"worst ratio": worst, "accuracy": (logits.argmax(-1) == test_y).float().mean()}
+
+
+def timed(seed: int, progress) -> dict[str, float]:
+    """Time of a layer at half of the experts over that at all of them: 2048 tokens, E = 16, H = 256, F = 512."""
+    T, hidden, width = (16, 8, 8) if progress.quick else (2048, 256, 512)
+    layer = MoELayer(FrozenRandomRouter(hidden, E, E), BlockExperts(hidden, E, width, "relu", bias=True)).eval()
+    x, seconds = torch.randn(T, hidden), {E // 2: [], E: []}
+    with torch.no_grad():
+        for _ in progress.steps(15):
+            for k, times in seconds.items():
+                set_active_experts(layer, k)
+                started = time.perf_counter()
+                layer(x)
+                times.append(time.perf_counter() - started)
+    half, every = (sorted(times)[len(times) // 2] for times in seconds.values())
+    return {"time": half / every}
+
+
+EXPERIMENT = Experiment(
+    name="smoe_dropout",
+    title="SMoE-Dropout",
+    paper="arXiv:2303.01610",
+    classes=("FrozenRandomRouter", "BlockExperts", "KSchedule"),
+    figures={f"k = {k}": "test cross-entropy" for k in KS}
+    | {"worst ratio": "loss at 2k over loss at k", "accuracy": "", "time": "at k = 8, of k = 16"},
+    claims=(
+        Claim("self-slimming: every doubling of k lowers the loss", "worst ratio", "lower", "k 2 to 16", 1.0),
+        Claim("at all experts as good as dense training, within 10 %", "k = 16", "lower", "k 2 to 16", "k 16", 1.1),
+        Claim("half of the experts take at most .75 of the time", "time", "lower", "half of the experts", 0.75),
+    ),
+    equal="equal parameters and steps; k 2 to 16 trains with 9/16 of the expert FLOPs",
+    variants={"k 2 to 16": partial(trained, 2), "k 16": partial(trained, E), "half of the experts": timed},
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
