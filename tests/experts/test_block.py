@@ -72,12 +72,10 @@ def test_auto():
             experts(x, routing)
         return ran.names
 
-    assert ran_for(x, free) == OPERATORS["dense"]
-    assert ran_for(x, few) == OPERATORS["token"]
-    experts.eval()
     sparse = routing_of(x)
     sparse.ids[:, 1:] = E
     assert ran_for(x, free) == OPERATORS["dense"] and ran_for(x, sparse) == OPERATORS["token"]
+    assert ran_for(x, few) == OPERATORS["token"] and ran_for(x, TopKRouter(H, E, E)(x)) == OPERATORS["dense"]
     with torch.no_grad():
         assert ran_for(x[:64], routing_of(x[:64])) == OPERATORS["union"]
         assert ran_for(x, few) == OPERATORS["token"]
