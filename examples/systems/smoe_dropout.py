@@ -72,7 +72,7 @@ def timed(seed: int, progress) -> dict[str, float]:
 
 
 EXPERIMENT = Experiment(
-    name="smoe_dropout",
+    name="smoe-dropout",
     title="SMoE-Dropout",
     paper="arXiv:2303.01610",
     classes=("FrozenRandomRouter", "BlockExperts", "KSchedule"),
