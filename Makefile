@@ -13,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; print(*_C.isas())")
 
-.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-abi test-wheel lint size docs bench bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-abi test-wheel lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -67,11 +67,17 @@ size: $(READY)
 docs: $(READY)
 	$(PYTEST) -q tests/test_docs.py
 
+# Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for the layers.
 bench: $(READY)
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py --seconds 0.3
+	$(BIN)/python bench/layers.py $(ARGS)
+
+bench-peers: $(READY)
+	tools/bench_peers.sh $(BIN)/python
 
 bench-smoke: $(READY)
 	$(BIN)/python bench/run.py --smoke
+	$(BIN)/python bench/layers.py --smoke
 
 # Needs Google Benchmark: apt install libbenchmark-dev.
 bench-cpp: $(READY)

@@ -1,0 +1,245 @@
+"""Whole MoE layers beside everything a user could pick instead; `bench/layers.py --help` says the options.
+
+moert and one process per family of peers (bench/peers; environments made by `make bench-peers`, else this one where it
+has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
+Beside every sample the machine's limits are sampled: bytes read per second and the rate of a float32 product.  A share
+is the median over the turns of limit over time, a ratio the median of peer over moert.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from layers_plots import plot_peers, plot_roofline
+from moert.cli.machine import machine_facts, processor_name
+from peers.problem import PRODUCT_FLOP, READ_BYTES, Problem
+from run import ROOT, commit, default_path, save
+
+MODELS = {  # H, I, E, k
+    "Qwen3-30B-A3B": (2048, 768, 128, 8),
+    "OLMoE": (2048, 1024, 64, 8),
+    "DeepSeek-V2-Lite": (2048, 1408, 64, 6),
+    "gpt-oss-20b": (2880, 2880, 32, 4),
+    "Mixtral, 4 experts": (4096, 14336, 4, 2),
+}
+DTYPES = ("bfloat16", "float32")
+FAMILIES = ("transformers", "vllm", "onnxruntime")
+
+
+@dataclass
+class Row:
+    """One problem: the milliseconds of every turn of every provider, and the limits of that turn."""
+
+    problem: dict
+    bytes: float
+    flop: float
+    times: dict[str, list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def ideal(self) -> list[float]:
+        """Seconds that the limits of each turn leave: the bytes or the product, whichever takes longer."""
+        bandwidth = (READ_BYTES / t for t in self.times["read"])
+        rate = (PRODUCT_FLOP / t for t in self.times["product"])
+        return [max(self.bytes / b, self.flop / r) for b, r in zip(bandwidth, rate, strict=True)]
+
+    def providers(self) -> list[str]:
+        return [name for name in self.times if name not in ("read", "product")]
+
+    def share(self, name: str) -> float:
+        return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=True))
+
+    def best_peer(self) -> str | None:
+        peers = [name for name in self.providers() if name != "moert"]
+        return min(peers, key=lambda name: statistics.median(self.times[name]), default=None)
+
+    def ratio(self, name: str) -> float:
+        return statistics.median(p / m for p, m in zip(self.times[name], self.times["moert"], strict=True))
+
+
+class Family:
+    """The process of one family."""
+
+    def __init__(self, name: str, python: Path, threads: int):
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        # A waiting thread must not spin: the next one to compute is in another process.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+        command = [str(python), str(ROOT / "bench" / "peers" / "worker.py"), name, str(threads)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment, cwd=ROOT
+        )
+
+    def ask(self, **request) -> dict:
+        if self.process.poll() is None:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            last = (self.log.read().strip().splitlines() or ["no output"])[-1]
+            raise RuntimeError(f"the {self.name} process must answer, got exit {self.process.wait()}: {last}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+
+def main() -> None:
+    options = parse()
+    problems = chosen(options)
+    out = options.out or default_path(processor_name()).with_suffix(".layers.json")
+    facts = {**machine_facts(("torch",)), "threads": options.threads, "commit": commit("HEAD")}
+    rows = done_before(out, facts) if options.full else []
+    console = Console(width=150)
+    families, absent = start(options.threads)
+    try:
+        with Progress(console=console) as progress:
+            task = progress.add_task("layers", total=len(problems))
+            for problem in problems:
+                progress.update(task, description=title(asdict(problem)))
+                if asdict(problem) not in [row.problem for row in rows]:
+                    rows.append(measure(problem, families, options))
+                    if options.full:
+                        write(out, facts, rows, absent)
+                progress.advance(task)
+    finally:
+        for family in families:
+            family.close()
+    show(rows, absent, console)
+    if not options.smoke:
+        write(out, facts, rows, absent)
+        for plot in (plot_roofline, plot_peers):
+            console.print(f"Plot: {plot(rows, title, ROOT / 'build' / 'bench')}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one model in bfloat16, three minutes")
+    size.add_argument("--full", action="store_true", help="every model, dtype, T and routing; hours, resumes")
+    size.add_argument("--smoke", action="store_true", help="one tiny layer, one call each, writes nothing")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of one turn of one provider")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.smoke:
+        options.turns, options.seconds = 1, 0.0
+    return options
+
+
+def chosen(options: argparse.Namespace) -> list[Problem]:
+    """Those with the same weights follow each other."""
+    if options.smoke:
+        return [Problem("tiny", 64, 32, 8, 2, 5, "float32")]
+    if options.full:
+        kinds = product(MODELS, DTYPES, ("uniform", "zipf"), (1, 4, 16, 64, 256, 1024, 4096))
+        return [Problem(model, *MODELS[model], T, dtype, routing) for model, dtype, routing, T in kinds]
+    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 64, 256, 1024))]
+    if not options.quick:
+        wanted += [("Qwen3-30B-A3B", "float32", (1, 16, 64, 256, 1024)), ("gpt-oss-20b", "bfloat16", (1, 256))]
+    return [Problem(model, *MODELS[model], T, dtype) for model, dtype, sizes in wanted for T in sizes]
+
+
+def start(threads: int) -> tuple[list[Family], dict[str, str]]:
+    """moert's process and those of the families that have an environment; why the others are absent."""
+    families, absent = [Family("moert", Path(sys.executable), threads)], {}
+    for name in FAMILIES:
+        python = ROOT / "build" / "peers" / name / "bin" / "python"
+        if not python.exists() and find_spec(name):
+            python = Path(sys.executable)
+        if python.exists():
+            families.append(Family(name, python, threads))
+        else:
+            absent[name] = "no environment (make bench-peers)"
+    return families, absent
+
+
+def measure(problem: Problem, families: list[Family], options: argparse.Namespace) -> Row:
+    row = Row(asdict(problem), problem.bytes, problem.flop)
+    calls: list[tuple[Family, str]] = []
+    for family in families:
+        answer = family.ask(load=row.problem)
+        if "missing" in answer:
+            row.missing[family.name] = answer["missing"]
+        calls += [(family, name) for name in answer.get("providers", ())]
+    check(title(row.problem), calls, row)
+    for _ in range(options.turns):
+        for family, name in calls:
+            seconds = options.seconds if name not in ("read", "product") else options.seconds / 4
+            times = family.ask(time=name, seconds=seconds)["times"]
+            row.times.setdefault(name, []).append(statistics.median(times))
+    return row
+
+
+def check(where: str, calls: list[tuple[Family, str]], row: Row) -> None:
+    """What computes something else is no peer: left out and named.  moert must be there."""
+    if "moert" in row.missing:
+        sys.exit(f"{where}: moert must run, got {row.missing['moert']}")
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = {}
+        for family, name in [call for call in calls if call[1] not in ("read", "product")]:
+            path = f"{folder}/{len(outputs)}.npy"
+            family.ask(save=name, path=path)
+            outputs[name] = np.load(path)
+        mine = outputs["moert"]
+        for name, other in outputs.items():
+            error = np.linalg.norm(other - mine, axis=-1) / np.linalg.norm(mine, axis=-1)
+            if not error.max() < 0.05:
+                row.missing[name] = f"a row is off by {error.max():.2g}"
+                calls[:] = [call for call in calls if call[1] != name]
+
+
+def title(problem: dict) -> str:
+    return f"{problem['model']} T={problem['T']} {problem['dtype']} {problem['routing']}"
+
+
+def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
+    table = Table(title="ms of a layer (share of what the machine allows), medians of turns")
+    for column in ("layer", "moert", "best peer", "", "moert is faster by"):
+        table.add_column(column, justify="left" if column in ("layer", "best peer") else "right")
+    for row in rows:
+        peer = row.best_peer()
+        theirs = (peer, cell(row, peer), f"{row.ratio(peer):.2f}x") if peer else ("none", "", "")
+        table.add_row(title(row.problem), cell(row, "moert"), *theirs)
+    console.print(table)
+    gone = absent | {name: why for row in rows for name, why in row.missing.items()}
+    for name, why in gone.items():
+        console.print(f"{name}: not measured everywhere, {why}", style="yellow")
+
+
+def cell(row: Row, name: str) -> str:
+    return f"{1e3 * statistics.median(row.times[name]):.2f} ({row.share(name):.0%})"
+
+
+def done_before(path: Path, facts: dict) -> list[Row]:
+    """Rows of an earlier run of the same commit that was cut off."""
+    if not path.exists():
+        return []
+    value = json.loads(path.read_text())
+    return [Row(**row) for row in value["rows"]] if value["machine"] == facts else []
+
+
+def write(path: Path, facts: dict, rows: list[Row], absent: dict[str, str]) -> None:
+    save(path, {"machine": facts, "absent": absent, "rows": [asdict(row) for row in rows]})
+
+
+if __name__ == "__main__":
+    main()

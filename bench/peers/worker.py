@@ -1,0 +1,64 @@
+"""One family of peers in a process and an environment of its own: `worker.py FAMILY THREADS`, driven by layers.py.
+
+Reads one JSON object a line and answers with one: {"load": problem} -> {"providers": [names]} or {"missing": why},
+{"time": name, "seconds": s} -> {"times": [...]}, {"save": name, "path": file} -> {"saved": file}.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from problem import ROUTINGS, Problem
+
+
+class Worker:
+    def __init__(self, family: str, threads: int):
+        self.family, self.threads, self.turn = family, threads, 0
+        self.providers: dict = {}
+
+    def load(self, problem: dict) -> dict:
+        self.providers = {}  # the weights of the one before go first
+        try:
+            module = importlib.import_module(f"peer_{self.family}")
+            self.providers = module.providers(Problem(**problem), self.threads)
+        except Exception as error:  # whatever keeps a peer from running is what there is to report of it
+            return {"missing": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        return {"providers": list(self.providers)}
+
+    def time(self, name: str, seconds: float) -> dict:
+        """Times of single calls, at least one, for about that long; each call takes the next routing."""
+        call, times, end = self.providers[name], [], time.perf_counter() + seconds
+        while not times or time.perf_counter() + min(times) < end:
+            self.turn = (self.turn + 1) % ROUTINGS
+            start = time.perf_counter()
+            call(self.turn)
+            times.append(time.perf_counter() - start)
+        return {"times": times}
+
+    def save(self, name: str, path: str) -> dict:
+        np.save(path, np.asarray(self.providers[name](0), dtype=np.float32))
+        return {"saved": path}
+
+
+def main() -> None:
+    sys.path.append(str(Path(__file__).parent))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else a peer prints goes to stderr
+    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "load" in request:
+            answer = worker.load(request["load"])
+        elif "time" in request:
+            answer = worker.time(request["time"], request["seconds"])
+        else:
+            answer = worker.save(request["save"], request["path"])
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
