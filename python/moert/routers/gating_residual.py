@@ -87,22 +87,25 @@ class GatingResidualRouter(Router):
         else:
             weights, ids = topk_gating(logits_TE, self.k)
         if self.renorm == "released":
-            zero = torch.tensor([kind == "zero" for kind in self.kinds], device=ids.device)
-            weights = torch.where(zero[ids.long()], 0, weights)
+            for e in (e for e, kind in enumerate(self.kinds) if kind == "zero"):
+                weights = torch.where(ids == e, 0, weights)
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         routing = Routing(ids, weights, self.num_experts, logits_TE)
         if not self.training:
             return routing
         losses = {"balance": self._balance_loss(routing, context.mask)}
         if self.capacity_factor is not None:
-            ids = within_capacity(ids, self.capacity(len(x), ids.device))
+            ids = within_capacity(ids, self.capacity(len(x)))
         return Routing(ids, weights, self.num_experts, logits_TE, losses)
 
-    def capacity(self, T: int, device: torch.device | str | None = None) -> Tensor:
+    def capacity(self, T: int) -> Tensor:
         """How many of T tokens each expert takes [E]: tau times as many for a feed-forward expert as for another."""
         share = self.capacity_factor * T / (self.tau * self.num_ffn + self.num_experts - self.num_ffn)
-        sizes = [math.ceil(self.tau * share) if kind == "ffn" else math.ceil(share) for kind in self.kinds]
-        return torch.tensor(sizes, device=device)
+        return torch.where(self._is_ffn(), math.ceil(self.tau * share), math.ceil(share))
+
+    def _is_ffn(self) -> Tensor:
+        """[E], made on the device: a copy from the host would wait for it."""
+        return torch.arange(self.num_experts, device=self.weight.device) < self.num_ffn
 
     def _logits(self, x: Tensor, context: RouterContext) -> Tensor:
         previous = context.previous
@@ -122,8 +125,7 @@ class GatingResidualRouter(Router):
 
     def _balance_loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
         load, mean, _ = balance_terms(routing, routing.logits.softmax(-1), mask)
-        eta = torch.tensor([1.0 if kind == "ffn" else self.tau for kind in self.kinds], device=load.device)
-        return self.beta * (eta.to(load.dtype) * load * mean).sum()
+        return self.beta * (torch.where(self._is_ffn(), 1, self.tau) * load * mean).sum()
 
     def extra_repr(self) -> str:
         return (
