@@ -124,7 +124,7 @@ class DeepSeekRouter(TopKRouter):
             return losses
         p_TE = SCORES[self.score](routing.logits)
         if self.score == "sigmoid":
-            p_TE = p_TE / p_TE.sum(-1, keepdim=True)
+            p_TE = p_TE / (p_TE.sum(-1, keepdim=True) + 1e-20)
         if alphas[0]:
             sequences = context.cu_seqlens if self.aux == "sequence" else None
             load, mean, counted = balance_terms(routing, p_TE, context.mask, sequences)
@@ -144,7 +144,9 @@ class DeepSeekRouter(TopKRouter):
             f_D = (load * self.num_experts / self.k).view(D, size).mean(-1)
             losses["device"] = self.device_alpha * (f_D * p_D).sum()
         if self.comm_alpha:
-            sent_TD = torch.zeros_like(p_TE[:, :D], dtype=torch.bool).scatter(-1, routing.ids.long() // size, True)
+            # A choice of no expert, id E, falls into a column of its own.
+            sent_TD = p_TE.new_zeros(p_TE.shape[0], D + 1, dtype=torch.bool)
+            sent_TD = sent_TD.scatter(-1, routing.ids.long() // size, True)[:, :D]
             if mask is not None:
                 sent_TD = sent_TD & mask.reshape(-1, 1).bool()
             kept = 1 if self.groups is None else self.groups.topk_groups
