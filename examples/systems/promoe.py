@@ -13,7 +13,7 @@ from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.layers import FeedForward
 from moert.routers import PrototypeRouter, load_balance_loss
 
-H, HEADS, BLOCKS, N, CLASSES = 64, 4, 2, 12, 10
+H, HEADS, BLOCKS, N, CLASSES = 64, 4, 4, 12, 10
 PATCHES, STEPS, BATCH, GUIDANCE = 16, 300, 64, 1.5
 
 
