@@ -31,5 +31,5 @@ def test_values_out_of_range_are_usage_errors(arguments):
 def test_help_names_every_option():
     text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).stdout
     for option in ("model", "prompt", "max-new-tokens", "temperature", "top-p", "top-k", "seed", "threads", "dtype",
-                   "out", "compare", "steps", "retrain"):  # fmt: skip
+                   "out", "compare", "steps", "retrain", "shape", "layers"):  # fmt: skip
         assert f"--{option}" in text

@@ -23,8 +23,11 @@ def check_files(directory: Path) -> None:
         _check_safetensors(directory / name)
 
 
-def load_model(directory: Path, experts: str, dtype: str):
-    """The model in eval mode, its experts run by `experts`: eager, grouped_mm or moert."""
+def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
+    """The model in eval mode, its experts run by `experts`: eager, grouped_mm or moert.
+
+    random: directory holds a configuration alone, and the weights are drawn, the same ones every time.
+    """
     from transformers import AutoConfig
 
     try:
@@ -35,6 +38,8 @@ def load_model(directory: Path, experts: str, dtype: str):
     _check_is_moe(config, model_class)
     if experts == "moert":
         import moert.integrations.transformers  # noqa: F401  registers the name
+    if random:
+        return _random_model(model_class, config, experts, dtype)
     try:
         model, report = model_class.from_pretrained(
             directory,
@@ -50,6 +55,15 @@ def load_model(directory: Path, experts: str, dtype: str):
     missing = sorted(report["missing_keys"])
     if missing:
         raise CommandError(f"model must have every weight, got none for {missing[0]} and {len(missing) - 1} more")
+    return model.eval()
+
+
+def _random_model(model_class, config, experts: str, dtype: str):
+    import torch
+
+    torch.manual_seed(0)
+    model = model_class._from_config(config, dtype=getattr(torch, dtype))
+    model.set_experts_implementation(experts)
     return model.eval()
 
 

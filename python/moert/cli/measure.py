@@ -57,10 +57,10 @@ class _Gaps(LogitsProcessor):
 class Generator:
     """The loaded model of one provider."""
 
-    def __init__(self, directory: Path, experts: str, dtype: str, send):
+    def __init__(self, directory: Path, experts: str, dtype: str, send, random: bool = False):
         self.send = send
         self.tokenizer = load_tokenizer(directory)
-        self.model = load_model(directory, experts, dtype)
+        self.model = load_model(directory, experts, dtype, random)
         self.peak = peak_bytes()
         reset_peak()
         self.loaded = resident_bytes()
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--experts", required=True)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--random", action="store_true")
     arguments = parser.parse_args()
     # The answers keep stdout to themselves: whatever else prints there goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -128,7 +129,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        generator = Generator(arguments.model, arguments.experts, arguments.dtype, send)
+        generator = Generator(arguments.model, arguments.experts, arguments.dtype, send, arguments.random)
         send({"ready": type(generator.model).__name__})
         for line in sys.stdin:
             send(asdict(generator.generate(Request(**json.loads(line)))))

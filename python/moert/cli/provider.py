@@ -20,11 +20,12 @@ PROVIDERS = (*STOCK, "moert")
 
 @dataclass(frozen=True)
 class Load:
-    """What every provider loads, and how."""
+    """What every provider loads, and how; random: the directory has a configuration and no weights."""
 
     directory: Path
     dtype: str = "auto"
     threads: int | None = None
+    random: bool = False
 
 
 class Provider:
@@ -36,6 +37,7 @@ class Provider:
         command = [sys.executable, "-m", "moert.cli.measure", "--model", str(load.directory)]
         command += ["--experts", experts, "--dtype", load.dtype]
         command += ["--threads", str(load.threads)] if load.threads else []
+        command += ["--random"] if load.random else []
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

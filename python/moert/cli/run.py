@@ -35,9 +35,13 @@ def run(
     compare: Annotated[bool, typer.Option(help="With --model: also run stock eager and grouped_mm.")] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default 600.")] = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train again although there is a checkpoint.")] = False,
+    shape: Annotated[
+        str | None, typer.Option(help="Time a model of this shape with random weights, e.g. qwen3-30b-a3b.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of --shape's model.")] = 2,
 ) -> None:
     """Train a small MoE language model on the standard library's source, generate with it and report;
-    with --model, generate with any local Hugging Face MoE checkpoint.
+    with --model, generate with any local Hugging Face MoE checkpoint; with --shape, time the layers of a large one.
     """
     # Imported when used: transformers takes seconds, which wrong options and --help need not wait for.
     from moert.cli.generation import Request
@@ -57,6 +61,12 @@ def run(
         generate(Load(model, dtype.value, threads), request, out, compare, console)
         return
     _needs_extras()
+    if shape is not None:
+        from moert.cli.shape import time_shape
+
+        wanted = "bfloat16" if dtype is Dtype.auto else dtype.value
+        time_shape(shape, layers, wanted, threads, min(max_new_tokens, 32), out, console)
+        return
     from moert.cli.demo import PROMPT, demo
     from moert.cli.demo_train import DemoSettings
 
