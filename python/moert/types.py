@@ -1,6 +1,7 @@
 """The values that pass between routers, experts and layers.  Letters: T tokens, k choices per token, E experts."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 class Routing:
     """Where each token goes: ids [T, k] of any integer dtype, weights [T, k]; ids outside [0, num_experts) are dropped.
 
-    logits [T, E] are kept where a loss needs them; losses maps names to scalars that training adds to its loss.
+    logits [T, E] are kept where a loss needs them; losses maps names to scalars that training adds to its loss; state
+    is what the router of the next layer, or this one at the next token, wants to know.
     """
 
     ids: Tensor
@@ -18,6 +20,7 @@ class Routing:
     num_experts: int
     logits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    state: Any = None
 
     def dense_weights(self) -> Tensor:
         """[T, E]: the weight that each expert has for each token, 0 where it was not chosen; weights of repeats add."""

@@ -4,9 +4,11 @@ from moert.routers.base import Router, RouterContext
 from moert.routers.capacity import within_capacity
 from moert.routers.deepseek import DeepSeekRouter
 from moert.routers.dense_to_sparse import DenseToSparseRouter
+from moert.routers.depth import DepthRouter, TokenDepthRouter
 from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
 from moert.routers.frozen_random import FrozenRandomRouter
 from moert.routers.gating_residual import GatingResidualRouter
+from moert.routers.graph import AttentionAwareRouter, SimilarityRouter, mix_probs_with_attention
 from moert.routers.linear import LinearRouter
 from moert.routers.losses import (
     balance_terms,
@@ -18,14 +20,17 @@ from moert.routers.losses import (
 )
 from moert.routers.modality import ModalityRouter
 from moert.routers.prototype import PrototypeRouter
+from moert.routers.recurrent import RecurrentRouter, RecurrentState, follow
 from moert.routers.relu_norm import ReLUNormRouter, activation_locality_loss, chunk_sparsity_loss
 from moert.routers.topk import TopKRouter
 from moert.routers.within import given_context, recorded_routings, routers_in
 
 __all__ = [
+    "AttentionAwareRouter",
     "AuxiliaryRouter",
     "DeepSeekRouter",
     "DenseToSparseRouter",
+    "DepthRouter",
     "ExpertChoiceRouter",
     "FrozenRandomRouter",
     "GatingResidualRouter",
@@ -33,15 +38,21 @@ __all__ = [
     "ModalityRouter",
     "PrototypeRouter",
     "ReLUNormRouter",
+    "RecurrentRouter",
+    "RecurrentState",
     "Router",
     "RouterContext",
+    "SimilarityRouter",
+    "TokenDepthRouter",
     "TopKRouter",
     "activation_locality_loss",
     "balance_terms",
     "chunk_sparsity_loss",
     "expert_load",
+    "follow",
     "given_context",
     "load_balance_loss",
+    "mix_probs_with_attention",
     "recorded_routings",
     "router_z_loss",
     "routers_in",

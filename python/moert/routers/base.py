@@ -1,5 +1,6 @@
 """The contract of routers: (x [T, H], what is known about the T tokens) -> Routing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ class RouterContext:
     caller for the next call; modality [T] holds integers; conditional [T] is False for the tokens of samples without a
     label (classifier-free guidance); step counts training steps.  logit_bias [E] or [T, E] is added to this call's
     logits.  ranks holds a tuple of ranks (1 is a token's best expert) for each group of tokens, which then go to the
-    experts of these ranks; group [T] is the group of each token.
+    experts of these ranks; group [T] is the group of each token.  attention [B, heads, N, N] is what the layer before
+    attended to, or a callable that mixes rows [T, n] by it.
     """
 
     mask: Tensor | None = None
@@ -31,6 +33,7 @@ class RouterContext:
     logit_bias: Tensor | None = None
     ranks: tuple[tuple[int, ...], ...] | None = None
     group: Tensor | None = None
+    attention: Tensor | Callable[[Tensor], Tensor] | None = None
 
 
 class Router(nn.Module):

@@ -1,0 +1,76 @@
+"""Chain-of-Experts (arXiv:2506.18945): an MoE layer run several times on its own output, a router per iteration."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from moert.experts.base import Experts
+from moert.routers.base import Router, RouterContext
+from moert.types import Routing
+
+LAYOUTS = ("renorm", "released", "prenorm")
+
+
+class ChainMoELayer(nn.Module):
+    """x <- x + experts(x, routers[t](x)) + shared_experts(x) for each iteration t; one set of experts for all of them.
+
+    residual "inner" adds x in every iteration, "outer" only the first x, once, after the last.  With a norm the input
+    is the residual stream h, and layout says where the norm stands: "renorm" h <- h + moe(norm(h)) in each iteration,
+    "released" loop(norm(h)), without h itself, "prenorm" h + loop(norm(h)) - norm(h).  A single router serves all.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[Router],
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        iterations: int | None = None,
+        residual: str = "inner",
+        norm: Callable[[Tensor], Tensor] | None = None,
+        layout: str = "renorm",
+    ):
+        super().__init__()
+        iterations = len(routers) if iterations is None else iterations
+        if iterations < 1 or len(routers) not in (1, iterations):
+            raise ValueError(f"routers must be 1 or iterations={iterations} >= 1, got {len(routers)}")
+        if residual not in ("inner", "outer"):
+            raise ValueError(f"residual must be inner or outer, got {residual}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
+        if residual == "outer" and norm is not None and layout == "renorm":
+            raise ValueError("layout must be released or prenorm for residual outer, got renorm")
+        self.routers, self.experts, self.shared_experts = nn.ModuleList(routers), experts, shared_experts
+        self.iterations, self.residual, self.norm, self.layout = iterations, residual, norm, layout
+
+    def forward(self, x: Tensor, context: RouterContext | None = None) -> Tensor:
+        return self.forward_with_routing(x, context)[0]
+
+    def forward_with_routing(self, x: Tensor, context: RouterContext | None = None) -> tuple[Tensor, list[Routing]]:
+        """y, and the routing of every iteration: losses are the caller's to add, see losses_of."""
+        h_TH, routings = x.reshape(-1, x.shape[-1]), []
+        renorm = self.norm is not None and self.layout == "renorm"
+        start_TH = y_TH = h_TH if self.norm is None or renorm else self.norm(h_TH)
+        for t in range(self.iterations):
+            moe_TH, routing = self._iteration(t, self.norm(y_TH) if renorm else y_TH, context)
+            y_TH = moe_TH + y_TH if self.residual == "inner" else moe_TH
+            routings.append(routing)
+        if self.residual == "outer":
+            y_TH = y_TH + start_TH
+        if self.norm is not None and self.layout == "prenorm":
+            y_TH = h_TH + (y_TH - start_TH)
+        return y_TH.view(x.shape), routings
+
+    def _iteration(self, t: int, x_TH: Tensor, context: RouterContext | None) -> tuple[Tensor, Routing]:
+        routing = self.routers[t if len(self.routers) > 1 else 0](x_TH, context)
+        y_TH = self.experts(x_TH, routing)
+        return y_TH if self.shared_experts is None else y_TH + self.shared_experts(x_TH), routing
+
+
+def losses_of(routings: Sequence[Routing]) -> dict[str, Tensor]:
+    """The losses of all iterations: name -> their sum, and name/t -> that of iteration t."""
+    losses: dict[str, Tensor] = {}
+    for t, routing in enumerate(routings):
+        for name, loss in routing.losses.items():
+            losses[f"{name}/{t}"] = loss
+            losses[name] = losses[name] + loss if name in losses else loss
+    return losses

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from torch import nn
+
+from moert import GluExperts, MoELayer
+from moert.layers import ChainMoELayer, FeedForward, losses_of
+from moert.routers import DeepSeekRouter
+from moert.testing import OperatorsRan, row_error
+
+H, I, E = 12, 10, 8
+
+
+def gates(C, k=2):
+    routers = [DeepSeekRouter.v1(H, E, k) for _ in range(C)]
+    for router in routers:
+        nn.init.normal_(router.weight, std=0.5)
+    return routers
+
+
+def chain(C=2, k=2, shared=False, **options):
+    layer = ChainMoELayer(gates(C, k), GluExperts(E, H, I), FeedForward(H, I) if shared else None, **options)
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter, std=0.4)  # large enough that a wrong layout shows
+    return layer
+
+
+def naive_moe(router, experts, x):
+    """Token by token, expert by expert."""
+    p = (x @ router.weight.T).softmax(-1)
+    out = []
+    for t in range(len(x)):
+        best = p[t].argsort(descending=True, stable=True)[: router.k]
+        gate_up, down = experts.gate_up_proj[best] @ x[t], experts.down_proj[best]
+        gate, up = gate_up.chunk(2, -1)
+        out.append((p[t, best, None] * torch.einsum("khi,ki->kh", down, nn.functional.silu(gate) * up)).sum(0))
+    return torch.stack(out)
+
+
+def test_one_iteration_is_the_layer_and_its_input():
+    layer, x = chain(1, shared=True), torch.randn(7, H)
+    plain = MoELayer(layer.routers[0], layer.experts, layer.shared_experts)
+    assert torch.equal(layer(x), plain(x) + x)
+
+
+def test_two_iterations_are_two_layers_that_share_experts():
+    layer, x = chain(2, shared=True), torch.randn(7, H, requires_grad=True)
+    first, second = (MoELayer(r, layer.experts, layer.shared_experts) for r in layer.routers)
+    h = first(x) + x
+    expected = second(h) + h
+    assert row_error(layer(x), expected) < 1e-6
+    inputs = [x, *layer.parameters()]
+    dy = torch.randn(7, H)
+    got, want = (torch.autograd.grad(y, inputs, dy) for y in (layer(x), expected))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ("renorm", "released", "prenorm"))
+def test_layouts_agree_with_their_formula(layout):
+    norm, x = nn.RMSNorm(H), torch.randn(5, H)
+    nn.init.uniform_(norm.weight)
+    layer = chain(2, norm=norm, layout=layout)
+    n = norm(x)
+    if layout == "renorm":
+        expected = x
+        for router in layer.routers:
+            expected = expected + naive_moe(router, layer.experts, norm(expected))
+    else:
+        first = naive_moe(layer.routers[0], layer.experts, n)
+        second = naive_moe(layer.routers[1], layer.experts, n + first)
+        expected = (n if layout == "released" else x) + first + second
+    assert row_error(layer(x), expected) < 1e-5
+    others = {"renorm", "released", "prenorm"} - {layout}
+    for other in others:
+        layer.layout = other
+        assert row_error(layer(x), expected) > 0.01
+
+
+def test_outer_residual_is_added_once():
+    layer, x = chain(2, residual="outer"), torch.randn(5, H)
+    h = naive_moe(layer.routers[0], layer.experts, x)
+    assert row_error(layer(x), x + naive_moe(layer.routers[1], layer.experts, h)) < 1e-5
+
+
+def test_rows_and_parameters_of_equal_compute():
+    coe, moe = chain(2, k=2), MoELayer(gates(1, 4)[0], GluExperts(E, H, I))
+    x = torch.randn(11, H)
+    rows = sum(r.ids.numel() for r in coe.forward_with_routing(x)[1])
+    assert rows == moe.forward_with_routing(x)[1].ids.numel() == 44
+    size = [sum(p.numel() for p in m.parameters()) for m in (coe, moe)]
+    assert size[0] - size[1] == E * H
+
+
+def test_losses_add_up_and_one_router_may_serve_all():
+    layer, x = chain(3), torch.randn(9, H)
+    routings = layer.forward_with_routing(x)[1]
+    losses = losses_of(routings)
+    assert set(losses) == {"sequence", "sequence/0", "sequence/1", "sequence/2"}
+    torch.testing.assert_close(losses["sequence"], sum(r.losses["sequence"] for r in routings))
+    single = ChainMoELayer(gates(1), GluExperts(E, H, I), iterations=3)
+    assert len(single.forward_with_routing(x)[1]) == 3
+
+
+def test_empty_dtype_compile_state_and_operators():
+    layer, x = chain(), torch.randn(2, 4, H)
+    assert torch.equal(layer(x[:0]), x[:0])
+    with OperatorsRan() as ran:
+        layer(x)
+    assert ran.names == ["topk_gating", "fused_experts"] * 2
+    other = chain()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x)) and torch.equal(compiled(x[:, :3]), layer(x[:, :3]))
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: ChainMoELayer([], None), "routers must be 1 or iterations=0 >= 1, got 0"),
+        (lambda: ChainMoELayer(gates(2), None, iterations=3), "routers must be 1 or iterations=3 >= 1, got 2"),
+        (lambda: chain(residual="none"), "residual must be inner or outer, got none"),
+        (lambda: chain(layout="post"), "layout must be one of renorm, released, prenorm, got post"),
+        (
+            lambda: chain(residual="outer", norm=nn.RMSNorm(H)),
+            "layout must be released or prenorm for residual outer, got renorm",
+        ),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,189 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from moert import RouterContext
+from moert.layers import FeedForward, MoRModel, PackedBlock, RecursiveStack, Rows, all_rows
+from moert.testing import OperatorsRan, row_error
+
+H, HEADS, DEPTHS, S = 16, 2, 3, 12
+
+
+def blocks(n=2):
+    return [PackedBlock(H, HEADS, FeedForward(H, 24), layer) for layer in range(n)]
+
+
+def recursive(**options):
+    stack = RecursiveStack(blocks(), DEPTHS, H, **options)
+    for router in stack.routers:
+        nn.init.normal_(router.weight, std=0.5)
+    return stack
+
+
+def plain(stack, u, at):
+    """F on the tokens of one sequence at positions `at`."""
+    rows = Rows(at, torch.tensor([0, len(at)]))
+    for block in stack.blocks:
+        u = block(u, rows)
+    return u
+
+
+def naive_expert(stack, x):
+    """Sequence by sequence, sets of tokens that shrink."""
+    out, sets = [], []
+    for sequence in x:
+        active, sets_here = list(range(len(sequence))), []
+        for router in stack.routers:
+            r = sequence @ router.weight[0]
+            k = max(1, int(router.capacity * len(sequence) + 1e-6))
+            active = sorted(sorted(active, key=lambda t: -r[t].item())[:k])
+            at = torch.tensor(active)
+            g = router.alpha * r[at].sigmoid()
+            sequence = sequence.index_add(0, at, g[:, None] * plain(stack, sequence[at], at))
+            sets_here.append(active)
+        out.append(sequence)
+        sets.append(sets_here)
+    return torch.stack(out), sets
+
+
+def test_full_capacity_and_replacement_is_the_recursive_and_the_unrolled_model():
+    stack = recursive(capacity=[1, 1, 1], gating="replace")
+    x, rows = torch.randn(2, S, H), all_rows(torch.zeros(2, S, H))
+    u = x.flatten(0, 1)
+    for block in (*stack.blocks, *stack.blocks, *stack.blocks):
+        u = block(u, rows)
+    assert row_error(stack(x)[0], u.view_as(x)) < 1e-5
+    unrolled = nn.ModuleList([copy.deepcopy(b) for _ in range(DEPTHS) for b in stack.blocks])
+    v = x.flatten(0, 1)
+    for block in unrolled:
+        v = block(v, rows)
+    assert torch.equal(u, v)
+    first, last = blocks()
+    model, block_size = MoRModel(first, stack, last), sum(p.numel() for p in first.parameters())
+    routers = sum(p.numel() for p in stack.routers.parameters())
+    assert sum(p.numel() for p in model.parameters()) == 4 * block_size + routers
+    assert len(list(model.parameters())) == len({id(p) for p in model.parameters()})
+    expected = last(u := stack(first(x.flatten(0, 1), rows).view_as(x))[0].flatten(0, 1), rows).view_as(x)
+    assert torch.equal(model(x)[0], expected) and u.isfinite().all()
+
+
+def test_expert_choice_agrees_with_a_loop():
+    stack, x = recursive(), torch.randn(3, S, H, requires_grad=True)
+    y, routings = stack(x)
+    expected, sets = naive_expert(stack, x)
+    assert row_error(y, expected) < 1e-5
+    for b, per_depth in enumerate(sets):
+        assert [len(s) for s in per_depth] == [12, 8, 4]
+        for r, active in enumerate(per_depth):
+            assert torch.where(routings[r].ids.view(3, S)[b] == 0)[0].tolist() == active
+            assert r == 0 or set(active) <= set(per_depth[r - 1])
+    dy, parameters = torch.randn_like(y), [x, *stack.blocks.parameters(), *(r.weight for r in stack.routers)]
+    got, want = (torch.autograd.grad(z, parameters, dy, retain_graph=True) for z in (y, expected))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_bce_counts_the_tokens_of_the_depth_before():
+    stack, x = recursive(), torch.randn(1, S, H)
+    first, second, _ = stack(x)[1]
+    mask = first.ids[:, 0] == 0
+    p = second.logits[:, 0].sigmoid()
+    chosen = second.ids[:, 0] == 0
+    expected = -0.001 * torch.where(chosen, p, 1 - p)[mask].log().mean()
+    torch.testing.assert_close(second.losses["depth_bce"], expected)
+
+
+def naive_token(stack, x):
+    routing = stack.routers[0](x.flatten(0, 1))
+    depth, p = routing.ids.view(x.shape[:2]), routing.weights.view(x.shape[:2])
+    out = []
+    for b, start in enumerate(x):
+        state = start
+        for r in range(DEPTHS):
+            at = torch.where(depth[b] >= r)[0]
+            if len(at) == 0:
+                break
+            rows = []
+            for t, after in zip(at.tolist(), plain(stack, state[at], at), strict=True):
+                rows.append(start[t] + p[b, t] * after if depth[b, t] == r else after)
+            state = state.index_copy(0, at, torch.stack(rows))
+        out.append(state)
+    return torch.stack(out)
+
+
+def test_token_choice_agrees_with_a_loop():
+    stack, x = recursive(mode="token"), torch.randn(3, S, H, requires_grad=True)
+    (y, (routing,)), expected = stack(x), naive_token(stack, x)
+    assert row_error(y, expected) < 1e-5
+    assert set(routing.losses) == {"balance", "z"} and len(routing.ids.unique()) == DEPTHS
+    dy, parameters = torch.randn_like(y), [x, *stack.blocks.parameters(), stack.routers[0].weight]
+    got, want = (torch.autograd.grad(z, parameters, dy, retain_graph=True) for z in (y, expected))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_stored_rows():
+    x = torch.randn(2, 96, H)
+    unrolled = DEPTHS * 2 * 2 * 96
+    for strategy, share in (("recursion", 2 / 3), ("shared", 1 / 3)):
+        stack = recursive(kv=strategy)
+        kv = stack.new_kv(2)
+        stack(x, kv=kv)
+        assert kv.stored() == round(share * unrolled)
+
+
+@pytest.mark.parametrize("strategy", ("recursion", "shared"))
+@pytest.mark.parametrize("mode", ("expert", "token"))
+def test_decode_equals_recomputation(mode, strategy):
+    stack, x = recursive(mode=mode, kv=strategy).eval().causal_(), torch.randn(2, 20, H)
+    whole, routings = stack(x)
+    kv = stack.new_kv(2)
+    for s in range(20):
+        y, _ = stack(x[:, s : s + 1], positions=torch.full((2, 1), s), kv=kv)
+        torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-4, atol=1e-5)
+    if strategy == "recursion" and mode == "token":
+        assert kv.stored() == 2 * (routings[0].ids + 1).sum()
+
+
+def test_padding_is_never_chosen():
+    stack, x = recursive(), torch.randn(2, S, H)
+    mask = torch.arange(S) < torch.tensor([[S], [5]])
+    y, routings = stack(x, RouterContext(mask=mask.flatten()))
+    assert all((r.ids[~mask.flatten()] == 1).all() for r in routings)
+    assert torch.equal(y[~mask], x[~mask])
+    torch.testing.assert_close(y[1, :5][routings[0].ids.view(2, S)[1, :5] == 1], x[1, :5][[]])
+
+
+def test_dtype_empty_compile_state_and_operators():
+    stack = recursive()
+    with OperatorsRan() as ran:
+        stack(torch.randn(1, S, H))
+    assert ran.names == ["expert_choice", "permute_plan", "permute", "unpermute"] * DEPTHS
+    for shape in ((0, S, H), (2, 0, H)):
+        assert stack(torch.zeros(shape))[0].shape == shape
+    other = recursive()
+    other.load_state_dict(stack.state_dict())
+    x = torch.randn(2, S, H)
+    assert torch.equal(other(x)[0], stack(x)[0])
+    compiled = torch.compile(lambda x: stack(x)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), stack(x)[0], rtol=1e-6, atol=1e-6)
+    low = stack.bfloat16()(x.bfloat16())[0]
+    assert low.dtype == torch.bfloat16 and low.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"mode": "layer"}, "mode must be expert or token, got layer"),
+        ({"gating": "soft"}, "gating must be one of weighted, additive, replace, got soft"),
+        ({"kv": "none"}, "kv must be recursion or shared, got none"),
+        ({"capacity": [1, 0.5]}, r"capacity must be 3 shares that do not increase, got \[1, 0.5\]"),
+        ({"capacity": [0.5, 1, 1]}, r"capacity must be 3 shares that do not increase, got \[0.5, 1, 1\]"),
+        ({"capacity": [0.5] * 3, "kv": "shared"}, "capacity must begin with 1 for kv shared, got 0.5"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        recursive(**options)

@@ -1,0 +1,181 @@
+import pytest
+import torch
+from torch import nn
+
+from moert import GluExperts, MoELayer, RouterContext
+from moert.routers import AttentionAwareRouter, SimilarityRouter, mix_probs_with_attention
+from moert.testing import OperatorsRan
+
+D, E = 8, 5
+TWO = torch.tensor([0, 7, 12], dtype=torch.int32)
+
+
+def router(sim="bilinear", **options):
+    out = SimilarityRouter(D, E, 2, sim, **options)
+    nn.init.normal_(out.weight)
+    nn.init.normal_(out.bias)
+    return out
+
+
+def naive(layer, x, ends, causal):
+    """Tokens, neighbours and experts one by one."""
+    p = [(layer.weight.detach() @ u + layer.bias.detach()).softmax(-1) for u in x]
+    r = torch.zeros(len(x), E, dtype=x.dtype)
+    for first, last in zip(ends, ends[1:], strict=False):
+        for i in range(first, last):
+            neighbours = range(first, i + 1 if causal else last)
+            if layer.sim == "cosine":
+                sim = [x[i] @ x[j] / (x[i].norm() * x[j].norm()) for j in neighbours]
+            else:
+                sim = [x[i] @ layer.similarity.detach() @ x[j] / D**0.5 for j in neighbours]
+            s = (torch.stack(sim) / layer.tau).softmax(0)
+            for share, j in zip(s, neighbours, strict=True):
+                for e in range(E):
+                    r[i, e] += share * p[j][e]
+    return r, torch.stack(p)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("sim", ("bilinear", "cosine"))
+def test_exact(sim, causal):
+    layer, x = router(sim, causal=causal, dtype=torch.float64), torch.randn(12, D, dtype=torch.float64)
+    if sim == "bilinear":
+        nn.init.normal_(layer.similarity)
+    r, p = naive(layer, x, TWO.tolist(), causal)
+    routing = layer(x, RouterContext(cu_seqlens=TWO))
+    torch.testing.assert_close(routing.logits.exp(), r, rtol=0, atol=1e-10)
+    torch.testing.assert_close(routing.state, p, rtol=0, atol=1e-10)
+    best = r.argsort(-1, descending=True)[:, :2]
+    assert torch.equal(routing.ids.long(), best)
+    w = r.gather(-1, best)
+    torch.testing.assert_close(routing.weights, w / w.sum(-1, keepdim=True))
+    assert torch.equal(layer(x[:7]).ids, routing.ids[:7])  # the other sequence does not leak
+
+
+def entropy(p):
+    return -(p * p.clamp_min(1e-30).log()).sum(-1)
+
+
+@pytest.mark.parametrize("tau", (0.1, 0.3, 1.0))
+def test_entropy_lies_between_its_bounds(tau):
+    layer, x = router("cosine", tau=tau), torch.randn(40, D)
+    routing = layer(x)
+    r, p = routing.logits.exp(), routing.state
+    u = nn.functional.normalize(x, dim=-1)
+    S = (u @ u.T / tau).softmax(-1)
+    low = S @ entropy(p)
+    torch.testing.assert_close(r.sum(-1), torch.ones(40))
+    assert (low <= entropy(r) + 1e-5).all() and (entropy(r) <= low + entropy(S) + 1e-5).all()
+
+
+@pytest.mark.parametrize("sim", ("bilinear", "cosine"))
+def test_causal_and_decode(sim):
+    layer, x = router(sim, causal=True), torch.randn(9, D)
+    whole = layer(x)
+    assert torch.equal(whole.logits[0], whole.state[0].log())
+    other = x.clone()
+    other[6:] = torch.randn(3, D)
+    assert torch.equal(layer(other).logits[:6], whole.logits[:6])
+    past = x[:0], whole.state[:0]
+    for t in range(9):
+        step = layer(x[t : t + 1], RouterContext(state=past))
+        torch.testing.assert_close(step.logits[0], whole.logits[t], rtol=0, atol=1e-5)
+        past = torch.cat([past[0], x[t : t + 1]]), torch.cat([past[1], step.state])
+
+
+def test_sharp_similarity_leaves_every_token_alone():
+    routing = router("cosine", tau=1e-4)(torch.randn(20, D))
+    torch.testing.assert_close(routing.logits.exp(), routing.state, rtol=0, atol=1e-6)
+
+
+def test_masked_tokens_are_nobodys_neighbours():
+    layer, x, mask = router("cosine"), torch.randn(6, D), torch.tensor([True] * 4 + [False] * 2)
+    masked = layer(x, RouterContext(mask=mask)).logits
+    torch.testing.assert_close(masked[:4], layer(x[:4]).logits)
+    alone = layer(x, RouterContext(mask=torch.zeros(6, dtype=torch.bool)))
+    torch.testing.assert_close(alone.logits.exp(), alone.state)
+
+
+@pytest.mark.parametrize("head_mix", ("mean", "learned"))
+def test_attention_aware(head_mix):
+    layer, x = AttentionAwareRouter(D, E, 2, heads=3, head_mix=head_mix), torch.randn(12, D)
+    A = torch.rand(2, 3, 6, 6).tril()
+    A[0, :, 2] = 0  # attends to nothing
+    routing = layer(x, RouterContext(attention=A))
+    p = routing.state
+    for b in range(2):
+        for i in range(6):
+            s = A[b, :, i].mean(0)
+            expected = p[b * 6 + i] if s.sum() == 0 else s / s.sum() @ p[b * 6 : b * 6 + 6]
+            torch.testing.assert_close(routing.logits[b * 6 + i].exp(), expected)
+    if head_mix == "learned":
+        routing.weights.square().sum().backward()
+        assert layer.heads.grad is not None
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_probabilities_as_values(causal):
+    q, k = torch.randn(2, 2, 3, 16, 4).unbind(0)
+    layer, x = AttentionAwareRouter(D, E), torch.randn(32, D)
+    scores = q @ k.mT / 2
+    if causal:
+        scores = scores.masked_fill(~torch.ones(16, 16).tril().bool(), -torch.inf)
+    explicit = layer(x, RouterContext(attention=scores.softmax(-1)))
+    mixed = layer(x, RouterContext(attention=lambda p: mix_probs_with_attention(q, k, p, causal)))
+    torch.testing.assert_close(mixed.logits.exp(), explicit.logits.exp(), rtol=1e-5, atol=1e-5)
+
+
+def test_probabilities_as_values_make_no_matrix():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                if torch.is_tensor(t):
+                    self.size = max(self.size, t.numel())
+            return out
+
+    N = 4096
+    q, p = torch.randn(1, 1, N, 4), torch.rand(N, E).softmax(-1)
+    with torch.no_grad(), Largest() as largest:
+        mix_probs_with_attention(q, q, p, True)
+    assert 0 < largest.size < N * 64
+
+
+def test_empty_dtype_compile_state_operators_and_gradients():
+    layer, x = router(), torch.randn(6, D)
+    assert layer(x[:0]).ids.shape == (0, 2)
+    with OperatorsRan() as ran:
+        MoELayer(layer, GluExperts(E, D, 4))(x)
+    assert ran.names == ["topk_gating", "fused_experts"]
+    layer(x).weights.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (layer.weight, layer.bias, layer.similarity))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x).weights, layer(x).weights)
+    other = router()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x).weights, layer(x).weights)
+    assert router().bfloat16()(x.bfloat16()).weights.dtype == torch.float32
+    losses = router(balance_coef=0.01)(x, RouterContext(logit_bias=torch.zeros(E))).losses
+    assert losses["balance"] > 0
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: SimilarityRouter(D, E, 6), r"k must be in \[1, 5\], got 6"),
+        (lambda: SimilarityRouter(D, E, sim="dot"), "sim must be bilinear or cosine, got dot"),
+        (lambda: SimilarityRouter(D, E, tau=0.0), "tau must be above 0, got 0.0"),
+        (lambda: AttentionAwareRouter(D, E, head_mix="max"), "head_mix must be mean or learned, got max"),
+        (lambda: AttentionAwareRouter(D, E, head_mix="learned"), "heads must be a number for head_mix learned, got"),
+        (lambda: AttentionAwareRouter(D, E)(torch.zeros(3, D)), "context.attention must be a tensor or a callable"),
+        (
+            lambda: AttentionAwareRouter(D, E)(torch.zeros(3, D), RouterContext(attention=torch.zeros(1, 1, 4, 4))),
+            r"context.attention must have B \* N = T=3 tokens, got 1 \* 4",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from moert import GluExperts, MoELayer, RouterContext
+from moert.routers import RecurrentRouter, RecurrentState, follow
+from moert.testing import OperatorsRan
+
+H, E, P = 10, 6, 8
+
+
+def stack(layers=3, **options):
+    state = RecurrentState(P)
+    routers = [RecurrentRouter(H, E, 2, state, first=i == 0, **options) for i in range(layers)]
+    for parameter in (*state.parameters(), *(p for r in routers for p in r.parameters())):
+        nn.init.normal_(parameter, std=0.5)
+    return state, routers
+
+
+def run(routers, xs):
+    context, routings = RouterContext(), []
+    for router, x in zip(routers, xs, strict=True):
+        routings.append(router(x, context))
+        context = follow(context, routings[-1])
+    return routings
+
+
+@pytest.mark.parametrize("T", (0, 1, 65))
+@pytest.mark.parametrize("cell", ("gru", "rnn"))
+def test_cell_is_the_papers_step(T, cell):
+    state, x, h = RecurrentState(P, cell), torch.randn(T, P, requires_grad=True), torch.randn(T, P, requires_grad=True)
+    for parameter in state.parameters():
+        nn.init.normal_(parameter)
+    c = state.cell
+    if cell == "gru":
+        ir, iz, i_n = (x @ c.weight_ih.T + c.bias_ih).chunk(3, -1)
+        hr, hz, hn = (h @ c.weight_hh.T + c.bias_hh).chunk(3, -1)
+        z = torch.sigmoid(iz + hz)
+        expected = (1 - z) * torch.tanh(i_n + torch.sigmoid(ir + hr) * hn) + z * h
+    else:
+        expected = torch.tanh(x @ c.weight_ih.T + c.bias_ih + h @ c.weight_hh.T + c.bias_hh)
+    torch.testing.assert_close(state(x, h), expected, rtol=0, atol=1e-6)
+    inputs, dy = [x, h, *c.parameters()], torch.randn(T, P)
+    for got, want in zip(*(torch.autograd.grad(y, inputs, dy) for y in (state(x, h), expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_routing_agrees_with_the_formula():
+    state, routers = stack()
+    xs = torch.randn(3, 7, H)
+    h = torch.zeros(7, P)
+    for router, x, routing in zip(routers, xs, run(routers, xs), strict=True):
+        h = torch.stack([state.cell(router.projection @ x[t], h[t]) for t in range(7)])
+        s = (h @ router.weight.T).softmax(-1)
+        ids = s.argsort(-1, descending=True)[:, :2]
+        assert torch.equal(routing.ids.long(), ids)
+        w = s.gather(-1, ids)
+        torch.testing.assert_close(routing.weights, w / w.sum(-1, keepdim=True))
+        f = torch.bincount(ids.flatten(), minlength=E) / 7
+        torch.testing.assert_close(routing.losses["balance"], 1e-3 * E * (f * s.mean(0)).sum())
+
+
+def test_nothing_recurs_along_the_sequence():
+    _, routers = stack()
+    xs, order = torch.randn(3, 16, H), torch.randperm(16)
+    plain, mixed = run(routers, xs), run(routers, xs[:, order])
+    for a, b in zip(plain, mixed, strict=True):
+        assert torch.equal(a.ids[order], b.ids)
+        # A row's last bit may depend on its place in the GEMM's tiles.
+        torch.testing.assert_close(a.weights[order], b.weights, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("detach", (False, True))
+def test_gradient_through_the_depth(detach):
+    _, routers = stack(detach=detach)
+    routings = run(routers, torch.randn(3, 5, H))
+    (grad,) = torch.autograd.grad(routings[2].weights.square().sum(), routers[0].projection, allow_unused=True)
+    assert grad is None if detach else grad.abs().sum() > 0
+
+
+def test_without_recurrent_weights_the_state_only_decays():
+    state, routers = stack(1)
+    nn.init.zeros_(state.cell.weight_hh)
+    for bias in (state.cell.bias_ih, state.cell.bias_hh):
+        nn.init.zeros_(bias)
+    router, x, h = RecurrentRouter(H, E, 2, state), torch.randn(4, H), torch.randn(4, P)
+    previous = replace(routers[0](x), state=h)
+    got = router(x, RouterContext(previous=previous)).state - router(x).state
+    z = torch.sigmoid((x @ router.projection.T) @ state.cell.weight_ih[P : 2 * P].T)
+    torch.testing.assert_close(got, z * h)
+
+
+def test_parameters_are_counted_once():
+    state, routers = stack(4)
+    model = nn.ModuleList([state, *(MoELayer(r, GluExperts(E, H, 4)) for r in routers)])
+    routing = sum(p.numel() for name, p in model.named_parameters() if "experts" not in name)
+    assert routing == 4 * P * (H + E) + 6 * P * P + 6 * P
+    assert len({id(r.state.cell) for r in routers}) == 1
+
+
+def test_empty_dtype_compile_state_and_operators():
+    _, routers = stack()
+    routings = run(routers, torch.zeros(3, 0, H))
+    assert routings[2].ids.shape == (0, 2) and routings[2].state.shape == (0, P)
+    with OperatorsRan() as ran:
+        run(routers, torch.randn(3, 4, H))
+    assert ran.names == ["topk_gating"] * 3
+    x = torch.randn(5, H)
+    compiled = torch.compile(lambda x: run(routers, [x] * 3)[2].weights, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), run(routers, [x] * 3)[2].weights)
+    state, others = stack()
+    state.load_state_dict(routers[0].state.state_dict())
+    for mine, theirs in zip(others, routers, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    assert torch.equal(run(others, [x] * 3)[2].weights, run(routers, [x] * 3)[2].weights)
+    low = RecurrentRouter(H, E, 2, RecurrentState(P)).bfloat16()(x.bfloat16())
+    assert low.state.dtype == low.weights.dtype == torch.float32
+
+
+def test_errors():
+    _, routers = stack()
+    x = torch.randn(4, H)
+    routing = routers[0](x)
+    with pytest.raises(ValueError, match=r"state must have shape \[T=3, p=8\], got \[4, 8\]"):
+        routers[1](x[:3], follow(None, routing))
+    with pytest.raises(ValueError, match="context.previous must have no state for the first router, got one"):
+        routers[0](x, follow(None, routing))
+    for make, message in (
+        (lambda: RecurrentState(0), "p must be at least 1, got 0"),
+        (lambda: RecurrentState(4, "lstm"), "cell must be gru or rnn, got lstm"),
+        (lambda: RecurrentRouter(H, E), "state must be the RecurrentState of the model, got None"),
+        (lambda: RecurrentRouter(H, E, 7, RecurrentState(4)), r"k must be in \[1, 6\], got 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
