@@ -56,7 +56,13 @@ EXPERIMENT = Experiment(
             "DeepSeekMoE",
             "GShard",
         ),
-        Claim("and equal GShard with 1.5 times the expert parameters", "loss", "lower", "DeepSeekMoE", "GShard x 1.5"),
+        Claim(
+            "Fine-grained and shared experts equal GShard with 1.5 times the expert parameters",
+            "loss",
+            "lower",
+            "DeepSeekMoE",
+            "GShard x 1.5",
+        ),
     ),
     equal="the same parameters and work per token (GShard x 1.5 has more of both)",
     variants={
