@@ -1,8 +1,8 @@
 // The expert FFN at the shapes of real models: fused_experts/<forward|backward>/<model>/<dtype>/<routing>/T:<tokens>.
 //
-// share: the time that the limit needs (the larger of bytes / read bandwidth and operations / FMA peak, both sampled
-// just before and after) over the time taken; the median over all calls.  Every call routes its tokens anew, so that
-// no cache holds the weights of the next one.
+// share: the time that the limit needs (the larger of bytes / read bandwidth and operations / FMA peak, both the best
+// of the samples just before and after) over the time taken; the median over all calls.  Every call routes its tokens
+// anew, so that no cache holds the weights of the next one.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -122,13 +122,21 @@ struct Meter {
 
   template <typename F>
   void sample(benchmark::State& state, double bytes, double flop, const F& f) {
-    const double peak = limits.fma_peak(), bandwidth = limits.read_bandwidth(), time = seconds(f);
-    const double after = std::max((bandwidth + limits.read_bandwidth()) / 2, 1.0);
-    const double floor = std::max(bytes / after, flop / ((peak + limits.fma_peak()) / 2));
+    // The best of the samples beside it: what slows one down is another program, not the limit.
+    double bandwidth = 0, peak = 0;
+    const auto sample_limits = [&] {
+      for (int i = 0; i < 2; ++i) {
+        bandwidth = std::max(bandwidth, limits.read_bandwidth());
+        peak = std::max(peak, limits.fma_peak());
+      }
+    };
+    sample_limits();
+    const double time = seconds(f);
+    sample_limits();
     state.SetIterationTime(time);
     bytes_rates.push_back(bytes / time);
     flop_rates.push_back(flop / time);
-    shares.push_back(floor / time);
+    shares.push_back(std::max(bytes / bandwidth, flop / peak) / time);
   }
 
   void report(benchmark::State& state) const {
