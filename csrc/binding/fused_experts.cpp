@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
   const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
   const int64_t width = call.experts.width;
-  Tensor h = save ? torch::stable::new_zeros(x, {call.T * call.k, width}) : torch::stable::new_empty(x, {0, width});
+  Tensor h = torch::stable::new_empty(x, {save ? call.T * call.k : 0, width});
   cpu::fused_experts(call.tokens, call.experts.weights, torch::stable::get_num_threads(), y.mutable_data_ptr(),
                      save ? h.mutable_data_ptr() : nullptr);
   return {y, h};

@@ -1,5 +1,7 @@
 #include "moert/fused_experts.h"
 
+#include <cstring>
+
 #include "cpu/fused_experts_steps.h"
 
 namespace moert::cpu {
@@ -13,6 +15,12 @@ void forward(const RoutedRows& tokens, const ExpertWeights& w, int64_t threads, 
   const FirstGemm<A> first(tokens, w, plan, threads, act.get(), h);
   const CombinedRows<A> second(plan, w.H, threads);
   const Rows rows{act.get(), DTypeOf<A>::value, w.I};
+  if (h) {
+    const int64_t row = (is_gated(w.activation.act) ? 2 : 1) * w.I * size_of(tokens.x.dtype);
+    const int64_t rows = tokens.T * tokens.k, used = plan.slots_used();
+    advise_huge_pages(h, size_t(rows * row));
+    std::memset(static_cast<char*>(h) + used * row, 0, (rows - used) * row);
+  }
   parallel_region(threads, [&](Team& team) {
     first.run(team);
     second.run(

@@ -76,7 +76,11 @@ void pack_transposed(const T* b, const TileMatrix& matrix, int64_t row, int64_t 
     for_vectors<A>(K, [&](int64_t k, auto count) {
       Vec<A> rows[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) rows[i] = half + i < N ? load(source(half + i) + k, count) : Vec<A>{};
+      for (int i = 0; i < L; ++i) {
+        rows[i] = half + i < N ? load(source(half + i) + k, count) : Vec<A>{};
+        // The next panel's rows: too many streams for the CPU to foresee.
+        if (half + i < N) __builtin_prefetch(source(half + i) + kPanel<A> * matrix.row_stride + k, 0, 2);
+      }
       transpose_step<L / 2, A>(rows);
       for (int64_t i = 0; i < count; ++i) store(panel + (k + i) * kPanel<A> + half, rows[i]);
     });

@@ -1,8 +1,6 @@
 // How the drivers cut grouped products into tiles, and the memory that a thread works in.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "cpu/gemm_isa.h"
+#include "cpu/pages.h"
 
 namespace moert::cpu {
 
@@ -22,16 +21,12 @@ struct FreeMemory {
 template <typename T>
 using Memory = std::unique_ptr<T[], FreeMemory>;
 
-// Large memory asks for huge pages: the kernel hands out 4 KB pages at less than the speed of a combine.
-constexpr size_t kHugePage = 2 << 20;
-
 template <typename T>
 Memory<T> allocate(int64_t count) {
-  const size_t wanted = size_t(count) * sizeof(T), page = wanted >= 4 * kHugePage ? kHugePage : 64;
-  const size_t bytes = std::max(page, (wanted + page - 1) / page * page);
-  void* p = std::aligned_alloc(page, bytes);
+  const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, bytes ? bytes : 64);
   if (!p) throw std::bad_alloc();
-  if (page == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+  advise_huge_pages(p, bytes);
   return Memory<T>(static_cast<T*>(p));
 }
 

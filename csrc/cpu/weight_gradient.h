@@ -24,6 +24,8 @@ class WeightGradient {
     N_ = swap ? p.N : p.K;
     stream_ = p.E * M_ * N_ * size_of(dw.dtype) >= kStreamBytes;
     if (!dw.data || M_ == 0 || N_ == 0) return;
+    if (dw.expert_stride > 0)
+      advise_huge_pages(const_cast<void*>(dw.data), size_t((p.E - 1) * dw.expert_stride * size_of(dw.dtype)));
     experts_ = busiest_first(p.offsets, p.E);
     for (int64_t e = 0; e < p.E; ++e)
       if (p.offsets[e] == p.offsets[e + 1]) experts_.push_back(e);

@@ -54,7 +54,7 @@ struct RoutedRows {
 namespace cpu {
 
 // y [T, H] (dense, dtype of x): y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order.
-// h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype (rows of unused slots untouched).
+// h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype, zero for unused slots.
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64_t threads, void* y, void* h);
 
 // Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
