@@ -64,6 +64,7 @@ EXPERIMENT = Experiment(
             "GShard x 1.5",
         ),
     ),
+    notes="The learning rate was tried at 0.003, 0.006 and 0.01 for each on another seed; 0.003 was best for all.",
     equal="the same parameters and work per token (GShard x 1.5 has more of both)",
     variants={
         "GShard": variant(gshard),

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
 from moert.routers.chunks import chunks_of, same_document
+from moert.routers.linear import LinearRouter
 from moert.types import Routing
 
 
-class ReLUNormRouter(Router):
+class ReLUNormRouter(LinearRouter):
     """weights [T, E] = gain * RMSNorm(ReLU(x @ weight.T)); an expert whose ReLU is zero is off (id E).
 
     In training, losses["al"] and losses["cs"] are activation_locality_loss and chunk_sparsity_loss times their
@@ -34,21 +35,22 @@ class ReLUNormRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_experts, logit_bias, device, dtype)
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        super().__init__(hidden, num_experts, logit_bias, None, device, dtype)
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         if al_steep <= 0:
             raise ValueError(f"al_steep must be positive, got {al_steep}")
-        self.hidden, self.eps, self.chunk = hidden, eps, chunk
+        self.eps, self.chunk = eps, chunk
         self.al_coef, self.al_steep, self.al_detach_target, self.cs_coef = al_coef, al_steep, al_detach_target, cs_coef
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
-        self.gain = nn.Parameter(torch.ones(num_experts, device=device, dtype=dtype))
-        nn.init.uniform_(self.weight, -(hidden**-0.5), hidden**-0.5)
+        self.gain = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.gain)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
-        logits_TE = self.biased(F.linear(x, self.weight), context)
+        logits_TE = self.logits(x, context)
         if logits_TE.dtype != torch.float64:
             logits_TE = logits_TE.float()
         on_TE = logits_TE.relu()
