@@ -1,0 +1,107 @@
+"""Mixture-of-Depths: an eighth of the tokens in every second block, against the full model at equal FLOPs."""
+
+import torch
+from torch import Tensor, nn
+
+from experiment import Claim, Experiment, main
+from experiment.language import LanguageModel, evaluate, train
+from moert import RouterContext, Routing
+from moert.layers import FeedForward, MoDBlock, PackedBlock, all_rows
+from moert.routers import DepthRouter
+
+HIDDEN, LENGTH, STEPS, CAPACITY = 64, 64, 350, 0.125
+
+
+class Full(nn.Module):
+    """A block that every token passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = packed()
+
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing | None]:
+        return self.block(x.flatten(0, 1), all_rows(x)).view_as(x), None
+
+
+def packed() -> PackedBlock:
+    return PackedBlock(HIDDEN, 4, FeedForward(HIDDEN, 4 * HIDDEN, "gelu"))
+
+
+def mod() -> MoDBlock:
+    return MoDBlock(packed(), DepthRouter(HIDDEN, CAPACITY))
+
+
+def full(blocks):
+    def run(seed, progress):
+        model = LanguageModel([Full() for _ in range(blocks)], HIDDEN, LENGTH)
+        steps = STEPS * 4 // blocks  # equal FLOPs of the blocks
+        return {"loss": train(model, steps, seed, progress, length=LENGTH)}
+
+    return run
+
+
+def depths(steps):
+    def run(seed, progress):
+        model = LanguageModel([Full(), mod(), Full(), mod()], HIDDEN, LENGTH)
+        figures = {"loss top-k": train(model, steps, seed, progress, length=LENGTH)}
+        windows = 8 if progress.quick else 512
+        layers = [m for m in model.modules() if isinstance(m, MoDBlock)]
+        for layer in layers:
+            layer.router.causal_()
+        figures["loss"] = evaluate(model, LENGTH, windows)
+        figures["gap"] = abs(figures["loss"] - figures["loss top-k"])
+        return figures | predictions(model, layers)
+
+    return run
+
+
+@torch.no_grad()
+def predictions(model, layers) -> dict[str, float]:
+    """How well the predictors do what top-k would, on the states that top-k's choices lead to."""
+    counts = torch.zeros(3)  # agreements, chosen and predicted, chosen
+
+    def compare(layer, inputs, outputs):
+        x, chosen = inputs[0], outputs[1].ids[:, 0] == 0
+        yes = layer.router.predictor(x.flatten(0, 1))[:, 0] > 0
+        counts.add_(torch.stack([(yes == chosen).float().mean(), (yes & chosen).sum(), chosen.sum()]))
+
+    hooks = [layer.register_forward_hook(compare) for layer in layers]
+    for layer in layers:
+        layer.router.causal_(False)
+    evaluate(model, LENGTH, 256)
+    for hook in hooks:
+        hook.remove()
+    passes = len(layers) * 8  # evaluate goes in batches of 32
+    return {"accuracy": counts[0] / passes, "recall": counts[1] / counts[2]}
+
+
+EQUAL_FLOPS = round(STEPS * 4 / (2 + 2 * CAPACITY))
+EXPERIMENT = Experiment(
+    name="mixture-of-depths",
+    title="Mixture-of-Depths",
+    paper="arXiv:2404.02258",
+    classes=("DepthRouter", "MoDBlock", "SkippableKV"),
+    figures={
+        "loss": "held-out nats per byte",
+        "loss top-k": "held-out nats per byte",
+        "gap": "nats per byte",
+        "accuracy": "share of tokens",
+        "recall": "share of chosen tokens",
+    },
+    claims=(
+        Claim("the predictor says which tokens top-k would take", "accuracy", "higher", "MoD, equal steps", 0.93),
+        Claim("and finds most of them", "recall", "higher", "MoD, equal steps", 0.7),
+        Claim("causal decisions cost little", "gap", "lower", "MoD, equal steps", 0.03),
+        Claim("lower loss than the full model at equal FLOPs", "loss", "lower", "MoD, equal FLOPs", "full, 4 blocks"),
+    ),
+    equal="FLOPs of the blocks in training (MoD, equal FLOPs: more steps), or steps; AdamW 3e-3 for all",
+    variants={
+        "full, 4 blocks": full(4),
+        "MoD, equal steps": depths(STEPS),
+        "MoD, equal FLOPs": depths(EQUAL_FLOPS),
+    },
+    notes="Losses of MoD are those of causal decisions.",
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
