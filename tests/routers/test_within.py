@@ -54,6 +54,17 @@ def test_given_context_by_name_and_beside_a_passed_one():
     assert [routing.ids[0].tolist() for _, routing in calls] == [[3, 2], [0, 1]]
 
 
+def test_given_context_of_a_call():
+    model, x = Model(), torch.randn(5, 8)
+
+    def to_the_middle(x):
+        return RouterContext(logit_bias=torch.tensor([0.0, 9, 5, 0]).expand(len(x), 4))
+
+    with given_context(model, {"two.router": to_the_middle}), recorded_routings(model) as calls:
+        model(x)
+    assert calls[1][1].ids.tolist() == [[1, 2]] * 5
+
+
 def test_errors():
     message = "context must name routers of the model, one.router, two.router, got three"
     with pytest.raises(ValueError, match=message), given_context(Model(), {"three": RouterContext()}):

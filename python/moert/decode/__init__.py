@@ -1,6 +1,15 @@
 """Decoding rules for language models with transformers' interface (logits and past_key_values)."""
 
 from moert.decode.draft import ModelDraft, NGramDraft
+from moert.decode.self_contrast import Contrast, contrast_logits, self_contrast
 from moert.decode.speculative import Speculation, speculative
 
-__all__ = ["ModelDraft", "NGramDraft", "Speculation", "speculative"]
+__all__ = [
+    "Contrast",
+    "ModelDraft",
+    "NGramDraft",
+    "Speculation",
+    "contrast_logits",
+    "self_contrast",
+    "speculative",
+]

@@ -1,13 +1,15 @@
 """The routers inside a model that knows nothing of contexts and routings, as Hugging Face's: reached by hooks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from moert.routers.base import Router, RouterContext
 from moert.types import Routing
+
+Given = RouterContext | Callable[[Tensor], RouterContext]
 
 
 def routers_in(model: nn.Module) -> dict[str, Router]:
@@ -16,10 +18,11 @@ def routers_in(model: nn.Module) -> dict[str, Router]:
 
 
 @contextmanager
-def given_context(model: nn.Module, context: RouterContext | Mapping[str, RouterContext]) -> Iterator[None]:
+def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Iterator[None]:
     """Inside, the model's routers are called with this context, or with their own from a mapping by name.
 
-    What a caller passes itself counts before it, field by field.
+    A function of a router's x [T, H] gives the context of that call.  What a caller passes itself counts before it,
+    field by field.
     """
     own = context if isinstance(context, Mapping) else dict.fromkeys(routers_in(model), context)
     known = routers_in(model)
@@ -33,8 +36,9 @@ def given_context(model: nn.Module, context: RouterContext | Mapping[str, Router
             handle.remove()
 
 
-def _filling(given: RouterContext):
+def _filling(context: Given):
     def fill(router, args, kwargs):
+        given = context(args[0]) if callable(context) else context
         passed = args[1] if len(args) > 1 else kwargs.get("context")
         return args[:1], {**kwargs, "context": given if passed is None else _merged(given, passed)}
 
