@@ -1,13 +1,16 @@
 """Decoding rules for language models with transformers' interface (logits and past_key_values)."""
 
 from moert.decode.draft import ModelDraft, NGramDraft
+from moert.decode.router_adapter import AdaptReport, RouterAdapter
 from moert.decode.self_contrast import Contrast, contrast_logits, self_contrast
 from moert.decode.speculative import Speculation, speculative
 
 __all__ = [
+    "AdaptReport",
     "Contrast",
     "ModelDraft",
     "NGramDraft",
+    "RouterAdapter",
     "Speculation",
     "contrast_logits",
     "self_contrast",

@@ -33,7 +33,7 @@ class RouterGate(nn.Module):
 
 
 def topk_router_of(gate: nn.Module) -> TopKRouter:
-    """The router that computes what a gate of Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE does, with the gate's own weight."""
+    """The router that computes what a gate of Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE does, with its own weight."""
     renormalize = _SOFTMAX_GATES[type(gate).__name__]
     E, H = gate.weight.shape
     router = TopKRouter(H, E, gate.top_k, renormalize=gate.norm_topk_prob if renormalize is None else renormalize)

@@ -1,0 +1,171 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moert import GluExperts, MoELayer, RouterContext, TopKRouter
+from moert.decode import RouterAdapter
+from moert.routers import given_context, recorded_routings
+from moert.testing import OperatorsRan
+
+V, H, E = 12, 16, 4
+NAMES = ("layers.0.router", "layers.1.router", "layers.2.router", "layers.3.router")
+
+
+class Model(nn.Module):
+    """A language model that sees one token at a time."""
+
+    def __init__(self, depth=2, k=2, dtype=torch.float32):
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(V, H), nn.Linear(H, V)
+        self.layers = nn.ModuleList(MoELayer(TopKRouter(H, E, k), GluExperts(E, H, 8)) for _ in range(depth))
+        self.to(dtype)
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return SimpleNamespace(logits=self.last(x))
+
+
+IDS = torch.randint(V, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def adapter(model, **options):
+    return RouterAdapter(model, **({"layers": NAMES[: len(model.layers)], "steps": 4} | options))
+
+
+def test_neutral():
+    model = Model()
+    plain, sums = model(IDS).logits, [p.clone() for p in model.parameters()]
+    adapt = adapter(model)
+    with adapt.session():
+        assert torch.equal(model(IDS).logits, plain)
+        adapt.deltas = {name: torch.zeros(2, E) for name in NAMES[:2]}
+        assert torch.equal(model(IDS).logits, plain)
+        report = adapt.adapt(IDS)
+        assert not torch.equal(model(IDS).logits, plain) and report.accepted.all()
+        adapt.reset()
+        assert torch.equal(model(IDS).logits, plain)
+    assert torch.equal(model(IDS).logits, plain)
+    for parameter, before in zip(model.parameters(), sums, strict=True):
+        assert torch.equal(parameter, before) and parameter.grad is None and parameter.requires_grad
+
+
+def test_the_loss_falls_and_only_frozen_operators_run():
+    model, adapt = Model(), adapter(Model())
+    adapt = adapter(model)
+    with OperatorsRan() as ran:
+        report = adapt.adapt(IDS)
+    assert (report.loss_after < report.loss_before).all() and report.layers == NAMES[:2]
+    assert set(ran.names) == {"topk_gating", "topk_gating_backward", "fused_experts", "fused_experts_backward"}
+    norms = {name: delta.norm(dim=-1) for name, delta in adapt.deltas.items()}
+    torch.testing.assert_close(report.delta_norms, norms)
+
+
+def test_gradient():
+    """d loss / d delta of each layer against central differences."""
+    model = Model(dtype=torch.float64)
+
+    def loss(deltas):
+        contexts = {name: RouterContext(logit_bias=d) for name, d in zip(NAMES[:2], deltas, strict=True)}
+        with given_context(model, contexts):
+            logits = model(IDS[:1]).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), IDS[0, 1:])
+
+    deltas = [torch.zeros(E, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    grads = torch.autograd.grad(loss(deltas), deltas)
+    for layer, grad in enumerate(grads):
+        for e in range(E):
+            sides = []
+            for eps in (1e-5, -1e-5):  # smaller than any distance to a tie
+                moved = [d.detach().clone() for d in deltas]
+                moved[layer][e] += eps
+                sides.append(loss(moved).item())
+            assert abs((sides[0] - sides[1]) / 2e-5 - grad[e].item()) <= 1e-4 * grad.abs().max().item()
+
+
+def test_sequences_do_not_notice_each_other():
+    model = Model()
+    together = adapter(model)
+    report = together.adapt(IDS)
+    assert sum(d.numel() for d in together.deltas.values()) == 2 * 2 * E
+    for row in range(2):
+        alone = adapter(model)
+        after = alone.adapt(IDS[row : row + 1]).loss_after
+        assert (after - report.loss_after[row]).abs() <= 1e-5
+        for name in NAMES[:2]:
+            assert (alone.deltas[name][0] - together.deltas[name][row]).abs().max() <= 1e-5
+
+
+def test_the_surest_half_is_adapted():
+    model = Model(depth=4)
+    with torch.no_grad():
+        model.layers[0].router.weight.zero_()
+        model.layers[2].router.weight.mul_(20)
+        model.layers[3].router.weight.mul_(10)
+    adapt = RouterAdapter(model, steps=2)
+    report = adapt.adapt(IDS)
+    assert report.confidence[NAMES[0]] == 2 / E
+    assert report.layers == NAMES[2:] and set(adapt.deltas) == set(NAMES[2:])
+    with adapt.session(), recorded_routings(model) as calls:
+        model(IDS)
+    plain = dict(calls)[NAMES[0]]
+    with recorded_routings(model) as calls:
+        model(IDS)
+    assert torch.equal(plain.logits, dict(calls)[NAMES[0]].logits)
+
+
+def test_what_makes_it_worse_is_not_taken():
+    model = Model()
+    adapt = adapter(model, steps=2, lr=float("inf"))
+    report = adapt.adapt(IDS)
+    assert report.loss_after.isnan().all() and not report.accepted.any()
+    for name in NAMES[:2]:
+        assert not adapt.deltas[name][~report.accepted].any()
+
+
+def test_mask_short_contexts_and_counting():
+    model, mask = Model(), torch.arange(40).expand(2, 40) >= 10
+    masked, cut = adapter(model), adapter(model, max_context=30)
+    masked.adapt(IDS, mask)
+    cut.adapt(IDS)
+    for name in NAMES[:2]:
+        torch.testing.assert_close(masked.deltas[name], cut.deltas[name], rtol=1e-4, atol=1e-5)
+    assert adapter(model).adapt(IDS[:, :1]) is None
+    counted = adapter(model, interval=3)
+    assert [counted.step() for _ in range(3)] == [False, False, True]
+    counted.adapt(IDS)
+    assert not counted.step(2)
+
+
+def test_warm_start_and_clip():
+    model = Model()
+    warm, cold = adapter(model), adapter(model, warm_start=False)
+    for each in (warm, cold):
+        each.adapt(IDS)
+        first = {name: delta.clone() for name, delta in each.deltas.items()}
+        each.adapt(IDS)
+        same = all(torch.allclose(first[name], each.deltas[name]) for name in first)
+        assert same == (each is cold)
+    clipped = adapter(model, clip=0.1)
+    assert all((norm <= 0.1001).all() for norm in clipped.adapt(IDS).delta_norms.values())
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"layers": ("one",)}, "layers must be among layers.0.router, layers.1.router, got one"),
+        ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
+        ({"model": nn.Linear(2, 2)}, "model must have moert routers, got none"),
+        (
+            {"model": TopKRouter(4, 4, 1, renormalize=True)},
+            "model must have routing weights that move, got the 1",
+        ),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        RouterAdapter(**({"model": Model()} | options))
