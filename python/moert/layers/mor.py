@@ -93,6 +93,7 @@ class RecursiveStack(nn.Module):
         for r, router in enumerate(self.routers):
             routing = router(x.reshape(-1, H), replace(context, mask=active))
             active = chosen_of(routing)
+            # Where top-k takes every token there is nothing to decide.
             if router.capacity == 1 and router.causal:
                 active = torch.ones_like(active) if context.mask is None else context.mask.reshape(-1).bool()
             limit = None if router.causal or kv is not None else min(S, router.limit(S))

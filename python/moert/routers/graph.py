@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.gating import topk_gating
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
+from moert.routers.linear import LinearRouter
 from moert.routers.losses import balance_terms
 from moert.types import Routing
 
 ROWS = 512  # of the similarity matrix at a time
 
 
-class MixedRouter(Router):
+class MixedRouter(LinearRouter):
     """p = softmax(W x + b), r = S p with S row-stochastic within a sequence, then the k best experts by r.
 
     Routing.logits are log r; state is p [T, E], which a causal model's decode keeps (see SimilarityRouter).
@@ -34,19 +35,19 @@ class MixedRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_experts, logit_bias, device, dtype)
+        super().__init__(hidden, num_experts, logit_bias, torch.float32, device, dtype)
         if not 1 <= k <= num_experts:
             raise ValueError(f"k must be in [1, {num_experts}], got {k}")
-        self.hidden, self.k, self.renorm, self.balance_coef = hidden, k, renorm, balance_coef
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
+        self.k, self.renorm, self.balance_coef = k, renorm, balance_coef
         self.bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=dtype))
-        nn.init.uniform_(self.weight, -(hidden**-0.5), hidden**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
 
     def probabilities(self, x: Tensor, context: RouterContext) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
-        return self.biased(logits, context).softmax(-1)
+        return (self.logits(x, context) + self.bias).softmax(-1)
 
     def chosen(self, p_TE: Tensor, r_TE: Tensor, context: RouterContext) -> Routing:
         """Softmax of log r is r, so the gating operator takes them as they are."""
