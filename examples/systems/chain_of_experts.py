@@ -106,8 +106,8 @@ EXPERIMENT = Experiment(
             lambda: MoELayer(DeepSeekRouter.v1(LM_HIDDEN, EXPERTS, 4), GluExperts(EXPERTS, LM_HIDDEN, INTERMEDIATE))
         ),
     },
-    notes="k counts routed experts; there is no shared one. On the composed task one pass is ahead of the chain by 4 % in "
-    "the mean of three seeds; only the place of the residual matters there. The published gain on text (6 % of loss) "
+    notes="k counts routed experts; there is no shared one. On the composed task one pass is ahead of the chain by 4 % "
+    "in the mean of three seeds; only the place of the residual matters there. The published gain on text (6 % of loss) "
     "needs more scale.",
 )
 

@@ -102,8 +102,8 @@ EXPERIMENT = Experiment(
         "MoD, equal steps": depths(STEPS),
         "MoD, equal FLOPs": depths(EQUAL_FLOPS),
     },
-    notes="Losses of MoD are those of causal decisions. 350 steps are few: at equal FLOPs the cheaper model takes more of "
-    "them, which the full model of two blocks does as well.",
+    notes="Losses of MoD are those of causal decisions. 350 steps are few: at equal FLOPs the cheaper model takes more "
+    "of them, which the full model of two blocks does as well.",
 )
 
 if __name__ == "__main__":
