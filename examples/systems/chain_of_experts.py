@@ -107,8 +107,8 @@ EXPERIMENT = Experiment(
         ),
     },
     notes="k counts routed experts; there is no shared one. On the composed task one pass is ahead of the chain by 4 % "
-    "in the mean of three seeds; only the place of the residual matters there. The published gain on text (6 % of loss) "
-    "needs more scale.",
+    "in the mean of three seeds; only the place of the residual matters there. The published gain on text (6 % of "
+    "loss) needs more scale.",
 )
 
 if __name__ == "__main__":
