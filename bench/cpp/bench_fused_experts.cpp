@@ -1,8 +1,8 @@
 // The expert FFN at the shapes of real models: fused_experts/<forward|backward>/<model>/<dtype>/<routing>/T:<tokens>.
 //
-// share: the time that the limit needs (the larger of bytes / read bandwidth and operations / FMA peak, both the best
-// of the samples just before and after) over the time taken; the median over all calls.  Every call routes its tokens
-// anew, so that no cache holds the weights of the next one.
+// share: the time that the limit needs over the time taken, the median over all calls.  The limit is the larger of
+// bytes / read bandwidth and operations / FMA peak, both the best that the process has seen; they are sampled before
+// and after every call.  Every call routes its tokens anew, so that no cache holds the weights of the next one.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 #include <set>
 #include <string>
 
-#include "limits.h"
 #include "moert/fused_experts.h"
+#include "roofline.h"
 
 namespace moert::bench {
 
@@ -115,35 +115,45 @@ struct Routings {
 
 int64_t active(const std::vector<int32_t>& ids) { return int64_t(std::set(ids.begin(), ids.end()).size()); }
 
-// The counters of one benchmark, sample by sample.
+// The counters of one benchmark.
 struct Meter {
+  struct Sample {
+    double bytes, flop, time;
+  };
   Limits limits{bench_threads()};
-  std::vector<double> bytes_rates, flop_rates, shares;
+  std::vector<Sample> samples;
+
+  // The best that this process has seen: other programs slow a sample down, nothing speeds it up, so no share is
+  // flattered.
+  static inline double bandwidth = 0, peak = 0;
 
   template <typename F>
   void sample(benchmark::State& state, double bytes, double flop, const F& f) {
-    // The best of the samples beside it: what slows one down is another program, not the limit.
-    double bandwidth = 0, peak = 0;
-    const auto sample_limits = [&] {
-      for (int i = 0; i < 2; ++i) {
-        bandwidth = std::max(bandwidth, limits.read_bandwidth());
-        peak = std::max(peak, limits.fma_peak());
-      }
-    };
     sample_limits();
-    const double time = seconds(f);
+    samples.push_back({bytes, flop, seconds(f)});
     sample_limits();
-    state.SetIterationTime(time);
-    bytes_rates.push_back(bytes / time);
-    flop_rates.push_back(flop / time);
-    shares.push_back(std::max(bytes / bandwidth, flop / peak) / time);
+    state.SetIterationTime(samples.back().time);
+  }
+
+  void sample_limits() {
+    bandwidth = std::max(bandwidth, limits.read_bandwidth());
+    peak = std::max(peak, limits.fma_peak());
+  }
+
+  template <typename F>
+  double median_of(const F& f) const {
+    std::vector<double> values;
+    for (const Sample& sample : samples) values.push_back(f(sample));
+    return median(values);
   }
 
   void report(benchmark::State& state) const {
-    state.counters["GB/s"] = median(bytes_rates) * 1e-9;
-    state.counters["GFLOP/s"] = median(flop_rates) * 1e-9;
-    state.counters["share"] = median(shares);
-    state.counters["worst"] = *std::min_element(shares.begin(), shares.end());
+    state.counters["GB/s"] = median_of([](const Sample& s) { return s.bytes / s.time * 1e-9; });
+    state.counters["GFLOP/s"] = median_of([](const Sample& s) { return s.flop / s.time * 1e-9; });
+    state.counters["share"] =
+        median_of([](const Sample& s) { return std::max(s.bytes / bandwidth, s.flop / peak) / s.time; });
+    state.counters["limit_GB/s"] = bandwidth * 1e-9;
+    state.counters["limit_GFLOP/s"] = peak * 1e-9;
   }
 };
 
