@@ -81,8 +81,8 @@ EXPERIMENT = Experiment(
         "MoR, equal FLOPs": recursive(STEPS * 3 // 2, True),
         "MoR, token choice": recursive(STEPS, False, mode="token"),
     },
-    notes="Losses of MoR are those of causal decisions; they miss the asked gap to top-k by 0.025 in the mean, with the "
-    "paper's coefficient of 0.001 for the loss that trains them; no other was tried.",
+    notes="Losses of MoR are those of causal decisions; they miss the asked gap to top-k by 0.025 in the mean, with "
+    "the paper's coefficient of 0.001 for the loss that trains them; no other was tried.",
 )
 
 if __name__ == "__main__":
