@@ -4,6 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+// What kernels of the host and of a device both include: a device compiler sees its keywords, any other nothing.
+#if defined(__CUDACC__)
+#define MOERT_HOST_DEVICE __host__ __device__
+#else
+#define MOERT_HOST_DEVICE
+#endif
+
 namespace moert {
 
 enum class DType : int32_t { f32, bf16, f16, f64 };
@@ -19,23 +26,23 @@ struct f16 {
 };
 
 // `static`: no weak symbol leaves a translation unit that is compiled for one instruction set.
-static inline float bits_to_float(uint32_t bits) {
+MOERT_HOST_DEVICE static inline float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
 
-static inline uint32_t float_to_bits(float x) {
+MOERT_HOST_DEVICE static inline uint32_t float_to_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits;
 }
 
-static inline float to_float(float x) { return x; }
+MOERT_HOST_DEVICE static inline float to_float(float x) { return x; }
 
-static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+MOERT_HOST_DEVICE static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
-static inline float to_float(f16 x) {
+MOERT_HOST_DEVICE static inline float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
   if (magnitude < 0x0400u) {                                                                        // subnormal
@@ -46,13 +53,13 @@ static inline float to_float(f16 x) {
 }
 
 // Round to nearest even; NaN stays NaN.
-static inline bf16 to_bf16(float x) {
+MOERT_HOST_DEVICE static inline bf16 to_bf16(float x) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t(bits >> 16 | 0x40u)};
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
-static inline f16 to_f16(float x) {
+MOERT_HOST_DEVICE static inline f16 to_f16(float x) {
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above round to infinity

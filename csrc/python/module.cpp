@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "moert/isa.h"
+#include "python/formats.h"
 
 namespace py = pybind11;
 
@@ -76,11 +77,12 @@ std::vector<std::string> isas() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts, CPU features and threads of moert.";
+  m.doc() = "Build facts, CPU features, threads and packed weights of moert.";
   m.def("build", &build, "How this library was built.");
   m.def("cpu_features", &cpu_features, "The CPU features that moert's kernels ask for -> whether this CPU has them.");
   m.def("threads", &threads, "The CPUs of this machine and the threads of the OpenMP runtime.");
   m.def("isas", &isas, "The instruction sets that can run here, lowest first: what MOERT_ISA may name.");
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
+  define_formats(m);
 }

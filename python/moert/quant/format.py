@@ -1,0 +1,116 @@
+"""What every quantized format promises: the bits are in csrc/moert/formats.h and docs/formats.md."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+
+import torch
+from torch import Tensor
+
+from moert import _C
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """w [..., rows, columns] in a format: codes uint8 [..., rows, row_bytes], scales and zeros [..., rows, groups].
+
+    The rows of one expert follow each other. zeros is None where the format has none.
+    """
+
+    format: "Format"
+    columns: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([*self.codes.shape[:-1], self.columns])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+
+
+class Format(ABC):
+    """A way to store weights in few bits: a frozen dataclass whose name the kernels know."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def block(self) -> tuple[int, int | None]:
+        """Rows and columns that share a scale; None columns: the whole row."""
+
+    @abstractmethod
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """The exact size of a packed tensor of this shape."""
+
+    @abstractmethod
+    def pack(self, w: Tensor) -> PackedTensor:
+        """w [..., rows, columns], float32, bfloat16 or float16 on the CPU, rounded to this format."""
+
+    @abstractmethod
+    def unpack(self, packed: PackedTensor) -> Tensor:
+        """The float32 weights [..., rows, columns] that the packed ones stand for."""
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> Fraction:
+        """Exactly, scales and the padding of rows included; 0 for a tensor without weights."""
+        return Fraction(8 * self.nbytes(shape), prod(shape)) if prod(shape) else Fraction(0)
+
+
+class RowFormat(Format):
+    """A format whose scales belong to groups within a row.  Its dataclass has `group`: the columns of a scale."""
+
+    weights_per_block: int  # in 16 bytes of codes
+    scale_bytes = 2
+    has_zeros = False
+    groups = (None, 32, 64, 128)
+
+    def __post_init__(self):
+        if self.group not in self.groups:
+            allowed = ", ".join(map(str, self.groups))
+            raise ValueError(f"group must be one of {allowed} for {self.name}, got {self.group}")
+
+    @property
+    def block(self) -> tuple[int, int | None]:
+        return 1, self.group
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        *rows, columns = shape
+        groups = 1 if self.group is None else -(-columns // self.group)
+        row = 16 * -(-columns // self.weights_per_block) + groups * (self.scale_bytes + self.has_zeros)
+        return prod(rows) * row
+
+    def pack(self, w: Tensor) -> PackedTensor:
+        rows = matrix(w).contiguous().numpy()
+        parts = _C.quantize(self.name, rows, self.group or 0, torch.get_num_threads())
+        shaped = [
+            None if part is None else torch.from_numpy(part).view(*w.shape[:-1], part.shape[-1]) for part in parts
+        ]
+        return PackedTensor(self, w.shape[-1], *shaped)
+
+    def unpack(self, packed: PackedTensor) -> Tensor:
+        if packed.format != self:
+            raise ValueError(f"packed must be in format {self}, got {packed.format}")
+        parts = (packed.codes, packed.scales, packed.zeros)
+        codes, scales, zeros = (None if part is None else flat(part).numpy() for part in parts)
+        w = _C.dequantize(self.name, codes, scales, zeros, packed.columns, self.group or 0, torch.get_num_threads())
+        return torch.from_numpy(w).view(packed.shape)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., columns] as a contiguous [rows, columns], also where it has no element."""
+    return x.contiguous().view(prod(x.shape[:-1]), x.shape[-1])
+
+
+def matrix(w: Tensor) -> Tensor:
+    """w as float32 [rows, columns]; bfloat16 and float16 widen exactly."""
+    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"w must be float32, bfloat16 or float16, got {w.dtype}")
+    if w.device.type != "cpu":
+        raise ValueError(f"w must be on the CPU, got {w.device}")
+    if w.dim() < 2:
+        raise ValueError(f"w must have at least 2 dimensions, got {w.dim()}")
+    return flat(w.detach().float())
