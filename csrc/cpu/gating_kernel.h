@@ -2,8 +2,6 @@
 // neither the width of a vector (with -ffp-contract=off) nor the tokens beside it can change a bit.
 #pragma once
 
-#include <utility>
-
 #include "cpu/gating_isa.h"
 #include "cpu/simd.h"
 
@@ -36,29 +34,6 @@ MOERT_INLINE void exchange(Ints wanted, Ints& a, Ints& b) {
   const Ints both = a ^ b;
   b = wanted ? a : b;
   a = both ^ b;
-}
-
-// Lanes whose number has the bit Step change places between two rows that are Step apart.
-template <int Step, typename Reals, int... lane>
-MOERT_INLINE void swap_lanes(Reals& a, Reals& b, std::integer_sequence<int, lane...>) {
-  constexpr int lanes = sizeof...(lane);
-#ifdef __clang__
-  const Reals low = __builtin_shufflevector(a, b, (lane & Step ? lanes + lane - Step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & Step ? lanes + lane : lane + Step)...);
-#else
-  using Ints = decltype(a < b);
-  const Reals low = __builtin_shuffle(a, b, Ints{(lane & Step ? lanes + lane - Step : lane)...});
-  b = __builtin_shuffle(a, b, Ints{(lane & Step ? lanes + lane : lane + Step)...});
-#endif
-  a = low;
-}
-
-template <int Step, typename Reals, int lanes>
-MOERT_INLINE void transpose_from(Reals (&tile)[lanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i)
-    if (!(i & Step)) swap_lanes<Step>(tile[i], tile[i | Step], std::make_integer_sequence<int, lanes>());
-  if constexpr (2 * Step < lanes) transpose_from<2 * Step>(tile);
 }
 
 // The larger of a and b to a, the smaller to b.
@@ -96,10 +71,11 @@ struct Gating {
   using Reals = Vec<Real>;
   using Ints = Vec<Int>;
 
-  // Selection scores as integers in the same order: no choice at all, then NaN, then -inf to inf.
+  // Selection scores as integers in the same order: no choice at all, then NaN, then -inf to inf.  They differ also
+  // where an expert has taken the last 8 bits.
   static constexpr Int kMax = Int(~uint64_t(0) >> (65 - 8 * sizeof(Int)));
   static constexpr Int kNone = -kMax - 1;
-  static constexpr Int kNan = kNone + 1;
+  static constexpr Int kNan = kNone + 0x100;
   static constexpr Real kInf = Real(__builtin_inf());
 
   static MOERT_INLINE Ints order(Reals x) {
@@ -119,7 +95,7 @@ struct Gating {
       const int64_t width = smaller(lanes, call.E - e);
       for (int lane = 0; lane < lanes; ++lane)
         tile[lane] = width == lanes ? load(source[lane] + e) : load_first(source[lane] + e, width);
-      transpose_from<1>(tile);
+      transpose<lanes / 2>(tile);
       for (int i = 0; i < lanes; ++i) rows[e + i] = tile[i];
     }
   }
@@ -129,7 +105,7 @@ struct Gating {
     for (int64_t e = 0; e < call.E; e += lanes) {
       Reals tile[lanes];
       for (int i = 0; i < lanes; ++i) tile[i] = rows[e + i];
-      transpose_from<1>(tile);
+      transpose<lanes / 2>(tile);
       const int64_t width = smaller(lanes, call.E - e);
       for (int64_t lane = 0; lane < count; ++lane) {
         Out* target = static_cast<Out*>(call.dlogits) + (token + lane) * call.E + e;

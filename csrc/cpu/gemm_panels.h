@@ -50,14 +50,6 @@ MicroKernel<A> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
   return table[m - 1];
 }
 
-template <int width, typename A>
-MOERT_INLINE void transpose_step(Vec<A>* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<A>; ++i)
-    if (!(i & width)) exchange<width>(rows[i], rows[i + width]);
-  if constexpr (width > 1) transpose_step<width / 2, A>(rows);
-}
-
 // panel[k, n] = b(n, k) for n < N <= kPanel, k < K; b's rows run along K; columns from N on are zero.
 template <typename T>
 void pack_transposed(const T* b, const TileMatrix& matrix, int64_t row, int64_t N, int64_t K, Acc<T>* panel) {
@@ -81,7 +73,7 @@ void pack_transposed(const T* b, const TileMatrix& matrix, int64_t row, int64_t 
         // The next panel's rows: too many streams for the CPU to foresee.
         if (half + i < N) __builtin_prefetch(source(half + i) + kPanel<A> * matrix.row_stride + k, 0, 2);
       }
-      transpose_step<L / 2, A>(rows);
+      transpose<L / 2>(rows);
       for (int64_t i = 0; i < count; ++i) store(panel + (k + i) * kPanel<A> + half, rows[i]);
     });
   }

@@ -216,6 +216,16 @@ MOERT_INLINE void exchange(V& a, V& b) {
   exchange<width>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
 }
 
+// As many vectors as one has lanes, transposed as a square; width is half of that.
+template <int width, typename V>
+MOERT_INLINE void transpose(V* rows) {
+  constexpr int lanes = int(sizeof(V) / sizeof(rows[0][0]));
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (!(i & width)) exchange<width>(rows[i], rows[i + width]);
+  if constexpr (width > 1) transpose<width / 2>(rows);
+}
+
 // a, b: 2n elements in order -> those of even places and those of odd ones.
 template <typename V, size_t... I>
 MOERT_INLINE void split_even_odd(V& a, V& b, std::index_sequence<I...>) {

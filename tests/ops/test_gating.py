@@ -163,6 +163,16 @@ def test_nan_and_inf_stay_in_their_rows(kwargs, value):
         assert not set(ids[5].tolist()) & {2, 3}
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+def test_a_nan_in_a_good_group_comes_before_what_other_groups_have(dtype, score):
+    groups = GroupLimit(4, 2, "max")
+    logits = torch.randn(64, 16).masked_fill(torch.rand(64, 16) < 0.4, float("nan")).to(dtype)
+    for k in (2, 6, 8):
+        ids = topk_gating(logits, k, score, groups=groups)[1]
+        assert torch.equal(ids, topk_gating_ref(logits, k, score, groups=groups)[1])
+
+
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_same_bits_for_every_number_of_threads(threads):
     logits, dweights = torch.randn(3001, 67), torch.randn(3001, 6)
