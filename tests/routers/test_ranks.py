@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from moert import GroupLimit, RouterContext, TopKRouter
+from moert import GroupLimit, RouterContext, TopKRouter, topk_gating
+from moert.ops.gating import SCORES
 from moert.routers.ranks import rank_gating
 from moert.testing import OperatorsRan
 
@@ -42,6 +43,24 @@ def test_the_first_k_ranks_are_the_ordinary_routing(options):
     torch.testing.assert_close(plain.weights, ranked.weights, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("groups", (None, GroupLimit(4, 2)), ids=str)
+@pytest.mark.parametrize("bias", (None, torch.linspace(-1, 1, E)), ids=("", "bias"))
+@pytest.mark.parametrize("score", SCORES)
+def test_the_first_k_ranks_are_topk_gating(score, bias, groups):
+    logits, options = torch.randn(40, E), {"score": score, "bias": bias, "groups": groups}
+    plain, ranked = topk_gating(logits, 3, **options), rank_gating(logits, RouterContext(ranks=((1, 2, 3),)), **options)
+    assert torch.equal(plain[1], ranked[1])
+    torch.testing.assert_close(plain[0], ranked[0], rtol=1e-6, atol=1e-7)
+
+
+def test_ranks_far_below_the_best_are_weighed_by_their_own_softmax():
+    weights, ids = rank_gating(
+        torch.tensor([[0.0, -200, -201, -203]]), RouterContext(ranks=((2, 3),)), "softmax_over_topk"
+    )
+    assert ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[0.0, -1.0]]).softmax(-1))
+
+
 def test_groups_of_tokens():
     router, x = TopKRouter(16, E, 2, renormalize=True), torch.randn(6, 16)
     context = RouterContext(ranks=((1, 2), (3,), ()), group=torch.tensor([0, 1, 2, 0, 1, 1]))
@@ -59,7 +78,7 @@ def test_groups_of_tokens():
 def test_gradients():
     logits = torch.randn(5, E, dtype=torch.float64, requires_grad=True)
     context = RouterContext(ranks=((2, 4), (1,)), group=torch.tensor([0, 1, 0, 1, 1]))
-    for options in ({}, {"renormalize": True}):
+    for options in ({}, {"renormalize": True}, {"score": "softmax_over_topk"}):
         assert torch.autograd.gradcheck(lambda x, options=options: rank_gating(x, context, **options)[0], logits)
 
 

@@ -30,14 +30,18 @@ def rank_gating(
     for rank in (rank for ranks in context.ranks for rank in ranks):
         if not 1 <= rank <= most:
             raise ValueError(f"ranks must be in [1, {most}], got {rank}")
-    # The softmax of the chosen logits is the softmax of all, divided by what the chosen have of it.
+    # The softmax over the chosen is not over the best, so it follows them here.
     over_chosen = score == "softmax_over_topk"
     deepest = max([1, *(rank for ranks in context.ranks for rank in ranks)])
-    weights, ids = topk_gating(logits, deepest, "softmax" if over_chosen else score, bias, groups=groups)
+    weights, ids = topk_gating(logits, deepest, "identity" if over_chosen else score, bias, groups=groups)
     rank_TR = _rank_of_each_token(context, len(logits), logits.device)
     index, given = (rank_TR - 1).clamp_min(0), rank_TR > 0
-    weights = torch.where(given, weights.gather(1, index), 0)
-    if renormalize or over_chosen:
+    weights = weights.gather(1, index)
+    if over_chosen:
+        # Finite, so that a token without ranks has a softmax (of nothing that counts) and not NaN for a gradient.
+        weights = weights.masked_fill(~given, torch.finfo(weights.dtype).min).softmax(-1)
+    weights = torch.where(given, weights, 0)
+    if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * scale, torch.where(given, ids.gather(1, index), E)
 
