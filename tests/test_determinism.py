@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from moert import Routing, expert_choice, fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute
+from moert import (
+    Routing,
+    expert_choice,
+    fused_experts,
+    grouped_gemm,
+    permute,
+    permute_plan,
+    topk_gating,
+    union_experts,
+    unpermute,
+)
 from moert.testing import Shape
 
 SHAPE = Shape("several tiles, uneven experts, dropped choices", 150, 8, 2, 136, 72, "zipf")
@@ -67,8 +77,14 @@ def experts(dtype, routing):
     return run
 
 
+def union(dtype, routing):
+    x, w1, w2 = leaf(SHAPE.T, 136, dtype=dtype), leaf(8, 72, 136, dtype=dtype), leaf(8, 136, 72, dtype=dtype)
+    bias, gains = (leaf(8, 72, dtype=dtype), leaf(8, 136, dtype=dtype)), leaf(SHAPE.T, 8, dtype=torch.float32)
+    return lambda: gradients(union_experts(x, gains, torch.tensor([6, 0, 8, 3]), w1, w2, bias), x, gains, w1, w2, *bias)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("operator", [gating, choosing, there_and_back, gemm, experts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("operator", [gating, choosing, there_and_back, gemm, experts, union], ids=lambda f: f.__name__)
 def test_a_hundred_repeats_for_any_number_of_threads(operator, dtype):
     routing = SHAPE.routing()
     routing.ids[::7, 0] = -1
