@@ -16,11 +16,14 @@ def every_expert(T):
 
 def networks():
     gated = LlamaMLP(LlamaConfig(hidden_size=H, intermediate_size=I, num_attention_heads=2, mlp_bias=True))
+    gate_bias = LlamaMLP(gated.config)
+    gate_bias.up_proj.bias = gate_bias.down_proj.bias = None
     return {
         "relu": nn.Sequential(nn.Linear(H, I), nn.ReLU(), nn.Linear(I, H)),
         "gelu": nn.Sequential(nn.Linear(H, I, bias=False), nn.GELU("tanh"), nn.Linear(I, H)),
         "plain": nn.Sequential(nn.Linear(H, I, bias=False), nn.SiLU(), nn.Linear(I, H, bias=False)),
         "gated": gated,
+        "gated, with a bias of the gate alone": gate_bias,
     }
 
 
@@ -29,7 +32,7 @@ def networks():
 def test_all_experts_are_the_network(name, shuffled):
     mlp, x = networks()[name], torch.randn(9, H)
     experts = split_ffn(mlp, E, torch.randperm(I) if shuffled else None)
-    assert isinstance(experts, GluExperts if name == "gated" else BlockExperts)
+    assert isinstance(experts, GluExperts if name.startswith("gated") else BlockExperts)
     assert (experts(x, every_expert(9)) - mlp(x)).abs().max() <= 1e-5
 
 

@@ -45,7 +45,7 @@ def split_ffn(mlp: nn.Module, num_experts: int, perm: Tensor | None = None) -> E
         """[I, ...] -> [E, I / E, ...]"""
         return (columns if perm is None else columns[perm]).unflatten(0, (num_experts, -1))
 
-    biases = first.bias is not None or second.bias is not None
+    biases = any(layer.bias is not None for layer in (first, second, *([mlp.gate_proj] if gated else ())))
     options = {"bias": biases, "device": first.weight.device, "dtype": first.weight.dtype}
     b1, b2 = (torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias for layer in (first, second))
     if gated:
