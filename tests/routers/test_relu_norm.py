@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,8 @@ def test_losses_in_training_only():
         "cs": 2 * chunk_sparsity_loss(on, 8, DOCUMENTS, context.mask),
     }
     torch.testing.assert_close(routing.losses, expected)
+    as_numbers = replace(context, mask=context.mask.long()[None])  # as tokenizers give it
+    torch.testing.assert_close(router(x, as_numbers).losses, expected)
     router.al_coef = 0.0
     assert list(router(x).losses) == ["cs"]
     assert router.eval()(x).losses == {}
