@@ -65,7 +65,8 @@ def test_gradients_agree(mode):
 
 def test_auto():
     experts, x = BlockExperts(H, E, D), torch.randn(80, H)
-    free, few = routing_of(x), TopKRouter(H, E, 2)(x)
+    most, few = routing_of(x), TopKRouter(H, E, 2)(x)
+    most.ids[:, :4] = torch.arange(4)
 
     def ran_for(x, routing):
         with OperatorsRan() as ran:
@@ -74,7 +75,7 @@ def test_auto():
 
     sparse = routing_of(x)
     sparse.ids[:, 1:] = E
-    assert ran_for(x, free) == OPERATORS["dense"] and ran_for(x, sparse) == OPERATORS["token"]
+    assert ran_for(x, most) == OPERATORS["dense"] and ran_for(x, sparse) == OPERATORS["token"]
     assert ran_for(x, few) == OPERATORS["token"] and ran_for(x, TopKRouter(H, E, E)(x)) == OPERATORS["dense"]
     with torch.no_grad():
         assert ran_for(x[:64], routing_of(x[:64])) == OPERATORS["union"]

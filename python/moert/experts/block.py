@@ -23,8 +23,9 @@ class BlockExperts(Experts):
     union   union_experts: what any of the tokens uses, for all of them; for few tokens, without gradient
 
     auto takes union for up to union_tokens tokens; else token where fewer than a share sparse_below of all (token,
-    expert) pairs are used, else dense.  (Measured on two cores with AVX-512: token is faster up to a share of .4 in
-    bfloat16 and .6 in float32, forward and backward alike.)  Under torch.compile the share is not counted: it is k / E.
+    expert) pairs are used, else dense.  (Measured on two cores with AVX-512: token is faster up to a share of about
+    .4 in bfloat16 and of .6 in float32, forward and backward alike.)  Under torch.compile the share is not counted: it
+    is k / E.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class BlockExperts(Experts):
         bias: bool = False,
         mode: str = "auto",
         union_tokens: int = 64,
-        sparse_below: float = 0.4,
+        sparse_below: float = 0.55,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
