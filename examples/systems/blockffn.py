@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from experiment import Claim, Experiment, main
-from moert import BlockExperts, MoELayer, ReLUNormRouter, RouterContext, experts_in_use, union_experts
+from moert import MoELayer, RouterContext, experts_in_use, union_experts
 from moert.analysis import chunk_level_sparsity, token_level_sparsity
+from moert.experts import BlockExperts
+from moert.routers import ReLUNormRouter
 
 TOPICS, STAY, H, E, BLOCK, LENGTH, BATCH = 6, 0.92, 32, 16, 8, 64, 8
 BOUNDARIES = torch.arange(0, BATCH * LENGTH + 1, LENGTH, dtype=torch.int32)

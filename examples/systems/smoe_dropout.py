@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from experiment import Claim, Experiment, main
 from experiment.digits import split
-from moert import BlockExperts, FrozenRandomRouter, MoELayer
+from moert import MoELayer
+from moert.experts import BlockExperts
+from moert.routers import FrozenRandomRouter
 from moert.train import KSchedule, set_active_experts
 
 H, E, WIDTH, KS = 64, 16, 16, (1, 2, 4, 8, 16)

@@ -7,7 +7,7 @@ import torch
 # find_spec, not __file__: in an editable install the library does not lie beside this file.
 torch.ops.load_library(find_spec("moert._ops").origin)
 
-from moert.experts import BlockExperts, Experts, GluExperts  # noqa: E402
+from moert.experts import Experts, GluExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.layers import MoELayer  # noqa: E402
 from moert.ops import (  # noqa: E402
@@ -21,21 +21,18 @@ from moert.ops import (  # noqa: E402
     union_experts,
     unpermute,
 )
-from moert.routers import FrozenRandomRouter, ReLUNormRouter, Router, RouterContext, TopKRouter  # noqa: E402
+from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "Activation",
-    "BlockExperts",
     "DispatchPlan",
     "ExpertLayout",
     "Experts",
-    "FrozenRandomRouter",
     "GluExperts",
     "GroupLimit",
     "MoELayer",
-    "ReLUNormRouter",
     "Router",
     "RouterContext",
     "Routing",

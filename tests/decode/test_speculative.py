@@ -2,8 +2,10 @@ import pytest
 import torch
 from tests.decode.models import greedy, llama
 
-from moert import BlockExperts, MoELayer, ReLUNormRouter
+from moert import MoELayer
 from moert.decode import ModelDraft, NGramDraft, speculative
+from moert.experts import BlockExperts
+from moert.routers import ReLUNormRouter
 from moert.testing import OperatorsRan
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])

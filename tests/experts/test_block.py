@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moert import BlockExperts, MoELayer, ReLUNormRouter, TopKRouter
+from moert import MoELayer, TopKRouter
+from moert.experts import BlockExperts
+from moert.routers import ReLUNormRouter
 from moert.testing import OperatorsRan, assert_rows_close
 
 H, E, D = 24, 6, 10

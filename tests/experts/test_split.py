@@ -4,8 +4,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from moert import BlockExperts, GluExperts, Routing
-from moert.experts import split_ffn
+from moert import GluExperts, Routing
+from moert.experts import BlockExperts, split_ffn
 
 H, I, E = 12, 40, 5
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from moert import BlockExperts, FrozenRandomRouter, MoELayer, RouterContext
+from moert import MoELayer, RouterContext
+from moert.experts import BlockExperts
+from moert.routers import FrozenRandomRouter
 from moert.testing import OperatorsRan, assert_rows_close
 
 H, E = 16, 8

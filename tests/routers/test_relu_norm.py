@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from moert import ReLUNormRouter, RouterContext
-from moert.routers import activation_locality_loss, chunk_sparsity_loss
+from moert import RouterContext
+from moert.routers import ReLUNormRouter, activation_locality_loss, chunk_sparsity_loss
 
 H, E = 12, 5
 DOCUMENTS = torch.tensor([0, 9, 21], dtype=torch.int32)

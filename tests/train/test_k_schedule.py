@@ -3,7 +3,8 @@ import math
 import pytest
 from torch import nn
 
-from moert import FrozenRandomRouter, TopKRouter
+from moert import TopKRouter
+from moert.routers import FrozenRandomRouter
 from moert.train import KSchedule, set_active_experts
 from moert.train.k_schedule import MODES
 

@@ -4,9 +4,8 @@ from tests.decode.models import SIZES, mixtral
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moert import FrozenRandomRouter
 from moert.integrations.transformers.routers import use_routers_
-from moert.routers import recorded_routings
+from moert.routers import FrozenRandomRouter, recorded_routings
 from moert.testing import OperatorsRan
 
 IDS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
