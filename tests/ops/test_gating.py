@@ -307,6 +307,14 @@ def test_any_input_against_the_reference(T, size, num_groups, data, score, dtype
     torch.testing.assert_close(weights, ref_weights, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_is_above_what_is_barred(dtype):
+    logits = torch.tensor([[0.0, 0.0, 1.0, torch.nan, torch.nan, 2.0]]).to(dtype)
+    groups = GroupLimit(3, 2, "max")
+    _, ids = topk_gating(logits, 4, groups=groups)
+    assert torch.equal(ids, topk_gating_ref(logits, 4, groups=groups)[1]) and ids.tolist() == [[5, 2, 3, 4]]
+
+
 def test_compile():
     counter = CompileCounterWithBackend("aot_eager")
 
