@@ -30,7 +30,7 @@ def flips(tau: float | None):
 
             def expert(x):
                 routing = layer(x)
-                return (routing.ids[:, 0] if tau else routing.state.argmax(-1)).long()
+                return (routing.ids[:, 0] if tau else routing.state.p.argmax(-1)).long()
 
             before = expert(x)
             changed = [expert(x + 0.5 * torch.randn(TOKENS, HIDDEN)) != before for _ in range(TRIALS)]

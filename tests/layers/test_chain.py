@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moert import GluExperts, MoELayer
 from moert.layers import ChainMoELayer, FeedForward, losses_of
@@ -99,6 +100,49 @@ def test_losses_add_up_and_one_router_may_serve_all():
     torch.testing.assert_close(losses["sequence"], sum(r.losses["sequence"] for r in routings))
     single = ChainMoELayer(gates(1), GluExperts(E, H, I), iterations=3)
     assert len(single.forward_with_routing(x)[1]) == 3
+
+
+@pytest.mark.parametrize("layout", ("renorm", "released", "prenorm"))
+def test_inside_a_block_that_adds_its_input(layout):
+    """A Llama block with the layer as its feed-forward part computes what the layer alone makes of the stream."""
+    config = LlamaConfig(hidden_size=H, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, vocab_size=20)
+    model, seen = LlamaForCausalLM(config).eval(), []
+    (block,) = model.model.layers
+    block.mlp = chain(norm=block.post_attention_layernorm, layout=layout, subtract_input=True)
+    block.post_attention_layernorm = nn.Identity()
+    block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block.register_forward_hook(lambda _, args, out: seen.append(out))
+    model(torch.randint(20, (2, 6)))
+    stream, out = seen
+    block.mlp.subtract_input = False
+    torch.testing.assert_close(out, block.mlp(stream), rtol=1e-5, atol=1e-5)
+
+
+def test_checkpointed_iterations():
+    """The same output, losses and gradients; the routers run once more each."""
+    layer, x, calls = chain(3, shared=True), torch.randn(7, H), []
+    for router in layer.routers:
+        router.register_forward_hook(lambda *_: calls.append(1))
+
+    def run():
+        y, routings = layer.forward_with_routing(x)
+        loss = y.square().sum() + losses_of(routings)["sequence"]
+        return [y, loss, *torch.autograd.grad(loss, list(layer.parameters()))]
+
+    plain = run()
+    layer.checkpoint = True
+    for got, expected in zip(run(), plain, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert len(calls) == 3 + 6
+
+
+def test_more_choices_than_experts():
+    layer, x = chain(3, k=E // 2), torch.randn(5, H)
+    assert sum(r.ids.shape[1] for r in layer.forward_with_routing(x)[1]) > E
+    n = x
+    for router in layer.routers:
+        n = n + naive_moe(router, layer.experts, n)
+    assert row_error(layer(x), n) < 1e-5
 
 
 def test_empty_dtype_compile_state_and_operators():

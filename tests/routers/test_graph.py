@@ -1,9 +1,11 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 from moert import GluExperts, MoELayer, RouterContext
-from moert.routers import AttentionAwareRouter, SimilarityRouter, mix_probs_with_attention
+from moert.routers import AttentionAwareRouter, SimilarityRouter, mix_probs_with_attention, mixing_statistics
 from moert.testing import OperatorsRan
 
 D, E = 8, 5
@@ -44,7 +46,7 @@ def test_exact(sim, causal):
     r, p = naive(layer, x, TWO.tolist(), causal)
     routing = layer(x, RouterContext(cu_seqlens=TWO))
     torch.testing.assert_close(routing.logits.exp(), r, rtol=0, atol=1e-10)
-    torch.testing.assert_close(routing.state, p, rtol=0, atol=1e-10)
+    torch.testing.assert_close(routing.state.p, p, rtol=0, atol=1e-10)
     best = r.argsort(-1, descending=True)[:, :2]
     assert torch.equal(routing.ids.long(), best)
     w = r.gather(-1, best)
@@ -60,7 +62,7 @@ def entropy(p):
 def test_entropy_lies_between_its_bounds(tau):
     layer, x = router("cosine", tau=tau), torch.randn(40, D)
     routing = layer(x)
-    r, p = routing.logits.exp(), routing.state
+    r, p = routing.logits.exp(), routing.state.p
     u = nn.functional.normalize(x, dim=-1)
     S = (u @ u.T / tau).softmax(-1)
     low = S @ entropy(p)
@@ -72,20 +74,34 @@ def test_entropy_lies_between_its_bounds(tau):
 def test_causal_and_decode(sim):
     layer, x = router(sim, causal=True), torch.randn(9, D)
     whole = layer(x)
-    assert torch.equal(whole.logits[0], whole.state[0].log())
+    assert torch.equal(whole.logits[0], whole.state.p[0].log())
     other = x.clone()
     other[6:] = torch.randn(3, D)
     assert torch.equal(layer(other).logits[:6], whole.logits[:6])
-    past = x[:0], whole.state[:0]
+    state = None
     for t in range(9):
-        step = layer(x[t : t + 1], RouterContext(state=past))
+        step = layer(x[t : t + 1], RouterContext(state=state))
         torch.testing.assert_close(step.logits[0], whole.logits[t], rtol=0, atol=1e-5)
-        past = torch.cat([past[0], x[t : t + 1]]), torch.cat([past[1], step.state])
+        state = step.state
+
+
+@pytest.mark.parametrize("padded", (False, True))
+def test_decode_of_several_sequences(padded):
+    layer, x, mask = router(causal=True), torch.randn(3, 9, D), torch.ones(3, 9, dtype=torch.bool)
+    mask[1, :4] = not padded  # on the left
+    whole = layer(x.flatten(0, 1), RouterContext(cu_seqlens=torch.arange(4) * 9, mask=mask)).logits.view(3, 9, E)
+    state = None
+    for first, last in ((0, 5), (5, 6), (6, 9)):
+        some = {"cu_seqlens": torch.arange(4) * (last - first), "mask": mask[:, first:last]}
+        step = layer(x[:, first:last].flatten(0, 1), RouterContext(state=state, **some))
+        torch.testing.assert_close(step.logits.view(3, -1, E), whole[:, first:last], rtol=0, atol=1e-5)
+        state = step.state
+    assert state.ends == (0, 9, 18, 27) and state.p.shape == (27, E)
 
 
 def test_sharp_similarity_leaves_every_token_alone():
     routing = router("cosine", tau=1e-4)(torch.randn(20, D))
-    torch.testing.assert_close(routing.logits.exp(), routing.state, rtol=0, atol=1e-6)
+    torch.testing.assert_close(routing.logits.exp(), routing.state.p, rtol=0, atol=1e-6)
 
 
 def test_masked_tokens_are_nobodys_neighbours():
@@ -93,7 +109,7 @@ def test_masked_tokens_are_nobodys_neighbours():
     masked = layer(x, RouterContext(mask=mask)).logits
     torch.testing.assert_close(masked[:4], layer(x[:4]).logits)
     alone = layer(x, RouterContext(mask=torch.zeros(6, dtype=torch.bool)))
-    torch.testing.assert_close(alone.logits.exp(), alone.state)
+    torch.testing.assert_close(alone.logits.exp(), alone.state.p)
 
 
 @pytest.mark.parametrize("head_mix", ("mean", "learned"))
@@ -102,7 +118,7 @@ def test_attention_aware(head_mix):
     A = torch.rand(2, 3, 6, 6).tril()
     A[0, :, 2] = 0  # attends to nothing
     routing = layer(x, RouterContext(attention=A))
-    p = routing.state
+    p = routing.state.p
     for b in range(2):
         for i in range(6):
             s = A[b, :, i].mean(0)
@@ -111,6 +127,34 @@ def test_attention_aware(head_mix):
     if head_mix == "learned":
         routing.weights.square().sum().backward()
         assert layer.heads.grad is not None
+
+
+def test_attention_aware_decode():
+    """A step has the rows of A of its own tokens, or queries of its own."""
+    layer, x, q, k = AttentionAwareRouter(D, E, 2), torch.randn(2, 6, D), *torch.randn(2, 2, 3, 6, 4).unbind(0)
+    A = (q @ k.mT / 2).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf).softmax(-1)
+    whole = layer(x.flatten(0, 1), RouterContext(attention=A)).logits.view(2, 6, E)
+    one = other = None
+    for n, m in ((0, 4), (4, 5), (5, 6)):
+        rows = x[:, n:m].flatten(0, 1)
+        one = layer(rows, RouterContext(attention=A[:, :, n:m, :m], state=one)).state
+        mixer = functools.partial(mix_probs_with_attention, q[:, :, n:m], k[:, :, :m], causal=True)
+        step = layer(rows, RouterContext(attention=mixer, state=other, cu_seqlens=torch.arange(3) * (m - n)))
+        torch.testing.assert_close(step.logits.view(2, -1, E), whole[:, n:m], rtol=1e-5, atol=1e-5)
+        other = step.state
+        assert torch.equal(one.p, other.p) and one.ends == other.ends
+
+
+def test_mixing_statistics():
+    layer, x = router("cosine"), torch.randn(30, D)
+    routing = layer(x)
+    p, r = routing.state.p, routing.logits.exp()
+    got = mixing_statistics(routing)
+    torch.testing.assert_close(got["entropy p"], entropy(p).mean())
+    torch.testing.assert_close(got["entropy r"], entropy(r).mean())
+    assert got["flips"].item() == pytest.approx(
+        sum(a != b for a, b in zip(p.argmax(-1), r.argmax(-1), strict=True)) / 30
+    )
 
 
 @pytest.mark.parametrize("causal", (False, True))
@@ -172,7 +216,23 @@ def test_empty_dtype_compile_state_operators_and_gradients():
         (lambda: AttentionAwareRouter(D, E)(torch.zeros(3, D)), "context.attention must be a tensor or a callable"),
         (
             lambda: AttentionAwareRouter(D, E)(torch.zeros(3, D), RouterContext(attention=torch.zeros(1, 1, 4, 4))),
-            r"context.attention must have B \* N = T=3 tokens, got 1 \* 4",
+            r"context.attention must have B \* N = T=3 rows and B \* M = 3 columns, got \[1, 4, 4\]",
+        ),
+        (
+            lambda: router()(torch.zeros(6, D), RouterContext(mask=torch.ones(2, 3))),
+            "context.cu_seqlens must bound the 2 sequences of context.mask, got None",
+        ),
+        (
+            lambda: router()(
+                torch.zeros(12, D), RouterContext(cu_seqlens=TWO, state=router()(torch.zeros(3, D)).state)
+            ),
+            "context.state must have 2 sequences, got 1",
+        ),
+        (
+            lambda: mixing_statistics(
+                router()(torch.zeros(1, D), RouterContext(state=router()(torch.zeros(2, D)).state))
+            ),
+            "routing must be of a call without context.state, got 2 tokens before it",
         ),
     ],
 )

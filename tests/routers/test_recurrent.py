@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moert import GluExperts, MoELayer, RouterContext
-from moert.routers import RecurrentRouter, RecurrentState, follow
+from moert.routers import RecurrentRouter, RecurrentState, follow, load_balance_loss
 from moert.testing import OperatorsRan
 
 H, E, P = 10, 6, 8
@@ -78,6 +78,38 @@ def test_gradient_through_the_depth(detach):
     routings = run(routers, torch.randn(3, 5, H))
     (grad,) = torch.autograd.grad(routings[2].weights.square().sum(), routers[0].projection, allow_unused=True)
     assert grad is None if detach else grad.abs().sum() > 0
+
+
+def test_balance_over_all_layers():
+    """The release pools the tokens of all layers: what one layer prefers another may avoid."""
+    _, routers = stack(3)
+    routings = run(routers, torch.randn(3, 9, H))
+    s = torch.cat([r.logits.softmax(-1) for r in routings])
+    f = torch.bincount(torch.cat([r.ids.flatten() for r in routings]).long(), minlength=E) / 27
+    torch.testing.assert_close(load_balance_loss(routings), E * (f * s.mean(0)).sum())
+    own = sum(r.losses["balance"] for r in routings) / 3
+    torch.testing.assert_close(1e-3 * load_balance_loss(routings, pooled=False), own)
+
+
+def test_tokens_that_leave_take_their_state_along():
+    _, routers = stack()
+    x, kept = torch.randn(2, 9, H), torch.tensor([0, 3, 4, 8])
+    first = routers[0](x[0])
+    fewer = replace(first, state=first.state[kept])
+    whole, pruned = routers[1](x[1], follow(None, first)), routers[1](x[1, kept], follow(None, fewer))
+    torch.testing.assert_close(pruned.state, whole.state[kept], rtol=1e-6, atol=1e-6)
+
+
+def test_a_cell_per_layer_and_another_scorer():
+    class Cosine(RecurrentRouter):
+        def scores(self, h):
+            return nn.functional.normalize(h, dim=-1) @ nn.functional.normalize(self.weight, dim=-1).T
+
+    routers = [Cosine(H, E, 2, RecurrentState(P), first=i == 0) for i in range(2)]
+    assert routers[0].state is not routers[1].state
+    routings = run(routers, torch.randn(2, 4, H))
+    expected = nn.functional.cosine_similarity(routings[1].state[:, None], routers[1].weight[None], dim=-1)
+    torch.testing.assert_close(routings[1].logits, expected)
 
 
 def test_without_recurrent_weights_the_state_only_decays():

@@ -1,9 +1,19 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
-from moert.routers import given_context, recorded_routings, routers_in
+from moert.routers import (
+    RecurrentRouter,
+    RecurrentState,
+    SimilarityRouter,
+    continued_routers,
+    given_context,
+    linked_routers,
+    recorded_routings,
+    routers_in,
+)
 
 
 class Model(nn.Module):
@@ -63,6 +73,53 @@ def test_given_context_of_a_call():
     with given_context(model, {"two.router": to_the_middle}), recorded_routings(model) as calls:
         model(x)
     assert calls[1][1].ids.tolist() == [[1, 2]] * 5
+
+
+def test_linked_routers_hand_on_routings_in_every_forward():
+    model, x, states = Model(), torch.randn(5, 8), []
+
+    class Seeing(TopKRouter):
+        def forward(self, x, context=None):
+            states.append(context.previous)
+            return super().forward(x, context)
+
+    model.one.router, model.two.router = Seeing(8, 4, 2), Seeing(8, 4, 2)
+    with linked_routers(model), recorded_routings(model) as calls:
+        for _ in range(2):
+            model(x)
+    assert states[0] is None and states[2] is None
+    assert states[1] is calls[0][1] and states[3] is calls[2][1]
+
+
+def test_linked_routers_under_checkpointing():
+    """A layer that runs again has the state that it had."""
+    state = RecurrentState(6)
+    model = nn.ModuleList(
+        MoELayer(RecurrentRouter(8, 4, 2, state, first=i == 0), GluExperts(4, 8, 6)) for i in range(3)
+    )
+    for parameter in (*state.parameters(), *(p for layer in model for p in layer.router.parameters())):
+        nn.init.normal_(parameter, std=0.5)
+    x, wanted = torch.randn(7, 8), [*state.parameters(), *model.parameters()]
+
+    def grads(run):
+        y = x
+        with linked_routers(model):
+            for layer in model:
+                y = y + run(layer, y)
+            return torch.autograd.grad(y.square().sum(), wanted)
+
+    again = grads(lambda layer, y: checkpoint(layer, y, use_reentrant=False))
+    for plain, got in zip(grads(lambda layer, y: layer(y)), again, strict=True):
+        torch.testing.assert_close(got, plain)
+
+
+def test_continued_routers_hand_on_states():
+    layer, x = SimilarityRouter(8, 4, 2, causal=True), torch.randn(6, 8)
+    whole = layer(x)
+    for _ in range(2):  # what is inside begins anew each time
+        with continued_routers(layer):
+            steps = [layer(x[:4]), layer(x[4:5]), layer(x[5:])]
+        torch.testing.assert_close(torch.cat([step.logits for step in steps]), whole.logits)
 
 
 def test_errors():

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moert.experts.base import Experts
 from moert.routers.base import Router, RouterContext
@@ -17,6 +19,8 @@ class ChainMoELayer(nn.Module):
     residual "inner" adds x in every iteration, "outer" only the first x, once, after the last.  With a norm the input
     is the residual stream h, and layout says where the norm stands: "renorm" h <- h + moe(norm(h)) in each iteration,
     "released" loop(norm(h)), without h itself, "prenorm" h + loop(norm(h)) - norm(h).  A single router serves all.
+    subtract_input gives what there is to add to the input, for blocks that add it themselves.  checkpoint keeps the
+    activations of one iteration at a time for the backward pass, which computes the others again.
     """
 
     def __init__(
@@ -28,6 +32,8 @@ class ChainMoELayer(nn.Module):
         residual: str = "inner",
         norm: Callable[[Tensor], Tensor] | None = None,
         layout: str = "renorm",
+        subtract_input: bool = False,
+        checkpoint: bool = False,
     ):
         super().__init__()
         iterations = len(routers) if iterations is None else iterations
@@ -41,6 +47,7 @@ class ChainMoELayer(nn.Module):
             raise ValueError("layout must be released or prenorm for residual outer, got renorm")
         self.routers, self.experts, self.shared_experts = nn.ModuleList(routers), experts, shared_experts
         self.iterations, self.residual, self.norm, self.layout = iterations, residual, norm, layout
+        self.subtract_input, self.checkpoint = subtract_input, checkpoint
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Tensor:
         return self.forward_with_routing(x, context)[0]
@@ -51,13 +58,19 @@ class ChainMoELayer(nn.Module):
         renorm = self.norm is not None and self.layout == "renorm"
         start_TH = y_TH = h_TH if self.norm is None or renorm else self.norm(h_TH)
         for t in range(self.iterations):
-            moe_TH, routing = self._iteration(t, self.norm(y_TH) if renorm else y_TH, context)
+            step = (t, self.norm(y_TH) if renorm else y_TH, context)
+            again = self.checkpoint and torch.is_grad_enabled()
+            moe_TH, routing = (
+                checkpoint(self._iteration, *step, use_reentrant=False) if again else self._iteration(*step)
+            )
             y_TH = moe_TH + y_TH if self.residual == "inner" else moe_TH
             routings.append(routing)
         if self.residual == "outer":
             y_TH = y_TH + start_TH
         if self.norm is not None and self.layout == "prenorm":
             y_TH = h_TH + (y_TH - start_TH)
+        if self.subtract_input:
+            y_TH = y_TH - h_TH
         return y_TH.view(x.shape), routings
 
     def _iteration(self, t: int, x_TH: Tensor, context: RouterContext | None) -> tuple[Tensor, Routing]:

@@ -8,7 +8,7 @@ from moert.routers.depth import DepthRouter, TokenDepthRouter
 from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
 from moert.routers.frozen_random import FrozenRandomRouter
 from moert.routers.gating_residual import GatingResidualRouter
-from moert.routers.graph import AttentionAwareRouter, SimilarityRouter, mix_probs_with_attention
+from moert.routers.graph import AttentionAwareRouter, SimilarityRouter, mix_probs_with_attention, mixing_statistics
 from moert.routers.linear import LinearRouter
 from moert.routers.losses import (
     balance_terms,
@@ -23,7 +23,7 @@ from moert.routers.prototype import PrototypeRouter
 from moert.routers.recurrent import RecurrentRouter, RecurrentState, follow
 from moert.routers.relu_norm import ReLUNormRouter, activation_locality_loss, chunk_sparsity_loss
 from moert.routers.topk import TopKRouter
-from moert.routers.within import given_context, recorded_routings, routers_in
+from moert.routers.within import continued_routers, given_context, linked_routers, recorded_routings, routers_in
 
 __all__ = [
     "AttentionAwareRouter",
@@ -48,11 +48,14 @@ __all__ = [
     "activation_locality_loss",
     "balance_terms",
     "chunk_sparsity_loss",
+    "continued_routers",
     "expert_load",
     "follow",
     "given_context",
+    "linked_routers",
     "load_balance_loss",
     "mix_probs_with_attention",
+    "mixing_statistics",
     "recorded_routings",
     "router_z_loss",
     "routers_in",

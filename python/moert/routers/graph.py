@@ -3,7 +3,7 @@
 Letters: N tokens of one sequence, D hidden, h heads.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,50 @@ from torch import Tensor, nn
 from moert.ops.gating import topk_gating
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter
-from moert.routers.losses import balance_terms
+from moert.routers.losses import load_balance_loss
 from moert.types import Routing
 
 ROWS = 512  # of the similarity matrix at a time
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of B sequences so far: p [T, E]; where they are compared, their rows x [T, D]; mask [T] or None.
+
+    Sequence b owns rows ends[b] .. ends[b + 1] - 1.  As Routing.state and context.state it is the routing cache of a
+    causal model's decode: the tokens of a call come after those of its state, sequence by sequence.
+    """
+
+    p: Tensor
+    ends: tuple[int, ...]
+    x: Tensor | None = None
+    mask: Tensor | None = None
+
+    def parts(self) -> list[slice]:
+        return [slice(first, last) for first, last in zip(self.ends, self.ends[1:], strict=False)]
+
+    def followed_by(self, other: "Tokens") -> "Tokens":
+        mine, theirs = self.parts(), other.parts()
+        if len(mine) != len(theirs):
+            raise ValueError(f"context.state must have {len(theirs)} sequences, got {len(mine)}")
+
+        def join(before: Tensor, after: Tensor) -> Tensor:
+            return torch.cat([part for a, b in zip(mine, theirs, strict=True) for part in (before[a], after[b])])
+
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            mask = join(
+                *(t.p.new_ones(len(t.p), dtype=torch.bool) if t.mask is None else t.mask for t in (self, other))
+            )
+        ends = tuple(a + b for a, b in zip(self.ends, other.ends, strict=True))
+        return Tokens(join(self.p, other.p), ends, None if self.x is None else join(self.x, other.x), mask)
+
+
 class MixedRouter(LinearRouter):
     """p = softmax(W x + b), r = S p with S row-stochastic within a sequence, then the k best experts by r.
 
-    Routing.logits are log r; state is p [T, E], which a causal model's decode keeps (see SimilarityRouter).
+    Routing.logits are log r, and routing.state the Tokens with their p, to be the context.state of the tokens that
+    follow (continued_routers does it inside a model).
     """
 
     def __init__(
@@ -49,14 +83,13 @@ class MixedRouter(LinearRouter):
     def probabilities(self, x: Tensor, context: RouterContext) -> Tensor:
         return (self.logits(x, context) + self.bias).softmax(-1)
 
-    def chosen(self, p_TE: Tensor, r_TE: Tensor, context: RouterContext) -> Routing:
-        """Softmax of log r is r, so the gating operator takes them as they are."""
+    def chosen(self, r_TE: Tensor, tokens: Tokens, context: RouterContext) -> Routing:
+        """Softmax of log r is r, so the gating operator and the loss take them as they are."""
         logits = r_TE.clamp_min(torch.finfo(r_TE.dtype).tiny).log()
         weights, ids = topk_gating(logits, self.k, "softmax", renormalize=self.renorm)
-        routing = Routing(ids, weights, self.num_experts, logits, state=p_TE)
+        routing = Routing(ids, weights, self.num_experts, logits, state=tokens)
         if self.training and self.balance_coef:
-            load, mean, _ = balance_terms(routing, r_TE, context.mask)
-            routing = replace(routing, losses={"balance": self.balance_coef * self.num_experts * (load * mean).sum()})
+            routing = replace(routing, losses={"balance": self.balance_coef * load_balance_loss(routing, context.mask)})
         return routing
 
 
@@ -65,7 +98,6 @@ class SimilarityRouter(MixedRouter):
 
     sim "bilinear": u_i W_s u_j / sqrt(D), W_s starts as the identity, tau 1; "cosine": without parameters, tau 0.3.
     causal: only tokens before count, and the token itself.  Tokens outside context.mask are nobody's neighbours.
-    At decode context.state holds (past x, past p) of one sequence, and routing.state the p to append.
     """
 
     def __init__(
@@ -95,20 +127,19 @@ class SimilarityRouter(MixedRouter):
         u_TD = x.to(p_TE.dtype)
         if self.sim == "cosine":
             u_TD = F.normalize(u_TD, dim=-1)
-        if context.state is not None:
-            past_x, past_p = context.state
-            keys = past_x.to(p_TE.dtype) if self.sim == "bilinear" else F.normalize(past_x.to(p_TE.dtype), dim=-1)
-            first = len(past_x)
-            r_TE = self._mix(u_TD, torch.cat([keys, u_TD]), torch.cat([past_p, p_TE]), None, first)
-            return self.chosen(p_TE, r_TE, context)
-        ends = [0, len(x)] if context.cu_seqlens is None else context.cu_seqlens.tolist()
-        mask = None if context.mask is None else context.mask.reshape(-1).bool()
-        parts = [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
-        mixed = [self._mix(u_TD[s], u_TD[s], p_TE[s], None if mask is None else mask[s], 0) for s in parts]
-        return self.chosen(p_TE, torch.cat(mixed) if mixed else p_TE, context)
+        new = Tokens(
+            p_TE, _ends(context, len(x)), u_TD, None if context.mask is None else context.mask.reshape(-1).bool()
+        )
+        keys = _after(context, new)
+        mixed = []
+        for own, all_of_it in zip(new.parts(), keys.parts(), strict=True):
+            mask = None if keys.mask is None else keys.mask[all_of_it]
+            mixed.append(self._mix(u_TD[own], keys.x[all_of_it], keys.p[all_of_it], mask))
+        return self.chosen(torch.cat(mixed) if mixed else p_TE, keys, context)
 
-    def _mix(self, u: Tensor, keys: Tensor, p: Tensor, mask: Tensor | None, first: int) -> Tensor:
-        """r of the tokens u, which stand at first, first + 1, … among the keys."""
+    def _mix(self, u: Tensor, keys: Tensor, p: Tensor, mask: Tensor | None) -> Tensor:
+        """r of the tokens u, which are the last of the keys."""
+        first = len(keys) - len(u)
         if self.similarity is not None:
             keys = keys @ self.similarity.to(u.dtype).T / self.hidden**0.5
         out = []
@@ -125,11 +156,28 @@ class SimilarityRouter(MixedRouter):
         return torch.cat(out) if out else p[:0]
 
 
+def _after(context: RouterContext, tokens: Tokens) -> Tokens:
+    return tokens if context.state is None else context.state.followed_by(tokens)
+
+
+def _ends(context: RouterContext, T: int) -> tuple[int, ...]:
+    """Where the sequences of a call of T tokens begin and end."""
+    if context.cu_seqlens is not None:
+        return tuple(context.cu_seqlens.tolist())
+    if context.mask is not None and context.mask.dim() == 2 and len(context.mask) > 1:
+        raise ValueError(
+            f"context.cu_seqlens must bound the {len(context.mask)} sequences of context.mask, got None: tokens would "
+            "be mixed across them"
+        )
+    return (0, T)
+
+
 class AttentionAwareRouter(MixedRouter):
     """S = the attention before this block, averaged over its heads, or (head_mix "learned") with simplex weights.
 
-    context.attention is A [B, h, N, N], after its softmax and before any dropout (rows are renormalised), or a callable
-    p [T, E] -> S p such as mix_probs_with_attention makes.  A row that attends to nothing keeps its p.
+    context.attention is A [B, h, N, M], after its softmax and before any dropout (rows are renormalised), or a callable
+    p [T, E] -> S p such as mix_probs_with_attention makes.  At decode M counts the tokens of context.state as well, and
+    a callable is given the p of all of them.  A row that attends to nothing keeps its p.
     """
 
     def __init__(
@@ -156,27 +204,48 @@ class AttentionAwareRouter(MixedRouter):
         if attention is None:
             raise ValueError("context.attention must be a tensor or a callable, got None")
         if callable(attention):
-            return self.chosen(p_TE, attention(p_TE), context)
-        B, _, N, _ = attention.shape
-        if len(x) != B * N:
-            raise ValueError(f"context.attention must have B * N = T={len(x)} tokens, got {B} * {N}")
+            ends = (0, len(x)) if context.cu_seqlens is None else tuple(context.cu_seqlens.tolist())
+            tokens = _after(context, Tokens(p_TE, ends))
+            return self.chosen(attention(tokens.p), tokens, context)
+        B, _, N, M = attention.shape
+        tokens = _after(context, Tokens(p_TE, tuple(b * len(x) // B for b in range(B + 1))))
+        if (len(x), len(tokens.p)) != (B * N, B * M):
+            want = f"B * N = T={len(x)} rows and B * M = {len(tokens.p)} columns"
+            raise ValueError(f"context.attention must have {want}, got [{B}, {N}, {M}]")
         A = attention.to(p_TE.dtype)
         S = A.mean(1) if self.heads is None else torch.einsum("bhij,h->bij", A, self.heads.to(A.dtype).softmax(0))
         whole = S.sum(-1, keepdim=True)
-        p_BNE = p_TE.view(B, N, -1)
-        r_BNE = torch.where(whole > 0, S @ p_BNE / torch.where(whole > 0, whole, 1), p_BNE)
-        return self.chosen(p_TE, r_BNE.flatten(0, 1), context)
+        mixed = S @ tokens.p.view(B, M, -1) / torch.where(whole > 0, whole, 1)
+        r_BNE = torch.where(whole > 0, mixed, p_TE.view(B, N, -1))
+        return self.chosen(r_BNE.flatten(0, 1), tokens, context)
 
 
 def mix_probs_with_attention(q: Tensor, k: Tensor, probs: Tensor, causal: bool) -> Tensor:
     """Mean over heads of softmax(q k / sqrt(d)) probs, without a matrix [N, N].
 
-    q, k [B, h, N, d], probs [B*N, E] -> [B*N, E] in the dtype of probs: attention whose values are the probabilities.
+    q [B, h, N, d], k [B, h, M, d], probs [B*M, E] -> [B*N, E] in the dtype of probs: attention whose values are the
+    probabilities.  At decode the N queries are the last of M tokens.
     """
     B, h, N, d = q.shape
-    E = probs.shape[-1]
-    values = probs.view(B, 1, N, E).expand(-1, h, -1, -1)
+    M, E = k.shape[2], probs.shape[-1]
+    values = probs.view(B, 1, M, E).expand(-1, h, -1, -1)
     # Kernels without the matrix want one width: zeros change neither the products nor the first E columns.
     parts = (F.pad(t.to(probs.dtype), (0, max(d, E) - t.shape[-1])) for t in (q, k, values))
-    mixed = F.scaled_dot_product_attention(*parts, is_causal=causal, scale=d**-0.5)
+    seen = torch.ones(N, M, dtype=torch.bool, device=q.device).tril(M - N) if causal and N < M else None
+    mixed = F.scaled_dot_product_attention(*parts, seen, is_causal=causal and N == M, scale=d**-0.5)
     return mixed.mean(1).flatten(0, 1)[:, :E]
+
+
+def mixing_statistics(routing: Routing) -> dict[str, Tensor]:
+    """What mixing did to the tokens of a call: mean entropy of p and of r, and the share whose best expert changed."""
+    tokens: Tokens = routing.state
+    r_TE = routing.logits.softmax(-1)
+    before = tokens.ends[-1] - len(r_TE)
+    if before:
+        raise ValueError(f"routing must be of a call without context.state, got {before} tokens before it")
+
+    def entropy(q: Tensor) -> Tensor:
+        return torch.special.entr(q).sum(-1).mean()
+
+    flips = (r_TE.argmax(-1) != tokens.p.argmax(-1)).float().mean()
+    return {"entropy p": entropy(tokens.p), "entropy r": entropy(r_TE), "flips": flips}

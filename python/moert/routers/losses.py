@@ -23,13 +23,16 @@ def expert_load(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return bins.scatter_add(0, torch.where(kept, ids, E).flatten(), torch.ones_like(ids).flatten())[:E]
 
 
-def load_balance_loss(routing: Routing | Sequence[Routing], mask: Tensor | None = None) -> Tensor:
+def load_balance_loss(routing: Routing | Sequence[Routing], mask: Tensor | None = None, pooled: bool = True) -> Tensor:
     """E * sum over e of f_e * P_e, the balance loss of GShard and Switch (arXiv:2006.16668, 2101.03961).
 
     f_e is the number of choices of expert e per token, P_e the mean softmax probability; k where the load is even.
-    Several routings (layers) are pooled, as in transformers.  Tokens where mask [T] is False do not count.
+    The tokens of several routings (layers) are pooled, as in transformers and RMoE's release, so that one layer may
+    make up for another; not pooled, it is the mean of their losses.  Tokens where mask [T] is False do not count.
     """
     routings = [routing] if isinstance(routing, Routing) else list(routing)
+    if not pooled:
+        return sum(load_balance_loss(each, mask) for each in routings) / len(routings)
     terms = [balance_terms(each, _logits(each).softmax(-1), mask) for each in routings]
     tokens = sum(count for _, _, count in terms).clamp_min(1)
     load = sum(load * count for load, _, count in terms) / tokens

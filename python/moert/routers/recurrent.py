@@ -47,7 +47,7 @@ class RecurrentRouter(Router):
     It reads context.previous.state, zeros where there is none, and returns Routing.state; follow gives the next layer's
     context.  The cell belongs to the model: the router refers to it without registering it.  first=True says that no
     layer is before this one, so that a state left over from another forward is an error.
-    losses["balance"] is balance_coef times the Switch loss of this layer.
+    losses["balance"] is balance_coef times the Switch loss of this layer (load_balance_loss has that of all together).
     """
 
     def __init__(
@@ -88,13 +88,16 @@ class RecurrentRouter(Router):
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             h_Tp = self.state(F.linear(x.to(wide), self.projection.to(wide)), self._before(x, context, wide))
-            logits_TE = F.linear(h_Tp, self.weight.to(wide))
-        logits_TE = self.biased(logits_TE, context)
+            logits_TE = self.biased(self.scores(h_Tp), context)
         weights, ids = topk_gating(logits_TE, self.k, "softmax", renormalize=self.renorm)
         routing = Routing(ids, weights, self.num_experts, logits_TE, state=h_Tp)
         if self.training and self.balance_coef:
             routing = replace(routing, losses={"balance": self.balance_coef * load_balance_loss(routing, context.mask)})
         return routing
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Logits [T, E] of the states [T, p]: G h, in the dtype of h.  A subclass may score otherwise."""
+        return F.linear(h, self.weight.to(h.dtype))
 
     def _before(self, x: Tensor, context: RouterContext, dtype: torch.dtype) -> Tensor:
         before = None if context.previous is None else context.previous.state

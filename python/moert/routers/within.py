@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -54,12 +55,51 @@ def _merged(given: RouterContext, passed: RouterContext) -> RouterContext:
 def recorded_routings(model: nn.Module) -> Iterator[list[tuple[str, Routing]]]:
     """The list that is yielded gets (name of the router, its routing) at each of the model's routers' calls."""
     calls: list[tuple[str, Routing]] = []
+    with _each_routing(model, lambda name, routing: calls.append((name, routing))):
+        yield calls
+
+
+@contextmanager
+def _each_routing(model: nn.Module, note: Callable[[str, Routing], None]) -> Iterator[None]:
     handles = [
-        router.register_forward_hook(lambda _, args, routing, name=name: calls.append((name, routing)))
+        router.register_forward_hook(lambda _, args, routing, name=name: note(name, routing))
         for name, router in routers_in(model).items()
     ]
     try:
-        yield calls
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def linked_routers(model: nn.Module) -> Iterator[None]:
+    """Inside, each router is given as context.previous the routing of the router before it; the first is given none.
+
+    For what goes from layer to layer (RecurrentRouter, GatingResidualRouter).  Before is before among the modules of
+    the model, so every forward begins anew, and a layer that is checkpointed is given the same when it runs again.
+    """
+    latest: dict[str, Routing] = {}
+
+    def after(before: str | None) -> Given:
+        return lambda x: RouterContext(previous=latest.get(before))
+
+    contexts = {name: after(before) for before, name in pairwise([None, *routers_in(model)])}
+    with given_context(model, contexts), _each_routing(model, latest.__setitem__):
+        yield
+
+
+@contextmanager
+def continued_routers(model: nn.Module) -> Iterator[None]:
+    """Inside, each router is given as context.state what it returned as its state at its last call.
+
+    For decoding one batch, from its prompt on, beside a key-value cache (SimilarityRouter, AttentionAwareRouter).
+    """
+    latest: dict[str, Routing] = {}
+
+    def own(name: str) -> Given:
+        return lambda x: RouterContext(state=latest[name].state if name in latest else None)
+
+    contexts = {name: own(name) for name in routers_in(model)}
+    with given_context(model, contexts), _each_routing(model, latest.__setitem__):
+        yield
