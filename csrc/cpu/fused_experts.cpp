@@ -11,10 +11,11 @@ namespace {
 template <typename A>
 void forward(const RoutedRows& tokens, const ExpertWeights& w, int64_t threads, void* y, void* h) {
   const Plan<A> plan(tokens, w.E, threads);
-  const Memory<A> act = allocate<A>(plan.slots_used() * w.I);
+  const DType between = between_gemms(tokens.x.dtype);
+  const Memory<char> act = allocate<char>(plan.slots_used() * w.I * size_of(between));
   const FirstGemm<A> first(tokens, w, plan, threads, act.get(), h);
   const CombinedRows<A> second(plan, w.H, threads);
-  const Rows rows{act.get(), DTypeOf<A>::value, w.I};
+  const Rows rows{act.get(), between, w.I};
   if (h) {
     const int64_t row = (is_gated(w.activation.act) ? 2 : 1) * w.I * size_of(tokens.x.dtype);
     const int64_t rows = tokens.T * tokens.k, used = plan.slots_used();

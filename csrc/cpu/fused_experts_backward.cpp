@@ -17,6 +17,7 @@ struct Backward {
   int64_t threads;
   const GemmKernels& kernels;
   Plan<A> plan;
+  DType between;
   bool gated, scale_output;
   int64_t slots, h_width;
   Rows dy_slots, x_slots;  // [slots, H]
@@ -30,6 +31,7 @@ struct Backward {
         threads(threads),
         kernels(gemm_kernels()),
         plan(tokens, w.E, threads),
+        between(between_gemms(tokens.x.dtype)),
         gated(is_gated(w.activation.act)),
         scale_output(w.scale_on == ScaleOn::output),
         slots(plan.slots_used()),
@@ -38,7 +40,7 @@ struct Backward {
         x_slots(gathered(tokens.x, plan)) {}
 
   // dh [slots, 2I]; act [slots, I] (or null) = w act; sums [tiles of I, slots] = parts of <g, act>.
-  void activation_backward(Team& team, const std::vector<TileTask>& tasks, const void* h, A* dh, A* act,
+  void activation_backward(Team& team, const std::vector<TileTask>& tasks, const void* h, void* dh, void* act,
                            A* sums) const {
     team.for_each(int64_t(tasks.size()), [&](int64_t i) {
       const TileTask& task = tasks[i];
@@ -52,12 +54,12 @@ struct Backward {
       };
       load_half(0, memory.c0);
       if (gated) load_half(w.I, memory.c1);
-      A* dgate = dh + task.row * h_width + task.n;
-      kernels.activate_backward(
-          {task.M, task.N, w.activation, memory.c0, memory.c1, memory.c2,
-           scale_output ? plan.scale.get() + task.row : nullptr, dgate, dgate + w.I, h_width,
-           act ? act + task.row * w.I + task.n : nullptr, w.I, sums + task.n / kTileColumns * slots + task.row},
-          sizeof(A) == 8);
+      const auto part = [&](void* p, int64_t skip) { return const_cast<char*>(at(p, between, skip)); };
+      const int64_t first = task.row * h_width + task.n;
+      kernels.activate_backward({task.M, task.N, w.activation, memory.c0, memory.c1, memory.c2,
+                                 scale_output ? plan.scale.get() + task.row : nullptr, between, part(dh, first),
+                                 part(dh, first + w.I), h_width, act ? part(act, task.row * w.I + task.n) : nullptr,
+                                 w.I, sums + task.n / kTileColumns * slots + task.row});
     });
   }
 
@@ -134,9 +136,16 @@ struct Backward {
     });
   }
 
-  void scale_rows(Team& team, A* dh) const {
+  void scale_rows(Team& team, const Rows& dh) const {
     team.for_each(slots, [&](int64_t s) {
-      for (int64_t c = 0; c < h_width; ++c) dh[s * h_width + c] *= plan.scale[s];
+      A* row = tile_memory<A>().row0;
+      for (int64_t n = 0; n < h_width; n += kTileColumns) {
+        const int64_t N = std::min(kTileColumns, h_width - n);
+        const TileMatrix part = tile_of(dh, s, n);
+        kernels.widen(part, 1, N, row, 0);
+        kernels.store(
+            {1, N, row, nullptr, plan.scale.get() + s, ScaleOn::output, const_cast<void*>(part.data), between, 0, 1});
+      }
     });
   }
 
@@ -149,13 +158,14 @@ struct Backward {
     const Memory<char> recomputed = saved ? nullptr : allocate<char>(slots * h_width * size_of(tokens.x.dtype));
     const FirstGemm<A> first(tokens, w, plan, threads, nullptr, recomputed.get());
     const int64_t tiles = (w.I + kTileColumns - 1) / kTileColumns;
-    const Memory<A> dh = allocate<A>(slots * h_width), sums = allocate<A>(tiles * slots);
-    const Memory<A> act = gradients.ddown.data ? allocate<A>(slots * w.I) : nullptr;
-    const Rows dgate{dh.get(), DTypeOf<A>::value, h_width}, dup{dh.get() + w.I, DTypeOf<A>::value, h_width};
+    const Memory<A> sums = allocate<A>(tiles * slots);
+    const Memory<char> dh = allocate<char>(slots * h_width * size_of(between));
+    const Memory<char> act = gradients.ddown.data ? allocate<char>(slots * w.I * size_of(between)) : nullptr;
+    const Rows dgate{dh.get(), between, h_width}, dup{at(dh.get(), between, w.I), between, h_width};
     const auto h_tasks = tile_tasks(plan.offsets.get(), w.E, 0, w.I, kTileColumns, 1);
     const bool row_weights = gradients.dweights && !scale_output;
     const CombinedRows<A> rows(plan, gradients.dx || row_weights ? w.H : 0, threads, row_weights);
-    const auto ddown = weight_gradient(w.H, w.I, dy_slots, {act.get(), DTypeOf<A>::value, w.I}, gradients.ddown);
+    const auto ddown = weight_gradient(w.H, w.I, dy_slots, {act.get(), between, w.I}, gradients.ddown);
     const auto dgate_weight = weight_gradient(w.I, w.H, dgate, x_slots, gradients.dgate);
     const auto dup_weight = weight_gradient(w.I, w.H, dup, x_slots, gradients.dup);
 
@@ -173,7 +183,7 @@ struct Backward {
                  return nullptr;
                });
       if (row_weights) input_weight_gradient(team, rows.rows.get());
-      if (!scale_output) scale_rows(team, dh.get());
+      if (!scale_output) scale_rows(team, dgate);
       dgate_weight.run(team);
       dup_weight.run(team);
     });

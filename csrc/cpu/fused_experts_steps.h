@@ -58,19 +58,18 @@ const A* vector_of(const ExpertVector& v, int64_t stride, const TileTask& task, 
   return row;
 }
 
-// The first GEMM: act [slots, I] (may be null) = activation of the pre-activations; h (may be null) [slots, 2I] = the
-// pre-activations, gate then up.
+// The first GEMM: act [slots, I] (may be null), of between_gemms() = activation of the pre-activations; h (may be null)
+// [slots, 2I] = the pre-activations, gate then up.
 template <typename A>
 struct FirstGemm {
   const ExpertWeights& w;
   const Plan<A>& plan;
   Rows x;  // [slots, H]
-  A* act;
-  void* h;
+  void *act, *h;
   bool gated;
   std::vector<TileTask> tasks;
 
-  FirstGemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>& plan, int64_t threads, A* act, void* h)
+  FirstGemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>& plan, int64_t threads, void* act, void* h)
       : w(w),
         plan(plan),
         x(gathered(tokens.x, plan)),
@@ -90,9 +89,10 @@ struct FirstGemm {
     gemm_kernels().gemm(tile);
     finish(task, w.gate_bias, memory.c0, 0, memory);
     if (gated) finish(task, w.up_bias, memory.c1, w.I, memory);
-    if (act)
-      gemm_kernels().activate({task.M, task.N, w.activation, memory.c0, memory.c1, act + task.row * w.I + task.n, w.I},
-                              sizeof(A) == 8);
+    if (!act) return;
+    const DType between = between_gemms(x.dtype);
+    void* out = const_cast<char*>(at(act, between, task.row * w.I + task.n));
+    gemm_kernels().activate({task.M, task.N, w.activation, memory.c0, memory.c1, out, between, w.I});
   }
 
   // Scale and bias of a half, which begins at `column` of h; and its copy in h.

@@ -3,8 +3,19 @@
 
 namespace moert::cpu {
 
+#if defined(__x86_64__)
+static GemmKernels pair_kernels() {
+  GemmKernels kernels = avx512::gemm_kernels;
+  kernels.gemm = avx512_bf16::gemm;
+  kernels.multiplies_bf16 = true;
+  return kernels;
+}
+#endif
+
 const GemmKernels& gemm_kernels() {
 #if defined(__x86_64__)
+  static const GemmKernels pairs = pair_kernels();
+  if (isa() >= Isa::avx512_bf16) return pairs;
   if (isa() >= Isa::avx512) return avx512::gemm_kernels;
   if (isa() >= Isa::avx2) return avx2::gemm_kernels;
 #endif

@@ -1,11 +1,12 @@
 // Products of few rows with weights that lie along K: no packing; each weight row is read once, in dot products with
-// all the rows.  A register block is kDotM rows by kDotN weight rows.
+// all the rows.  A register block is kDotM rows by kDotN weight rows.  E is what the rows of x are laid out as: values,
+// or pairs where the weights are multiplied as they are.
 //
 // Per vector along K a block of 6 x 4 loads 10 vectors for 24 multiply-adds, so even the CPUs with one 512-bit load a
 // cycle stay at their multiply-adds; the sums over lanes cost about 4 instructions a result, once in kDotK elements.
 #pragma once
 
-#include "cpu/gemm_epilogue.h"
+#include "cpu/gemm_pairs.h"
 
 namespace moert::cpu {
 namespace {
@@ -31,7 +32,7 @@ struct Raw {
 };
 template <>
 struct Raw<bf16> {
-  Vec<uint32_t> pairs;
+  Vec<Pair> pairs;
 };
 
 template <typename T>
@@ -53,31 +54,34 @@ MOERT_INLINE Raw<T> load_raw_first(const T* p, int64_t n) {
   return load_raw(part);
 }
 
-// Vector v of a step: of bfloat16 the elements at even places, then those at odd ones; one instruction each.
-template <typename T>
-MOERT_INLINE Vec<Acc<T>> values(const Raw<T>& raw, int v) {
-  if constexpr (std::is_same_v<T, bf16>)
+// Vector v of a step: pairs as they are; of bfloat16 the elements at even places, then those at odd ones, one
+// instruction each.
+template <typename E, typename T>
+MOERT_INLINE Vec<E> operands(const Raw<T>& raw, int v) {
+  if constexpr (std::is_same_v<E, Pair>)
+    return raw.pairs;
+  else if constexpr (std::is_same_v<T, bf16>)
     return bit_cast_vector<VecF>(v ? raw.pairs & 0xffff0000u : raw.pairs << 16);
   else
     return raw.values;
 }
 
 // c[m, n] (+)= dot products of M rows of x, as lay_out_rows leaves them, with N weight rows.
-template <typename T, int M, int N>
-MOERT_INLINE void dot_block(const Acc<T>* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
+template <typename E, typename T, int M, int N>
+MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
   using A = Acc<T>;
   Vec<A> sums[M][N] = {};
   const auto step = [&](const Raw<T>* w, int64_t k) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kDotStep<T> / kLanes<A>; ++v) {
-      Vec<A> y[N];
+    for (int v = 0; v < kDotStep<T> / kDepth<E> / kLanes<E>; ++v) {
+      Vec<E> y[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) y[n] = values(w[n], v);
+      for (int n = 0; n < N; ++n) y[n] = operands<E>(w[n], v);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const Vec<A> row = load(x + m * kDotPitch + k + v * kLanes<A>);
+        const Vec<E> row = load(x + m * kDotPitch + k / kDepth<E> + v * kLanes<E>);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[m][n] += row * y[n];
+        for (int n = 0; n < N; ++n) sums[m][n] = multiply_add(sums[m][n], row, y[n]);
       }
     }
   };
@@ -104,29 +108,27 @@ MOERT_INLINE void dot_block(const Acc<T>* x, const T* b, int64_t b_stride, int64
   }
 }
 
-template <typename T>
-using DotBlock = void (*)(const Acc<T>*, const T*, int64_t, int64_t, Acc<T>*, bool);
+template <typename E, typename T>
+using DotBlock = void (*)(const E*, const T*, int64_t, int64_t, Acc<T>*, bool);
 
-template <typename T, int M, int N>
-void dot_block_of(const Acc<T>* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
-  dot_block<T, M, N>(x, b, b_stride, K, c, accumulate);
+template <typename E, typename T, int M, int N>
+void dot_block_of(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
+  dot_block<E, T, M, N>(x, b, b_stride, K, c, accumulate);
 }
 
-template <typename T, int N, int... M>
-DotBlock<T> dot_block_for(int64_t m, std::integer_sequence<int, M...>) {
-  static constexpr DotBlock<T> table[] = {dot_block_of<T, M + 1, N>...};
+template <typename E, typename T, int N, int... M>
+DotBlock<E, T> dot_block_for(int64_t m, std::integer_sequence<int, M...>) {
+  static constexpr DotBlock<E, T> table[] = {dot_block_of<E, T, M + 1, N>...};
   return table[m - 1];
 }
 
-// Rows of x as values, zeros up to a whole step; the order within a step is that of values().
+// Rows of x, zeros up to a whole step; the order within a step is that of operands().
 template <typename T>
-void lay_out_rows(const GemmTile& t, int64_t k, int64_t K, Acc<T>* x) {
+void lay_out_rows(const TileMatrix& a, int64_t M, int64_t K, Acc<T>* x) {
   using A = Acc<T>;
   constexpr int64_t kStep = kDotStep<T>;
-  TileMatrix a = t.a.matrix;
-  a.data = static_cast<const char*>(a.data) + k * a.col_stride * size_of(a.dtype);
-  widen(a, t.M, K, x, kDotPitch);
-  for (int64_t m = 0; m < t.M; ++m) {
+  widen(a, M, K, x, kDotPitch);
+  for (int64_t m = 0; m < M; ++m) {
     A* row = x + m * kDotPitch;
     for (int64_t i = K; i % kStep; ++i) row[i] = 0;
     if constexpr (std::is_same_v<T, bf16>)
@@ -139,19 +141,24 @@ void lay_out_rows(const GemmTile& t, int64_t k, int64_t K, Acc<T>* x) {
   }
 }
 
+template <typename T>
+void lay_out_rows(const TileMatrix& a, int64_t M, int64_t K, Pair* x) {
+  copy_pairs(a, M, K, kDotStep<T>, x, kDotPitch);
+}
+
 // N columns of one K block for all rows, which are divided into equal blocks.
-template <typename T, int N>
-void dot_columns(int64_t rows, const Acc<T>* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
+template <typename E, typename T, int N>
+void dot_columns(int64_t rows, const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
   const int64_t blocks = (rows + kDotM - 1) / kDotM;
   for (int64_t i = 0, m = 0, M; i < blocks; ++i, m += M) {
     M = (rows - m + blocks - i - 1) / (blocks - i);
-    dot_block_for<T, N>(M, std::make_integer_sequence<int, kDotM>{})(x + m * kDotPitch, b, b_stride, K,
-                                                                     c + m * kTileColumns, accumulate);
+    dot_block_for<E, T, N>(M, std::make_integer_sequence<int, kDotM>{})(x + m * kDotPitch, b, b_stride, K,
+                                                                        c + m * kTileColumns, accumulate);
   }
 }
 
-template <typename T>
-void dot_all_columns(const GemmTile& t, const Acc<T>* x, const TileMatrix& weights, int64_t k, int64_t K, void* out,
+template <typename E, typename T>
+void dot_all_columns(const GemmTile& t, const E* x, const TileMatrix& weights, int64_t k, int64_t K, void* out,
                      bool accumulate) {
   const int64_t M = t.M, stride = weights.row_stride;
   const T* b = static_cast<const T*>(weights.data) + k;
@@ -159,26 +166,29 @@ void dot_all_columns(const GemmTile& t, const Acc<T>* x, const TileMatrix& weigh
   int64_t n = 0;
   for (; n + 4 <= t.N; n += 4) {
     if (kDotN == 4 || M <= 2) {
-      dot_columns<T, 4>(M, x, b + n * stride, stride, K, c + n, accumulate);
+      dot_columns<E, T, 4>(M, x, b + n * stride, stride, K, c + n, accumulate);
     } else {
-      dot_columns<T, 2>(M, x, b + n * stride, stride, K, c + n, accumulate);
-      dot_columns<T, 2>(M, x, b + (n + 2) * stride, stride, K, c + n + 2, accumulate);
+      dot_columns<E, T, 2>(M, x, b + n * stride, stride, K, c + n, accumulate);
+      dot_columns<E, T, 2>(M, x, b + (n + 2) * stride, stride, K, c + n + 2, accumulate);
     }
   }
-  for (; n < t.N; ++n) dot_columns<T, 1>(M, x, b + n * stride, stride, K, c + n, accumulate);
+  for (; n < t.N; ++n) dot_columns<E, T, 1>(M, x, b + n * stride, stride, K, c + n, accumulate);
 }
 
-template <typename T>
+template <typename E, typename T>
 void gemm_dots(const GemmTile& t) {
-  Acc<T>* x = static_cast<Acc<T>*>(t.scratch);
+  E* x = static_cast<E*>(t.scratch);
+  constexpr int64_t kBlock = kDepth<E> * kDotK;
   // Equal K blocks of whole steps: how they are cut depends on K alone.
-  const int64_t blocks = (t.K + kDotK - 1) / kDotK;
+  const int64_t blocks = (t.K + kBlock - 1) / kBlock;
   const int64_t block = blocks ? ((t.K + blocks - 1) / blocks + 63) / 64 * 64 : 1;
   for (int64_t k = 0; k < t.K || k == 0; k += block) {
     const int64_t K = t.K - k < block ? t.K - k : block;
-    lay_out_rows<T>(t, k, K, x);
-    dot_all_columns<T>(t, x, t.b.matrix, k, K, t.c, t.accumulate || k > 0);
-    if (t.c2) dot_all_columns<T>(t, x, t.b2.matrix, k, K, t.c2, t.accumulate || k > 0);
+    TileMatrix a = t.a.matrix;
+    a.data = static_cast<const char*>(a.data) + k * a.col_stride * size_of(a.dtype);
+    lay_out_rows<T>(a, t.M, K, x);
+    dot_all_columns<E, T>(t, x, t.b.matrix, k, K, t.c, t.accumulate || k > 0);
+    if (t.c2) dot_all_columns<E, T>(t, x, t.b2.matrix, k, K, t.c2, t.accumulate || k > 0);
   }
 }
 

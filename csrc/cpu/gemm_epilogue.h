@@ -75,34 +75,46 @@ void widen(const TileMatrix& in, int64_t M, int64_t N, void* out, int64_t out_st
   });
 }
 
-template <typename A, Act act>
+// f(T{}) for the types that the GEMMs pass on.
+template <typename F>
+MOERT_INLINE void with_between(DType dtype, const F& f) {
+  if (dtype == DType::f64) return f(double{});
+#if defined(__AVX512F__)  // what AVX512-BF16 has its epilogues from
+  if (dtype == DType::bf16) return f(bf16{});
+#endif
+  f(float{});
+}
+
+template <typename T, Act act>
 void activate_rows(const ActivateTile& t) {
+  using A = Acc<T>;
   const A alpha = A(t.activation.alpha), limit = A(t.activation.limit);
   for (int64_t m = 0; m < t.M; ++m) {
     const A *gate = static_cast<const A*>(t.gate) + m * kTileColumns,
             *up = is_gated(act) ? static_cast<const A*>(t.up) + m * kTileColumns : gate;
-    A* out = static_cast<A*>(t.out) + m * t.out_stride;
+    T* out = static_cast<T*>(t.out) + m * t.out_stride;
     for_vectors<A>(t.N, [&](int64_t n, auto count) {
       store(out + n, activate<act>(load(gate + n, count), load(up + n, count), alpha, limit), count);
     });
   }
 }
 
-void activate_tile(const ActivateTile& t, bool is_double) {
+void activate_tile(const ActivateTile& t) {
   with_act(t.activation.act,
-           [&](auto act) { (is_double ? activate_rows<double, act> : activate_rows<float, act>)(t); });
+           [&](auto act) { with_between(t.dtype, [&](auto x) { activate_rows<decltype(x), act>(t); }); });
 }
 
-template <typename A, Act act>
+template <typename T, Act act>
 void activate_backward_rows(const ActivateBackwardTile& t) {
+  using A = Acc<T>;
   const A alpha = A(t.activation.alpha), limit = A(t.activation.limit);
   for (int64_t m = 0; m < t.M; ++m) {
     const A *gate = static_cast<const A*>(t.gate) + m * kTileColumns,
             *up = is_gated(act) ? static_cast<const A*>(t.up) + m * kTileColumns : gate,
             *g = static_cast<const A*>(t.g) + m * kTileColumns;
     const A scale = t.scale ? static_cast<const A*>(t.scale)[m] : A(1);
-    A *dgate = static_cast<A*>(t.dgate) + m * t.dh_stride, *dup = static_cast<A*>(t.dup) + m * t.dh_stride;
-    A* out = t.act ? static_cast<A*>(t.act) + m * t.act_stride : nullptr;
+    T *dgate = static_cast<T*>(t.dgate) + m * t.dh_stride, *dup = static_cast<T*>(t.dup) + m * t.dh_stride;
+    T* out = t.act ? static_cast<T*>(t.act) + m * t.act_stride : nullptr;
     Vec<A> sum{};
     for_vectors<A>(t.N, [&](int64_t n, auto count) {
       const Vec<A> x = load(g + n, count);
@@ -116,10 +128,9 @@ void activate_backward_rows(const ActivateBackwardTile& t) {
   }
 }
 
-void activate_backward_tile(const ActivateBackwardTile& t, bool is_double) {
-  with_act(t.activation.act, [&](auto act) {
-    (is_double ? activate_backward_rows<double, act> : activate_backward_rows<float, act>)(t);
-  });
+void activate_backward_tile(const ActivateBackwardTile& t) {
+  with_act(t.activation.act,
+           [&](auto act) { with_between(t.dtype, [&](auto x) { activate_backward_rows<decltype(x), act>(t); }); });
 }
 
 template <typename T>

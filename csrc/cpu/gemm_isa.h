@@ -53,7 +53,8 @@ struct StoreTile {
   bool stream = false;
 };
 
-// c[m, n] (+)= sum over k of a(m, k) * b(n, k).
+// c[m, n] (+)= sum over k of a(m, k) * b(n, k), in values; where multiplies_bf16 and both are bfloat16, in pairs along
+// k.
 struct GemmTile {
   int64_t M, N, K;
   TileOperand a;  // [M, K]
@@ -73,7 +74,8 @@ struct ActivateTile {
   int64_t M, N;
   Activation activation;
   const void *gate, *up;  // values, rows kTileColumns apart
-  void* out;              // values
+  void* out;
+  DType dtype;  // of out: values or bfloat16
   int64_t out_stride;
 };
 
@@ -83,9 +85,10 @@ struct ActivateBackwardTile {
   Activation activation;
   const void *gate, *up, *g;  // values, rows kTileColumns apart
   const void* scale;          // null or values [M]
-  void *dgate, *dup;          // values
+  DType dtype;                // of dgate, dup and act: values or bfloat16
+  void *dgate, *dup;
   int64_t dh_stride;
-  void* act;  // null or values: act * scale
+  void* act;  // null or act * scale
   int64_t act_stride;
   void* sums;  // values [M]
 };
@@ -106,11 +109,13 @@ struct GemmKernels {
   void (*store)(const StoreTile&);
   // Elements of any dtype to values: out[m, n] = in(m, n).
   void (*widen)(const TileMatrix& in, int64_t M, int64_t N, void* out, int64_t out_stride);
-  void (*activate)(const ActivateTile&, bool is_double);
-  void (*activate_backward)(const ActivateBackwardTile&, bool is_double);
+  void (*activate)(const ActivateTile&);
+  void (*activate_backward)(const ActivateBackwardTile&);
   void (*combine)(const CombineRow&);
   // Sum over n of a[n] * b[n]; values.
   void (*dot)(const void* a, const void* b, int64_t N, bool is_double, void* out);
+  // Products of two bfloat16 operands are faster than those of values.
+  bool multiplies_bf16 = false;
 };
 
 namespace generic {
@@ -122,7 +127,16 @@ extern const GemmKernels gemm_kernels;
 namespace avx512 {
 extern const GemmKernels gemm_kernels;
 }
+namespace avx512_bf16 {
+void gemm(const GemmTile&);
+}
 
 const GemmKernels& gemm_kernels();
+
+// What one GEMM leaves for the next where the operator's tensors have dtype x.
+inline DType between_gemms(DType x) {
+  if (x == DType::bf16 && gemm_kernels().multiplies_bf16) return x;
+  return x == DType::f64 ? x : DType::f32;
+}
 
 }  // namespace moert::cpu

@@ -1,8 +1,9 @@
-// Products of many rows: a block of A is widened to values as it lies, [M, K] or [K, M]; panels of B become
-// [K, 2 vectors].  The micro kernel keeps kRows x 2 vectors of C in registers and broadcasts A.
+// Products of many rows: a block of A is laid out as it lies, [M, K] or [K, M]; panels of B become [K, 2 vectors].  The
+// micro kernel keeps kRows x 2 vectors of C in registers and broadcasts A.  E is what the operands are laid out as:
+// values, or pairs of bfloat16, of which one row along K holds two.
 #pragma once
 
-#include "cpu/gemm_epilogue.h"
+#include "cpu/gemm_pairs.h"
 
 namespace moert::cpu {
 namespace {
@@ -13,12 +14,13 @@ constexpr int kRows = 14;  // 28 accumulators + 2 of B of 32 registers
 constexpr int kRows = 6;  // 12 + 2 of 16
 #endif
 
-template <typename A>
-constexpr int kPanel = 2 * kLanes<A>;
+template <typename E>
+constexpr int kPanel = 2 * kLanes<E>;
 
 // c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel].
-template <typename A, int M, bool kARows>
-void micro_kernel(int64_t K, const A* a, const A* b, A* c, bool accumulate) {
+template <typename E, int M, bool kARows>
+void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate) {
+  using A = Acc<E>;
   Vec<A> acc[M][2];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -26,12 +28,12 @@ void micro_kernel(int64_t K, const A* a, const A* b, A* c, bool accumulate) {
     acc[m][1] = accumulate ? load(c + m * kTileColumns + kLanes<A>) : Vec<A>{};
   }
   for (int64_t k = 0; k < K; ++k) {
-    const Vec<A> b0 = load(b + k * kPanel<A>), b1 = load(b + k * kPanel<A> + kLanes<A>);
+    const Vec<E> b0 = load(b + k * kPanel<E>), b1 = load(b + k * kPanel<E> + kLanes<E>);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Vec<A> x = splat(kARows ? a[k * kPitchKM + m] : a[m * kPitchMK + k]);
-      acc[m][0] += x * b0;
-      acc[m][1] += x * b1;
+      const Vec<E> x = splat(kARows ? a[k * kPitchKM + m] : a[m * kPitchMK + k]);
+      acc[m][0] = multiply_add(acc[m][0], x, b0);
+      acc[m][1] = multiply_add(acc[m][1], x, b1);
     }
   }
 #pragma GCC unroll 16
@@ -41,12 +43,12 @@ void micro_kernel(int64_t K, const A* a, const A* b, A* c, bool accumulate) {
   }
 }
 
-template <typename A>
-using MicroKernel = void (*)(int64_t, const A*, const A*, A*, bool);
+template <typename E>
+using MicroKernel = void (*)(int64_t, const E*, const E*, Acc<E>*, bool);
 
-template <typename A, bool kARows, int... M>
-MicroKernel<A> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
-  static constexpr MicroKernel<A> table[] = {micro_kernel<A, M + 1, kARows>...};
+template <typename E, bool kARows, int... M>
+MicroKernel<E> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
+  static constexpr MicroKernel<E> table[] = {micro_kernel<E, M + 1, kARows>...};
   return table[m - 1];
 }
 
@@ -96,6 +98,16 @@ void pack_rows(const T* b, const TileMatrix& matrix, int64_t row, int64_t N, int
   }
 }
 
+// The panel of B whose first element is (n, k), N by K.
+void pack_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int64_t K, Pair* panel) {
+  TileMatrix b = operand.matrix;
+  b.data = static_cast<const bf16*>(b.data) + (operand.k_rows ? n : k) * b.col_stride;
+  if (operand.k_rows)
+    interleave_rows(b, k, K, N, kPanel<Pair>, panel, kPanel<Pair>);
+  else
+    transpose_pairs<kPanel<Pair>>(b, n, N, K, panel);
+}
+
 template <typename A>
 void pack_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int64_t K, A* panel) {
   with_dtype(operand.matrix.dtype, [&](auto x) {
@@ -110,15 +122,20 @@ void pack_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int
   });
 }
 
-// The block of A from k on, as values, rows `pitch` apart: [M, K], or [K, M].
-template <typename A>
-void widen_block(const GemmTile& t, int64_t k, int64_t K, A* block, int64_t pitch) {
+// The block of A from k on, rows `pitch` apart: [M, K], or [K, M].
+template <typename E>
+void lay_out_block(const GemmTile& t, int64_t k, int64_t K, E* block, int64_t pitch) {
   TileMatrix a = t.a.matrix;
   const bool k_rows = t.a.k_rows;
   const int64_t skip = (k_rows ? (a.index ? 0 : k * a.row_stride) : k * a.col_stride) * size_of(a.dtype);
   a.data = static_cast<const char*>(a.data) + skip;
   if (k_rows && a.index) a.index += k;
-  widen(a, k_rows ? K : t.M, k_rows ? t.M : K, block, pitch);
+  if constexpr (!std::is_same_v<E, Pair>)
+    widen(a, k_rows ? K : t.M, k_rows ? t.M : K, block, pitch);
+  else if (k_rows)
+    interleave_rows(a, 0, K, t.M, t.M, block, pitch);
+  else
+    copy_pairs(a, t.M, K, 2, block, pitch);
 }
 
 // The part of the tile's output that begins at (m, n).
@@ -135,32 +152,35 @@ void finish_part(const StoreTile& whole, int64_t m, int64_t n, int64_t M, int64_
 }
 
 // All columns of one K block.
-template <typename A, bool kARows>
-void multiply_panels(const GemmTile& t, const TileOperand& b, const A* block, int64_t k, int64_t K, A* panel, A* c,
+template <typename E, bool kARows>
+void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, int64_t k, int64_t K, E* panel, Acc<E>* c,
                      bool accumulate) {
   const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
   constexpr auto rows = std::make_integer_sequence<int, kRows>{};
-  for (int64_t n = 0; n < t.N; n += kPanel<A>) {
-    const int64_t N = t.N - n < kPanel<A> ? t.N - n : kPanel<A>;
-    pack_panel<A>(b, n, k, N, K, panel);
+  const int64_t depth = (K + kDepth<E> - 1) / kDepth<E>;
+  for (int64_t n = 0; n < t.N; n += kPanel<E>) {
+    const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>;
+    pack_panel(b, n, k, N, K, panel);
     // Slabs of equal height: a last one of two rows would wait for its sums, not for the multipliers.
     const int64_t slabs = (t.M + kRows - 1) / kRows;
     for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
       M = (t.M - m + slabs - i - 1) / (slabs - i);
-      micro_kernel_of<A, kARows>(M, rows)(K, block + (kARows ? m : m * kPitchMK), panel, c + m * kTileColumns + n,
+      micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), panel, c + m * kTileColumns + n,
                                           accumulate);
-      if (finish) finish_part<A>(*finish, m, n, M, N);
+      if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
     }
   }
 }
 
-template <typename A>
+template <typename E>
 void gemm_panels(const GemmTile& t) {
-  A *block = static_cast<A*>(t.scratch), *panel = block + kTileBlock;
-  const auto multiply = t.a.k_rows ? multiply_panels<A, true> : multiply_panels<A, false>;
-  for (int64_t k = 0; k < t.K || k == 0; k += kTileK) {
-    const int64_t K = t.K - k < kTileK ? t.K - k : kTileK;
-    widen_block<A>(t, k, K, block, t.a.k_rows ? kPitchKM : kPitchMK);
+  using A = Acc<E>;
+  constexpr int64_t kBlock = kDepth<E> * kTileK;
+  E *block = static_cast<E*>(t.scratch), *panel = block + kTileBlock;
+  const auto multiply = t.a.k_rows ? multiply_panels<E, true> : multiply_panels<E, false>;
+  for (int64_t k = 0; k < t.K || k == 0; k += kBlock) {
+    const int64_t K = t.K - k < kBlock ? t.K - k : kBlock;
+    lay_out_block<E>(t, k, K, block, t.a.k_rows ? kPitchKM : kPitchMK);
     multiply(t, t.b, block, k, K, panel, static_cast<A*>(t.c), t.accumulate || k > 0);
     if (t.c2) multiply(t, t.b2, block, k, K, panel, static_cast<A*>(t.c2), t.accumulate || k > 0);
   }

@@ -9,17 +9,17 @@ namespace moert {
 
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_vnni"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 Isa read_isa() {
   const char* wanted = std::getenv("MOERT_ISA");
   if (!wanted || !*wanted) return best_isa();
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 5; ++i) {
     if (std::string(wanted) != kNames[i]) continue;
     MOERT_CHECK(i <= int(best_isa()), "MOERT_ISA must be at most ", name(best_isa()), " on this CPU, got ", wanted);
     return Isa(i);
   }
-  fail("MOERT_ISA must be one of generic, avx2, avx512, avx512_vnni, got ", wanted);
+  fail("MOERT_ISA must be one of generic, avx2, avx512, avx512_vnni, avx512_bf16, got ", wanted);
 }
 
 }  // namespace
@@ -34,7 +34,8 @@ Isa best_isa() {
   if (!has(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
     return Isa::avx2;
-  return __builtin_cpu_supports("avx512vnni") ? Isa::avx512_vnni : Isa::avx512;
+  if (!has(__builtin_cpu_supports("avx512vnni"))) return Isa::avx512;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512_vnni;
 #else
   return Isa::generic;
 #endif

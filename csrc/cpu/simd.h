@@ -97,10 +97,21 @@ MOERT_INLINE VecF load(const f16* p) {
 #endif
 }
 
+// Two bfloat16 that follow each other along K, the first in the low half.
+using Pair = uint32_t;
+
+MOERT_INLINE Vec<Pair> load(const Pair* p) {
+  Vec<Pair> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
 // Narrow and store kLanes elements, rounding to nearest even.
 MOERT_INLINE void store(float* p, const VecF& x) { std::memcpy(p, &x, sizeof x); }
 
 MOERT_INLINE void store(double* p, const Vec<double>& x) { std::memcpy(p, &x, sizeof x); }
+
+MOERT_INLINE void store(Pair* p, const Vec<Pair>& x) { std::memcpy(p, &x, sizeof x); }
 
 MOERT_INLINE void store(bf16* p, const VecF& x) {
   const Vec<uint32_t> bits = bit_cast_vector<Vec<uint32_t>>(x);
@@ -215,6 +226,17 @@ template <int width, typename V>
 MOERT_INLINE void exchange(V& a, V& b) {
   exchange<width>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
 }
+
+// sum + x * y; of pairs both products are added, without the rounding in between (subnormal numbers count as zero).
+template <typename V>
+MOERT_INLINE V multiply_add(const V& sum, const V& x, const V& y) {
+  return sum + x * y;
+}
+#if defined(__AVX512BF16__)
+MOERT_INLINE VecF multiply_add(const VecF& sum, const Vec<Pair>& x, const Vec<Pair>& y) {
+  return VecF(_mm512_dpbf16_ps(__m512(sum), bit_cast_vector<__m512bh>(x), bit_cast_vector<__m512bh>(y)));
+}
+#endif
 
 // As many vectors as one has lanes, transposed as a square; width is half of that.
 template <int width, typename V>

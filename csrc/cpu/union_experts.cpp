@@ -18,17 +18,18 @@ struct Problem {
   const UnionRows& tokens;
   const ExpertWeights& w;
   std::vector<int32_t> ids;  // those in [0, E)
-  Memory<A> act;             // [T, n * I] of values, gains included
+  DType between;
+  Memory<char> act;  // [T, n * I] of between, gains included
 
   int64_t width() const { return int64_t(ids.size()) * w.I; }
 };
 
 template <typename A>
 Problem<A> problem_of(const UnionRows& tokens, const ExpertWeights& w) {
-  Problem<A> p{tokens, w, {}, nullptr};
+  Problem<A> p{tokens, w, {}, between_gemms(tokens.x.dtype), nullptr};
   std::copy_if(tokens.ids, tokens.ids + tokens.n, std::back_inserter(p.ids),
                [&](int32_t e) { return 0 <= e && e < w.E; });
-  p.act = allocate<A>(tokens.T * p.width());
+  p.act = allocate<char>(tokens.T * p.width() * size_of(p.between));
   return p;
 }
 
@@ -69,19 +70,18 @@ void first_tile(const Problem<A>& p, int64_t i, const Tile& tile) {
   };
   half(w.gate, w.gate_bias, memory.c0);
   if (is_gated(w.activation.act)) half(w.up, w.up_bias, memory.c1);
-  kernels.activate({tile.M, tile.N, w.activation, memory.c0, memory.c1, memory.c2, kTileColumns}, sizeof(A) == 8);
+  kernels.activate({tile.M, tile.N, w.activation, memory.c0, memory.c1, memory.c2, DTypeOf<A>::value, kTileColumns});
   const A* gains = static_cast<const A*>(p.tokens.gains) + tile.row * w.E + e;
   for (int64_t m = 0; m < tile.M; ++m) memory.row1[m] = gains[m * w.E];
-  A* out = p.act.get() + tile.row * p.width() + i * w.I + tile.n;
-  kernels.store(
-      {tile.M, tile.N, memory.c2, nullptr, memory.row1, ScaleOn::output, out, DTypeOf<A>::value, p.width(), 1});
+  void* out = const_cast<char*>(at(p.act.get(), p.between, tile.row * p.width() + i * w.I + tile.n));
+  kernels.store({tile.M, tile.N, memory.c2, nullptr, memory.row1, ScaleOn::output, out, p.between, p.width(), 1});
 }
 
 // The sum of the listed experts' second products into memory.c0.
 template <typename A>
 void down_product(const Problem<A>& p, const Tile& tile, const TileMemory<A>& memory) {
   const ExpertWeights& w = p.w;
-  const Rows act{p.act.get(), DTypeOf<A>::value, p.width()};
+  const Rows act{p.act.get(), p.between, p.width()};
   for (int64_t i = 0; i < int64_t(p.ids.size()); ++i) {
     const TileOperand a = operand_of(act, tile.row, i * w.I), b = operand_of(w.down, p.ids[i], tile.n, 0, true);
     gemm_kernels().gemm({tile.M, tile.N, w.I, a, b, memory.c0, memory.scratch, i > 0});

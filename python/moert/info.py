@@ -19,6 +19,12 @@ _KERNELS = {
     "fused_experts": "gemm",
     "union_experts": "gemm",
 }
+# Instruction set -> what a CPU must have for it.
+_ISAS = {
+    "avx2": "AVX2, FMA and F16C",
+    "avx512": "AVX-512 F, BW, DQ and VL",
+    "avx512_bf16": "AVX512-BF16 and VNNI",
+}
 # Optional package -> the extra that brings it.
 _EXTRAS = {"transformers": "hf", "accelerate": "hf", "typer": "cli", "rich": "cli", "matplotlib": "cli"}
 
@@ -59,7 +65,7 @@ def _missing() -> list[str]:
     found = []
     if _C.isa() != _C.best_isa():
         found.append(f"the {_C.best_isa()} kernels: unset MOERT_ISA, now {_C.isa()}")
-    for isa, what in (("avx2", "AVX2, FMA and F16C"), ("avx512", "AVX-512 F, BW, DQ and VL")):
+    for isa, what in _ISAS.items():
         if isa not in _C.isas():
             found.append(f"the {isa} kernels: run on a CPU with {what}")
     if torch.version.cuda:

@@ -169,6 +169,7 @@ GROUPED_GEMM_SHAPES = (
     Shape("every other expert is empty", 40, 16, 4, 48, 56, kind="empty_experts"),
     Shape("dropped rows stay zero", 37, 12, 3, 65, 31, kind="sentinels"),
     Shape("several tiles of each size, uneven experts", 300, 8, 2, 300, 280, kind="zipf"),
+    Shape("many rows of odd length, several blocks of it", 230, 2, 1, 1037, 45),
 )
 
 FUSED_EXPERTS_SHAPES = (

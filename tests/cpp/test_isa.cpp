@@ -16,7 +16,8 @@ int main(int argc, char**) {
       moert::isa();
       EXPECT(!"reached");
     } catch (const std::runtime_error& error) {
-      EXPECT(std::string(error.what()) == "MOERT_ISA must be one of generic, avx2, avx512, avx512_vnni, got sse9");
+      EXPECT(std::string(error.what()) ==
+             "MOERT_ISA must be one of generic, avx2, avx512, avx512_vnni, avx512_bf16, got sse9");
     }
     return 0;
   }

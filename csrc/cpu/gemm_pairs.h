@@ -1,0 +1,95 @@
+// How bfloat16 operands are laid out for products of pairs along K: kDepth elements of a row, or of a column, in one
+// 32-bit word.  Nothing is widened, so a panel costs half of what it costs in float32.
+#pragma once
+
+#include "cpu/gemm_epilogue.h"
+
+namespace moert::cpu {
+namespace {
+
+// Elements along K in one element of a laid-out operand.
+template <typename E>
+constexpr int64_t kDepth = std::is_same_v<E, Pair> ? 2 : 1;
+
+inline const bf16* row_of(const TileMatrix& in, int64_t r) {
+  return static_cast<const bf16*>(in.data) + (in.index ? in.index[r] : r) * in.row_stride;
+}
+
+// 16 pairs at p, of which the first n elements count; zeros after them.
+MOERT_INLINE Vec<Pair> load_pairs(const bf16* p, int64_t n) {
+  if (n >= 2 * kLanes<Pair>) return load(reinterpret_cast<const Pair*>(p));
+  bf16 part[2 * kLanes<Pair>] = {};
+  std::memcpy(part, p, n * sizeof(bf16));
+  return load(reinterpret_cast<const Pair*>(part));
+}
+
+// out[m] = the K elements of row m as they lie, then zeros up to a multiple of `step` elements; rows `pitch` pairs
+// apart.
+void copy_pairs(const TileMatrix& in, int64_t M, int64_t K, int64_t step, Pair* out, int64_t pitch) {
+  for (int64_t m = 0; m < M; ++m) {
+    const bf16* row = row_of(in, m);
+    bf16* y = reinterpret_cast<bf16*>(out + m * pitch);
+    if (in.col_stride == 1)
+      std::memcpy(y, row, K * sizeof(bf16));
+    else
+      for (int64_t k = 0; k < K; ++k) y[k] = row[k * in.col_stride];
+    for (int64_t k = K; k % step; ++k) y[k] = {};
+  }
+}
+
+// out[k / 2][n] = elements n of the rows k and k + 1, n < N; rows `pitch` pairs apart, zeros from N to `width`.
+void interleave_rows(const TileMatrix& in, int64_t k, int64_t K, int64_t N, int64_t width, Pair* out, int64_t pitch) {
+  using V = Vec<Pair>;
+  for (const int64_t end = k + K; k < end; k += 2, out += pitch) {
+    const bf16 *first = row_of(in, k), *second = k + 1 < end ? row_of(in, k + 1) : nullptr;
+    if (in.col_stride == 1) {
+      __builtin_prefetch(first + 2 * kLanes<Pair>, 0, 2);  // the next panel; rows lie too far apart to foresee it
+      if (second) __builtin_prefetch(second + 2 * kLanes<Pair>, 0, 2);
+      for_vectors<float>(N, [&](int64_t n, auto count) {
+        const V low = bit_cast_vector<V>(load(first + n, count)) >> 16;
+        const V high = second ? bit_cast_vector<V>(load(second + n, count)) : V{};
+        const V pairs = low | high;
+        std::memcpy(out + n, &pairs, count * sizeof(Pair));
+      });
+    } else {
+      for (int64_t n = 0; n < N; ++n) {
+        const bf16 low = first[n * in.col_stride], high = second ? second[n * in.col_stride] : bf16{};
+        out[n] = Pair(low.bits) | Pair(high.bits) << 16;
+      }
+    }
+    for (int64_t n = N; n < width; ++n) out[n] = 0;
+  }
+}
+
+// panel[k / 2, n] = elements k and k + 1 of row n < N, zeros from N on; rows of `in` run along K.
+template <int64_t kWidth>
+void transpose_pairs(const TileMatrix& in, int64_t row, int64_t N, int64_t K, Pair* panel) {
+  constexpr int L = kLanes<Pair>;
+  if (in.col_stride != 1) {
+    for (int64_t n = 0; n < kWidth; ++n)
+      for (int64_t k = 0; k < K; k += 2) {
+        const bf16* source = n < N ? row_of(in, row + n) + k * in.col_stride : nullptr;
+        const uint32_t low = n < N ? source->bits : 0, high = n < N && k + 1 < K ? source[in.col_stride].bits : 0;
+        panel[k / 2 * kWidth + n] = low | high << 16;
+      }
+    return;
+  }
+  for (int64_t half = 0; half < kWidth; half += L)
+    for (int64_t k = 0; k < K; k += 2 * L) {
+      Vec<Pair> rows[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        const bool used = half + i < N;
+        const bf16* source = used ? row_of(in, row + half + i) + k : nullptr;
+        rows[i] = used ? load_pairs(source, K - k) : Vec<Pair>{};
+        // The next panel's rows: too many streams for the CPU to foresee.
+        if (used) __builtin_prefetch(source + kWidth * in.row_stride, 0, 2);
+      }
+      transpose<L / 2>(rows);
+      const int64_t pairs = (K - k + 1) / 2;
+      for (int64_t i = 0; i < (pairs < L ? pairs : L); ++i) store(panel + (k / 2 + i) * kWidth + half, rows[i]);
+    }
+}
+
+}  // namespace
+}  // namespace moert::cpu
