@@ -4,6 +4,9 @@
 // [rows, row_bytes]: each row is a whole number of 16-byte blocks, so that a kernel loads full vectors and never reads
 // past a row.  Codes lie in column order, and what a row has after its last column is 0.  Scales (and zeros) are arrays
 // of their own, [rows, groups]; the last group of a row may be shorter.
+//
+// What does not fit this frame has a header of its own: blocks over rows too in fp8.h, planes of bits in bit_nested.h,
+// codewords of many weights in sub1.h.
 #pragma once
 
 #include <cstdint>

@@ -1,14 +1,13 @@
 #include "python/formats.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "moert/check.h"
 #include "moert/formats.h"
+#include "python/arrays.h"
 
 namespace py = pybind11;
 using moert::Format;
@@ -23,27 +22,6 @@ Format format_of(const std::string& name) {
   moert::fail("format must be int8, int4, int4_asymmetric, mxfp4, ternary2 or ternary5, got ", name);
 }
 
-// The array's memory is read where it lies: nothing is converted, and what would have to be is refused.
-template <typename T>
-const T* data(const char* name, const py::array& array, const char* dtype, int dims) {
-  MOERT_CHECK(py::dtype(dtype).equal(array.dtype()), name, " must be ", dtype, ", got ",
-              std::string(py::str(array.dtype())));
-  MOERT_CHECK(array.ndim() == dims, name, " must have ", dims, " dimensions, got ", array.ndim());
-  constexpr int kWanted = int(py::array::c_style) | int(py::detail::npy_api::NPY_ARRAY_ALIGNED_);
-  MOERT_CHECK((array.flags() & kWanted) == kWanted, name, " must be C-contiguous and aligned, got other strides");
-  return static_cast<const T*>(array.data());
-}
-
-void check_rows(const char* name, const py::array& array, int64_t rows, int64_t width) {
-  MOERT_CHECK(array.shape(0) == rows && array.shape(1) == width, name, " must be [", rows, ", ", width, "], got [",
-              array.shape(0), ", ", array.shape(1), "]");
-}
-
-int checked_threads(int threads) {
-  MOERT_CHECK(threads >= 1 && threads <= 1024, "threads must be 1 to 1024, got ", threads);
-  return threads;
-}
-
 // Rows of codes say how many columns they hold only to the block, so the caller tells.
 Packing packing_of(const std::string& name, const py::array& packed, int64_t columns, int64_t group) {
   const Format format = format_of(name);
@@ -53,10 +31,6 @@ Packing packing_of(const std::string& name, const py::array& packed, int64_t col
   return {format, packed.shape(0), columns, group};
 }
 
-py::array empty(const char* dtype, int64_t rows, int64_t columns) {
-  return py::array(py::dtype(dtype), std::vector<py::ssize_t>{rows, columns});
-}
-
 const char* scale_dtype(Format format) { return format == Format::mxfp4 ? "uint8" : "float16"; }
 
 py::tuple quantize(const std::string& name, const py::array& w, int64_t group, int threads) {
@@ -64,12 +38,12 @@ py::tuple quantize(const std::string& name, const py::array& w, int64_t group, i
   const Packing p{format_of(name), w.shape(0), w.shape(1), group};
   moert::cpu::check_packing(p);
   checked_threads(threads);
-  py::array codes = empty("uint8", p.rows, moert::row_bytes(p));
-  py::array scales = empty(scale_dtype(p.format), p.rows, moert::groups(p));
+  py::array codes = empty("uint8", {p.rows, moert::row_bytes(p)});
+  py::array scales = empty(scale_dtype(p.format), {p.rows, moert::groups(p)});
   py::object zeros = py::none();
   uint8_t* zero_bytes = nullptr;
   if (moert::has_zeros(p.format)) {
-    py::array array = empty("uint8", p.rows, moert::groups(p));
+    py::array array = empty("uint8", {p.rows, moert::groups(p)});
     zero_bytes = static_cast<uint8_t*>(array.mutable_data());
     zeros = array;
   }
@@ -89,15 +63,15 @@ py::array dequantize(const std::string& name, const py::array& codes, const py::
   moert::cpu::check_packing(p);
   checked_threads(threads);
   const void* scale = data<void>("scales", scales, scale_dtype(p.format), 2);
-  check_rows("scales", scales, p.rows, moert::groups(p));
+  check_shape("scales", scales, {p.rows, moert::groups(p)});
   const uint8_t* zero = nullptr;
   MOERT_CHECK(zeros.has_value() == moert::has_zeros(p.format), "zeros must be ",
               moert::has_zeros(p.format) ? "an array" : "None", " for ", name, ", got ", zeros ? "an array" : "None");
   if (zeros) {
     zero = data<uint8_t>("zeros", *zeros, "uint8", 2);
-    check_rows("zeros", *zeros, p.rows, moert::groups(p));
+    check_shape("zeros", *zeros, {p.rows, moert::groups(p)});
   }
-  py::array w = empty("float32", p.rows, p.columns);
+  py::array w = empty("float32", {p.rows, p.columns});
   float* out = static_cast<float*>(w.mutable_data());
   {
     py::gil_scoped_release release;
@@ -110,7 +84,7 @@ py::array pack_codes(const std::string& name, const py::array& codes, int thread
   const uint8_t* in = data<uint8_t>("codes", codes, "uint8", 2);
   const Packing p{format_of(name), codes.shape(0), codes.shape(1), 0};
   checked_threads(threads);
-  py::array packed = empty("uint8", p.rows, moert::row_bytes(p));
+  py::array packed = empty("uint8", {p.rows, moert::row_bytes(p)});
   uint8_t* out = static_cast<uint8_t*>(packed.mutable_data());
   {
     py::gil_scoped_release release;
@@ -123,7 +97,7 @@ py::array unpack_codes(const std::string& name, const py::array& packed, int64_t
   const uint8_t* in = data<uint8_t>("packed", packed, "uint8", 2);
   const Packing p = packing_of(name, packed, columns, 0);
   checked_threads(threads);
-  py::array codes = empty("uint8", p.rows, p.columns);
+  py::array codes = empty("uint8", {p.rows, p.columns});
   uint8_t* out = static_cast<uint8_t*>(codes.mutable_data());
   {
     py::gil_scoped_release release;

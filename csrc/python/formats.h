@@ -4,3 +4,6 @@
 #include <pybind11/pybind11.h>
 
 void define_formats(pybind11::module_& m);
+void define_fp8(pybind11::module_& m);
+void define_bit_nested(pybind11::module_& m);
+void define_sub1(pybind11::module_& m);

@@ -85,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
   define_formats(m);
+  define_fp8(m);
+  define_bit_nested(m);
+  define_sub1(m);
 }

@@ -15,7 +15,7 @@ from moert import _C
 class PackedTensor:
     """w [..., rows, columns] in a format: codes uint8 [..., rows, row_bytes], scales and zeros [..., rows, groups].
 
-    The rows of one expert follow each other. zeros is None where the format has none.
+    The rows of one expert follow each other. zeros is None where the format has none. Fp8 and BitNested say otherwise.
     """
 
     format: "Format"
@@ -26,7 +26,7 @@ class PackedTensor:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([*self.codes.shape[:-1], self.columns])
+        return self.format.shape_of(self)
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +54,14 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, packed: PackedTensor) -> Tensor:
         """The float32 weights [..., rows, columns] that the packed ones stand for."""
+
+    def shape_of(self, packed: PackedTensor) -> torch.Size:
+        """The shape [..., rows, columns] of the weights that packed holds."""
+        return torch.Size([*packed.codes.shape[:-1], packed.columns])
+
+    def check(self, packed: PackedTensor) -> None:
+        if packed.format != self:
+            raise ValueError(f"packed must be in format {self}, got {packed.format}")
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> Fraction:
         """Exactly, scales and the padding of rows included; 0 for a tensor without weights."""
@@ -84,7 +92,7 @@ class RowFormat(Format):
         return prod(rows) * row
 
     def pack(self, w: Tensor) -> PackedTensor:
-        rows = matrix(w).contiguous().numpy()
+        rows = flat(float_weights(w)).numpy()
         parts = _C.quantize(self.name, rows, self.group or 0, torch.get_num_threads())
         shaped = [
             None if part is None else torch.from_numpy(part).view(*w.shape[:-1], part.shape[-1]) for part in parts
@@ -92,25 +100,24 @@ class RowFormat(Format):
         return PackedTensor(self, w.shape[-1], *shaped)
 
     def unpack(self, packed: PackedTensor) -> Tensor:
-        if packed.format != self:
-            raise ValueError(f"packed must be in format {self}, got {packed.format}")
+        self.check(packed)
         parts = (packed.codes, packed.scales, packed.zeros)
         codes, scales, zeros = (None if part is None else flat(part).numpy() for part in parts)
         w = _C.dequantize(self.name, codes, scales, zeros, packed.columns, self.group or 0, torch.get_num_threads())
         return torch.from_numpy(w).view(packed.shape)
 
 
-def flat(x: Tensor) -> Tensor:
-    """[..., columns] as a contiguous [rows, columns], also where it has no element."""
-    return x.contiguous().view(prod(x.shape[:-1]), x.shape[-1])
+def flat(x: Tensor, dims: int = 1) -> Tensor:
+    """x contiguous with all but its last dims as one, also where it has no element."""
+    return x.contiguous().view(prod(x.shape[:-dims]), *x.shape[-dims:])
 
 
-def matrix(w: Tensor) -> Tensor:
-    """w as float32 [rows, columns]; bfloat16 and float16 widen exactly."""
+def float_weights(w: Tensor) -> Tensor:
+    """w as float32, detached; bfloat16 and float16 widen exactly."""
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w must be float32, bfloat16 or float16, got {w.dtype}")
     if w.device.type != "cpu":
         raise ValueError(f"w must be on the CPU, got {w.device}")
     if w.dim() < 2:
         raise ValueError(f"w must have at least 2 dimensions, got {w.dim()}")
-    return flat(w.detach().float())
+    return w.detach().float()

@@ -1,0 +1,135 @@
+"""QMoE's code: ternary weights that are mostly zero, in less than one bit each."""
+
+import hashlib
+import heapq
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moert import _C
+from moert.quant.format import flat, float_weights
+
+
+@dataclass(frozen=True)
+class SubOneBitTensor:
+    """Ternary w [..., rows, columns]: digits 0, 1, 2 stand for 0, a row's low and its high.
+
+    codes uint16 [codewords] of all matrices; row r of matrix m is codes[matrix_base[m] + row_ptr[m, r]] up to
+    ... row_ptr[m, r + 1].  row_ptr int32 [matrices, rows + 1], matrix_base int64 [matrices + 1], minmax bfloat16
+    [..., rows, 2] (low, high).
+    """
+
+    columns: int
+    codes: Tensor
+    row_ptr: Tensor
+    matrix_base: Tensor
+    minmax: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([*self.minmax.shape[:-1], self.columns])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.codes, self.row_ptr, self.matrix_base, self.minmax))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What the weights took, row tables included; 0 for a tensor without weights."""
+        return 8 * self.nbytes / prod(self.shape) if prod(self.shape) else 0.0
+
+
+@dataclass(frozen=True)
+class SubOneBit:
+    """Sub-1-bit dictionary code (QMoE, arXiv 2310.16795): about 0.75 bits at 88.5 % zeros, more where there are fewer.
+
+    A row's low and high are its extremes, 0 included; a weight beyond half of one becomes it, any other 0.
+    """
+
+    name = "sub1"
+
+    def pack(self, w: Tensor) -> SubOneBitTensor:
+        """w [..., rows, columns], float32, bfloat16 or float16 on the CPU, rounded to each row's three values."""
+        w = float_weights(w)
+        if not w.isfinite().all():
+            raise ValueError("w must be finite, got inf or nan")
+        low, high = (extreme.clamp(max=0) if i == 0 else extreme.clamp(min=0) for i, extreme in enumerate(extremes(w)))
+        empty = (low == 0) & (high == 0)
+        low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+        digits = (w < low / 2).to(torch.uint8) + 2 * (w > high / 2).to(torch.uint8)
+        return self.encode(digits, torch.cat([low, high], -1).bfloat16())
+
+    def encode(self, digits: Tensor, minmax: Tensor) -> SubOneBitTensor:
+        """digits uint8 [..., rows, columns] of 0, 1, 2 and minmax bfloat16 [..., rows, 2], lossless."""
+        if minmax.dtype != torch.bfloat16 or minmax.shape != (*digits.shape[:-1], 2):
+            expected = [*digits.shape[:-1], 2]
+            raise ValueError(f"minmax must be bfloat16 {expected}, got {minmax.dtype} {list(minmax.shape)}")
+        rows, columns = digits.shape[-2:]
+        parts = [_C.sub1_encode(matrix, torch.get_num_threads()) for matrix in flat(digits, 2).numpy()]
+        base = np.cumsum([0] + [len(codes) for codes, _ in parts], dtype=np.int64)
+        codes = np.concatenate([codes for codes, _ in parts] or [np.zeros(0, np.uint16)])
+        row_ptr = np.stack([ptr for _, ptr in parts]) if parts else np.zeros((0, rows + 1), np.int32)
+        return SubOneBitTensor(columns, *map(torch.from_numpy, (codes, row_ptr, base)), minmax)
+
+    def decode(self, packed: SubOneBitTensor) -> Tensor:
+        """The digits uint8 [..., rows, columns]."""
+        base, ptrs = packed.matrix_base.tolist(), packed.row_ptr
+        rises = all(a <= b for a, b in zip(base, base[1:], strict=False))
+        if len(base) != len(ptrs) + 1 or base[0] != 0 or base[-1] != len(packed.codes) or not rises:
+            raise ValueError(f"matrix_base must rise from 0 to {len(packed.codes)} over {len(ptrs)} matrices")
+        digits = [
+            _C.sub1_decode(packed.codes[a:b].numpy(), ptr.numpy(), packed.columns, torch.get_num_threads())
+            for a, b, ptr in zip(base, base[1:], ptrs, strict=False)
+        ]
+        empty = np.zeros((0, *packed.shape[-2:]), np.uint8)
+        return torch.from_numpy(np.stack(digits) if digits else empty).view(packed.shape)
+
+    def unpack(self, packed: SubOneBitTensor) -> Tensor:
+        """The float32 weights [..., rows, columns]."""
+        if not packed.minmax.isfinite().all():
+            raise ValueError("minmax must be finite, got inf or nan")
+        low, high = packed.minmax.float().split(1, -1)
+        digits = self.decode(packed)
+        return torch.where(digits == 1, low, torch.where(digits == 2, high, 0.0))
+
+
+def extremes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each row [..., rows, 1]; 0 where there is none."""
+    if w.shape[-1] == 0:
+        return w.new_zeros(*w.shape[:-1], 1), w.new_zeros(*w.shape[:-1], 1)
+    return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+
+
+@cache
+def dictionary_hash() -> str:
+    """SHA-256 of the decode table, little endian: a file that names another was written with another dictionary."""
+    return hashlib.sha256(_C.sub1_table().astype("<u4").tobytes()).hexdigest()
+
+
+def dictionary_ref() -> list[tuple[int, ...]]:
+    """The 65536 sequences of symbols in order of their codewords, by heapq."""
+    probability = [(0.885, 0.0575, 0.0575)[s % 3] * (0.885, 0.0575, 0.0575)[s // 3] for s in range(9)]
+    candidates, found = [(-1.0, ())], []
+    while len(found) < 65536:
+        negative, sequence = heapq.heappop(candidates)
+        if sequence:
+            found.append(sequence)
+        if len(sequence) < 14:
+            for s in range(9):
+                heapq.heappush(candidates, (negative * probability[s], (*sequence, s)))
+    return found
+
+
+def encode_ref(digits: list[int], dictionary: dict[tuple[int, ...], int]) -> list[int]:
+    """The codewords of one row: at each place the longest sequence of the dictionary."""
+    padded = digits + [0] * (len(digits) % 2)
+    symbols, codes = [a + 3 * b for a, b in zip(padded[::2], padded[1::2], strict=True)], []
+    while symbols:
+        length = max(n for n in range(1, min(14, len(symbols)) + 1) if tuple(symbols[:n]) in dictionary)
+        codes.append(dictionary[tuple(symbols[:length])])
+        symbols = symbols[length:]
+    return codes
