@@ -37,6 +37,16 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "str scale_on, int needs) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
 
   m.def(
+      "fused_experts_quantized(Tensor x, Tensor ids, Tensor weights, Tensor codes1, Tensor scales1, Tensor? zeros1, "
+      "Tensor codes2, Tensor scales2, Tensor? zeros2, Tensor? b1, Tensor? b2, str format1, int group1, str format2, "
+      "int group2, str activation, float alpha, float limit, str precision, str scale_on) -> Tensor y");
+  m.def(
+      "fused_experts_quantized_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor codes1, Tensor scales1, "
+      "Tensor? zeros1, Tensor codes2, Tensor scales2, Tensor? zeros2, Tensor? b1, Tensor? b2, str format1, int group1, "
+      "str format2, int group2, str activation, float alpha, float limit, str scale_on, int needs) "
+      "-> (Tensor dx, Tensor dweights)");
+
+  m.def(
       "union_experts(Tensor x, Tensor gains, Tensor ids, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "
       "str activation, float alpha, float limit, bool transposed, bool interleaved) -> Tensor y");
 }

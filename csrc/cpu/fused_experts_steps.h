@@ -79,14 +79,25 @@ struct FirstGemm {
         tasks(tile_tasks(plan.offsets.get(), w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
 
   void run(Team& team) const {
-    team.for_each(int64_t(tasks.size()), [&](int64_t i) { run(tasks[i], tile_memory<A>()); });
+    run(team, [&](const TileTask& task, const TileMemory<A>& memory) {
+      const TileOperand gate = operand_of(w.gate, task.expert, task.n, 0, true);
+      GemmTile tile{task.M, task.N, w.H, operand_of(x, task.row, 0), gate, memory.c0, memory.scratch};
+      if (gated) tile.b2 = operand_of(w.up, task.expert, task.n, 0, true), tile.c2 = memory.c1;
+      gemm_kernels().gemm(tile);
+    });
   }
 
-  void run(const TileTask& task, const TileMemory<A>& memory) const {
-    const TileOperand gate = operand_of(w.gate, task.expert, task.n, 0, true);
-    GemmTile tile{task.M, task.N, w.H, operand_of(x, task.row, 0), gate, memory.c0, memory.scratch};
-    if (gated) tile.b2 = operand_of(w.up, task.expert, task.n, 0, true), tile.c2 = memory.c1;
-    gemm_kernels().gemm(tile);
+  // gemm(task, memory) leaves the gate half of a tile in memory.c0 and its up half in memory.c1.
+  template <typename F>
+  void run(Team& team, const F& gemm) const {
+    team.for_each(int64_t(tasks.size()), [&](int64_t i) {
+      const TileMemory<A> memory = tile_memory<A>();
+      gemm(tasks[i], memory);
+      finish(tasks[i], memory);
+    });
+  }
+
+  void finish(const TileTask& task, const TileMemory<A>& memory) const {
     finish(task, w.gate_bias, memory.c0, 0, memory);
     if (gated) finish(task, w.up_bias, memory.c1, w.I, memory);
     if (!act) return;

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "moert/fused_experts_quantized.h"
 #include "moert/isa.h"
 #include "python/formats.h"
 
@@ -68,6 +69,15 @@ py::dict threads() {
   return facts;
 }
 
+std::map<std::string, std::string> default_precisions() {
+  std::map<std::string, std::string> precisions;
+  for (int i = 0; i < moert::kFormats; ++i) {
+    const auto format = moert::Format(i);
+    precisions[moert::cpu::name(format)] = moert::name(moert::default_precision(format));
+  }
+  return precisions;
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i <= int(moert::best_isa()); ++i) names.emplace_back(moert::name(moert::Isa(i)));
@@ -84,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets that can run here, lowest first: what MOERT_ISA may name.");
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
+  m.def("default_precisions", &default_precisions, "Format -> the precision of activations that \"auto\" is.");
   define_formats(m);
   define_fp8(m);
   define_bit_nested(m);

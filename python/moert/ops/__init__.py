@@ -2,6 +2,7 @@
 
 from moert.ops.expert_choice import expert_choice
 from moert.ops.fused_experts import fused_experts
+from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.ops.gating import topk_gating
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.ops.permute import permute, permute_plan, unpermute
@@ -11,6 +12,7 @@ __all__ = [
     "expert_choice",
     "experts_in_use",
     "fused_experts",
+    "fused_experts_quantized",
     "grouped_gemm",
     "permute",
     "permute_plan",

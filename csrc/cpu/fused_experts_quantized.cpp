@@ -1,0 +1,97 @@
+#include "moert/fused_experts_quantized.h"
+
+#include "cpu/fused_experts_steps.h"
+#include "cpu/packed_experts.h"
+
+namespace moert::cpu {
+
+namespace {
+
+// Full activations: each tile of weights becomes floats, which the kernels of fused_experts multiply.
+template <typename A>
+void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, void* y) {
+  const ExpertWeights& floats = w.floats;
+  const Plan<A> plan(tokens, floats.E, threads);
+  const Memory<A> act = allocate<A>(plan.slots_used() * floats.I);
+  const FirstGemm<A> first(tokens, floats, plan, threads, act.get(), nullptr);
+  const CombinedRows<A> second(plan, floats.H, threads);
+  const Rows rows{act.get(), DTypeOf<A>::value, floats.I};
+  parallel_region(threads, [&](Team& team) {
+    first.run(team, [&](const TileTask& task, const TileMemory<A>& memory) {
+      const TileOperand x = operand_of(first.x, task.row, 0);
+      full_product<A>(w.w1, task, task.n, x, memory.c0, memory.scratch);
+      if (first.gated) full_product<A>(w.w1, task, floats.I + task.n, x, memory.c1, memory.scratch);
+    });
+    second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
+               [&](const TileTask& task, const TileMemory<A>& memory) {
+                 const TileOperand x = operand_of(rows, task.row, 0);
+                 full_product<A>(w.w2, task, task.n, x, memory.c0, memory.scratch);
+                 return vector_of(floats.down_bias, 1, task, memory.row0);
+               });
+  });
+}
+
+// Rows of activations as int8 in the order of the format that they are multiplied with.
+struct Int8Activations {
+  const Packing& packing;
+  Precision precision;
+  int64_t row_bytes;
+  Memory<char> data;
+
+  Int8Activations(const PackedMatrix& w, Precision precision, int64_t rows)
+      : packing(w.packing),
+        precision(precision),
+        row_bytes(packed_gemm_kernels().quantized_row_bytes(w.packing, precision)),
+        data(allocate<char>(rows * row_bytes)) {}
+
+  void quantize(Team& team, const Rows& x, int64_t rows) const {
+    team.for_each(rows, [&](int64_t r) {
+      float* values = reinterpret_cast<float*>(thread_scratch(packing.columns * 4));
+      const char* row = at(x.data, x.dtype, r * x.stride);
+      gemm_kernels().widen({row, x.dtype, 0, 1, nullptr}, 1, packing.columns, values, 0);
+      packed_gemm_kernels().quantize_row(values, packing, precision, data.get() + r * row_bytes);
+    });
+  }
+
+  void multiply(const TileTask& task, const PackedMatrix& w, int64_t row, const QuantizedRows& rows, float* c) const {
+    char* scratch = thread_scratch(packed_scratch(packing.columns));
+    packed_gemm_kernels().gemm({task.M, task.N, rows, rows_of(w, task.expert, row), precision, c, scratch});
+  }
+};
+
+void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precision, int64_t threads, void* y) {
+  const ExpertWeights& floats = w.floats;
+  const Plan<float> plan(tokens, floats.E, threads);
+  const int64_t slots = plan.slots_used();
+  const Memory<float> act = allocate<float>(slots * floats.I);
+  const FirstGemm<float> first(tokens, floats, plan, threads, act.get(), nullptr);
+  const CombinedRows<float> second(plan, floats.H, threads);
+  const Int8Activations x(w.w1, precision, tokens.T), h(w.w2, precision, slots);
+  parallel_region(threads, [&](Team& team) {
+    x.quantize(team, tokens.x, tokens.T);
+    first.run(team, [&](const TileTask& task, const TileMemory<float>& memory) {
+      const QuantizedRows rows{x.data.get(), x.row_bytes, plan.tokens.get() + task.row};
+      x.multiply(task, w.w1, task.n, rows, memory.c0);
+      if (first.gated) x.multiply(task, w.w1, floats.I + task.n, rows, memory.c1);
+    });
+    h.quantize(team, {act.get(), DType::f32, floats.I}, slots);
+    second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
+               [&](const TileTask& task, const TileMemory<float>& memory) {
+                 const QuantizedRows rows{h.data.get() + task.row * h.row_bytes, h.row_bytes};
+                 h.multiply(task, w.w2, task.n, rows, memory.c0);
+                 return vector_of(floats.down_bias, 1, task, memory.row0);
+               });
+  });
+}
+
+}  // namespace
+
+void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
+                             int64_t threads, void* y) {
+  if (precision != Precision::full)
+    int8(tokens, experts, precision, threads, y);
+  else
+    (tokens.x.dtype == DType::f64 ? full<double> : full<float>)(tokens, experts, threads, y);
+}
+
+}  // namespace moert::cpu

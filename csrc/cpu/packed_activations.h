@@ -1,0 +1,125 @@
+// Rows of activations as int8, in the order in which the codes of a format are multiplied.
+//
+// A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes, and
+// a vector of int32 lanes, minus kBias times the sum of what the lane multiplies; then the lanes of the whole row, the
+// scale of every 32 columns, and minus kBias times the sum of every 32 columns.
+#pragma once
+
+#include "cpu/packed_codes.h"
+
+namespace moert::cpu {
+namespace {
+
+constexpr int64_t kGroup = 32;
+constexpr int64_t kPanelColumns = 1024;  // of a panel at most: with 16 rows it is 16 KiB, half of a level-1 cache
+constexpr int64_t kPanelGroups = kPanelColumns / kGroup;
+
+MOERT_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+MOERT_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Where the parts of a row lie, in bytes.
+struct RowLayout {
+  int64_t steps, step_bytes, whole, scales, sums, bytes;
+};
+
+template <typename Code>
+MOERT_INLINE RowLayout row_layout(int64_t columns) {
+  RowLayout row;
+  row.steps = (columns + kStepColumns<Code> - 1) / kStepColumns<Code>;
+  row.step_bytes = (Code::kPlanes + 1) * kVectorBytes;
+  row.whole = round_up(row.steps * row.step_bytes, 64);
+  row.scales = row.whole + 64;
+  // A panel's worth of scales is read from any of them on.
+  const int64_t groups = (row.steps * kStepColumns<Code> + kGroup - 1) / kGroup + kPanelGroups;
+  row.sums = row.scales + round_up(4 * groups, 64);
+  row.bytes = row.sums + round_up(4 * groups, 64);
+  return row;
+}
+
+MOERT_INLINE const char* quantized_row(const QuantizedRows& rows, int64_t r) {
+  return rows.data + (rows.index ? rows.index[r] : r) * rows.stride;
+}
+
+// max |x| / 127; NaN where one is not finite, 0 where all are below 2^-119 (their products would be subnormal).
+float scale_of(const float* x, int64_t n) {
+  VecF largest{};
+  VecI bad{};
+  for_vectors<float>(n, [&](int64_t i, auto count) {
+    const VecI bits = bit_cast_vector<VecI>(load(x + i, count)) & 0x7fffffff;
+    largest = max(largest, bit_cast_vector<VecF>(bits));
+    bad |= bits >= 0x7f800000;
+  });
+  float most = 0;
+  int32_t any = 0;
+  for (int i = 0; i < kLanes<float>; ++i) most = most < largest[i] ? largest[i] : most, any |= bad[i];
+  return any ? bits_to_float(0x7fc00000u) : most < 0x1p-119f ? 0 : most / 127;
+}
+
+MOERT_INLINE void narrow_codes(const VecI& x, int8_t* out) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_cvtepi32_epi8(bit_cast_vector<__m512i>(x));
+  store_vector(out, bytes);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = int8_t(x[i]);
+#endif
+}
+
+// q = x / scale of the group for `n` columns from `first` on, zeros past the last column.
+MOERT_INLINE void quantize_columns(const float* x, int64_t columns, const float* scales, int64_t first, int64_t n,
+                                   int8_t* q) {
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const int64_t column = first + i, left = columns - column;
+    const float scale = scales[column / kGroup];
+    if (left <= 0 || !(scale > 0)) {
+      std::memset(q + i, 0, kLanes<float>);
+      continue;
+    }
+    const VecF values = left >= kLanes<float> ? load(x + column) : load_first(x + column, left);
+    narrow_codes(nearest_integers(values / scale), q + i);
+  }
+}
+
+template <typename Code>
+void quantize_row_of(const float* x, int64_t columns, Precision precision, char* row) {
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes, kColumns = kStepColumns<Code>;
+  const RowLayout layout = row_layout<Code>(columns);
+  std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
+  float* scales = reinterpret_cast<float*>(row + layout.scales);
+  int32_t *sums = reinterpret_cast<int32_t*>(row + layout.sums), *whole = reinterpret_cast<int32_t*>(row + layout.whole);
+  const float all = precision == Precision::int8 ? scale_of(x, columns) : 0;
+  for (int64_t i = 0; i < columns; i += kGroup)
+    scales[i / kGroup] = precision == Precision::int8 ? all : scale_of(x + i, smaller(columns - i, kGroup));
+
+  for (int64_t s = 0; s < layout.steps; ++s) {
+    int8_t q[kColumns];
+    quantize_columns(x, columns, scales, s * kColumns, kColumns, q);
+    for (int64_t i = 0; i < kColumns; i += 16) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < 16; ++j) sum += q[i + j];
+      sums[(s * kColumns + i) / kGroup] -= Code::kBias * sum;
+    }
+    int8_t* step = reinterpret_cast<int8_t*>(row + s * layout.step_bytes);
+    for (int64_t p = 0; p < P; ++p)
+      for (int64_t b = 0; b < V; ++b) step[p * V + b] = q[b * P + p];
+    int32_t lanes[V / 4];
+    for (int64_t lane = 0; lane < V / 4; ++lane) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < 4 * P; ++i) sum += q[lane * 4 * P + i];
+      lanes[lane] = -Code::kBias * sum;
+      whole[lane] += lanes[lane];
+    }
+    std::memcpy(step + P * V, lanes, sizeof lanes);
+  }
+}
+
+int64_t quantized_row_bytes(const Packing& p, Precision precision) {
+  return with_code(p, precision, [&](auto code) { return row_layout<decltype(code)>(p.columns).bytes; });
+}
+
+void quantize_row(const float* x, const Packing& p, Precision precision, char* row) {
+  with_code(p, precision, [&](auto code) { quantize_row_of<decltype(code)>(x, p.columns, precision, row); });
+}
+
+}  // namespace
+}  // namespace moert::cpu

@@ -1,0 +1,208 @@
+// Packed codes as vectors of bytes, and their products with int8 activations.  Included by one translation unit per
+// instruction set.
+//
+// A vector of packed bytes holds kPlanes codes a byte: plane p has those of columns kPlanes * byte + p.  A plane is
+// unsigned, value + kBias, as the dot product of bytes wants it; what the bias adds is taken off through the sums of the
+// activations.  kMaxCode bounds a plane.
+#pragma once
+
+#include "cpu/packed_gemm_isa.h"
+#include "cpu/simd.h"
+
+namespace moert::cpu {
+namespace {
+
+using VecB = Vec<uint8_t>;
+using VecS = Vec<int8_t>;
+
+template <typename V>
+MOERT_INLINE V load_vector(const void* p) {
+  V x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <typename V>
+MOERT_INLINE void store_vector(void* p, const V& x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+MOERT_INLINE VecF to_floats(const VecI& x) { return __builtin_convertvector(x, VecF); }
+
+// To the nearest integer, ties to even.
+MOERT_INLINE VecI nearest_integers(const VecF& x) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecI>(_mm512_cvtps_epi32(bit_cast_vector<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast_vector<VecI>(_mm256_cvtps_epi32(bit_cast_vector<__m256>(x)));
+#else
+  VecI y;
+  for (int i = 0; i < kLanes<float>; ++i) y[i] = int32_t(::nearbyintf(x[i]));
+  return y;
+#endif
+}
+
+// table[index[i]] of the vector at `table`; kLanes elements of it are read.
+template <typename T>
+MOERT_INLINE Vec<T> pick(const T* table, const VecI& index) {
+#if defined(__AVX512F__)
+  const __m512i t = load_vector<__m512i>(table);
+  return bit_cast_vector<Vec<T>>(_mm512_permutexvar_epi32(bit_cast_vector<__m512i>(index), t));
+#elif defined(__AVX2__)
+  const __m256i t = load_vector<__m256i>(table);
+  return bit_cast_vector<Vec<T>>(_mm256_permutevar8x32_epi32(t, bit_cast_vector<__m256i>(index)));
+#else
+  Vec<T> y;
+  for (int i = 0; i < kLanes<T>; ++i) y[i] = table[index[i]];
+  return y;
+#endif
+}
+
+// sums[i] += the products of bytes 4i .. 4i+3; exact.  Without VNNI codes up to 129 go through 16-bit sums of two
+// products, which hold 2 * 129 * 127; larger ones are widened first.
+template <int kMaxCode>
+MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
+#if defined(__AVX512VNNI__)
+  return bit_cast_vector<VecI>(_mm512_dpbusd_epi32(bit_cast_vector<__m512i>(sums), bit_cast_vector<__m512i>(codes),
+                                                   bit_cast_vector<__m512i>(x)));
+#elif defined(__AVX2__)
+#if defined(__AVX512F__)
+  using Register = __m512i;
+  const auto madd = [](Register a, Register b) { return _mm512_madd_epi16(a, b); };
+  const auto maddubs = [](Register a, Register b) { return _mm512_maddubs_epi16(a, b); };
+#else
+  using Register = __m256i;
+  const auto madd = [](Register a, Register b) { return _mm256_madd_epi16(a, b); };
+  const auto maddubs = [](Register a, Register b) { return _mm256_maddubs_epi16(a, b); };
+#endif
+  const auto add = [](const VecI& a, Register b) { return a + bit_cast_vector<VecI>(b); };
+  const Register c = bit_cast_vector<Register>(codes), y = bit_cast_vector<Register>(x);
+  if constexpr (kMaxCode <= 129) {
+    return add(sums, madd(maddubs(c, y), bit_cast_vector<Register>(splat(int16_t(1)))));
+  } else {
+    using VecW = Vec<uint16_t>;
+    using VecH = Vec<int16_t>;
+    const VecW wide = bit_cast_vector<VecW>(codes);
+    const VecH odd = bit_cast_vector<VecH>(x);
+    const VecH even_codes = bit_cast_vector<VecH>(wide & uint16_t(255)), odd_codes = bit_cast_vector<VecH>(wide >> 8);
+    const VecH even_x = bit_cast_vector<VecH>(bit_cast_vector<VecW>(x) << 8) >> 8;
+    const VecI half = add(sums, madd(bit_cast_vector<Register>(even_codes), bit_cast_vector<Register>(even_x)));
+    return add(half, madd(bit_cast_vector<Register>(odd_codes), bit_cast_vector<Register>(VecH(odd >> 8))));
+  }
+#else
+  VecI y = sums;
+  for (int i = 0; i < kLanes<int32_t>; ++i)
+    for (int j = 4 * i; j < 4 * i + 4; ++j) y[i] += int32_t(codes[j]) * x[j];
+  return y;
+#endif
+}
+
+struct Int8Code {
+  static constexpr int kPlanes = 1, kBias = 128, kMaxCode = 255;
+  static constexpr bool kZeros = false;
+  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) { planes[0] = bytes ^ uint8_t(128); }
+};
+
+struct Int4Code {
+  static constexpr int kPlanes = 2, kBias = 8, kMaxCode = 15;
+  static constexpr bool kZeros = false;
+  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
+    planes[0] = bytes & uint8_t(15);
+    planes[1] = bytes >> 4;
+  }
+};
+
+// Here `zeros` is kBias - zero.
+struct Int4AsymmetricCode {
+  static constexpr int kPlanes = 2, kBias = 15, kMaxCode = 30;
+  static constexpr bool kZeros = true;
+  MOERT_INLINE static void unpack(const VecB& bytes, const VecB& zeros, VecB* planes) {
+    planes[0] = (bytes & uint8_t(15)) + zeros;
+    planes[1] = (bytes >> 4) + zeros;
+  }
+};
+
+// Twice the value of each e2m1 code, plus kBias.
+alignas(16) constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+struct Mxfp4Code {
+  static constexpr int kPlanes = 2, kBias = 12, kMaxCode = 24;
+  static constexpr bool kZeros = false;
+
+  MOERT_INLINE static VecB look_up(const VecB& codes) {
+#if defined(__AVX512F__)
+    const __m512i table = _mm512_broadcast_i32x4(load_vector<__m128i>(kE2m1));
+    return bit_cast_vector<VecB>(_mm512_shuffle_epi8(table, bit_cast_vector<__m512i>(codes)));
+#elif defined(__AVX2__)
+    const __m256i table = _mm256_broadcastsi128_si256(load_vector<__m128i>(kE2m1));
+    return bit_cast_vector<VecB>(_mm256_shuffle_epi8(table, bit_cast_vector<__m256i>(codes)));
+#else
+    VecB y;
+    for (int i = 0; i < kVectorBytes; ++i) y[i] = kE2m1[codes[i]];
+    return y;
+#endif
+  }
+
+  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
+    planes[0] = look_up(bytes & uint8_t(15));
+    planes[1] = look_up(bytes >> 4);
+  }
+};
+
+struct Ternary2Code {
+  static constexpr int kPlanes = 4, kBias = 1, kMaxCode = 3;
+  static constexpr bool kZeros = false;
+  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
+    planes[0] = bytes & uint8_t(3);
+    planes[1] = bytes >> 2 & uint8_t(3);
+    planes[2] = bytes >> 4 & uint8_t(3);
+    planes[3] = bytes >> 6;
+  }
+};
+
+// The carry of 3 * fraction above 8 bits: 1 from 86 on, 2 from 171 on.
+struct Ternary5Code {
+  static constexpr int kPlanes = 5, kBias = 1, kMaxCode = 2;
+  static constexpr bool kZeros = false;
+  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
+    VecB fraction = bytes;
+#pragma GCC unroll 5
+    for (int p = 0; p < kPlanes; ++p) {
+      const VecS one = fraction >= uint8_t(86), two = fraction >= uint8_t(171);
+      planes[p] = bit_cast_vector<VecB>(-(one + two));
+      fraction = fraction + fraction + fraction;
+    }
+  }
+};
+
+// Columns in one vector of packed bytes.
+template <typename Code>
+constexpr int64_t kStepColumns = int64_t(Code::kPlanes) * kVectorBytes;
+
+// A byte of ternary5 has columns of two groups: for scales within the row its codes are unpacked to int8 first.
+MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
+  return p.format == Format::ternary5 && (p.group != 0 || precision != Precision::int8);
+}
+
+// f(Code{}) for the codes that the kernel reads.
+template <typename F>
+MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
+  switch (p.format) {
+    case Format::int4:
+      return f(Int4Code{});
+    case Format::int4_asymmetric:
+      return f(Int4AsymmetricCode{});
+    case Format::mxfp4:
+      return f(Mxfp4Code{});
+    case Format::ternary2:
+      return f(Ternary2Code{});
+    case Format::ternary5:
+      if (!unpacks_first(p, precision)) return f(Ternary5Code{});
+      [[fallthrough]];
+    default:
+      return f(Int8Code{});
+  }
+}
+
+}  // namespace
+}  // namespace moert::cpu

@@ -1,0 +1,216 @@
+// Products of few rows with packed weights as they lie: the lanes of a vector run along a weight row, whose bytes are
+// unpacked once for all rows of x.  A register block is M rows of x by kBlock weight rows.
+#pragma once
+
+#include "cpu/packed_scales.h"
+
+namespace moert::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBlock = 4, kBlockM = 4;
+#else
+constexpr int kBlock = 2, kBlockM = 2;
+#endif
+
+// What becomes of the integer sums of a step.
+enum class Scales {
+  none,        // added up along the row: one scale a row of either side
+  activations, // times the scales of the activations
+  both         // times those of the weights, too
+};
+
+// A quantized row: its data and its scales.
+struct DotRow {
+  const char* data;
+  const float* scales;
+};
+
+struct DotBlock {
+  int64_t rows;             // of the weights, at most kBlock; the rest repeats the last
+  const uint8_t* codes[kBlock];
+  const uint8_t* tails[kBlock];  // the last step's bytes, zeros after them; null where it is a whole one
+  int64_t group;            // columns of a scale of the weights
+  const float* scales;      // [kBlock, pitch]
+  const int32_t* zeros;     // [kBlock, pitch]
+  int64_t pitch, ahead;     // ahead: bytes to what is prefetched
+  RowLayout layout;
+};
+
+template <typename Code, Scales kScales, int M>
+struct Dots {
+  using Sum = std::conditional_t<kScales == Scales::none, int32_t, float>;
+  static constexpr int P = Code::kPlanes, V = kVectorBytes;
+  Vec<Sum> sums[M][kBlock];
+
+  // Group of the first lane of step s.
+  MOERT_INLINE static int64_t first_group(int64_t s, int64_t group) { return s * kStepColumns<Code> / group; }
+
+  struct Weights {
+    VecB planes[P];
+    VecF scale;
+  };
+
+  MOERT_INLINE static Weights unpack(const DotBlock& b, const uint8_t* bytes, int r, int64_t s, const VecI& lanes) {
+    Weights w;
+    VecB zeros{};
+    const int64_t at = r * b.pitch + first_group(s, b.group);
+    if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + at, lanes));
+    Code::unpack(load_vector<VecB>(bytes), zeros, w.planes);
+    if constexpr (kScales == Scales::both) w.scale = pick(b.scales + at, lanes);
+    return w;
+  }
+
+  MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int m, int r) {
+    if constexpr (kScales == Scales::none) {
+#pragma GCC unroll 5
+      for (int p = 0; p < P; ++p)
+        sums[m][r] = dot4<Code::kMaxCode>(sums[m][r], w.planes[p], load_vector<VecS>(x + p * V));
+    } else {
+      VecI sum = load_vector<VecI>(x + P * V);
+#pragma GCC unroll 5
+      for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], load_vector<VecS>(x + p * V));
+      sums[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
+    }
+  }
+
+  MOERT_INLINE static VecF scale_of_step(const float* x, int64_t s, const VecI& lanes) {
+    if constexpr (kScales == Scales::none) return VecF{};
+    return pick(x + first_group(s, kGroup), lanes);
+  }
+
+  MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s,
+                         const VecI& lanes, const VecI& x_lanes) {
+    const int64_t at = s * b.layout.step_bytes;
+    if constexpr (P <= 2) {  // all planes of the block stay in registers
+      Weights w[kBlock];
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlock; ++r) w[r] = unpack(b, bytes[r], r, s, lanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const VecF x_scale = scale_of_step(x[m].scales, s, x_lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlock; ++r) multiply(w[r], x[m].data + at, x_scale, m, r);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < kBlock; ++r) {
+        const Weights w = unpack(b, bytes[r], r, s, lanes);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), m, r);
+      }
+    }
+  }
+
+  MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
+    const VecI lanes = group_of_lane<Code>(b.group), x_lanes = group_of_lane<Code>(kGroup);
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < kBlock; ++r) {
+        if constexpr (kScales == Scales::none)
+          sums[m][r] = load_vector<VecI>(x[m].data + b.layout.whole);
+        else
+          sums[m][r] = VecF{};
+      }
+    const int64_t whole = b.layout.steps - (b.tails[0] ? 1 : 0);
+    // The last step, if it is not a whole vector, reads copies of its bytes.
+    for (int64_t s = 0, end = whole; s < b.layout.steps; end = b.layout.steps) {
+      const bool tail = s == whole;
+      const uint8_t* bytes[kBlock];
+      for (int r = 0; r < kBlock; ++r) bytes[r] = tail ? b.tails[r] : b.codes[r];
+      for (; s < end; ++s) {
+        step(b, bytes, x, s, lanes, x_lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlock; ++r) {
+          __builtin_prefetch(bytes[r] + b.ahead, 0, 2);
+          bytes[r] += V;
+        }
+      }
+    }
+  }
+
+  // c[m, r], at most `rows` of each.
+  void store_sums(const DotBlock& b, const DotRow* x, float* c) const {
+    for (int m = 0; m < M; ++m) {
+      Sum total[4];
+      if constexpr (kBlock == 4)
+        add_lanes_of_four<Sum>(sums[m], total, false);
+      else
+        for (int r = 0; r < kBlock; ++r) total[r] = sum_lanes(sums[m][r]);
+      for (int r = 0; r < b.rows; ++r) {
+        float y = float(total[r]);
+        if constexpr (kScales != Scales::both) y *= b.scales[r * b.pitch];
+        if constexpr (kScales == Scales::none) y *= x[m].scales[0];
+        c[m * kTileColumns + r] = y;
+      }
+    }
+  }
+};
+
+template <typename Code, Scales kScales, int M>
+void dots(const DotBlock& b, const DotRow* x, float* c) {
+  Dots<Code, kScales, M> dots;
+  dots.run(b, x);
+  dots.store_sums(b, x, c);
+}
+
+template <typename Code, Scales kScales, int... M>
+auto dots_of(int64_t m, std::integer_sequence<int, M...>) {
+  using Function = void (*)(const DotBlock&, const DotRow*, float*);
+  static constexpr Function table[] = {dots<Code, kScales, M + 1>...};
+  return table[m - 1];
+}
+
+// The weight rows [n, n + rows) as a block; what it needs besides the codes is written to scratch.
+template <typename Code>
+DotBlock dot_block(const PackedTile& t, int64_t n, char* scratch) {
+  const PackedRows& b = t.b;
+  const int64_t per_row = groups(b.packing);
+  DotBlock block{};
+  block.rows = t.N - n < kBlock ? t.N - n : kBlock;
+  block.group = b.packing.group ? b.packing.group : int64_t(1) << 40;
+  block.pitch = round_up(per_row, 16) + 16;
+  block.layout = row_layout<Code>(b.packing.columns);
+  float* scales = reinterpret_cast<float*>(scratch);
+  int32_t* zeros = reinterpret_cast<int32_t*>(scales + kBlock * block.pitch);
+  uint8_t* tails = reinterpret_cast<uint8_t*>(zeros + kBlock * block.pitch);
+  const CodeRows rows = code_rows(b, t.precision, n, block.rows, reinterpret_cast<char*>(tails + kBlock * 64));
+  const int64_t last = rows.stride % kVectorBytes;
+  block.ahead = kBlock * rows.stride;
+  block.scales = scales, block.zeros = zeros;
+  for (int64_t r = 0; r < kBlock; ++r) {
+    const int64_t row = r < block.rows ? r : block.rows - 1;
+    block.codes[r] = rows.data + row * rows.stride;
+    const int64_t at = r * block.pitch;
+    widen_scales(b, n + row, 0, per_row, scales + at);
+    std::memset(scales + at + per_row, 0, size_t(block.pitch - per_row) * 4);  // what padding is multiplied with
+    if constexpr (Code::kZeros) {
+      widen_zeros<Code>(b, n + row, 0, per_row, zeros + at);
+      std::memset(zeros + at + per_row, 0, size_t(block.pitch - per_row) * 4);
+    }
+    if (!last) continue;
+    block.tails[r] = tails + r * 64;
+    std::memset(tails + r * 64, 0, 64);
+    std::memcpy(tails + r * 64, block.codes[r] + rows.stride - last, size_t(last));
+  }
+  return block;
+}
+
+template <typename Code, Scales kScales>
+void packed_dots(const PackedTile& t) {
+  for (int64_t n = 0; n < t.N; n += kBlock) {
+    const DotBlock block = dot_block<Code>(t, n, t.scratch);
+    const int64_t parts = (t.M + kBlockM - 1) / kBlockM;
+    for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
+      M = (t.M - m + parts - i - 1) / (parts - i);
+      DotRow x[kBlockM];
+      for (int64_t r = 0; r < M; ++r) {
+        x[r].data = quantized_row(t.a, m + r);
+        x[r].scales = reinterpret_cast<const float*>(x[r].data + block.layout.scales);
+      }
+      dots_of<Code, kScales>(M, std::make_integer_sequence<int, kBlockM>{})(block, x, t.c + m * kTileColumns + n);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moert::cpu

@@ -1,0 +1,7 @@
+#include "cpu/packed_tile.h"
+
+namespace moert::cpu::avx512 {
+
+const PackedGemmKernels packed_gemm_kernels = {quantized_row_bytes, quantize_row, packed_gemm, dequantize_rows};
+
+}  // namespace moert::cpu::avx512

@@ -1,0 +1,64 @@
+// What the drivers of quantized experts ask of an instruction set: rows of int8 activations, products of such rows with
+// packed weights, and packed weights as float32.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/gemm_isa.h"
+#include "moert/fused_experts_quantized.h"
+
+namespace moert::cpu {
+
+// Some rows of one expert: the pointers are those of the first.
+struct PackedRows {
+  Packing packing;
+  const uint8_t* codes;
+  const void* scales;
+  const uint8_t* zeros;
+};
+
+// Rows as quantize_row leaves them, `stride` bytes apart, aligned to 64; row r is the stored row index[r].
+struct QuantizedRows {
+  const char* data;
+  int64_t stride;
+  const int32_t* index = nullptr;
+};
+
+// c[m, n] = a[m] . b[n], the float32 product of the quantized row and the dequantized weights.
+struct PackedTile {
+  int64_t M, N;
+  QuantizedRows a;
+  PackedRows b;
+  Precision precision;
+  float* c;       // rows kTileColumns apart
+  char* scratch;  // packed_scratch(b.packing.columns) bytes, aligned to 64
+};
+
+constexpr int64_t packed_scratch(int64_t columns) { return 32 * columns + (int64_t(512) << 10); }
+
+struct PackedGemmKernels {
+  // Bytes of one quantized row, a multiple of 64.
+  int64_t (*quantized_row_bytes)(const Packing&, Precision);
+  // x [columns].  NaN or infinity makes the scale NaN.
+  void (*quantize_row)(const float* x, const Packing&, Precision, char* row);
+  void (*gemm)(const PackedTile&);
+  // Rows [N, columns], `stride` elements apart.
+  void (*dequantize)(const PackedRows&, int64_t N, float* out, int64_t stride);
+};
+
+namespace generic {
+extern const PackedGemmKernels packed_gemm_kernels;
+}
+namespace avx2 {
+extern const PackedGemmKernels packed_gemm_kernels;
+}
+namespace avx512 {
+extern const PackedGemmKernels packed_gemm_kernels;
+}
+namespace avx512_vnni {
+extern const PackedGemmKernels packed_gemm_kernels;
+}
+
+const PackedGemmKernels& packed_gemm_kernels();
+
+}  // namespace moert::cpu

@@ -1,0 +1,40 @@
+// The product of one tile of quantized rows with packed weights.  Included by one translation unit per instruction set.
+#pragma once
+
+#include "cpu/packed_dequantize.h"
+#include "cpu/packed_panels.h"
+
+namespace moert::cpu {
+namespace {
+
+// From so many rows on a panel pays: it costs what about three rows cost.
+constexpr int64_t kPanelRows = 5, kIntegerPanelRows = 17;
+
+template <typename Code, Scales kScales>
+void packed_product(const PackedTile& t) {
+#if defined(__AVX2__)
+  if (t.M >= (kScales == Scales::none ? kIntegerPanelRows : kPanelRows)) return packed_panels<Code, kScales>(t);
+#endif
+  packed_dots<Code, kScales>(t);
+}
+
+void packed_gemm(const PackedTile& t) {
+  with_code(t.b.packing, t.precision, [&](auto code) {
+    using Code = decltype(code);
+    if constexpr (Code::kPlanes == 5) {
+      packed_product<Code, Scales::none>(t);
+    } else if constexpr (Code::kPlanes == 2) {  // always in groups
+      packed_product<Code, Scales::both>(t);
+    } else {
+      if (t.b.packing.group)
+        packed_product<Code, Scales::both>(t);
+      else if (t.precision == Precision::int8)
+        packed_product<Code, Scales::none>(t);
+      else
+        packed_product<Code, Scales::activations>(t);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace moert::cpu

@@ -1,0 +1,52 @@
+// The whole expert FFN over packed weights (moert/formats.h, docs/quantized.md).
+#pragma once
+
+#include <cstdint>
+
+#include "moert/formats.h"
+#include "moert/fused_experts.h"
+
+namespace moert {
+
+// The type that the rows of both products have.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32
+// columns.  Products of integers are exact; their sums are float32 across scales.
+enum class Precision : int32_t { full, int8, int8_group32 };
+
+constexpr const char* name(Precision precision) {
+  return precision == Precision::full ? "full" : precision == Precision::int8 ? "int8" : "int8_group32";
+}
+
+// What has the error of the weights nearly alone, by measurement (docs/quantized.md).
+constexpr Precision default_precision(Format format) {
+  return format == Format::ternary2 || format == Format::ternary5 ? Precision::int8 : Precision::int8_group32;
+}
+
+// Longer rows could overflow a sum of int8 products.
+constexpr int64_t kMaxInt8Columns = 1 << 17;
+
+// The matrices of all experts: expert e has the rows from e * packing.rows on.
+struct PackedMatrix {
+  Packing packing;
+  const uint8_t* codes;  // [E, rows, row_bytes]
+  const void* scales;    // [E, rows, groups]
+  const uint8_t* zeros;  // likewise, or null
+};
+
+struct QuantizedExperts {
+  PackedMatrix w1;       // rows [2I] gate, then up (or [I]); columns [H]
+  PackedMatrix w2;       // rows [H]; columns [I]
+  ExpertWeights floats;  // the sizes, biases and choices; its matrices are not read
+};
+
+namespace cpu {
+
+// As fused_experts.  float64 x has full activations only.
+void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
+                             int64_t threads, void* y);
+
+// dx [T, H] in x's dtype and dweights [T, k]; either may be null.  The gradient is that of full activations.
+void fused_experts_quantized_backward(const Rows& dy, const RoutedRows& tokens, const QuantizedExperts& experts,
+                                      int64_t threads, void* dx, void* dweights);
+
+}  // namespace cpu
+}  // namespace moert

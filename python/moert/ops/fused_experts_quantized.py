@@ -1,0 +1,137 @@
+"""The whole expert FFN over packed weights (moert.quant, docs/quantized.md).
+
+Letters: T tokens, H hidden, I intermediate, E experts, k choices per token; 2I is I where the activation is not gated.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moert import _C
+from moert.ops.autocast import autocast
+from moert.ops.fused_experts import apply_activation
+from moert.ops.once_differentiable import once_differentiable
+from moert.ops.same_device import same_device
+from moert.quant.format import PackedTensor
+from moert.types import Activation, Routing
+
+
+def fused_experts_quantized(
+    x: Tensor,
+    routing: Routing,
+    w1: PackedTensor,
+    w2: PackedTensor,
+    bias: tuple[Tensor | None, Tensor | None] = (None, None),
+    activation: str | Activation = "swiglu",
+    precision: str = "auto",
+    scale_on: str = "output",
+) -> Tensor:
+    """y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order, as fused_experts.
+
+    x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
+    precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
+    columns; "auto", what default_precision says.  Gradients go to x, the routing weights and nothing else, and are those
+    of full precision.  NaN or infinity in a token makes its whole output NaN in int8.
+    """
+    activation = Activation(activation) if isinstance(activation, str) else activation
+    if routing.num_experts != w1.shape[0]:
+        raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
+    for name, w in (("w1", w1), ("w2", w2)):
+        if w.codes.requires_grad or w.scales.requires_grad:
+            raise ValueError(f"{name} must not require gradients: packed weights have none")
+    x, b1, b2 = autocast(x, *bias)
+    return torch.ops.moert.fused_experts_quantized(
+        x,
+        routing.ids,
+        routing.weights,
+        w1.codes,
+        w1.scales,
+        w1.zeros,
+        w2.codes,
+        w2.scales,
+        w2.zeros,
+        b1,
+        b2,
+        w1.format.name,
+        w1.format.group or 0,
+        w2.format.name,
+        w2.format.group or 0,
+        activation.name,
+        activation.alpha,
+        activation.limit,
+        precision,
+        scale_on,
+    )
+
+
+def default_precision(w1: PackedTensor, w2: PackedTensor) -> str:
+    """What "auto" is: the finer of the two formats' defaults (docs/quantized.md says how they were measured)."""
+    order = ("full", "int8", "int8_group32")
+    return max((_C.default_precisions()[w.format.name] for w in (w1, w2)), key=order.index)
+
+
+def fused_experts_quantized_ref(
+    x, routing, w1, w2, bias=(None, None), activation="swiglu", precision="auto", scale_on="output"
+):
+    activation = Activation(activation) if isinstance(activation, str) else activation
+    precision = default_precision(w1, w2) if precision == "auto" else precision
+    first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
+    b1, b2 = bias
+    y = torch.zeros_like(x)
+    for e in range(routing.num_experts):
+        token, choice = torch.where(routing.ids.long() == e)
+        weight = routing.weights[token, choice, None].to(x.dtype)
+        h = F.linear(rounded(x[token], precision), first[e])
+        h = h * weight if scale_on == "input" else h
+        act = apply_activation(h if b1 is None else h + b1[e], activation)
+        out = F.linear(rounded(act, precision), second[e], None if b2 is None else b2[e])
+        y = y.index_add(0, token, out if scale_on == "input" else out * weight)
+    return y
+
+
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """The rows that int8 ones stand for: x [S, K] to the nearest multiple of max|x| / 127 of its row or group."""
+    if precision == "full" or x.numel() == 0:
+        return x
+    K = x.shape[1]
+    group = 32 if precision == "int8_group32" else K
+    grouped = F.pad(x.float(), (0, -K % group)).unflatten(1, (-1, group))
+    scale = grouped.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale > 0, grouped / scale, 0).round()
+    return (codes * scale.to(x.dtype)).flatten(1)[:, :K].to(x.dtype)
+
+
+@torch.library.register_fake("moert::fused_experts_quantized")
+def _(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, *_):
+    parts = {"codes1": codes1, "scales1": scales1, "zeros1": zeros1}
+    parts |= {"codes2": codes2, "scales2": scales2, "zeros2": zeros2}
+    same_device(x=x, ids=ids, weights=weights, **parts, b1=b1, b2=b2)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("moert::fused_experts_quantized_backward")
+def _(dy, x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, *options):
+    needs = options[-1]
+    same_device(dy=dy, x=x, ids=ids, weights=weights, codes1=codes1, scales1=scales1, codes2=codes2, scales2=scales2)
+    T, k = weights.shape
+    return x.new_empty(x.shape if needs & 1 else (0,)), weights.new_empty(T if needs & 2 else 0, k)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, format1, group1, format2, group2, act, alpha, limit, _, scale_on = inputs
+    ctx.options = (format1, group1, format2, group2, act, alpha, limit, scale_on)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dy):
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    if any(ctx.needs_input_grad[9:11]):
+        raise RuntimeError("bias must not require gradients over packed weights, got one that does")
+    needs = wanted[0] + 2 * wanted[1]
+    grads = torch.ops.moert.fused_experts_quantized_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
+    dx, dweights = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return dx, None, dweights, *(None,) * 17
+
+
+torch.library.register_autograd("moert::fused_experts_quantized", _backward, setup_context=_setup_context)
+once_differentiable("moert::fused_experts_quantized_backward", "fused_experts_quantized")
