@@ -39,6 +39,24 @@ EXPERTS = {
     "interleaved": False,
     "scale_on": "output",
 }
+BYTES = {"dtype": torch.uint8}
+QUANTIZED = {
+    **{name: EXPERTS[name] for name in ("x", "ids", "weights")},
+    "codes1": ones(E, 2 * I, 16, **BYTES),
+    "scales1": ones(E, 2 * I, 1).half(),
+    "zeros1": ones(E, 2 * I, 1, **BYTES),
+    "codes2": ones(E, H, 16, **BYTES),
+    "scales2": ones(E, H, 1, **BYTES),
+    "zeros2": None,
+    **{name: EXPERTS[name] for name in ("b1", "b2")},
+    "format1": "int4_asymmetric",
+    "group1": 32,
+    "format2": "mxfp4",
+    "group2": 32,
+    **{name: EXPERTS[name] for name in ("activation", "alpha", "limit")},
+    "precision": "auto",
+    "scale_on": "output",
+}
 GATING = {"score": "softmax", "renormalize": True, "scale": 1.0}
 VALID = {
     "topk_gating": {
@@ -76,6 +94,12 @@ VALID = {
         "gains": ones(T, E),
     },
     "fused_experts_backward": {"dy": ones(T, H), **EXPERTS, "h": ones(S, 2 * I), "needs": 63},
+    "fused_experts_quantized": QUANTIZED,
+    "fused_experts_quantized_backward": {
+        "dy": ones(T, H),
+        **{name: value for name, value in QUANTIZED.items() if name != "precision"},
+        "needs": 3,
+    },
 }
 BAD = {
     "topk_gating": [
@@ -236,6 +260,41 @@ BAD = {
         ("dy", ones(T, H).double(), "dy must have the dtype of x, Float, got Double"),
         ("h", ones(S, I), r"h must be what fused_experts returned, \[T\*k, 2I\] or \[0, 2I\], got \[6, 5\]"),
         ("h", ones(S, 2 * I).half(), "h must have the dtype of x, Float, got Half"),
+    ],
+    "fused_experts_quantized": [
+        ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
+        ("x", NOT_FLOAT, f"x must have dtype {FLOAT}, got Long"),
+        ("x", ones(T, 40), r"codes1 must have shape \[E=4, rows=10, 32\] for 40 columns of int4_asymmetric, got \[4"),
+        ("ids", IDS[1:], r"ids must have shape \[T=3, k\], got \[2, 2\]"),
+        ("weights", ones(T), r"weights must be \[T, k\], got shape \[3\]"),
+        ("weights", ones(T, k + 1), r"weights must have the shape of ids, \[3, 2\], got \[3, 3\]"),
+        ("weights", ones(T, k).half(), "weights must have dtype Float or that of x, got Half"),
+        ("codes1", ones(2 * I, 16, **BYTES), r"codes1 must be \[E, rows, bytes\], got shape \[10, 16\]"),
+        ("codes1", ones(E, 2 * I, 17, **BYTES), r"codes1 must have shape \[E=4, rows=10, 16\] for 6 columns of int4"),
+        ("codes1", ones(E, 2 * I, 16), "codes1 must have dtype Byte for int4_asymmetric, got Float"),
+        ("scales1", ones(E, 2 * I, 1), "scales1 must have dtype Half for int4_asymmetric, got Float"),
+        (
+            "scales1",
+            ones(E, I, 1).half(),
+            r"scales1 must have shape \[E=4, rows=10, 1\] for 6 columns of .*, got \[4, 5",
+        ),
+        ("scales2", ones(E, H, 1).half(), "scales2 must have dtype Byte for mxfp4, got Half"),
+        ("zeros1", None, "zeros1 must be a tensor for int4_asymmetric, got None"),
+        ("zeros1", ones(E, 2 * I, 1), "zeros1 must have dtype Byte for int4_asymmetric, got Float"),
+        ("zeros2", ones(E, H, 1, **BYTES), "zeros2 must be None for mxfp4, got a tensor"),
+        ("codes2", ones(E, H + 1, 16, **BYTES), r"scales2 must have shape \[E=4, rows=7, 1\] for 5 columns of mxfp4"),
+        ("format1", "int3", "format1 must be one of int8, .*, ternary5, got int3"),
+        ("group1", 16, "group must be 32, 64 or 128 for int4_asymmetric, got 16"),
+        ("group2", 64, "group must be 32 for mxfp4, got 64"),
+        ("b1", ones(E, I), r"b1 must have shape \[E=4, 2I=10\], got \[4, 5\]"),
+        ("b2", ones(E, H).half(), "b2 must have the dtype of x, Float, got Half"),
+        ("activation", "swish", "activation must be one of identity, silu, .*, got swish"),
+        ("precision", "", "precision must be auto, full, int8 or int8_group32, got "),
+        ("scale_on", "", "scale_on must be output or input, got "),
+    ],
+    "fused_experts_quantized_backward": [
+        ("dy", ones(T, H + 1), r"dy must have shape \[T=3, H=6\], got \[3, 7\]"),
+        ("dy", ones(T, H).double(), "dy must have the dtype of x, Float, got Double"),
     ],
 }
 

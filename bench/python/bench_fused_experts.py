@@ -16,7 +16,7 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     w2 = torch.randn(shape.E, shape.H, shape.I).mul(shape.I**-0.5).to(dtype)
     providers = {
         "moert": lambda x, weights, w1, w2: fused_experts(x, replace(routing, weights=weights), w1, w2),
-        "torch": lambda x, weights, w1, w2: _loop(x, routing.ids, weights, w1, w2),
+        "torch": lambda x, weights, w1, w2: loop(x, routing.ids, weights, w1, w2),
         "torch_grouped_mm": lambda x, weights, w1, w2: _grouped_mm(x, routing.ids, weights, w1, w2),
     }
     used = len(routing.ids.unique()) * 3 * shape.H * shape.I * w1.itemsize
@@ -29,7 +29,7 @@ def _ffn(rows, w1, w2):
     return F.linear(F.silu(gate) * up, w2)
 
 
-def _loop(x, ids, weights, w1, w2):
+def loop(x, ids, weights, w1, w2):
     y = torch.zeros_like(x)
     for e in ids.unique().tolist():
         token, choice = torch.where(ids == e)

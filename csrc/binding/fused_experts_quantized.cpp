@@ -138,8 +138,7 @@ Tensor fused_experts_quantized_cpu(const Tensor& x, const Tensor& ids, const Ten
                     " for int8 activations, got ", longest);
   }
   Tensor y = torch::stable::new_empty(x, {call.tokens.T, call.experts.floats.H});
-  cpu::fused_experts_quantized(call.tokens, call.experts, used, torch::stable::get_num_threads(),
-                               y.mutable_data_ptr());
+  cpu::fused_experts_quantized(call.tokens, call.experts, used, torch::stable::get_num_threads(), y.mutable_data_ptr());
   return y;
 }
 

@@ -41,7 +41,8 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "Tensor codes2, Tensor scales2, Tensor? zeros2, Tensor? b1, Tensor? b2, str format1, int group1, str format2, "
       "int group2, str activation, float alpha, float limit, str precision, str scale_on) -> Tensor y");
   m.def(
-      "fused_experts_quantized_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor codes1, Tensor scales1, "
+      "fused_experts_quantized_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor codes1, Tensor "
+      "scales1, "
       "Tensor? zeros1, Tensor codes2, Tensor scales2, Tensor? zeros2, Tensor? b1, Tensor? b2, str format1, int group1, "
       "str format2, int group2, str activation, float alpha, float limit, str scale_on, int needs) "
       "-> (Tensor dx, Tensor dweights)");

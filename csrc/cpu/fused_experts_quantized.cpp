@@ -12,10 +12,11 @@ template <typename A>
 void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, void* y) {
   const ExpertWeights& floats = w.floats;
   const Plan<A> plan(tokens, floats.E, threads);
-  const Memory<A> act = allocate<A>(plan.slots_used() * floats.I);
+  const DType between = between_gemms(tokens.x.dtype);
+  const Memory<char> act = allocate<char>(plan.slots_used() * floats.I * size_of(between));
   const FirstGemm<A> first(tokens, floats, plan, threads, act.get(), nullptr);
   const CombinedRows<A> second(plan, floats.H, threads);
-  const Rows rows{act.get(), DTypeOf<A>::value, floats.I};
+  const Rows rows{act.get(), between, floats.I};
   parallel_region(threads, [&](Team& team) {
     first.run(team, [&](const TileTask& task, const TileMemory<A>& memory) {
       const TileOperand x = operand_of(first.x, task.row, 0);
@@ -64,7 +65,8 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
   const Plan<float> plan(tokens, floats.E, threads);
   const int64_t slots = plan.slots_used();
   const Memory<float> act = allocate<float>(slots * floats.I);
-  const FirstGemm<float> first(tokens, floats, plan, threads, act.get(), nullptr);
+  FirstGemm<float> first(tokens, floats, plan, threads, act.get(), nullptr);
+  first.between = DType::f32;  // it becomes int8 at once
   const CombinedRows<float> second(plan, floats.H, threads);
   const Int8Activations x(w.w1, precision, tokens.T), h(w.w2, precision, slots);
   parallel_region(threads, [&](Team& team) {

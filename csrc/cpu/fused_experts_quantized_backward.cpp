@@ -1,5 +1,6 @@
-// Gradients through packed weights: a few experts at a time are dequantized and go through fused_experts_backward, which
-// also computes their pre-activations again.  Sums over the parts are in the type of sums, in the order of the experts.
+// Gradients through packed weights: a few experts at a time are dequantized and go through fused_experts_backward,
+// which also computes their pre-activations again.  Sums over the parts are in the type of sums, in the order of the
+// experts.
 #include "cpu/packed_experts.h"
 #include "cpu/parallel.h"
 #include "moert/fused_experts_quantized.h"
@@ -77,8 +78,8 @@ struct PackedBackward {
     parallel_for((n * rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t task) {
       const int64_t row = task * kRowsPerTask, N = std::min(kRowsPerTask, n * rows - row);
       A* values = out + row * K;
-      float* floats = sizeof(A) == 8 ? reinterpret_cast<float*>(thread_scratch(N * K * 4))
-                                     : reinterpret_cast<float*>(values);
+      float* floats =
+          sizeof(A) == 8 ? reinterpret_cast<float*>(thread_scratch(N * K * 4)) : reinterpret_cast<float*>(values);
       packed_gemm_kernels().dequantize(rows_of(matrix, first, row), N, floats, K);
       if constexpr (sizeof(A) == 8) std::copy(floats, floats + N * K, values);
     });

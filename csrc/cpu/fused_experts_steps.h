@@ -58,7 +58,7 @@ const A* vector_of(const ExpertVector& v, int64_t stride, const TileTask& task, 
   return row;
 }
 
-// The first GEMM: act [slots, I] (may be null), of between_gemms() = activation of the pre-activations; h (may be null)
+// The first GEMM: act [slots, I] (may be null), of dtype `between` = activation of the pre-activations; h (may be null)
 // [slots, 2I] = the pre-activations, gate then up.
 template <typename A>
 struct FirstGemm {
@@ -67,6 +67,7 @@ struct FirstGemm {
   Rows x;  // [slots, H]
   void *act, *h;
   bool gated;
+  DType between;
   std::vector<TileTask> tasks;
 
   FirstGemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>& plan, int64_t threads, void* act, void* h)
@@ -76,6 +77,7 @@ struct FirstGemm {
         act(act),
         h(h),
         gated(is_gated(w.activation.act)),
+        between(between_gemms(x.dtype)),
         tasks(tile_tasks(plan.offsets.get(), w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
 
   void run(Team& team) const {
@@ -101,7 +103,6 @@ struct FirstGemm {
     finish(task, w.gate_bias, memory.c0, 0, memory);
     if (gated) finish(task, w.up_bias, memory.c1, w.I, memory);
     if (!act) return;
-    const DType between = between_gemms(x.dtype);
     void* out = const_cast<char*>(at(act, between, task.row * w.I + task.n));
     gemm_kernels().activate({task.M, task.N, w.activation, memory.c0, memory.c1, out, between, w.I});
   }

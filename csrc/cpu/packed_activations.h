@@ -1,8 +1,8 @@
 // Rows of activations as int8, in the order in which the codes of a format are multiplied.
 //
-// A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes, and
-// a vector of int32 lanes, minus kBias times the sum of what the lane multiplies; then the lanes of the whole row, the
-// scale of every 32 columns, and minus kBias times the sum of every 32 columns.
+// A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes,
+// and a vector of int32 lanes, minus kBias times the sum of what the lane multiplies; then the lanes of the whole row,
+// the scale of every 32 columns, and minus kBias times the sum of every 32 columns.
 #pragma once
 
 #include "cpu/packed_codes.h"
@@ -86,7 +86,8 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, char*
   const RowLayout layout = row_layout<Code>(columns);
   std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
   float* scales = reinterpret_cast<float*>(row + layout.scales);
-  int32_t *sums = reinterpret_cast<int32_t*>(row + layout.sums), *whole = reinterpret_cast<int32_t*>(row + layout.whole);
+  int32_t *sums = reinterpret_cast<int32_t*>(row + layout.sums),
+          *whole = reinterpret_cast<int32_t*>(row + layout.whole);
   const float all = precision == Precision::int8 ? scale_of(x, columns) : 0;
   for (int64_t i = 0; i < columns; i += kGroup)
     scales[i / kGroup] = precision == Precision::int8 ? all : scale_of(x + i, smaller(columns - i, kGroup));

@@ -2,8 +2,8 @@
 // instruction set.
 //
 // A vector of packed bytes holds kPlanes codes a byte: plane p has those of columns kPlanes * byte + p.  A plane is
-// unsigned, value + kBias, as the dot product of bytes wants it; what the bias adds is taken off through the sums of the
-// activations.  kMaxCode bounds a plane.
+// unsigned, value + kBias, as the dot product of bytes wants it; what the bias adds is taken off through the sums of
+// the activations.  kMaxCode bounds a plane.
 #pragma once
 
 #include "cpu/packed_gemm_isa.h"

@@ -15,9 +15,9 @@ constexpr int kBlock = 2, kBlockM = 2;
 
 // What becomes of the integer sums of a step.
 enum class Scales {
-  none,        // added up along the row: one scale a row of either side
-  activations, // times the scales of the activations
-  both         // times those of the weights, too
+  none,         // added up along the row: one scale a row of either side
+  activations,  // times the scales of the activations
+  both          // times those of the weights, too
 };
 
 // A quantized row: its data and its scales.
@@ -27,13 +27,13 @@ struct DotRow {
 };
 
 struct DotBlock {
-  int64_t rows;             // of the weights, at most kBlock; the rest repeats the last
+  int64_t rows;  // of the weights, at most kBlock; the rest repeats the last
   const uint8_t* codes[kBlock];
   const uint8_t* tails[kBlock];  // the last step's bytes, zeros after them; null where it is a whole one
-  int64_t group;            // columns of a scale of the weights
-  const float* scales;      // [kBlock, pitch]
-  const int32_t* zeros;     // [kBlock, pitch]
-  int64_t pitch, ahead;     // ahead: bytes to what is prefetched
+  int64_t group;                 // columns of a scale of the weights
+  const float* scales;           // [kBlock, pitch]
+  const int32_t* zeros;          // [kBlock, pitch]
+  int64_t pitch, ahead;          // ahead: bytes to what is prefetched
   RowLayout layout;
 };
 
@@ -79,8 +79,8 @@ struct Dots {
     return pick(x + first_group(s, kGroup), lanes);
   }
 
-  MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s,
-                         const VecI& lanes, const VecI& x_lanes) {
+  MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
+                         const VecI& x_lanes) {
     const int64_t at = s * b.layout.step_bytes;
     if constexpr (P <= 2) {  // all planes of the block stay in registers
       Weights w[kBlock];

@@ -10,7 +10,8 @@ namespace moert::cpu {
 inline PackedRows rows_of(const PackedMatrix& w, int64_t e, int64_t row) {
   const Packing& p = w.packing;
   const int64_t first = e * p.rows + row, per_row = groups(p);
-  return {p, w.codes + first * row_bytes(p), static_cast<const char*>(w.scales) + first * per_row * scale_bytes(p.format),
+  return {p, w.codes + first * row_bytes(p),
+          static_cast<const char*>(w.scales) + first * per_row * scale_bytes(p.format),
           w.zeros ? w.zeros + first * per_row : nullptr};
 }
 

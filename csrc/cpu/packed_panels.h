@@ -227,7 +227,7 @@ void packed_panels(const PackedTile& t) {
       for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
         M = (t.M - m + slabs - i - 1) / (slabs - i);
         panel_rows_of<Code, kScales>(M, std::make_integer_sequence<int, kPanelM>{})(memory, memory.x + m, steps,
-                                                                                     t.c + m * kTileColumns + n);
+                                                                                    t.c + m * kTileColumns + n);
       }
     }
   }

@@ -17,12 +17,14 @@ _KERNELS = {
     "unpermute": "permute",
     "grouped_gemm": "gemm",
     "fused_experts": "gemm",
+    "fused_experts_quantized": "packed_gemm",
     "union_experts": "gemm",
 }
 # Instruction set -> what a CPU must have for it.
 _ISAS = {
     "avx2": "AVX2, FMA and F16C",
     "avx512": "AVX-512 F, BW, DQ and VL",
+    "avx512_vnni": "AVX512-VNNI",
     "avx512_bf16": "AVX512-BF16 and VNNI",
 }
 # Optional package -> the extra that brings it.
@@ -41,6 +43,7 @@ def info() -> dict:
         "build": _C.build(),
         "cpu": {"isa": _C.isa(), "best_isa": _C.best_isa(), "features": _C.cpu_features()},
         "threads": {"torch": torch.get_num_threads(), **_C.threads(), "runtimes": openmp_runtimes()},
+        "quantized_precision": _C.default_precisions(),
         "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
         "cuda": {"archs": [], "torch": torch.version.cuda},
         "missing": _missing(),

@@ -30,7 +30,7 @@ def fused_experts_quantized(
 
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
     precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
-    columns; "auto", what default_precision says.  Gradients go to x, the routing weights and nothing else, and are those
+    columns; "auto", what default_precision says.  Gradients go to x and the routing weights alone, and are those
     of full precision.  NaN or infinity in a token makes its whole output NaN in int8.
     """
     activation = Activation(activation) if isinstance(activation, str) else activation
@@ -101,19 +101,19 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     return (codes * scale.to(x.dtype)).flatten(1)[:, :K].to(x.dtype)
 
 
+TENSORS = ("x", "ids", "weights", "codes1", "scales1", "zeros1", "codes2", "scales2", "zeros2", "b1", "b2")
+
+
 @torch.library.register_fake("moert::fused_experts_quantized")
-def _(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, *_):
-    parts = {"codes1": codes1, "scales1": scales1, "zeros1": zeros1}
-    parts |= {"codes2": codes2, "scales2": scales2, "zeros2": zeros2}
-    same_device(x=x, ids=ids, weights=weights, **parts, b1=b1, b2=b2)
-    return x.new_empty(x.shape)
+def _(*args):
+    same_device(**dict(zip(TENSORS, args, strict=False)))
+    return args[0].new_empty(args[0].shape)
 
 
 @torch.library.register_fake("moert::fused_experts_quantized_backward")
-def _(dy, x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, *options):
-    needs = options[-1]
-    same_device(dy=dy, x=x, ids=ids, weights=weights, codes1=codes1, scales1=scales1, codes2=codes2, scales2=scales2)
-    T, k = weights.shape
+def _(dy, x, ids, weights, *args):
+    same_device(dy=dy, **dict(zip(TENSORS, (x, ids, weights, *args), strict=False)))
+    (T, k), needs = weights.shape, args[-1]
     return x.new_empty(x.shape if needs & 1 else (0,)), weights.new_empty(T if needs & 2 else 0, k)
 
 

@@ -1,0 +1,91 @@
+#include "moert/fused_experts_quantized.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "expect.h"
+
+using namespace moert;
+
+const int64_t T = 13, k = 2, E = 3, H = 97, I = 45;
+
+std::vector<float> uniform(int64_t n, uint32_t seed) {
+  std::vector<float> x(n);
+  for (auto& value : x) value = float((seed = seed * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1;
+  return x;
+}
+
+// Packed weights and the floats that they stand for.
+struct Matrix {
+  Packing packing;  // of one expert
+  std::vector<uint8_t> codes, scales, zeros;
+  std::vector<float> values;
+
+  Matrix(Format format, int64_t group, int64_t rows, int64_t columns, uint32_t seed)
+      : packing{format, rows, columns, group},
+        codes(E * rows * row_bytes(packing)),
+        scales(E * rows * groups(packing) * scale_bytes(format)),
+        zeros(has_zeros(format) ? E * rows * groups(packing) : 0),
+        values(uniform(E * rows * columns, seed)) {
+    const Packing all{format, E * rows, columns, group};
+    cpu::quantize(all, values.data(), 1, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data());
+    cpu::dequantize(all, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data(), 1, values.data());
+  }
+
+  PackedMatrix packed() const { return {packing, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data()}; }
+  ExpertMatrix floats(int64_t first = 0) const {
+    return {values.data() + first * packing.columns, DType::f32, packing.rows * packing.columns, packing.columns, 1};
+  }
+};
+
+double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) largest = std::max(largest, double(std::abs(a[i] - b[i])));
+  return largest;
+}
+
+void forward_and_backward(Format format, int64_t group) {
+  const auto x = uniform(T * H, 1), weights = uniform(T * k, 4), dy = uniform(T * H, 5);
+  std::vector<int32_t> ids(T * k);
+  for (int64_t i = 0; i < T * k; ++i) ids[i] = int32_t(i * 7 % (E + 1));  // E is the sentinel
+  const RoutedRows tokens{T, k, {x.data(), DType::f32, H}, ids.data(), weights.data()};
+  const Matrix w1(format, group, 2 * I, H, 2), w2(format, group, H, I, 3);
+  ExpertWeights floats{};
+  floats.E = E, floats.H = H, floats.I = I;
+  const QuantizedExperts experts{w1.packed(), w2.packed(), floats};
+  floats.gate = w1.floats(), floats.up = w1.floats(I), floats.down = w2.floats();
+
+  std::vector<float> expected(T * H, NAN), y(T * H, NAN), again(T * H, NAN);
+  cpu::fused_experts(tokens, floats, 1, expected.data(), nullptr);
+  double size = 0;
+  for (const float value : expected) size = std::max(size, double(std::abs(value)));
+  for (const Precision precision : {Precision::full, Precision::int8, Precision::int8_group32}) {
+    cpu::fused_experts_quantized(tokens, experts, precision, 1, y.data());
+    cpu::fused_experts_quantized(tokens, experts, precision, 3, again.data());
+    EXPECT(y == again);
+    // Sums of float32; or each of the two products of rows that are off by at most 1/254 of their largest value.
+    EXPECT(largest_difference(y, expected) <= (precision == Precision::full ? 1e-5 : 0.03) * size);
+  }
+
+  std::vector<float> dx(T * H, NAN), dweights(T * k, NAN), dx_floats(T * H, NAN), dweights_floats(T * k, NAN);
+  cpu::fused_experts_quantized_backward({dy.data(), DType::f32, H}, tokens, experts, 2, dx.data(), dweights.data());
+  cpu::ExpertGradients gradients{};
+  gradients.dx = dx_floats.data(), gradients.dweights = dweights_floats.data();
+  cpu::fused_experts_backward({dy.data(), DType::f32, H}, tokens, floats, nullptr, 1, gradients);
+  EXPECT(largest_difference(dx, dx_floats) <= 1e-5 * size);
+  EXPECT(largest_difference(dweights, dweights_floats) <= 1e-5 * size);
+}
+
+int main() {
+  for (const int64_t group : {0, 32, 64, 128})
+    for (int format = 0; format < kFormats; ++format) {
+      try {
+        cpu::check_packing({Format(format), 1, 1, group});
+      } catch (const std::runtime_error&) {
+        continue;
+      }
+      forward_and_backward(Format(format), group);
+    }
+}
