@@ -7,7 +7,7 @@ import torch
 # find_spec, not __file__: in an editable install the library does not lie beside this file.
 torch.ops.load_library(find_spec("moert._ops").origin)
 
-from moert.experts import Experts, GluExperts  # noqa: E402
+from moert.experts import Experts, GluExperts, QuantizedExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.layers import MoELayer  # noqa: E402
 from moert.ops import (  # noqa: E402
@@ -22,6 +22,7 @@ from moert.ops import (  # noqa: E402
     union_experts,
     unpermute,
 )
+from moert.quant.quantize import quantize_  # noqa: E402
 from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
@@ -34,6 +35,7 @@ __all__ = [
     "GluExperts",
     "GroupLimit",
     "MoELayer",
+    "QuantizedExperts",
     "Router",
     "RouterContext",
     "Routing",
@@ -46,6 +48,7 @@ __all__ = [
     "info",
     "permute",
     "permute_plan",
+    "quantize_",
     "topk_gating",
     "union_experts",
     "unpermute",

@@ -10,7 +10,7 @@ from torch.library import opcheck
 from moert import _C, Activation, Routing
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.fused_experts_quantized import default_precision, fused_experts_quantized, fused_experts_quantized_ref
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
+from moert.quant import Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
 from moert.quant.format import PackedTensor
 from moert.testing import (
     DTYPES,
@@ -361,6 +361,8 @@ def test_errors():
     with pytest.raises(ValueError, match="w1 must not require gradients: packed weights have none"):
         scales = w1.scales.clone().requires_grad_()
         fused_experts_quantized(x, routing, PackedTensor(w1.format, 40, w1.codes, scales), w2)
+    with pytest.raises(ValueError, match="w2 must be in int8, int4, mxfp4 or ternary, got Fp8"):
+        fused_experts_quantized(x, routing, w1, PackedTensor(Fp8(), 5, w2.codes, w2.scales))
     long = Int8().pack(torch.zeros(1, 2, 2**17 + 1))
     with pytest.raises(RuntimeError, match="H and I must be at most 131072 for int8 activations, got 131073"):
         down = Int8().pack(torch.zeros(1, 2**17 + 1, 1))

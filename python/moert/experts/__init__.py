@@ -4,6 +4,7 @@ from moert.experts.base import Experts
 from moert.experts.block import BlockExperts
 from moert.experts.glu import GluExperts
 from moert.experts.hetero import HeteroExperts
+from moert.experts.quantized import QuantizedExperts
 from moert.experts.split import split_ffn
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "Experts",
     "GluExperts",
     "HeteroExperts",
+    "QuantizedExperts",
     "split_ffn",
 ]

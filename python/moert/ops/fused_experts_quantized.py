@@ -12,7 +12,7 @@ from moert.ops.autocast import autocast
 from moert.ops.fused_experts import apply_activation
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
-from moert.quant.format import PackedTensor
+from moert.quant.format import PackedTensor, RowFormat
 from moert.types import Activation, Routing
 
 
@@ -37,6 +37,8 @@ def fused_experts_quantized(
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
     for name, w in (("w1", w1), ("w2", w2)):
+        if not isinstance(w.format, RowFormat):
+            raise ValueError(f"{name} must be in int8, int4, mxfp4 or ternary, got {w.format}")
         if w.codes.requires_grad or w.scales.requires_grad:
             raise ValueError(f"{name} must not require gradients: packed weights have none")
     x, b1, b2 = autocast(x, *bias)

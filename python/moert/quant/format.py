@@ -91,6 +91,16 @@ class RowFormat(Format):
         row = 16 * -(-columns // self.weights_per_block) + groups * (self.scale_bytes + self.has_zeros)
         return prod(rows) * row
 
+    def empty(self, shape: tuple[int, ...]) -> PackedTensor:
+        """A packed tensor of this shape, all bytes 0: to be loaded into."""
+        *rows, columns = shape
+        groups = 1 if self.group is None else -(-columns // self.group)
+        codes = torch.zeros(*rows, 16 * -(-columns // self.weights_per_block), dtype=torch.uint8)
+        scales = torch.zeros(*rows, groups, dtype=torch.uint8 if self.scale_bytes == 1 else torch.float16)
+        return PackedTensor(
+            self, columns, codes, scales, torch.zeros_like(scales, dtype=torch.uint8) if self.has_zeros else None
+        )
+
     def pack(self, w: Tensor) -> PackedTensor:
         rows = flat(float_weights(w)).numpy()
         parts = _C.quantize(self.name, rows, self.group or 0, torch.get_num_threads())

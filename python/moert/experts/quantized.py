@@ -1,0 +1,118 @@
+"""Feed-forward experts over packed weights (moert.quant, docs/quantized.md)."""
+
+import torch
+from torch import Tensor, nn
+
+from moert.experts.base import Experts
+from moert.experts.glu import GluExperts
+from moert.ops.fused_experts_quantized import fused_experts_quantized
+from moert.quant.format import PackedTensor, RowFormat
+from moert.types import Activation, Routing
+
+PARTS = ("codes", "scales", "zeros")
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+class QuantizedExperts(Experts):
+    """num_experts feed-forward networks of one shape, frozen: gate_up_proj [E, 2I, H], down_proj [E, H, I] in formats.
+
+    Buffers: gate_up_proj_codes, _scales, _zeros, down_proj_codes … as PackedTensor has them, gate_up_proj_bias and
+    down_proj_bias.  A conversion of the module to another dtype leaves the packed parts as they are.  A state dict
+    names its formats and loads only into the same ones.  A new module is all zeros: load, or `pack` float experts.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        formats: tuple[RowFormat, RowFormat],
+        activation: str | Activation = "swiglu",
+        bias: bool = False,
+        precision: str = "auto",
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
+        self.activation = Activation(activation) if isinstance(activation, str) else activation
+        self.formats, self.precision = formats, precision
+        width = 2 * intermediate if self.activation.gated else intermediate
+        shapes = (num_experts, width, hidden), (num_experts, hidden, intermediate)
+        for name, fmt, shape in zip(PROJECTIONS, formats, shapes, strict=True):
+            packed = fmt.empty(shape)
+            for part in PARTS:
+                self.register_buffer(f"{name}_{part}", getattr(packed, part))
+            self.register_buffer(f"{name}_bias", torch.zeros(shape[:2], dtype=dtype) if bias else None)
+
+    @classmethod
+    def pack(
+        cls, experts: GluExperts, formats: tuple[RowFormat, RowFormat], precision: str = "auto"
+    ) -> "QuantizedExperts":
+        """The experts in (the format of gate_up_proj, that of down_proj), in Hugging Face's default layout.
+
+        One expert at a time, so that no more than one is there in float32.
+        """
+        bias = experts.down_proj_bias is not None
+        E, H, I = experts.num_experts, experts.hidden, experts.intermediate
+        out = cls(E, H, I, formats, experts.activation, bias, precision, experts.down_proj.dtype)
+        for name, fmt in zip(PROJECTIONS, formats, strict=True):
+            weights = getattr(experts, name).detach()
+            for e in range(E):
+                packed = fmt.pack(out._rows(name, weights[e].mT if experts.layout.transposed else weights[e], experts))
+                for part in PARTS:
+                    if (value := getattr(packed, part)) is not None:
+                        getattr(out, f"{name}_{part}")[e] = value
+            if bias:
+                getattr(out, f"{name}_bias").copy_(
+                    out._rows(name, getattr(experts, f"{name}_bias").detach().mT, experts).mT
+                )
+        return out.train(experts.training)
+
+    def _rows(self, name: str, w: Tensor, experts: GluExperts) -> Tensor:
+        """The rows of w in the default order: all gates first."""
+        if name == "gate_up_proj" and experts.layout.interleaved and self.activation.gated:
+            return torch.cat([w[::2], w[1::2]])
+        return w
+
+    def packed(self) -> tuple[PackedTensor, PackedTensor]:
+        columns = self.hidden, self.intermediate
+        return tuple(
+            PackedTensor(fmt, K, *(getattr(self, f"{name}_{part}") for part in PARTS))
+            for name, fmt, K in zip(PROJECTIONS, self.formats, columns, strict=True)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights, scales included."""
+        return sum(w.nbytes for w in self.packed())
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        bias = self.gate_up_proj_bias, self.down_proj_bias
+        return fused_experts_quantized(x, routing, *self.packed(), bias, self.activation, self.precision)
+
+    def get_extra_state(self) -> Tensor:
+        """The formats as text, in a tensor: what every container of tensors can hold."""
+        return torch.tensor(list(self._format_text().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if (text := bytes(state.tolist()).decode()) != self._format_text():
+            raise ValueError(f"state_dict must hold experts in {self._format_text()}, got {text}")
+
+    def _format_text(self) -> str:
+        return ", ".join(f"{fmt.name} group {fmt.group or 'row'}" for fmt in self.formats)
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        names = [f"{name}_{part}" for name in PROJECTIONS for part in PARTS]
+        before = {name: t for name in names if (t := self._buffers[name]) is not None}
+        super()._apply(fn, recurse)
+        for name, packed in before.items():
+            if (moved := self._buffers[name]).dtype != packed.dtype:  # bits are not numbers to convert
+                self._buffers[name] = packed.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}, "
+            f"activation={self.activation.name}, bias={self.down_proj_bias is not None}, "
+            f"formats=({self._format_text()}), precision={self.precision}"
+        )

@@ -1,0 +1,91 @@
+import copy
+
+import pytest
+import torch
+
+from moert import ExpertLayout, GluExperts, QuantizedExperts
+from moert.ops.fused_experts_quantized import fused_experts_quantized, fused_experts_quantized_ref
+from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary5
+from moert.testing import assert_rows_close, random_routing
+
+T, E, k, H, I = 21, 6, 2, 72, 40
+PAIRS = [(Int8(), Int8()), (Int4(), Int8()), (Mxfp4(), Int4Asymmetric(64)), (Ternary5(), Mxfp4())]
+
+
+@pytest.mark.parametrize("formats", PAIRS, ids=str)
+@pytest.mark.parametrize("layout", [ExpertLayout(), ExpertLayout(True, True)], ids=["ENK", "EKN-interleaved"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_forward(formats, layout, activation):
+    experts = GluExperts(E, H, I, activation, True, layout)
+    packed = QuantizedExperts.pack(experts, formats, "full")
+    x, routing = torch.randn(T, H), random_routing(T, E, k)
+    w1, w2 = experts.gate_up_proj, experts.down_proj
+    w1, w2 = (w1.mT, w2.mT) if layout.transposed else (w1, w2)
+    b1 = experts.gate_up_proj_bias
+    if layout.interleaved and activation == "swiglu":
+        w1, b1 = torch.cat([w1[:, ::2], w1[:, 1::2]], 1), torch.cat([b1[:, ::2], b1[:, 1::2]], 1)
+    expected = formats[0].pack(w1), formats[1].pack(w2)
+    for got, want in zip(packed.packed(), expected, strict=True):
+        assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+    bias = b1.detach(), experts.down_proj_bias.detach()
+
+    def ref(x, b1, b2):
+        return fused_experts_quantized_ref(x, routing, *expected, (b1, b2), activation, "full")
+
+    assert_rows_close(packed(x, routing), ref, x, *bias)
+    packed.precision = "auto"
+    assert torch.equal(packed(x, routing), fused_experts_quantized(x, routing, *expected, bias, activation))
+
+
+def test_nothing_is_trained_but_gradients_pass():
+    packed = QuantizedExperts.pack(GluExperts(E, H, I, bias=True), PAIRS[1])
+    x = torch.randn(T, H, requires_grad=True)
+    packed(x, random_routing(T, E, k)).sum().backward()
+    assert not list(packed.parameters()) and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("formats", PAIRS, ids=str)
+def test_state_dict_round_trip(formats, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    packed = QuantizedExperts.pack(GluExperts(E, H, I, bias=True), formats)
+    save_file(packed.state_dict(), tmp_path / "experts.safetensors")
+    again = QuantizedExperts(E, H, I, formats, bias=True)
+    again.load_state_dict(load_file(tmp_path / "experts.safetensors"))
+    x, routing = torch.randn(T, H), random_routing(T, E, k)
+    assert torch.equal(packed(x, routing), again(x, routing))
+    other = QuantizedExperts(E, H, I, (Int4(128), formats[1]), bias=True)
+    with pytest.raises(
+        (ValueError, RuntimeError), match="state_dict must hold experts in int4 group 128|size mismatch"
+    ):
+        other.load_state_dict(packed.state_dict())
+
+
+def test_another_format_of_the_same_sizes_is_refused():
+    packed = QuantizedExperts.pack(GluExperts(E, H, I), (Mxfp4(), Mxfp4()))
+    other = QuantizedExperts(E, H, I, (Int4(), Int4()))
+    with pytest.raises(ValueError, match="state_dict must hold experts in int4 group 32, .*, got mxfp4 group 32"):
+        other.load_state_dict(packed.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_conversions_leave_the_packed_bits(dtype):
+    packed = QuantizedExperts.pack(GluExperts(E, H, I, bias=True), PAIRS[1])
+    before = copy.deepcopy(packed.state_dict())
+    packed.to(dtype)
+    for name, t in packed.state_dict().items():
+        assert t.dtype == dtype if name.endswith("bias") else torch.equal(t, before[name])
+    routing = random_routing(T, E, k, dtype=torch.promote_types(dtype, torch.float32))
+    y = packed(torch.randn(T, H, dtype=dtype), routing)
+    assert y.dtype == dtype and y.isfinite().all()
+
+
+def test_sizes():
+    packed = QuantizedExperts.pack(GluExperts(E, H, I), (Int4(), Int4()))
+    assert packed.nbytes == Int4().nbytes((E, 2 * I, H)) + Int4().nbytes((E, H, I))
+
+
+def test_extra_repr():
+    packed = QuantizedExperts(E, H, I, (Int4(), Int8()), "relu2")
+    text = "activation=relu2, bias=False, formats=(int4 group 32, int8 group row), precision=auto"
+    assert "num_experts=6, hidden=72, intermediate=40" in repr(packed) and text in repr(packed)

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+from moert import GluExperts, MoELayer, QuantizedExperts, TopKRouter, quantize_
+from moert.experts import HeteroExperts
+from moert.quant import Int4, Int8, Mxfp4
+from moert.quant.quantize import format_of
+
+
+def model():
+    layers = [MoELayer(TopKRouter(64, num_experts=4, k=2), GluExperts(4, 64, 32)) for _ in range(3)]
+    hetero = HeteroExperts(GluExperts(4, 64, 32), ["ffn"] * 4 + ["zero"], 64)
+    layers.append(MoELayer(TopKRouter(64, num_experts=5, k=2), hetero))
+    return nn.Sequential(*layers)
+
+
+def test_every_layer():
+    net, x = model(), torch.randn(9, 64)
+    with torch.no_grad():
+        before = [layer(x) for layer in net]  # each alone: behind another one a token might choose other experts
+        names = quantize_(net, "int8", group=32)
+        assert names == ["0.experts", "1.experts", "2.experts", "3.experts.ffn"]
+        assert all(isinstance(net.get_submodule(n), QuantizedExperts) for n in names)
+        for layer, y in zip(net, before, strict=True):
+            assert 0 < (layer(x) - y).norm() / y.norm() < 0.05
+    assert not any(isinstance(m, GluExperts) for m in net.modules())
+
+
+def test_skip_and_formats():
+    net = model()
+    kept = net[1].experts
+    assert quantize_(net, Mxfp4(), skip=("1", "3.*"), precision="full") == ["0.experts", "2.experts"]
+    assert net[1].experts is kept and isinstance(net[3].experts.ffn, GluExperts)
+    assert net[0].experts.formats == (Mxfp4(), Mxfp4()) and net[0].experts.precision == "full"
+    assert quantize_(net, "int4", group=64) == ["1.experts", "3.experts.ffn"]
+    assert net[1].experts.formats == (Int4(64), Int4(64))
+
+
+def test_format_of():
+    assert format_of("int4") == Int4(32) and format_of("int8") == Int8(None) and format_of(Int8(64)) == Int8(64)
+    with pytest.raises(ValueError, match="format must be one of int8, .*, ternary5, got int3"):
+        format_of("int3")
+    with pytest.raises(ValueError, match="group must be one of 32, 64, 128 for int4, got 16"):
+        format_of("int4", 16)
+    with pytest.raises(ValueError, match="group must be None with a format that has its own, .*, got 32"):
+        format_of(Int4(), 32)
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ValueError, match="model must hold GluExperts that skip does not name, got none in Linear"):
+        quantize_(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="got none in Sequential"):
+        quantize_(model(), skip=["*"])
+    with pytest.raises(ValueError, match="got experts without a module around them"):
+        quantize_(GluExperts(2, 32, 32))
