@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPS, C = find_spec("moert._ops").origin, find_spec("moert._C").origin
+IN_TESTS = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 in_source_tree = pytest.mark.skipif(
     not (ROOT / "CMakeLists.txt").exists(), reason="tests the build, needs the source tree"
 )
@@ -22,7 +23,7 @@ def tool(*command, **options):
 
 
 def python(code):
-    return tool(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    return tool(sys.executable, "-c", code, env=IN_TESTS)
 
 
 # Light
@@ -36,6 +37,19 @@ def test_import_adds_at_most_a_tenth_of_a_second():
 def test_import_loads_no_optional_package():
     code = "import sys, moert; print(*(m for m in ('transformers', 'typer', 'rich', 'matplotlib') if m in sys.modules))"
     assert python(code) == "\n"
+
+
+def test_without_torch_the_last_line_names_the_fix():
+    code = "import sys; sys.modules['torch'] = None; import moert"
+    done = subprocess.run([sys.executable, "-c", code], env=IN_TESTS, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: moert needs torch, got none: pip install 'torch>=2.11'"
+
+
+def test_a_torch_that_lacks_a_package_says_which(tmp_path):
+    (tmp_path / "torch.py").write_text("import no_such_package")
+    environment = {**IN_TESTS, "PYTHONPATH": f"{tmp_path}{os.pathsep}{IN_TESTS['PYTHONPATH']}"}
+    done = subprocess.run([sys.executable, "-c", "import moert"], env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_package'"
 
 
 # Libraries

@@ -2,7 +2,12 @@
 
 from importlib.util import find_spec
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError("moert needs torch, got none: pip install 'torch>=2.11'", name="torch") from None
 
 # find_spec, not __file__: in an editable install the library does not lie beside this file.
 torch.ops.load_library(find_spec("moert._ops").origin)

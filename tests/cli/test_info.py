@@ -1,6 +1,9 @@
 import json
 
+import pytest
+
 import moert
+from moert.cli.errors import CommandError
 from moert.cli.info import info, lines
 
 
@@ -22,3 +25,12 @@ def test_json_is_the_facts(capsys):
 def test_what_is_missing_is_printed():
     facts = {**moert.info(), "missing": ["rich: pip install 'moert[cli]'"]}
     assert lines(facts)[-1].endswith("rich: pip install 'moert[cli]'")
+
+
+def test_a_wrong_instruction_set_is_one_line(monkeypatch):
+    def fail():
+        raise RuntimeError("MOERT_ISA must be one of generic, avx2, got sse9")
+
+    monkeypatch.setattr(moert, "info", fail)
+    with pytest.raises(CommandError, match="MOERT_ISA must be one of generic, avx2, got sse9"):
+        info(as_json=False)

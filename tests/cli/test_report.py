@@ -63,3 +63,18 @@ def test_table_has_every_number():
     text = console.export_text()
     for piece in ("512", "12,346", "250.0", "4.00 (3.50-4.50)", "700", "12.5", "eager", "title"):
         assert piece in text
+
+
+def test_table_keeps_its_numbers_in_eighty_columns():
+    row = {
+        "prefill_tokens": 512,
+        "prefill_tokens_per_second": 12345.6,
+        "decode_tokens_per_second": 1250.0,
+        "milliseconds_per_token": {"p20": 113.5, "p50": 114.0, "p80": 114.5},
+        "peak_bytes": 1700 * 2**20,
+        "generation_bytes": 1234 * 2**20,
+    }
+    console = Console(width=80, record=True, quiet=False)
+    console.print(speed_table({"grouped_mm": row}, "title"))
+    text = console.export_text()
+    assert "(113.50-114.50)" in text and "1,250.0" in text and "…" not in text

@@ -8,6 +8,7 @@ from moert.cli.app import app
     ("arguments", "message"),
     [
         (["--model", "x"], "prompt must be given with model, got none"),
+        (["--model", "x", "--prompt", "a\udcff"], "prompt must be UTF-8, got bytes that are not"),
         (["--top-p", "0.5"], "temperature must be above 0 with top-p or top-k, got 0 (greedy)"),
         (["--top-p", "0", "--temperature", "1"], "top-p must be in (0, 1], got 0"),
         (["--model", "/no/such/place", "--prompt", "a"], "model must be a local directory, got /no/such/place"),

@@ -49,9 +49,14 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # its error names no weight; the report does
         )
     except Exception as error:  # mismatched shapes, truncated data, missing packages: each its own type
         raise CommandError(f"model must load, got {type(error).__name__}: {first_line(error)}") from error
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, got, wanted = mismatched[0]
+        raise CommandError(f"{name} must have shape {list(wanted)} by the config, got {list(got)}")
     missing = sorted(report["missing_keys"])
     if missing:
         raise CommandError(f"model must have every weight, got none for {missing[0]} and {len(missing) - 1} more")

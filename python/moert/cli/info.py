@@ -5,12 +5,17 @@ from typing import Annotated
 
 import typer
 
+from moert.cli.errors import CommandError, first_line
+
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False) -> None:
     """Print version, build, CPU, the kernel of each operator, CUDA, and what is missing."""
     import moert
 
-    facts = moert.info()
+    try:
+        facts = moert.info()
+    except RuntimeError as error:  # MOERT_ISA names what there is not
+        raise CommandError(first_line(error)) from error
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines(facts)))
 
 

@@ -46,7 +46,7 @@ def speed_table(rows: dict[str, dict], title: str) -> Table:
     table.add_column("experts")
     table.add_column(f"prefill ({prompt} tokens)\ntokens/s", justify="right")
     table.add_column("decode\ntokens/s", justify="right")
-    table.add_column("ms per token\np50 (p20-p80)", justify="right")
+    table.add_column("ms per token\np50 (p20-p80)", justify="right", min_width=len("(123.45-123.45)"))
     table.add_column("peak memory\nMiB", justify="right")
     table.add_column("of it generating\nMiB", justify="right")
     for name, row in rows.items():

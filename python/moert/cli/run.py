@@ -54,6 +54,8 @@ def run(
     if model is not None:
         if prompt is None:
             raise CommandError("prompt must be given with model, got none")
+        if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # Python's stand-ins for bytes that are none
+            raise CommandError("prompt must be UTF-8, got bytes that are not")
         from moert.cli.generate import generate
         from moert.cli.provider import Load
 
