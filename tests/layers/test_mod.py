@@ -6,8 +6,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
+from moert.experts import HeteroExperts
 from moert.layers import FeedForward, MoDBlock, PackedBlock, all_rows
-from moert.routers import DepthRouter
+from moert.routers import DepthRouter, TokenDepthRouter
 from moert.runtime import SkippableKV
 from moert.testing import OperatorsRan, row_error
 
@@ -133,6 +134,27 @@ def test_no_token_passes_and_no_tokens_at_all():
             other = mod(causal="aux")
             other.router.causal_(on)
             assert other(torch.zeros(shape))[0].shape == shape
+
+
+def test_token_choice_is_the_same_block_with_a_router_of_two_outputs():
+    layer, x = MoDBlock(PackedBlock(H, HEADS, FeedForward(H, 24)), TokenDepthRouter(H, 2)), torch.randn(3, 14, H)
+    nn.init.normal_(layer.router.weight, std=0.5)
+    y, chosen, p = parts(layer, x)
+    assert 0 < chosen.sum() < 42 and set(layer(x)[1].losses) == {"balance", "z"}
+    assert torch.equal(chosen.flatten(), (x.flatten(0, 1) @ layer.router.weight.T).argmax(-1) == 0)
+    assert row_error(y, naive(layer, x, chosen, p)) < 1e-5
+
+
+def test_integrated_mode_is_experts_that_do_nothing():
+    kinds = ["ffn"] * 3 + ["zero"] * 2
+    moe = MoELayer(TopKRouter(H, 5, 1), HeteroExperts(GluExperts(3, H, 8), kinds, H))
+    block, x = PackedBlock(H, HEADS, moe), torch.randn(2, 9, H)
+    u, rows = x.flatten(0, 1), all_rows(x)
+    a = u + block.attention(block.attention_norm(u), rows)
+    idle = moe.router(block.ffn_norm(a)).ids[:, 0] >= 3
+    assert idle.any() and not idle.all()
+    y = block(u, rows)
+    assert torch.equal(y[idle], a[idle]) and not torch.equal(y[~idle], a[~idle])
 
 
 def test_checkpointing_replays_the_choice():

@@ -6,6 +6,7 @@ from torch import nn
 
 from moert import RouterContext
 from moert.layers import FeedForward, MoRModel, PackedBlock, RecursiveStack, Rows, all_rows
+from moert.layers.packed import attend, rotate
 from moert.testing import OperatorsRan, row_error
 
 H, HEADS, DEPTHS, S = 16, 2, 3, 12
@@ -134,7 +135,7 @@ def test_stored_rows():
         assert kv.stored() == round(share * unrolled)
 
 
-@pytest.mark.parametrize("strategy", ("recursion", "shared"))
+@pytest.mark.parametrize("strategy", ("recursion", "shared", "update"))
 @pytest.mark.parametrize("mode", ("expert", "token"))
 def test_decode_equals_recomputation(mode, strategy):
     stack, x = recursive(mode=mode, kv=strategy).eval().causal_(), torch.randn(2, 20, H)
@@ -145,6 +146,71 @@ def test_decode_equals_recomputation(mode, strategy):
         torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-4, atol=1e-5)
     if strategy == "recursion" and mode == "token":
         assert kv.stored() == 2 * (routings[0].ids + 1).sum()
+
+
+def test_updated_keys_are_those_of_the_deepest_depth_so_far():
+    """Attention written out: at depth r a query sees every token, at the deepest depth <= r that the token reached."""
+    stack, x = recursive(kv="update", capacity=[1, 0.5, 0.5]), torch.randn(1, S, H)
+    whole, routings = stack(x)
+    state, keys = x[0], {}
+    for r, routing in enumerate(routings):
+        active = torch.where(routing.ids[:, 0] == 0)[0]
+        u = state[active]
+        for place, block in enumerate(stack.blocks):
+            q, k, v = block.attention.qkv(block.attention_norm(u)).view(len(active), 3, HEADS, -1).unbind(1)
+            rows = Rows(active, torch.tensor([0, len(active)]))
+            q, k = rotate(q, active), rotate(k, active)
+            for row, token in enumerate(active.tolist()):
+                keys[place, token] = k[row], v[row]
+            k_all, v_all = (torch.stack([keys[place, t][i] for t in range(S)]) for i in (0, 1))
+            a = u + block.attention.out(attend(q, rows, [(k_all, v_all, torch.arange(S))]).flatten(1))
+            u = a + block.ffn(block.ffn_norm(a))
+        state = state.index_add(0, active, routing.weights[active] * u)
+    assert row_error(whole[0], state) < 1e-5
+
+
+def test_capacity_warms_up():
+    stack, x = recursive(warmup=100), torch.randn(2, S, H)
+
+    def chosen(step):
+        return [int((r.ids == 0).sum()) for r in stack(x, RouterContext(step=step))[1]]
+
+    assert chosen(0) == [24, 24, 24] and chosen(50) == [24, 20, 16] and chosen(100) == chosen(None) == [24, 16, 8]
+    stack.eval()
+    assert chosen(0) == [24, 16, 8]
+
+
+def test_the_blocks_of_each_depth_may_differ():
+    stack = recursive(capacity=[1, 1, 1], gating="replace", order=[[0, 0], [1, 1], [0, 1]])
+    x, rows = torch.randn(2, S, H), all_rows(torch.zeros(2, S, H))
+    u = x.flatten(0, 1)
+    for i in (0, 0, 1, 1, 0, 1):
+        u = stack.blocks[i](u, rows)
+    assert row_error(stack(x)[0], u.view_as(x)) < 1e-5
+    kv = stack.new_kv(2)
+    stack(x, kv=kv)
+    assert kv.stored() == 6 * 2 * S  # a block that runs twice keeps the keys of both runs
+
+
+def test_routers_with_an_inner_layer_and_a_z_loss():
+    stack, x = recursive(inner=2 * H, z_coef=0.5), torch.randn(2, S, 2 * H)[..., :H]
+    routing = stack(x)[1][0]
+    r = torch.nn.functional.gelu(x.reshape(-1, H) @ stack.routers[0].inner_weight.T) @ stack.routers[0].weight[0]
+    torch.testing.assert_close(routing.logits[:, 0], r)
+    torch.testing.assert_close(routing.losses["z"], 0.5 * r.square().mean())
+    token = recursive(mode="token", inner=2 * H)
+    logits = torch.nn.functional.gelu(x.reshape(-1, H) @ token.routers[0].inner_weight.T) @ token.routers[0].weight.T
+    assert torch.equal(token(x)[1][0].ids[:, 0].long(), logits.argmax(-1))
+
+
+def test_model_decodes_as_it_recomputes():
+    model = MoRModel(blocks(1)[0], recursive().causal_(), blocks(1)[0]).eval()
+    x = torch.randn(2, 8, H)
+    whole, kv = model(x)[0], model.new_kv(2)
+    for s in range(8):
+        y = model(x[:, s : s + 1], positions=torch.full((2, 1), s), kv=kv)[0]
+        torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-4, atol=1e-5)
+    assert kv.first.stored() == kv.last.stored() == 16
 
 
 def test_padding_is_never_chosen():
@@ -178,10 +244,11 @@ def test_dtype_empty_compile_state_and_operators():
     [
         ({"mode": "layer"}, "mode must be expert or token, got layer"),
         ({"gating": "soft"}, "gating must be one of weighted, additive, replace, got soft"),
-        ({"kv": "none"}, "kv must be recursion or shared, got none"),
+        ({"kv": "none"}, "kv must be one of recursion, shared, update, got none"),
         ({"capacity": [1, 0.5]}, r"capacity must be 3 shares that do not increase, got \[1, 0.5\]"),
         ({"capacity": [0.5, 1, 1]}, r"capacity must be 3 shares that do not increase, got \[0.5, 1, 1\]"),
         ({"capacity": [0.5] * 3, "kv": "shared"}, "capacity must begin with 1 for kv shared, got 0.5"),
+        ({"order": [[0, 1], [1]]}, r"order must be 3 lists of the same length, got \[\[0, 1\], \[1\]\]"),
     ],
 )
 def test_errors(options, message):

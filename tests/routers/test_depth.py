@@ -48,6 +48,26 @@ def test_no_product_is_rounded_down():
     assert [DepthRouter(H, c).limit(100) for c in (0.29, 0.57, 0.58, 2 / 3, 0.07)] == [29, 57, 58, 66, 7]
 
 
+def test_capacity_warms_up_by_a_cosine():
+    router = DepthRouter(H, 0.2, warmup=8)
+    assert [round(router.share(step), 6) for step in (0, 4, 8, 9, None)] == [1.0, 0.6, 0.2, 0.2, 0.2]
+    routing = router(torch.randn(20, H), RouterContext(step=4, cu_seqlens=sequences(2, 10)))
+    assert (routing.ids == 0).sum() == 12 and router(torch.randn(20, H), RouterContext(step=0)).ids.sum() == 0
+    assert router.eval().limit(10, 0) == 2
+
+
+def test_stochastic_control_ignores_the_tokens():
+    router, x = DepthRouter(H, 0.5, causal="none", stochastic=True), torch.randn(400, H)
+    first, second = router(x), router(x)
+    assert not torch.equal(first.ids, second.ids) and (first.ids == 0).sum() == 200
+    assert abs(first.logits.std() - 1) < 0.2 and not first.losses
+
+
+def test_z_loss():
+    routing = DepthRouter(H, 0.5, z_coef=0.1)(torch.randn(9, H), RouterContext(mask=torch.arange(9) < 4))
+    torch.testing.assert_close(routing.losses["z"], 0.1 * routing.logits[:4].square().mean())
+
+
 def test_predictor_learns_without_touching_the_model():
     router, x = DepthRouter(H, 0.5), torch.randn(10, H, requires_grad=True)
     loss = router(x).losses["depth_bce"]
@@ -143,6 +163,7 @@ def test_bias_balances_depths_without_a_loss():
         (lambda: DepthRouter(H, 1.5), r"capacity must be in \(0, 1\], got 1.5"),
         (lambda: DepthRouter(H, gate="tanh"), "gate must be one of raw, sigmoid, softmax2, got tanh"),
         (lambda: DepthRouter(H, causal="yes"), "causal must be predictor, aux or none, got yes"),
+        (lambda: DepthRouter(H, warmup=-1), "warmup must be at least 0, got -1"),
         (lambda: DepthRouter(H, causal="none").causal_(), "causal must be predictor or aux for causal_, got none"),
         (lambda: TokenDepthRouter(H, 3, "relu"), "score must be softmax or sigmoid, got relu"),
         (lambda: TokenDepthRouter(H, 3, balance="hope"), "balance must be loss or bias, got hope"),

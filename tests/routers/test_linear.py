@@ -17,6 +17,16 @@ def test_logits():
     torch.testing.assert_close(router.logits(x, RouterContext(logit_bias=bias)), expected)
 
 
+def test_inner_layer():
+    router, x = LinearRouter(6, 4, inner=9), torch.randn(5, 6, dtype=torch.float64)
+    router.reset_parameters()
+    router.double()
+    assert router.weight.shape == (4, 9) and router.inner_weight.abs().max() <= 6**-0.5
+    h = x @ router.inner_weight.T
+    expected = h * (1 + torch.erf(h / 2**0.5)) / 2 @ router.weight.T
+    torch.testing.assert_close(router.logits(x, None), expected)
+
+
 @pytest.mark.parametrize("logits_dtype", (None, torch.float32))
 def test_dtype_of_the_logits(logits_dtype):
     router, x = LinearRouter(6, 4, logits_dtype=logits_dtype, dtype=torch.bfloat16), torch.randn(5, 6).bfloat16()
@@ -35,3 +45,5 @@ def test_dtype_of_the_logits(logits_dtype):
 def test_errors():
     with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         LinearRouter(0, 4)
+    with pytest.raises(ValueError, match="inner must be at least 1, got 0"):
+        LinearRouter(6, 4, inner=0)

@@ -102,7 +102,7 @@ def test_tokens_that_leave_take_their_state_along():
 
 def test_a_cell_per_layer_and_another_scorer():
     class Cosine(RecurrentRouter):
-        def scores(self, h):
+        def unbiased_logits(self, h):
             return nn.functional.normalize(h, dim=-1) @ nn.functional.normalize(self.weight, dim=-1).T
 
     routers = [Cosine(H, E, 2, RecurrentState(P), first=i == 0) for i in range(2)]

@@ -3,6 +3,7 @@ import torch
 
 from moert.layers.packed import Rows
 from moert.runtime import RecursiveKV, SkippableKV
+from moert.runtime.skippable_kv import Joined, at_layer
 
 
 def rows(positions, offsets):
@@ -35,8 +36,36 @@ def test_shared_keys_are_the_first_depths():
     assert (shared.stored(), apart.stored()) == (2, 6)
 
 
+def test_updated_keys_replace_those_of_the_first_depth_for_that_depth_alone():
+    k, kv = torch.arange(3.0).view(3, 1, 1), RecursiveKV(3, 1, 1, "update")
+    kv.at(0).extend(0, k, k, rows([0, 1, 2], [0, 3]))
+    one = kv.at(1).extend(0, k[:2] + 10, k[:2], rows([0, 2], [0, 2]))
+    two = kv.at(2).extend(0, k[:1] + 20, k[:1], rows([2], [0, 1]))
+    assert one[0][0].flatten().tolist() == [10, 1, 11] and two[0][0].flatten().tolist() == [10, 1, 20]
+    assert kv.depths[0].keys[0][0][0].flatten().tolist() == [0, 1, 2] and kv.stored() == 6
+
+
+@pytest.mark.parametrize("strategy", ("recursion", "shared", "update"))
+def test_positions_are_told_beforehand(strategy):
+    kv, k = RecursiveKV(2, 1, 2, strategy), torch.ones(3, 1, 1)
+    for depth, step in ((0, rows([0, 1, 0], [0, 2, 3])), (1, rows([1, 0], [0, 1, 2])), (0, rows([2, 1], [0, 1, 2]))):
+        told = kv.at(depth).positions(0, step)
+        keys = kv.at(depth).extend(0, k[: len(step.positions)], k[: len(step.positions)], step)
+        assert [at.tolist() for at in told] == [at.tolist() for _, _, at in keys]
+
+
+def test_sequences_that_were_apart_are_one_batch():
+    k, apart = torch.arange(3.0).view(3, 1, 1), [SkippableKV(2, 1), SkippableKV(2, 1)]
+    apart[1].extend(1, k[:1] + 9, k[:1], rows([0], [0, 1]))
+    joined, step = at_layer(Joined(apart), 1), rows([0, 1, 1], [0, 2, 3])
+    assert [at.tolist() for at in joined.positions(0, step)] == [[0, 1], [0, 1]]
+    keys = joined.extend(0, k, k, step)
+    assert [each.flatten().tolist() for each, _, _ in keys] == [[0, 1], [9, 2]]
+    assert at_layer(None, 1) is None and apart[0].stored(1) == 2
+
+
 def test_errors():
     with pytest.raises(ValueError, match="rows must be of 2 sequences, got 1"):
         SkippableKV(1, 2).extend(0, torch.ones(1, 1, 1), torch.ones(1, 1, 1), rows([0], [0, 1]))
-    with pytest.raises(ValueError, match="strategy must be recursion or shared, got both"):
+    with pytest.raises(ValueError, match="strategy must be one of recursion, shared, update, got both"):
         RecursiveKV(2, 1, 1, "both")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moert.layers.packed import chosen_of, run_chosen
 from moert.routers.base import RouterContext
-from moert.routers.depth import DepthRouter
+from moert.routers.depth import DepthRouter, TokenDepthRouter
 from moert.types import Routing
 
 
@@ -18,7 +18,7 @@ class MoDBlock(nn.Module):
     x [B, S, H] -> y, Routing of the B*S tokens.  kv (SkippableKV) needs a causal router: skipped tokens write none.
     """
 
-    def __init__(self, block: nn.Module, router: DepthRouter):
+    def __init__(self, block: nn.Module, router: DepthRouter | TokenDepthRouter):
         super().__init__()
         self.block, self.router = block, router
 
@@ -29,8 +29,9 @@ class MoDBlock(nn.Module):
             raise ValueError("kv must be None unless router.causal_() was called, got a cache")
         B, S, H = x.shape
         boundaries = torch.arange(B + 1, device=x.device, dtype=torch.int32) * S
-        routing = self.router(x.reshape(-1, H), replace(context or RouterContext(), cu_seqlens=boundaries))
-        limit = None if self.router.causal else min(S, self.router.limit(S))
+        context = replace(context or RouterContext(), cu_seqlens=boundaries)
+        routing = self.router(x.reshape(-1, H), context)
+        limit = None if self.router.causal else min(S, self.router.limit(S, context.step))
 
         def delta(rows_NH, rows):
             return self.block.delta(rows_NH, rows, kv)

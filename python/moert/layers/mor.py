@@ -1,7 +1,7 @@
 """Mixture-of-Recursions (arXiv:2507.10524): one stack of blocks, run as often as each token's router says."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,23 @@ from torch import Tensor, nn
 from moert.layers.packed import Rows, all_rows, chosen_of, run_chosen
 from moert.routers.base import RouterContext
 from moert.routers.depth import DepthRouter, TokenDepthRouter
-from moert.runtime.skippable_kv import RecursiveKV
+from moert.runtime.skippable_kv import STRATEGIES, ModelKV, RecursiveKV, SkippableKV, at_layer
 from moert.types import Routing
 
 GATINGS = ("weighted", "additive", "replace")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass does to the states: y = residual + weights * F(the active rows), y = residual elsewhere.
+
+    active [T] bool, residual [T, H], weights [T, 1]; routing is what said so.
+    """
+
+    active: Tensor
+    residual: Tensor
+    weights: Tensor
+    routing: Routing
 
 
 class RecursiveStack(nn.Module):
@@ -22,7 +35,10 @@ class RecursiveStack(nn.Module):
     active, and x_i <- x_i + g_i F(x)_i, where F includes its own residual ("weighted", as released; "additive" has
     g = 1, "replace" x_i <- F(x)_i).  mode "token": one router gives each token its depth d; x_i <- F(x)_i before its
     last depth, then y_i = x_i of the start + p_i F(x)_i.  Tokens see only tokens that are active at the same depth.
-    kv "recursion" keeps keys and values of each depth; "shared" reads those of the first, which all tokens reach.
+    kv "recursion" keeps keys and values of each depth; "shared" reads those of the first, which all tokens reach;
+    "update" reads each token's of the deepest depth that it has reached so far.
+    In the first `warmup` steps (context.step) the capacities fall from 1.  inner gives the routers a layer with GELU.
+    order names the blocks of each depth, where these are not all blocks every time.
     """
 
     def __init__(
@@ -37,7 +53,13 @@ class RecursiveStack(nn.Module):
         kv: str = "recursion",
         causal: str = "aux",
         bce_coef: float = 0.001,
+        z_coef: float = 0.0,
         balance: str = "loss",
+        warmup: int = 0,
+        inner: int | None = None,
+        order: Sequence[Sequence[int]] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         share = [(depths - r) / depths for r in range(depths)] if capacity is None else list(capacity)
@@ -45,18 +67,28 @@ class RecursiveStack(nn.Module):
             raise ValueError(f"mode must be expert or token, got {mode}")
         if gating not in GATINGS:
             raise ValueError(f"gating must be one of {', '.join(GATINGS)}, got {gating}")
-        if kv not in ("recursion", "shared"):
-            raise ValueError(f"kv must be recursion or shared, got {kv}")
+        if kv not in STRATEGIES:
+            raise ValueError(f"kv must be one of {', '.join(STRATEGIES)}, got {kv}")
         if len(share) != depths or any(a < b for a, b in zip(share, share[1:], strict=False)):
             raise ValueError(f"capacity must be {depths} shares that do not increase, got {share}")
-        if kv == "shared" and share[0] < 1:
-            raise ValueError(f"capacity must begin with 1 for kv shared, got {share[0]}")
+        if kv != "recursion" and share[0] < 1:
+            raise ValueError(f"capacity must begin with 1 for kv {kv}, got {share[0]}")
+        order = [range(len(blocks))] * depths if order is None else order
+        if len(order) != depths or len({len(each) for each in order}) != 1:
+            raise ValueError(f"order must be {depths} lists of the same length, got {order}")
         self.blocks, self.depths, self.mode, self.gating, self.kv = nn.ModuleList(blocks), depths, mode, gating, kv
+        self.order = [list(each) for each in order]
+        options = {"inner": inner, "device": device, "dtype": dtype}
         if mode == "expert":
-            options = {"gate": "sigmoid", "causal": causal, "alpha": alpha, "loss_coef": bce_coef}
+            options |= {"gate": "sigmoid", "causal": causal, "alpha": alpha, "loss_coef": bce_coef}
+            options |= {"z_coef": z_coef, "warmup": warmup}
             self.routers = nn.ModuleList([DepthRouter(hidden, c, **options) for c in share])
         else:
-            self.routers = nn.ModuleList([TokenDepthRouter(hidden, depths, balance=balance)])
+            self.routers = nn.ModuleList([TokenDepthRouter(hidden, depths, balance=balance, **options)])
+
+    @property
+    def causal(self) -> bool:
+        return self.routers[0].causal
 
     def causal_(self, on: bool = True) -> "RecursiveStack":
         """Each token decides for itself how deep it goes (mode "token" always does)."""
@@ -65,7 +97,7 @@ class RecursiveStack(nn.Module):
         return self
 
     def new_kv(self, batch: int) -> RecursiveKV:
-        return RecursiveKV(self.depths, len(self.blocks), batch, self.kv)
+        return RecursiveKV(self.depths, len(self.order[0]), batch, self.kv)
 
     def forward(
         self,
@@ -75,51 +107,50 @@ class RecursiveStack(nn.Module):
         kv: RecursiveKV | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         B, S, H = x.shape
-        if kv is None and self.kv == "shared":
+        if kv is None and self.kv != "recursion":
             kv = self.new_kv(B)
         boundaries = torch.arange(B + 1, device=x.device, dtype=torch.int32) * S
         context = replace(context or RouterContext(), cu_seqlens=boundaries)
-        run = self._by_expert if self.mode == "expert" else self._by_token
-        return run(x, context, positions, kv)
+        start, before, routings = x.reshape(-1, H), None, []
+        for r in range(self.depths):
+            before = self.decide(r, x.reshape(-1, H), start, context, before)
+            limit = None if self.causal or kv is not None else min(S, self.routers[r].limit(S, context.step))
+            x = run_chosen(self._at(r, kv), x, before.active, before.weights, before.residual, limit, positions)
+            routings.append(before.routing)
+        return x, routings if self.mode == "expert" else routings[:1]
 
-    def stack(self, rows_NH: Tensor, rows: Rows, kv) -> Tensor:
-        for block in self.blocks:
-            rows_NH = block(rows_NH, rows, kv)
+    def run(self, rows_NH: Tensor, rows: Rows, depth: int, kv=None) -> Tensor:
+        """F of the rows, with the blocks of a depth; kv is what these extend."""
+        for place, block in enumerate(self.order[depth]):
+            rows_NH = self.blocks[block](rows_NH, rows, at_layer(kv, place))
         return rows_NH
 
-    def _by_expert(self, x, context, positions, kv):
-        B, S, H = x.shape
-        active, routings = context.mask, []
-        for r, router in enumerate(self.routers):
-            routing = router(x.reshape(-1, H), replace(context, mask=active))
-            active = chosen_of(routing)
-            # Where top-k takes every token there is nothing to decide.
-            if router.capacity == 1 and router.causal:
-                active = torch.ones_like(active) if context.mask is None else context.mask.reshape(-1).bool()
-            limit = None if router.causal or kv is not None else min(S, router.limit(S))
-            weights = routing.weights if self.gating == "weighted" else torch.ones_like(routing.weights)
-            residual = None
-            if self.gating == "replace":
-                residual = x.reshape(-1, H).masked_fill(active[:, None], 0)
-            x = run_chosen(self._at(r, kv), x, active, weights, residual, limit, positions)
-            routings.append(routing)
-        return x, routings
+    def decide(self, r: int, x_TH: Tensor, start_TH: Tensor, context: RouterContext, before: Pass | None) -> Pass:
+        """The pass of depth r over states that started as start_TH; before is the pass of the depth above."""
+        return (self._by_expert if self.mode == "expert" else self._by_token)(r, x_TH, start_TH, context, before)
 
-    def _by_token(self, x, context, positions, kv):
-        H = x.shape[-1]
-        routing = self.routers[0](x.reshape(-1, H), context)
-        depth, start = routing.ids[:, 0], x.reshape(-1, H)
-        counts = torch.ones_like(depth, dtype=torch.bool) if context.mask is None else context.mask.reshape(-1).bool()
-        for r in range(self.depths):
-            active, last = (depth >= r) & counts, ((depth == r) & counts)[:, None]
-            # One weighted sum does both: a token at its last depth starts from its first state, the others from zero.
-            residual = torch.where(last, start, x.reshape(-1, H).masked_fill(active[:, None], 0))
-            weights = torch.where(last, routing.weights, 1)
-            x = run_chosen(self._at(r, kv), x, active, weights, residual, None, positions)
-        return x, [routing]
+    def _by_expert(self, r, x_TH, start_TH, context, before):
+        router, mask = self.routers[r], context.mask if before is None else before.active
+        routing = router(x_TH, replace(context, mask=mask))
+        active = chosen_of(routing)
+        # Where top-k takes every token there is nothing to decide.
+        if router.capacity == 1 and router.causal:
+            active = torch.ones_like(active) if mask is None else mask.reshape(-1).bool()
+        weights = routing.weights if self.gating == "weighted" else torch.ones_like(routing.weights)
+        residual = x_TH.masked_fill(active[:, None], 0) if self.gating == "replace" else x_TH
+        return Pass(active, residual, weights, routing)
+
+    def _by_token(self, r, x_TH, start_TH, context, before):
+        routing = self.routers[0](x_TH, context) if before is None else before.routing
+        depth, mask = routing.ids[:, 0], context.mask
+        counts = torch.ones_like(depth, dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
+        active, last = (depth >= r) & counts, ((depth == r) & counts)[:, None]
+        # One weighted sum does both: a token at its last depth starts from its first state, the others from zero.
+        residual = torch.where(last, start_TH, x_TH.masked_fill(active[:, None], 0))
+        return Pass(active, residual, torch.where(last, routing.weights, 1), routing)
 
     def _at(self, depth: int, kv: RecursiveKV | None):
-        return lambda rows_NH, rows: self.stack(rows_NH, rows, None if kv is None else kv.at(depth))
+        return lambda rows_NH, rows: self.run(rows_NH, rows, depth, None if kv is None else kv.at(depth))
 
 
 class MoRModel(nn.Module):
@@ -129,8 +160,17 @@ class MoRModel(nn.Module):
         super().__init__()
         self.first, self.stack, self.last = first, stack, last
 
-    def forward(self, x: Tensor, context: RouterContext | None = None) -> tuple[Tensor, list[Routing]]:
-        rows = all_rows(x)
-        x = self.first(x.flatten(0, 1), rows).view(x.shape)
-        x, routings = self.stack(x, context)
-        return self.last(x.flatten(0, 1), rows).view(x.shape), routings
+    def new_kv(self, batch: int) -> ModelKV:
+        return ModelKV(SkippableKV(1, batch), self.stack.new_kv(batch), SkippableKV(1, batch))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: RouterContext | None = None,
+        positions: Tensor | None = None,
+        kv: ModelKV | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        rows, kv = all_rows(x, positions), kv or ModelKV(None, None, None)
+        x = self.first(x.flatten(0, 1), rows, at_layer(kv.first, 0)).view(x.shape)
+        x, routings = self.stack(x, context, positions, kv.stack)
+        return self.last(x.flatten(0, 1), rows, at_layer(kv.last, 0)).view(x.shape), routings

@@ -13,7 +13,10 @@ def wide_dtype(dtype: torch.dtype | None) -> torch.dtype:
 
 
 class LinearRouter(Router):
-    """logits = x @ weight.T + biases in logits_dtype (None: that of x); weight [E, H] as in Hugging Face."""
+    """logits = x @ weight.T + biases in logits_dtype (None: that of x); weight [E, H] as in Hugging Face.
+
+    inner is the width of a layer with GELU before it: logits = gelu(x @ inner_weight.T) @ weight.T, weight [E, inner].
+    """
 
     def __init__(
         self,
@@ -23,26 +26,38 @@ class LinearRouter(Router):
         logits_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        inner: int | None = None,
     ):
         super().__init__(num_experts, logit_bias, device, dtype)
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
+        if inner is not None and inner < 1:
+            raise ValueError(f"inner must be at least 1, got {inner}")
         self.hidden, self.logits_dtype = hidden, logits_dtype
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, device=device, dtype=dtype))
+        options = {"device": device, "dtype": dtype}
+        self.inner_weight = None if inner is None else nn.Parameter(torch.empty(inner, hidden, **options))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden if inner is None else inner, **options))
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.hidden**-0.5), self.hidden**-0.5)
+        for weight in (self.weight, self.inner_weight):
+            if weight is not None:
+                nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         if self.logit_bias is not None:
             nn.init.zeros_(self.logit_bias)
 
     def unbiased_logits(self, x: Tensor) -> Tensor:
-        """x @ weight.T, also under autocast in logits_dtype where there is one."""
+        """The logits before any bias, also under autocast in logits_dtype where there is one."""
         if self.logits_dtype is None:
-            return F.linear(x, self.weight)
-        dtype = torch.promote_types(x.dtype, self.logits_dtype)
+            return self._linear(x, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return self._linear(x, torch.promote_types(x.dtype, self.logits_dtype))
 
     def logits(self, x: Tensor, context: RouterContext | None) -> Tensor:
         """x [T, H] -> logits [T, E], biases included."""
         return self.biased(self.unbiased_logits(x), context)
+
+    def _linear(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
+        if self.inner_weight is not None:
+            x = F.gelu(F.linear(x, self.inner_weight.to(dtype)))
+        return F.linear(x, self.weight.to(dtype))

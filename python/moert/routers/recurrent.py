@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.gating import topk_gating
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
+from moert.routers.linear import LinearRouter
 from moert.routers.losses import load_balance_loss
 from moert.types import Routing
 
@@ -41,7 +42,7 @@ class RecurrentState(nn.Module):
         return step(x, state, *(w.to(x.dtype) for w in (c.weight_ih, c.weight_hh, c.bias_ih, c.bias_hh)))
 
 
-class RecurrentRouter(Router):
+class RecurrentRouter(LinearRouter):
     """The k best experts by softmax(G h), where h = cell(P x, h of the layer before).
 
     It reads context.previous.state, zeros where there is none, and returns Routing.state; follow gives the next layer's
@@ -64,15 +65,14 @@ class RecurrentRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(num_experts, logit_bias, device, dtype)
         if state is None:
             raise ValueError("state must be the RecurrentState of the model, got None")
+        super().__init__(state.p, num_experts, logit_bias, torch.float32, device, dtype)
         if not 1 <= k <= num_experts:
             raise ValueError(f"k must be in [1, {num_experts}], got {k}")
         self.k, self.renorm, self.balance_coef, self.detach, self.first = k, renorm, balance_coef, detach, first
         self._state = (state,)  # in a tuple: its parameters are counted once, with the model's
         self.projection = nn.Parameter(torch.empty(state.p, hidden, device=device, dtype=dtype))
-        self.weight = nn.Parameter(torch.empty(num_experts, state.p, device=device, dtype=dtype))
         self.reset_parameters()
 
     @property
@@ -88,16 +88,12 @@ class RecurrentRouter(Router):
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             h_Tp = self.state(F.linear(x.to(wide), self.projection.to(wide)), self._before(x, context, wide))
-            logits_TE = self.biased(self.scores(h_Tp), context)
+        logits_TE = self.logits(h_Tp, context)
         weights, ids = topk_gating(logits_TE, self.k, "softmax", renormalize=self.renorm)
         routing = Routing(ids, weights, self.num_experts, logits_TE, state=h_Tp)
         if self.training and self.balance_coef:
             routing = replace(routing, losses={"balance": self.balance_coef * load_balance_loss(routing, context.mask)})
         return routing
-
-    def scores(self, h: Tensor) -> Tensor:
-        """Logits [T, E] of the states [T, p]: G h, in the dtype of h.  A subclass may score otherwise."""
-        return F.linear(h, self.weight.to(h.dtype))
 
     def _before(self, x: Tensor, context: RouterContext, dtype: torch.dtype) -> Tensor:
         before = None if context.previous is None else context.previous.state

@@ -34,9 +34,10 @@ class TopKRouter(LinearRouter):
         logits_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        inner: int | None = None,
     ):
         logits_dtype = torch.float32 if logits_dtype is None and score == "sigmoid" else logits_dtype
-        super().__init__(hidden, num_experts, logit_bias, logits_dtype, device, dtype)
+        super().__init__(hidden, num_experts, logit_bias, logits_dtype, device, dtype, inner)
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score}")
         most = num_experts if groups is None else _eligible(groups, num_experts)

@@ -1,5 +1,6 @@
-"""Where things live at decode: keys and values."""
+"""Where things live at decode: keys and values, and sequences at different depths of one model."""
 
-from moert.runtime.skippable_kv import RecursiveKV, SkippableKV
+from moert.runtime.depth_batcher import DepthBatcher
+from moert.runtime.skippable_kv import ModelKV, RecursiveKV, SkippableKV
 
-__all__ = ["RecursiveKV", "SkippableKV"]
+__all__ = ["DepthBatcher", "ModelKV", "RecursiveKV", "SkippableKV"]
