@@ -153,7 +153,7 @@ def test_updated_keys_are_those_of_the_deepest_depth_so_far():
     stack, x = recursive(kv="update", capacity=[1, 0.5, 0.5]), torch.randn(1, S, H)
     whole, routings = stack(x)
     state, keys = x[0], {}
-    for r, routing in enumerate(routings):
+    for routing in routings:
         active = torch.where(routing.ids[:, 0] == 0)[0]
         u = state[active]
         for place, block in enumerate(stack.blocks):

@@ -22,10 +22,13 @@ BUILD = ROOT / "build" / "systems"
 
 
 class Progress:
-    """What a variant is given beside its seed: the bar, and whether only a smoke test is asked for."""
+    """What a variant is given beside its seed: the bar, and how much is asked for.
 
-    def __init__(self, bar: rich.progress.Progress, task: int, quick: bool = False):
-        self.bar, self.task, self.quick = bar, task, quick
+    quick is a smoke test; times is how many times as long as usual to train.
+    """
+
+    def __init__(self, bar: rich.progress.Progress, task: int, quick: bool = False, times: int = 1):
+        self.bar, self.task, self.quick, self.times = bar, task, quick, times
 
     def steps(self, count: int) -> Iterator[int]:
         """0 .. count-1, a tick each; 0 alone in a quick run.  A variant may loop more than once."""
@@ -40,8 +43,10 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> dict:
     """The command line of one system's file; returns what was written to <out>/<name>.json."""
     parser = argparse.ArgumentParser(description=f"{experiment.title} ({experiment.paper})")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one tiny step of every variant: does it run?")
     parser.add_argument("--variant", nargs="+", choices=list(experiment.variants), help="only these; writes nothing")
+    parser.add_argument("--times", type=int, default=1, help="train so many times as long; writes nothing")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=BUILD)
     options = parser.parse_args(arguments)
@@ -49,10 +54,10 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> dict:
         torch.set_num_threads(options.threads)
     console = Console()
     names = options.variant or list(experiment.variants)
-    seeds = [0] if options.quick else list(range(options.seeds))
-    result = {**describe(experiment), "seeds": seeds, **measure(experiment, names, seeds, options.quick, console)}
+    seeds = [0] if options.quick else [options.first_seed + i for i in range(options.seeds)]
+    result = {**describe(experiment), "seeds": seeds, **measure(experiment, names, seeds, options, console)}
     console.print(table(result))
-    if options.variant:
+    if options.variant or options.times > 1:
         return result
     for line in verdicts(result):
         console.print(line)
@@ -62,7 +67,7 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> dict:
     return result
 
 
-def measure(experiment: Experiment, names: list[str], seeds: list[int], quick: bool, console: Console) -> dict:
+def measure(experiment: Experiment, names: list[str], seeds: list[int], options, console: Console) -> dict:
     """runs: variant -> a dict of figures per seed; seconds: variant -> time per seed."""
     runs: dict[str, list] = {name: [] for name in names}
     seconds: dict[str, list] = {name: [] for name in names}
@@ -73,7 +78,7 @@ def measure(experiment: Experiment, names: list[str], seeds: list[int], quick: b
                 task = bar.add_task(f"{name}, seed {seed}", total=None)
                 started = time.monotonic()
                 torch.manual_seed(seed)
-                figures = experiment.variants[name](seed, Progress(bar, task, quick))
+                figures = experiment.variants[name](seed, Progress(bar, task, options.quick, options.times))
                 if unknown := set(figures) - set(experiment.figures):
                     raise ValueError(f"figures must be among {', '.join(experiment.figures)}, got {unknown}")
                 runs[name].append({figure: float(value) for figure, value in figures.items()})
