@@ -3,13 +3,12 @@
 Sequences keep a topic for a while (6 topics, 8 % chance to change) and the target is tanh(W_topic x).
 """
 
-import time
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from experiment import Claim, Experiment, main
+from experiment import Claim, Experiment, main, medians
 from moert import MoELayer, RouterContext, experts_in_use, union_experts
 from moert.analysis import chunk_level_sparsity, token_level_sparsity
 from moert.experts import BlockExperts
@@ -82,14 +81,8 @@ def timed(seed: int, progress) -> dict[str, float]:
     def union():
         return union_experts(x, gains, experts_in_use(gains), up, down.mT)
 
-    seconds: dict = {dense: [], union: []}
-    for _ in progress.steps(60):
-        for call in seconds:
-            started = time.perf_counter()
-            call()
-            seconds[call].append(time.perf_counter() - started)
-    middle = {call: sorted(times)[len(times) // 2] for call, times in seconds.items()}
-    return {"time": middle[union] / middle[dense]}
+    of_union, of_dense = medians([union, dense], progress.steps(60))
+    return {"time": of_union / of_dense}
 
 
 EXPERIMENT = Experiment(

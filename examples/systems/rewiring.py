@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiment import Claim, Experiment, main
+from experiment import Claim, Experiment, main, once
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.decode import RouterAdapter
 from moert.routers import given_context, routers_in
@@ -50,7 +50,8 @@ def losses(model: Model, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(-1)
 
 
-def trained(progress) -> tuple[Model, Tensor]:
+@once
+def trained(seed: int, progress) -> tuple[Model, Tensor]:
     model, chains = Model(), 2.5 * torch.randn(CHAINS, V, V)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for _ in progress.steps(250):
@@ -66,7 +67,7 @@ def trained(progress) -> tuple[Model, Tensor]:
 
 def adapted(layers: str, steps: int, seed: int, progress) -> dict[str, float]:
     """Fitted to the first half of each sequence, measured on the second."""
-    model, chains = trained(progress)
+    model, chains = trained(seed, progress)
     ids = sampled(chains, torch.arange(SEQUENCES) % CHAINS, 2 * HALF)
     names = tuple(routers_in(model)) if layers == "all" else layers
     adapter = RouterAdapter(model, names, steps=steps)
@@ -83,7 +84,7 @@ def adapted(layers: str, steps: int, seed: int, progress) -> dict[str, float]:
 
 def shifted(seed: int, progress) -> dict[str, float]:
     """A prompt of one chain, then another chain; adapted every 64 tokens on the last 64."""
-    model, chains = trained(progress)
+    model, chains = trained(seed, progress)
     which = torch.arange(SEQUENCES) % CHAINS
     ids = torch.cat([sampled(chains, which, HALF), sampled(chains, (which + 1) % CHAINS, HALF)], 1)
     adapter = RouterAdapter(model, tuple(routers_in(model)), interval=64, max_context=64)

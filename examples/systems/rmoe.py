@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from experiment import Claim, Experiment, main
-from moert import RouterContext, TopKRouter
+from experiment import Claim, Experiment, main, medians
+from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.experts import Experts
 from moert.ops import grouped_gemm, permute, permute_plan, unpermute
 from moert.routers import RecurrentRouter, RecurrentState, follow
@@ -86,18 +86,41 @@ def linear(seed, progress):
     return learn(parameters, lambda x, h: weighted(experts, h, router(h)), task, progress)
 
 
+def cost(seed, progress):
+    """Time of the routers of a stack, over that of its layers: H 512, 8 layers, 16 experts of 1024, top-2, p 128."""
+    T, H, I, layers, E, p = (16, 16, 8, 2, 4, 4) if progress.quick else (512, 512, 1024, 8, 16, 128)
+    state, x = RecurrentState(p), torch.randn(T, H)
+    stack = [MoELayer(RecurrentRouter(H, E, 2, state, first=i == 0), GluExperts(E, H, I)).eval() for i in range(layers)]
+
+    def routers():
+        context = RouterContext()
+        for layer in stack:
+            context = follow(context, layer.router(x, context))
+
+    def whole():
+        context = RouterContext()
+        for layer in stack:
+            _, routing = layer.forward_with_routing(x, context)
+            context = follow(context, routing)
+
+    with torch.no_grad():
+        of_routers, of_all = medians([routers, whole], progress.steps(7))
+    return {"router share": of_routers / of_all}
+
+
 EXPERIMENT = Experiment(
     name="rmoe",
     title="RMoE",
     paper="arXiv:2408.06793",
     classes=("RecurrentRouter", "RecurrentState"),
-    figures={"error": "MSE over variance", "purity": "share of tokens"},
+    figures={"error": "MSE over variance", "purity": "share of tokens", "router share": "of the layers' time"},
     claims=(
         Claim("layer 2 chooses by what layer 1's router saw", "error", "lower", "RMoE", 0.05),
         Claim("a router on the layer's own input cannot", "error", "higher", "linear router", 0.5),
+        Claim("the routers take less than 15 % of their layers' time", "router share", "lower", "cost", 0.15),
     ),
     equal="experts, data and Adam 1e-2 for 500 steps; RMoE has the small GRU besides",
-    variants={"RMoE": recurrent(False), "RMoE, state detached": recurrent(True), "linear router": linear},
+    variants={"RMoE": recurrent(False), "RMoE, state detached": recurrent(True), "linear router": linear, "cost": cost},
     notes="Routers of this toy start with standard deviation 0.5, not 0.02: 500 steps are few.",
 )
 

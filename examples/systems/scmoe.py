@@ -3,23 +3,23 @@
 A classifier of noisy digits with three MoE layers (8 experts, top-2) in place of a language model.
 """
 
-import time
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moert.integrations.transformers  # noqa: F401
-from experiment import Claim, Experiment, main
-from experiment.digits import split
+from experiment import Claim, Experiment, main, medians, once
+from experiment.digits import Classifier, split
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.decode import contrast_logits, self_contrast, speculative
 from moert.integrations.transformers.routers import use_routers_
-from moert.routers import given_context
+from moert.routers import given_context, load_balance_loss, recorded_routings
 
-H, E, NOISE, BETAS = 64, 8, 0.35, (0.1, 0.3, 0.5, 0.7, 0.9)
+H, E, NOISE, BALANCE, STEPS, DRAWS = 64, 8, 0.35, 0.01, 600, 8  # draws of the noise at the test
+BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIGURES = {f"KL {k}": f"top-2 to rank-{k}" for k in (1, 2, 8)} | {
     "KL 2 - 1": "",
     "KL 8 - 2": "",
@@ -30,43 +30,33 @@ FIGURES = {f"KL {k}": f"top-2 to rank-{k}" for k in (1, 2, 8)} | {
 }
 
 
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(64, H), nn.Linear(H, 10)
-        self.blocks = nn.ModuleList(
-            MoELayer(TopKRouter(H, E, 2, renormalize=True), GluExperts(E, H, 32)) for _ in range(3)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(F.layer_norm(x, (H,)))
-        return self.last(x)
-
-    def by_rank(self, x: Tensor, rank: int) -> Tensor:
-        with given_context(self, RouterContext(ranks=((rank,),))):
-            return self(x)
-
-
+@once
 def trained(seed: int, progress) -> tuple[Classifier, Tensor, Tensor]:
+    """Trained with a balance loss, as Mixtral is: without one some experts are strangers to most tokens."""
     (x, y), (test_x, test_y) = split(seed, held_out=1 / 3)
-    model = Classifier()
+    model = Classifier(H, (MoELayer(TopKRouter(H, E, 2, renormalize=True), GluExperts(E, H, 32)) for _ in range(3)))
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in progress.steps(150):
+    for _ in progress.steps(STEPS):
         batch = torch.randint(len(x), (64,))
-        F.cross_entropy(model(x[batch] + NOISE * torch.randn(64, 64)), y[batch]).backward()
+        with recorded_routings(model) as calls:
+            loss = F.cross_entropy(model(x[batch] + NOISE * torch.randn(64, 64)), y[batch])
+        (loss + BALANCE * sum(load_balance_loss(routing) for _, routing in calls)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    test_x, test_y = test_x.repeat(8, 1), test_y.repeat(8)  # eight draws of the noise
+    test_x, test_y = test_x.repeat(DRAWS, 1), test_y.repeat(DRAWS)
     return model, test_x + NOISE * torch.randn(test_x.shape), test_y
+
+
+def by_rank(model: Classifier, x: Tensor, rank: int) -> Tensor:
+    with given_context(model, RouterContext(ranks=((rank,),))):
+        return model(x)
 
 
 def divergences(seed: int, progress) -> dict[str, float]:
     model, x, _ = trained(seed, progress)
     with torch.no_grad():
         p = model(x).log_softmax(-1)
-        kl = [(p.exp() * (p - model.by_rank(x, k).log_softmax(-1))).sum(-1).mean().item() for k in range(1, E + 1)]
+        kl = [(p.exp() * (p - by_rank(model, x, k).log_softmax(-1))).sum(-1).mean().item() for k in range(1, E + 1)]
     place = sorted(range(E), key=kl.__getitem__)
     squares = sum((i - k) ** 2 for i, k in enumerate(place))
     figures = {"KL 1": kl[0], "KL 2": kl[1], "KL 8": kl[7], "KL 2 - 1": kl[1] - kl[0], "KL 8 - 2": kl[7] - kl[1]}
@@ -77,7 +67,7 @@ def contrasted(rank: int, betas: tuple[float, ...], seed: int, progress) -> dict
     """The best accuracy over the betas."""
     model, x, y = trained(seed, progress)
     with torch.no_grad():
-        z_s, z_w = model(x), model.by_rank(x, rank)
+        z_s, z_w = model(x), by_rank(model, x, rank)
     greedy = (z_s.argmax(-1) == y).float().mean().item()
     best = max((contrast_logits(z_s, z_w, 0.1, b).argmax(-1) == y).float().mean().item() for b in betas)
     return {"accuracy": best, "loss to greedy": greedy - best}
@@ -98,13 +88,7 @@ def timed(seed: int, progress) -> dict[str, float]:
         partial(speculative, model, None, prompt, count),
         partial(self_contrast, model, prompt, max_new_tokens=count),
     )
-    seconds: list[list[float]] = [[], []]
-    for _ in progress.steps(9):
-        for call, times in zip(calls, seconds, strict=True):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-    greedy, contrast = (sorted(times)[len(times) // 2] for times in seconds)
+    greedy, contrast = medians(calls, progress.steps(9))
     return {"time": contrast / greedy}
 
 

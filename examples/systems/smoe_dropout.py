@@ -3,15 +3,13 @@
 Two residual MoE blocks on handwritten digits; k grows from 2 to all 16, against training with all 16 throughout.
 """
 
-import time
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from experiment import Claim, Experiment, main
-from experiment.digits import split
+from experiment import Claim, Experiment, main, medians
+from experiment.digits import Classifier, split
 from moert import MoELayer
 from moert.experts import BlockExperts
 from moert.routers import FrozenRandomRouter
@@ -20,37 +18,28 @@ from moert.train import KSchedule, set_active_experts
 H, E, WIDTH, KS = 64, 16, 16, (1, 2, 4, 8, 16)
 
 
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(64, H), nn.Linear(H, 10)
-        self.blocks = nn.ModuleList(
-            MoELayer(FrozenRandomRouter(H, E, E), BlockExperts(H, E, WIDTH, "relu", bias=True)) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(F.layer_norm(x, (H,)))
-        return self.last(x)
+def model() -> Classifier:
+    return Classifier(
+        H, (MoELayer(FrozenRandomRouter(H, E, E), BlockExperts(H, E, WIDTH, "relu", bias=True)) for _ in range(2))
+    )
 
 
 def trained(k_min: int, seed: int, progress) -> dict[str, float]:
     (x, y), (test_x, test_y) = split(seed, held_out=597 / 1797)
-    model, steps = Classifier(), 400
-    schedule = KSchedule(model, k_min, E, 1 if progress.quick else steps)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    classifier, steps = model(), 400
+    schedule = KSchedule(classifier, k_min, E, 1 if progress.quick else steps)
+    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
     for _ in progress.steps(steps):
         batch = torch.randint(len(x), (64,))
-        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        F.cross_entropy(classifier(x[batch]), y[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     losses = []
     with torch.no_grad():
         for k in KS:
-            set_active_experts(model, k)
-            logits = model(test_x)
+            set_active_experts(classifier, k)
+            logits = classifier(test_x)
             losses.append(F.cross_entropy(logits, test_y).item())
     worst = max(after / before for before, after in zip(losses[:-1], losses[1:], strict=True))
     figures = {f"k = {k}": loss for k, loss in zip(KS, losses, strict=True)}
@@ -61,15 +50,14 @@ def timed(seed: int, progress) -> dict[str, float]:
     """Time of a layer at half of the experts over that at all of them: 2048 tokens, E = 16, H = 256, F = 512."""
     T, hidden, width = (16, 8, 8) if progress.quick else (2048, 256, 512)
     layer = MoELayer(FrozenRandomRouter(hidden, E, E), BlockExperts(hidden, E, width, "relu", bias=True)).eval()
-    x, seconds = torch.randn(T, hidden), {E // 2: [], E: []}
+    x = torch.randn(T, hidden)
+
+    def run(k: int) -> None:
+        set_active_experts(layer, k)
+        layer(x)
+
     with torch.no_grad():
-        for _ in progress.steps(15):
-            for k, times in seconds.items():
-                set_active_experts(layer, k)
-                started = time.perf_counter()
-                layer(x)
-                times.append(time.perf_counter() - started)
-    half, every = (sorted(times)[len(times) // 2] for times in seconds.values())
+        half, every = medians([partial(run, E // 2), partial(run, E)], progress.steps(15))
     return {"time": half / every}
 
 

@@ -10,5 +10,6 @@ digits.py has images.
 
 from experiment.declare import Claim, Experiment
 from experiment.run import Progress, main
+from experiment.share import medians, once
 
-__all__ = ["Claim", "Experiment", "Progress", "main"]
+__all__ = ["Claim", "Experiment", "Progress", "main", "medians", "once"]

@@ -1,15 +1,17 @@
-"""The 1,797 handwritten 8x8 digits that come with scikit-learn.
+"""The 1,797 handwritten 8x8 digits that come with scikit-learn, and a classifier.
 
 Read from its files: importing it would load a second OpenMP runtime beside torch's.
 """
 
 import functools
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @functools.cache
@@ -26,3 +28,17 @@ def split(seed: int, held_out: float = 0.2) -> tuple[tuple[Tensor, Tensor], tupl
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     count = int(held_out * len(x))
     return (x[order[count:]], y[order[count:]]), (x[order[:count]], y[order[:count]])
+
+
+class Classifier(nn.Module):
+    """Pixels [n, 64] -> logits [n, 10]: residual blocks on normalised rows between two linear layers."""
+
+    def __init__(self, hidden: int, blocks: Iterable[nn.Module]):
+        super().__init__()
+        self.first, self.last, self.blocks = nn.Linear(64, hidden), nn.Linear(hidden, 10), nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(F.layer_norm(x, x.shape[-1:]))
+        return self.last(x)
