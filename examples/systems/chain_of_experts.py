@@ -19,7 +19,7 @@ def chain(iterations: int, k: int, hidden: int, **options) -> ChainMoELayer:
     return ChainMoELayer(routers, GluExperts(EXPERTS, hidden, INTERMEDIATE), **options)
 
 
-def composed(make):
+def composed(make, rate=3e-3):
     """y = T2[c2](T1[c1](x)): two maps, each chosen by a code in the input."""
 
     def run(seed, progress):
@@ -31,7 +31,7 @@ def composed(make):
             y = torch.einsum("tij,tj->ti", T2[c2], torch.tanh(torch.einsum("tij,tj->ti", T1[c1], x)))
             return torch.cat([x, F.one_hot(c1, MAPS), F.one_hot(c2, MAPS)], -1), y
 
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        optimizer = torch.optim.Adam(model.parameters(), rate)
         for _ in progress.steps(STEPS):
             x, y = batch()
             optimizer.zero_grad()
@@ -79,6 +79,14 @@ def distinct(model) -> int:
     return len(halves.sort(-1).values.flatten(1).unique(dim=0))
 
 
+def two_passes():
+    return chain(2, 4, HIDDEN)
+
+
+def one_pass():
+    return chain(1, 8, HIDDEN)
+
+
 def lm_chain():
     # The norm of the block belongs to the loop: h <- h + moe(norm(h)).
     return chain(2, 2, LM_HIDDEN, norm=nn.RMSNorm(LM_HIDDEN))
@@ -98,9 +106,14 @@ EXPERIMENT = Experiment(
     ),
     equal="rows of experts and parameters (a chain has one router more per layer); the same Adam for all",
     variants={
-        "CoE(2,4) inner": composed(lambda: chain(2, 4, HIDDEN)),
+        "CoE(2,4) inner": composed(two_passes),
         "CoE(2,4) outer": composed(lambda: chain(2, 4, HIDDEN, residual="outer")),
-        "MoE(8)": composed(lambda: chain(1, 8, HIDDEN)),
+        "MoE(8)": composed(one_pass),
+        **{
+            f"{name}, rate {rate:g}": composed(make, rate)
+            for rate in (1e-3, 1e-2)
+            for name, make in (("CoE(2,4) inner", two_passes), ("MoE(8)", one_pass))
+        },
         "text, CoE(2,2)": language(lm_chain),
         "text, MoE(4)": language(
             lambda: MoELayer(DeepSeekRouter.v1(LM_HIDDEN, EXPERTS, 4), GluExperts(EXPERTS, LM_HIDDEN, INTERMEDIATE))
