@@ -1,7 +1,8 @@
 import torch
 from tests.decode.models import llama
+from transformers import DynamicCache
 
-from moert.decode.cached import CachedModel
+from moert.decode.cached import CachedModel, forked
 
 
 def test_only_what_is_new_runs_and_what_changed_is_dropped():
@@ -19,3 +20,16 @@ def test_only_what_is_new_runs_and_what_changed_is_dropped():
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
         assert cached.cache.get_seq_length() == len(tokens)
     assert [n for n, after in zip(lengths, lengths[1:], strict=False) if after == "plain"] == [3, 3, 2, 2, 2]
+
+
+def test_a_fork_leaves_the_cache_alone():
+    model = llama()
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    fork = forked(cache)
+    got = model(torch.tensor([[4, 5]]), past_key_values=fork).logits
+    torch.testing.assert_close(got, model(torch.tensor([[1, 2, 3, 4, 5]]), use_cache=False).logits[:, 3:])
+    assert (cache.get_seq_length(), fork.get_seq_length()) == (3, 5)
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)

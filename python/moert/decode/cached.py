@@ -1,5 +1,7 @@
 """A language model with its key-value cache, which can be rolled back."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -32,3 +34,11 @@ class CachedModel:
         out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True)
         self.tokens = list(tokens)
         return out.logits[0, -last:].float()
+
+
+def forked(cache: DynamicCache) -> DynamicCache:
+    """A cache that starts with what this one holds; what is added to it does not reach this one."""
+    fork = copy.copy(cache)
+    # A layer puts new tensors in place of its own when it grows, so the tensors themselves may be shared.
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork

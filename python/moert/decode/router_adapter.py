@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from moert.decode.cached import forked
 from moert.routers.base import Router, RouterContext
 from moert.routers.within import given_context, recorded_routings, routers_in
 
@@ -33,8 +35,9 @@ class RouterAdapter:
 
     layers is "confidence" (the `fraction` of the routers that are surest of their choices) or names; `steps` steps of
     Adam with rate lr; |delta| <= clip where given.  With max_context only the last tokens are looked at, as a context
-    of their own.  The model's weights are not touched.  A key-value cache made before adapt() belongs to the old
-    routing: make it again.  Sequences of a batch do not notice each other.
+    of their own where there is no cache of those before.  The model's weights are not touched.  Keys and values made
+    before adapt() belong to the old routing: make them again (rewire does, while it generates).  Sequences of a batch
+    do not notice each other.
     """
 
     def __init__(
@@ -81,8 +84,13 @@ class RouterAdapter:
         self._since += count
         return self._since >= self.interval
 
-    def adapt(self, input_ids: Tensor, mask: Tensor | None = None) -> AdaptReport | None:
-        """Fit the deltas to input_ids [B, n]; mask [B, n] is False for tokens that do not count.  None if n < 2."""
+    def adapt(
+        self, input_ids: Tensor, mask: Tensor | None = None, cache: DynamicCache | None = None
+    ) -> AdaptReport | None:
+        """Fit the deltas to input_ids [B, n]; mask [B, n] is False for tokens that do not count.  None if n < 2.
+
+        cache holds the keys and values of the tokens before input_ids; they stay as they are.
+        """
         self._since = 0
         if self.max_context is not None:
             input_ids, mask = input_ids[:, -self.max_context :], None if mask is None else mask[:, -self.max_context :]
@@ -92,17 +100,20 @@ class RouterAdapter:
         before = {name: delta for name, delta in self.deltas.items() if self.warm_start}
         with _frozen(self.model):
             self.deltas = before
-            loss_before, confidence = self._look(input_ids, mask)
+            context = (input_ids, mask, cache)
+            loss_before, confidence = self._look(*context)
             chosen = self._choose(confidence)
-            fitted = self._fit(input_ids, mask, chosen, before)
+            fitted = self._fit(*context, chosen, before)
             self.deltas = {**before, **fitted}
-            loss_after, _ = self._look(input_ids, mask)
+            loss_after, _ = self._look(*context)
         accepted = loss_after <= loss_before  # False for NaN
         self.deltas = {name: self._kept(accepted, delta, before.get(name)) for name, delta in self.deltas.items()}
         norms = {name: self.deltas[name].norm(dim=-1) for name in chosen}
         return AdaptReport(loss_before, loss_after, chosen, norms, accepted, confidence)
 
-    def _fit(self, ids: Tensor, mask: Tensor, chosen: tuple[str, ...], start: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _fit(
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, chosen: tuple[str, ...], start: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         B = len(ids)
         fitted = {}
         for name in chosen:
@@ -112,7 +123,7 @@ class RouterAdapter:
         for _ in range(self.steps):
             self.deltas = {**start, **fitted}
             with torch.enable_grad():
-                loss = self._losses(ids, mask).sum()
+                loss = self._losses(ids, mask, cache).sum()
             for delta, grad in zip(fitted.values(), torch.autograd.grad(loss, list(fitted.values())), strict=True):
                 delta.grad = grad
             optimizer.step()
@@ -121,18 +132,19 @@ class RouterAdapter:
                     delta.data *= (self.clip / delta.data.norm(dim=-1, keepdim=True).clamp_min(1e-20)).clamp_max(1)
         return {name: delta.detach() for name, delta in fitted.items()}
 
-    def _losses(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _losses(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
         """Next-token loss [B]: the mean over each sequence's tokens that count and have one before them."""
+        after = {} if cache is None else {"past_key_values": forked(cache), "use_cache": True}
         with self._applied():
-            logits = self.model(input_ids=ids).logits[:, :-1].float()
+            logits = self.model(input_ids=ids, **after).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
         counts = mask[:, 1:] & mask[:, :-1]
         return (loss * counts).sum(-1) / counts.sum(-1).clamp_min(1)
 
     @torch.no_grad()
-    def _look(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _look(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> tuple[Tensor, dict[str, float]]:
         with recorded_routings(self.model) as calls:
-            losses = self._losses(ids, mask)
+            losses = self._losses(ids, mask, cache)
         counts = mask.flatten()[:, None]
         confidence = {}
         for name, routing in calls:
