@@ -117,9 +117,9 @@ EXPERIMENT = Experiment(
         Claim("both together 3.67 times dense (its best case)", "tokens/s", "higher", "sparse, drafts", "dense", 3.67),
     ),
     equal=f"one model of {LAYERS} blocks, H {H}, {E} x {BLOCK} columns, {STEPS} steps; dense computes every block",
-    notes="The model is small and trained briefly, so what it writes repeats itself and suits an n-gram draft; drafts are "
-    "checked by rejection sampling at temperature 0.8. Traffic follows the union of the blocks, not TLS. No dense network "
-    "was trained beside it: dense runs the same weights.",
+    notes="The model is small and trained briefly: what it writes repeats itself and suits an n-gram draft. Drafts are "
+    "checked by rejection sampling at temperature 0.8. Traffic follows the union of the blocks, not TLS. No dense "
+    "network was trained beside it: dense runs the same weights.",
     variants={
         "model": quality,
         "dense": partial(decoded, "dense", False),
