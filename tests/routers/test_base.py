@@ -59,3 +59,8 @@ def test_wide_parameters_stay_float32_with_their_gradients():
     router.bfloat16()
     assert router.weight.dtype == router.weight.grad.dtype == torch.float32 and (router.weight == 1.001).all()
     assert router.double().weight.dtype == torch.float64
+
+
+def test_counted_is_the_mask_by_rows():
+    assert RouterContext().counted() is None
+    assert RouterContext(mask=torch.tensor([[1, 0], [0, 1]])).counted().tolist() == [True, False, False, True]

@@ -35,6 +35,10 @@ class RouterContext:
     group: Tensor | None = None
     attention: Tensor | Callable[[Tensor], Tensor] | None = None
 
+    def counted(self) -> Tensor | None:
+        """mask as bool [T], whatever its shape and dtype (tokenizers give integers [B, N]); None without one."""
+        return None if self.mask is None else self.mask.reshape(-1).bool()
+
 
 class Router(nn.Module):
     """Decides which experts each token goes to, and with what weights.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moert.routers.documents import document_of_token
+
 
 def chunks_of(T: int, chunk: int, cu_seqlens: Tensor | None, device: torch.device | str) -> tuple[Tensor, int, Tensor]:
     """Token -> its chunk, int64 [T]; an upper bound on the number of chunks; that number, a tensor.
@@ -17,7 +19,7 @@ def chunks_of(T: int, chunk: int, cu_seqlens: Tensor | None, device: torch.devic
         return position // chunk, count, torch.tensor(count, device=device)
     ends = cu_seqlens.long()
     documents = ends.shape[0] - 1
-    document = torch.searchsorted(ends[1:], position, right=True).clamp_max(documents - 1)
+    document = document_of_token(cu_seqlens, T, device)[0].clamp_max(documents - 1)
     chunks = (ends.diff() + chunk - 1) // chunk
     first = chunks.cumsum(0) - chunks
     return first[document] + (position - ends[document]) // chunk, T // chunk + documents, chunks.sum()
@@ -25,7 +27,5 @@ def chunks_of(T: int, chunk: int, cu_seqlens: Tensor | None, device: torch.devic
 
 def same_document(T: int, cu_seqlens: Tensor | None, device: torch.device | str) -> Tensor:
     """bool [T - 1]: whether tokens t and t + 1 are of one document."""
-    if cu_seqlens is None:
-        return torch.ones(T - 1, dtype=torch.bool, device=device)
-    starts = torch.zeros(T + 1, dtype=torch.bool, device=device).index_fill(0, cu_seqlens.long(), True)
-    return ~starts[1:T]
+    document, _ = document_of_token(cu_seqlens, T, device)
+    return document[1:] == document[:-1]

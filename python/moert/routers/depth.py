@@ -90,7 +90,7 @@ class DepthRouter(LinearRouter):
         r_T = self.unbiased_logits(x)
         r_T = self.biased(r_T[:, 1:] - r_T[:, :1] if self.gate == "softmax2" else r_T, context)
         r_T = torch.randn_like(r_T) if self.stochastic else r_T
-        mask = torch.ones_like(r_T[:, 0], dtype=torch.bool) if context.mask is None else context.mask.reshape(-1).bool()
+        mask = torch.ones_like(r_T[:, 0], dtype=torch.bool) if context.mask is None else context.counted()
         ids = self._alone(x, r_T, mask) if self.causal else self._best(r_T, mask, context)
         routing = Routing(ids, self._weights(r_T), 1, r_T)
         return replace(routing, losses=self._losses(x, routing, mask)) if self.training and not self.causal else routing

@@ -89,7 +89,7 @@ class ExpertChoiceRouter(LinearRouter):
         if self.training and self.gumbel:
             logits_TE = logits_TE + gumbel(logits_TE) - gumbel(logits_TE)
         scores_TE = SCORES[self.score](logits_TE)
-        mask = context.mask if context.mask is None else context.mask.reshape(-1).bool()
+        mask = context.counted()
         if self.causal:
             taken = self.auxiliary(x) > 0
             taken = taken if mask is None else taken & mask[:, None]

@@ -127,9 +127,7 @@ class SimilarityRouter(MixedRouter):
         u_TD = x.to(p_TE.dtype)
         if self.sim == "cosine":
             u_TD = F.normalize(u_TD, dim=-1)
-        new = Tokens(
-            p_TE, _ends(context, len(x)), u_TD, None if context.mask is None else context.mask.reshape(-1).bool()
-        )
+        new = Tokens(p_TE, _ends(context, len(x)), u_TD, context.counted())
         keys = _after(context, new)
         mixed = []
         for own, all_of_it in zip(new.parts(), keys.parts(), strict=True):

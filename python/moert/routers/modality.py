@@ -29,7 +29,7 @@ class ModalityRouter(Router):
         routings, first, offset = [], [], 0
         for g, router in enumerate(self.routers):
             mine = modality == g
-            mask = mine if context.mask is None else mine & context.mask.reshape(-1).bool()
+            mask = mine if context.mask is None else mine & context.counted()
             bias = context.logit_bias
             bias = None if bias is None else bias[..., offset : offset + router.num_experts]
             routings.append(router(x, replace(context, mask=mask, logit_bias=bias)))

@@ -76,7 +76,7 @@ class PrototypeRouter(Router):
         labelled = torch.ones(len(x), dtype=torch.bool, device=x.device)
         if self.uncond_expert:
             labelled = context.conditional.reshape(-1).bool()
-        counted = labelled if context.mask is None else labelled & context.mask.reshape(-1).bool()
+        counted = labelled if context.mask is None else labelled & context.counted()
         if self.mode == "token":
             weights, ids = topk_gating(cosine_TN, self.k, self.score)
             sample, D = torch.zeros_like(counted, dtype=torch.int64), 1

@@ -61,7 +61,7 @@ class ReLUNormRouter(LinearRouter):
         return Routing(ids_TE, weights_TE, self.num_experts, logits_TE, losses)
 
     def _losses(self, logits: Tensor, on: Tensor, context: RouterContext) -> dict[str, Tensor]:
-        where = (context.cu_seqlens, None if context.mask is None else context.mask.reshape(-1).bool())
+        where = (context.cu_seqlens, context.counted())
         losses = {}
         if self.al_coef:
             steep = (self.al_steep, self.al_detach_target)
