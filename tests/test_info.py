@@ -53,6 +53,21 @@ def test_unknown_isa_is_an_error():
     assert f"MOERT_ISA must be one of {known}, got sse9" in run_info("sse9").stderr
 
 
+# A kernel asks for the instruction set from inside its threads, which an exception may not leave.
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fused_experts(x, moert.Routing(x[:, :1].int(), x[:, :1], 2), torch.ones(2, 6, 4), torch.ones(2, 4, 3))",
+        "union_experts(x, x[:, :2], torch.zeros(1, dtype=torch.int32), torch.ones(2, 3, 4), torch.ones(2, 4, 3))",
+    ],
+)
+def test_unknown_isa_ends_no_process(call):
+    environment = {**os.environ, "MOERT_ISA": "sse9", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = f"import moert, torch; torch.set_num_threads(2); x = torch.ones(64, 4); moert.{call}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "RuntimeError: MOERT_ISA must be one of" in done.stderr.splitlines()[-1]
+
+
 def test_one_openmp_runtime():
     torch.ones(1000, 1000) @ torch.ones(1000, 1000)
     moert.permute_plan(torch.zeros(4096, 8, dtype=torch.int32), 8)

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <thread>
 
+#include "moert/isa.h"
+
 #ifdef MOERT_STD_THREAD  // for the thread sanitizer, which cannot see into libgomp's barriers
 #include <vector>
 #else
@@ -67,6 +69,7 @@ class Team {
 // body(team) on `threads` threads (fewer inside another parallel region).
 template <typename F>
 void parallel_region(int64_t threads, const F& body) {
+  isa();  // throws for a wrong MOERT_ISA here: an exception that leaves an OpenMP region ends the process
   TeamState state;
   if (threads <= 1) {
     Team team(state, 1);
