@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 CPP    := build/cpp
-OLDER  := build/transformers-5.22
+OLDER  := build/transformers-5.23
 export PATH := $(abspath $(BIN)):$(PATH)
 
 READY   := $(VENV)/.moert
@@ -40,7 +40,7 @@ test-transformers: $(READY) $(OLDER)/transformers
 	  $(PYTEST) -q -m "not gpu" tests/integrations/transformers
 
 $(OLDER)/transformers: $(READY)
-	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDER) 'transformers==5.22.*'
+	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDER) 'transformers==5.23.*'
 	touch $@
 
 test-asan: $(READY)

@@ -1,7 +1,8 @@
 """What each rank of a job does to compare a model that transformers has spread over the ranks with one process.
 
-In float64, where the order of sums does not matter: what is compared is which rank computes what.  FSDP2 with expert
-parallelism is compared in float32, because in float64 the gradients of the experts come out halved, those of eager too.
+In float64, where the order of sums does not matter: what is compared is which rank computes what.  FSDP2 is compared in
+float32: it wants one dtype, and some classes keep parameters in float32; with expert parallelism the gradients of the
+experts come out halved in float64, those of eager too.
 Every rank also computes the one-process run itself, so nothing but words passes between processes.
 """
 
@@ -47,7 +48,7 @@ def compare(folder: str, kinds: dict[str, list[str]], bound: float) -> dict[str,
         for name in layouts:
             layout = (LAYOUTS | LAYOUTS_OF_4)[name]
             tensor, data = layout.get("tp_size", 1), layout.get("fsdp_size", 1)
-            dtype = torch.float32 if data > 1 and "ep_size" in layout else torch.float64
+            dtype = torch.float32 if data > 1 else torch.float64
             model = load(kind, folder, dtype, distributed_config=DistributedConfig(**layout))
             together, idle = train(model, slice(dist.get_rank() // tensor, None, data))
             if data > 1:
@@ -64,7 +65,10 @@ def load(kind: str, folder: str, dtype: torch.dtype, **options) -> nn.Module:
     (name,) = json.loads(Path(folder, kind, "config.json").read_text())["architectures"]
     model_class = getattr(inspect.getmodule(by_id(kind).experts), name)
     options |= {"dtype": dtype, "experts_implementation": "moert"}
-    return model_class.from_pretrained(Path(folder, kind), **options).eval()
+    model = model_class.from_pretrained(Path(folder, kind), **options).eval()
+    for p in model.parameters():  # what a class keeps in float32 is float64 here too
+        p.data = p.data.double() if dtype == torch.float64 else p.data
+    return model
 
 
 def by_id(kind: str) -> Family:
