@@ -25,6 +25,9 @@ def quantize_(
 ) -> list[str]:
     """Replace the GluExperts of the model by QuantizedExperts, one after the other; returns their names, in order.
 
+    In a transformers model the experts of its experts interface are packed where they are, and save_pretrained writes
+    them packed.
+
     format is a name (with the group, or the format's own default) or a format.  skip has names of modules, * and ? as
     in file names; what it names, and what lies below it, stays.  A model without any GluExperts left is an error.
     """
@@ -32,6 +35,10 @@ def quantize_(
     found = [
         name for name, module in model.named_modules() if isinstance(module, GluExperts) and not skipped(name, skip)
     ]
+    if not found and any(hasattr(module, "is_concatenated") for module in model.modules()):
+        from moert.integrations.transformers import quantizer  # its model: transformers is there
+
+        return quantizer.quantize_(model, quantizer.MoertConfig(fmt.name, fmt.group, skip, precision))
     if not found or found == [""]:
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
         raise ValueError(f"model must hold GluExperts that skip does not name, got {got}")

@@ -1,7 +1,8 @@
 """moert in Hugging Face transformers: importing this registers the experts implementation "moert".
 
 `from_pretrained(..., experts_implementation="moert")` or `model.set_experts_implementation("moert")` selects it;
-`swap_(model)` serves the models whose MoE blocks lie outside transformers' experts interface.
+`swap_(model)` serves the models whose MoE blocks lie outside transformers' experts interface. `MoertConfig` packs the
+experts of a checkpoint while it loads, and packed checkpoints load with nothing said.
 """
 
 import re
@@ -16,9 +17,10 @@ from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
 from moert.integrations.transformers.experts import experts_forward, fp8_experts_forward  # noqa: E402
 from moert.integrations.transformers.lora import install  # noqa: E402
+from moert.integrations.transformers.quantizer import MoertConfig  # noqa: E402
 from moert.integrations.transformers.swap import swap_, unswap_  # noqa: E402
 
-__all__ = ["experts_forward", "swap_", "unswap_"]
+__all__ = ["MoertConfig", "experts_forward", "swap_", "unswap_"]
 
 # transformers validates a name against both registries together: in one alone it would load and then fail in forward.
 ExpertsInterface.register("moert", experts_forward)

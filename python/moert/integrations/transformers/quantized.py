@@ -1,0 +1,154 @@
+"""Experts of transformers' experts interface over packed weights, one class made from each of theirs.
+
+Letters as in moert.types.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from moert.experts.quantized import PARTS
+from moert.integrations.transformers.gates import fused_activation
+from moert.ops.fused_experts_quantized import fused_experts_quantized
+from moert.ops.grouped_gemm import grouped_gemm
+from moert.ops.permute import permute_plan, unpermute
+from moert.quant.format import PackedTensor, RowFormat
+from moert.types import Routing
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of transformers' interface in the model, packed or not, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
+
+
+def weight_names(experts: nn.Module) -> tuple[str, str]:
+    """What the class calls its two weights."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def quantized_(experts: nn.Module, fmt: RowFormat, precision: str) -> "PackedExperts":
+    """Gives the module the class of packed experts; its weights stay as they are until pack_ or allocate_."""
+    experts.__class__ = quantized_class(type(experts))
+    experts.format, experts.precision = fmt, precision
+    experts._is_hf_initialized = True  # transformers' initialisation of the class knows float weights only
+    return experts
+
+
+class PackedExperts(nn.Module):
+    """The forward of experts whose two weights are packed [E, 2I, H] and [E, H, I]: buffers w1_codes, w1_scales, …
+
+    float16 scales are kept as int16 bits, so that casting the model cannot round them.  A gate that fused_experts knows
+    runs on the packed weights (gate rows first, however the class lays them); with any other the layer is unpacked for
+    the call.
+    """
+
+    format: RowFormat
+    precision: str
+
+    def pack_(self, place: str, weight: Tensor) -> None:
+        """Packs the float weight, in the class's layout, as "w1" or "w2", and drops the parameter that it was."""
+        rows = self._rows(place, weight.detach())
+        with torch.device("cpu"):
+            whole = self.format.empty(rows.shape)
+        for e, w in enumerate(rows):  # expert by expert: float32 of one at a time
+            packed = self.format.pack(w)
+            for part in PARTS:
+                if (value := getattr(packed, part)) is not None:
+                    getattr(whole, part)[e] = value
+        self._hold(place, whole)
+
+    def allocate_(self, place: str) -> None:
+        """Buffers of the packed weight's size in place of the parameter, on the meta device."""
+        shape = self._rows(place, getattr(self, weight_names(self)[place == "w2"])).shape
+        with torch.device("meta"):
+            self._hold(place, self.format.empty(shape))
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What every part must be: bytes of another format may have the same shape."""
+        empty = self.format.empty((0, 0, 0))
+        parts = {part: value for part in PARTS if (value := getattr(empty, part)) is not None}
+        return {f"{place}_{part}": _bits(value).dtype for place in ("w1", "w2") for part, value in parts.items()}
+
+    def packed(self, place: str) -> PackedTensor:
+        scales = getattr(self, f"{place}_scales")
+        scales = scales.view(torch.float16) if scales.dtype == torch.int16 else scales
+        codes, zeros = getattr(self, f"{place}_codes"), getattr(self, f"{place}_zeros", None)
+        return PackedTensor(self.format, getattr(self, f"{place}_columns"), codes, scales, zeros)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H], as experts_forward."""
+        x, w1, w2 = hidden_states, self.packed("w1"), self.packed("w2")
+        weights = top_k_weights.to(x.dtype if top_k_weights.dtype == x.dtype else torch.float32)
+        routing = Routing(top_k_index, weights, w1.shape[0])
+        fused = self._fused
+        if fused is None:
+            return self._unpacked(x, routing, w1, w2)
+        activation, interleaved = fused
+        b1, b2 = self._biases(x.dtype)
+        b1 = _split(b1) if interleaved and b1 is not None else b1
+        return fused_experts_quantized(x, routing, w1, w2, (b1, b2), activation, self.precision)
+
+    def extra_repr(self) -> str:
+        E, rows, H = self.packed("w1").shape
+        sizes = f"num_experts={E}, hidden={H}, intermediate={self.w2_columns}"
+        return f"{sizes}, format={self.format}, precision={self.precision}"
+
+    @property
+    def _fused(self):
+        return None if self.has_post_expert_norm else fused_activation(self)
+
+    def _unpacked(self, x: Tensor, routing: Routing, w1: PackedTensor, w2: PackedTensor) -> Tensor:
+        plan = permute_plan(routing.ids, routing.num_experts)
+        b1, b2 = self._biases(x.dtype)
+        h_SI = grouped_gemm(x, w1.format.unpack(w1).to(x.dtype), plan.offsets, b1, plan.tokens)
+        h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
+        y_SH = grouped_gemm(h_SI, w2.format.unpack(w2).to(x.dtype), plan.offsets, b2)
+        if self.has_post_expert_norm:
+            y_SH = self.post_expert_norm(y_SH)
+        return unpermute(y_SH, plan, routing.weights).to(x.dtype)
+
+    def _rows(self, place: str, weight: Tensor) -> Tensor:
+        """The weight as [E, rows, columns], gate rows before up rows where the fused gate wants them apart."""
+        rows = weight.transpose(1, 2) if self.is_transposed else weight
+        fused = self._fused
+        return _split(rows) if place == "w1" and fused is not None and fused[1] else rows
+
+    def _biases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        if not self.has_bias:
+            return None, None
+        return tuple(getattr(self, f"{name}_bias").to(dtype) for name in weight_names(self))
+
+    def _hold(self, place: str, packed: PackedTensor) -> None:
+        """The parts of packed as buffers, in place of the parameter."""
+        for part in PARTS:
+            if (value := getattr(packed, part)) is not None:
+                self.register_buffer(f"{place}_{part}", _bits(value))
+        setattr(self, f"{place}_columns", packed.columns)
+        delattr(self, weight_names(self)[place == "w2"])
+
+
+@functools.cache
+def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of packed experts made from a class of transformers' interface."""
+    members = {"unpacked_class": cls, "__reduce_ex__": _reduce, "__module__": __name__}
+    return type(f"Quantized{cls.__name__}", (PackedExperts, cls), members)
+
+
+def _reduce(self, protocol):
+    """A copy is made through the class that can be imported."""
+    return _remake, (type(self).unpacked_class,), self.__dict__
+
+
+def _remake(cls: type[nn.Module]) -> nn.Module:
+    made = quantized_class(cls)
+    return made.__new__(made)
+
+
+def _split(rows: Tensor) -> Tensor:
+    """[E, 2I, ...] of alternating gate and up rows -> the gate rows, then the up rows."""
+    return torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)
+
+
+def _bits(part: Tensor) -> Tensor:
+    return part.view(torch.int16) if part.dtype == torch.float16 else part

@@ -1,0 +1,121 @@
+"""Quantized checkpoints of transformers: `quant_method: "moert"` in config.json, saved and loaded as any other."""
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
+from moert.quant.quantize import format_of, skipped
+
+
+@register_quantization_config("moert")
+class MoertConfig(QuantizationConfigMixin):
+    """How moert packs experts: `from_pretrained(dir, quantization_config=MoertConfig("int4", group=32))`.
+
+    format, group, skip and precision as in moert.quantize_.
+    """
+
+    def __init__(
+        self,
+        format: str = "int4",
+        group: int | None = None,
+        skip: list[str] | None = None,
+        precision: str = "auto",
+        **_,
+    ):
+        self.quant_method = "moert"
+        self.format, self.group = format, group
+        self.skip, self.precision = list(skip or ()), precision
+        format_of(format, group)
+
+
+@register_quantizer("moert")
+class MoertQuantizer(HfQuantizer):
+    """Packs the experts while a float checkpoint loads, layer by layer, or takes them packed from a moert one."""
+
+    quantization_config: MoertConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        for module in targets(model, self.quantization_config).values():
+            config = self.quantization_config
+            quantized_(module, format_of(config.format, config.group), config.precision)
+            if self.pre_quantized:
+                module.allocate_("w1")
+                module.allocate_("w2")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        """transformers fills what a checkpoint lacks with memory as it comes: here that is an error."""
+        for name, module in experts_modules(model).items():
+            if not isinstance(module, PackedExperts):
+                continue
+            missing = [weight for weight in weight_names(module) if hasattr(module, weight)]
+            if self.pre_quantized:
+                buffers = module.named_buffers(recurse=False)
+                missing = [part for part, tensor in buffers if not getattr(tensor, "_is_hf_initialized", False)]
+            if missing:
+                raise ValueError(f"checkpoint must hold every part of its experts, got no {name}.{missing[0]}")
+            for part, dtype in module.dtypes().items():
+                if (got := getattr(module, part).dtype) != dtype:
+                    raise ValueError(f"{name}.{part} must be {dtype} for {module.format}, got {got}")
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, PackedExperts) and name in weight_names(module)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Pack()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters over the packed experts; these have no gradients of their own."""
+        return True
+
+
+class Pack(ConversionOps):
+    """A float weight that has just been read -> the buffers of its module."""
+
+    def convert(self, input_dict, model=None, full_layer_name=None, missing_keys=None, **kwargs):
+        (value,) = input_dict.values()
+        module, name = get_module_from_name(model, full_layer_name)
+        module.pack_("w1" if name == weight_names(module)[0] else "w2", value[0] if isinstance(value, list) else value)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+def quantize_(model: nn.Module, config: MoertConfig) -> list[str]:
+    """Packs the experts of a loaded transformers model in place, one after the other; returns their names.
+
+    save_pretrained then writes a checkpoint that from_pretrained loads packed.
+    """
+    fmt = format_of(config.format, config.group)
+    chosen = targets(model, config)
+    for module in chosen.values():
+        quantized_(module, fmt, config.precision)
+        for place, weight in zip(("w1", "w2"), weight_names(module), strict=True):
+            module.pack_(place, getattr(module, weight))
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer = MoertQuantizer(config, pre_quantized=True)
+        model.is_quantized, model.quantization_method = True, config.quant_method
+        model.config.quantization_config = config
+    return list(chosen)
+
+
+def targets(model: nn.Module, config: MoertConfig) -> dict[str, nn.Module]:
+    """The experts modules that the configuration packs, by name."""
+    found = experts_modules(model)
+    packed = [name for name, module in found.items() if isinstance(module, PackedExperts)]
+    if packed:
+        raise ValueError(f"model must have float experts, got packed ones in {packed[0]}")
+    chosen = {name: module for name, module in found.items() if not skipped(name, config.skip)}
+    if not chosen:
+        got = f"{len(found)} of them in {type(model).__name__}, skip={config.skip}"
+        raise ValueError(f"model must have experts of transformers' interface that skip does not name, got {got}")
+    return chosen

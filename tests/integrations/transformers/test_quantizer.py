@@ -1,0 +1,141 @@
+"""Quantized checkpoints: packed in place, while loading, saved, loaded in another process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import families, tiny_inputs, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from moert import quantize_
+from moert.integrations.transformers import MoertConfig
+from moert.integrations.transformers.quantized import PackedExperts
+
+FORMATS = ["int8", "int4", "int4_asymmetric", "mxfp4", "ternary2", "ternary5"]
+# Plain, interleaved with biases and transposed, an unknown gate, without gate, with shared experts.
+KINDS = ["Qwen3Moe", "GptOss", "Inkling2", "NemotronH", "DeepseekV3"]
+
+
+def model_of(kind):
+    return tiny_model(next(family for family in families() if family.id == kind))
+
+
+def aligned_(model):
+    """A file maps its tensors to any address, and some of torch's own operators add in another order there."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**tiny_inputs(model)).logits
+
+
+RELOAD = """
+import sys, torch
+import moert.integrations.transformers
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def reloaded_elsewhere(folder, ids, tmp_path):
+    torch.save(ids, tmp_path / "ids.pt")
+    command = [sys.executable, "-c", RELOAD, folder, tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return torch.load(tmp_path / "logits.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_reloaded_bit_for_bit(kind, tmp_path):
+    model_of(kind).save_pretrained(tmp_path / "float")  # a reloaded model may lay its weights otherwise
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32).eval()
+    names = quantize_(model, "int4", group=64, skip=["*.layers.0"])
+    assert names and all(".layers.1." in name for name in names)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "packed")
+    again = aligned_(AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval())
+    assert torch.equal(logits(again), expected)
+    assert again.config.quantization_config.to_dict()["skip"] == ["*.layers.0"]
+    assert sum(isinstance(module, PackedExperts) for module in again.modules()) == len(names)
+    config = MoertConfig("int4", group=64, skip=["*.layers.0"])
+    options = {"quantization_config": config, "dtype": torch.float32}
+    loading = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **options).eval()
+    assert torch.equal(logits(aligned_(loading)), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_in_a_new_process(format, tmp_path):
+    model_of("Qwen3Moe").save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.bfloat16).eval()
+    plain = logits(model).float()
+    quantize_(model, format)
+    model.save_pretrained(tmp_path / "packed")
+    mine = reloaded_elsewhere(tmp_path / "packed", tiny_inputs(model)["input_ids"], tmp_path)
+    assert torch.equal(mine, logits(model))
+    error = (mine.float() - plain).norm() / plain.norm()
+    assert error < {"int8": 0.05, "ternary2": 0.9, "ternary5": 0.9}.get(format, 0.4)
+
+
+def test_generates_and_compiles():
+    model = model_of("Qwen3Moe")
+    quantize_(model, "int8")
+    ids = tiny_inputs(model)["input_ids"]
+    tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert tokens.shape == (2, 12) and torch.equal(tokens, model.generate(ids, max_new_tokens=5, do_sample=False))
+    experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
+    x, chosen, weights = torch.randn(5, 32), torch.randint(0, 6, (5, 2)), torch.rand(5, 2)
+    compiled = torch.compile(experts, fullgraph=True, dynamic=True)
+    for T in (5, 3, 1):
+        args = x[:T], chosen[:T], weights[:T]
+        torch.testing.assert_close(compiled(*args), experts(*args), rtol=0, atol=0)
+
+
+def test_memory_falls():
+    model = model_of("Qwen3Moe")
+    before = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    quantize_(model, "int4")
+    after = sum(b.nbytes for name, b in model.named_buffers() if ".experts." in name)
+    assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+    assert after < before / 5  # rows of 24 and 32 columns: blocks and scales weigh more than in real sizes
+
+
+def test_what_is_refused(tmp_path):
+    model = model_of("Qwen3Moe")
+    with pytest.raises(ValueError, match="format must be one of int8, .*, got int3"):
+        quantize_(model, "int3")
+    with pytest.raises(ValueError, match="that skip does not name, got 2 of them in Qwen3MoeForCausalLM"):
+        quantize_(model, "int4", skip=["model"])
+    with pytest.raises(ValueError, match="group must be one of 32, 64, 128 for int4, got 7"):
+        MoertConfig("int4", group=7)
+    quantize_(model, "int4")
+    with pytest.raises(
+        ValueError, match="model must have float experts, got packed ones in model.layers.0.mlp.experts"
+    ):
+        quantize_(model, "int4")
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "format"])
+def test_broken_checkpoints(fault, tmp_path):
+    model = model_of("Qwen3Moe")
+    quantize_(model, "int4")
+    model.save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.w2_scales"
+    tensors = load_file(file)
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "shape":
+        tensors[name] = tensors[name][..., :0]
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"]["format"] = "mxfp4"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="experts.w[12]_scales|mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
