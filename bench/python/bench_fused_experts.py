@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from case import Case
+from moert.numerics import batch_invariant
 from moert.ops.fused_experts import fused_experts
 from moert.testing import Shape
 
@@ -16,12 +17,20 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     w2 = torch.randn(shape.E, shape.H, shape.I).mul(shape.I**-0.5).to(dtype)
     providers = {
         "moert": lambda x, weights, w1, w2: fused_experts(x, replace(routing, weights=weights), w1, w2),
+        "moert_batch_invariant": lambda x, weights, w1, w2: _batch_invariant(
+            x, replace(routing, weights=weights), w1, w2
+        ),
         "torch": lambda x, weights, w1, w2: loop(x, routing.ids, weights, w1, w2),
         "torch_grouped_mm": lambda x, weights, w1, w2: _grouped_mm(x, routing.ids, weights, w1, w2),
     }
     used = len(routing.ids.unique()) * 3 * shape.H * shape.I * w1.itemsize
     flop = 2 * shape.T * shape.k * 3 * shape.H * shape.I
     return Case((x, routing.weights, w1, w2), providers, flop, 2 * x.nbytes + used)
+
+
+def _batch_invariant(x, routing, w1, w2):
+    with batch_invariant(True):
+        return fused_experts(x, routing, w1, w2)
 
 
 def _ffn(rows, w1, w2):

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <utility>
 
+#include "binding/batch_invariant.h"
 #include "binding/expert_weights.h"
 #include "binding/ids.h"
 
@@ -40,8 +41,12 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   experts.weights.scale_on = scale_on_of(scale_on);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
   Call call{dense_rows(x), expert_ids(ids, w1.size(0)), scale_values(weights, x), T, H, k, {}, std::move(experts)};
-  call.tokens = {T, k, rows_of(call.x), static_cast<const int32_t*>(call.ids.const_data_ptr()),
-                 call.weights.const_data_ptr()};
+  call.tokens = {T,
+                 k,
+                 rows_of(call.x),
+                 static_cast<const int32_t*>(call.ids.const_data_ptr()),
+                 call.weights.const_data_ptr(),
+                 batch_invariant};
   return call;
 }
 

@@ -1,5 +1,6 @@
 #include "moert/grouped_gemm.h"
 
+#include "binding/batch_invariant.h"
 #include "binding/experts.h"
 
 namespace moert {
@@ -81,7 +82,8 @@ Tensor grouped_gemm_cpu(const Tensor& x, const Tensor& w, const Tensor& offsets,
                                  expert_matrix(w, transposed),
                                  expert_vector(biases),
                                  factors ? factors->const_data_ptr() : nullptr,
-                                 on};
+                                 on,
+                                 batch_invariant};
   cpu::grouped_gemm(product, torch::stable::get_num_threads(), y.mutable_data_ptr(), N);
   return y;
 }

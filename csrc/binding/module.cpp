@@ -1,5 +1,15 @@
-// Every operator schema of moert.  Floating outputs come first, integer outputs last (opcheck needs it).
+// Every operator schema of moert, and the one choice that is no argument.  Floating outputs come first, integer outputs
+// last (opcheck needs it).
 #include <torch/csrc/stable/library.h>
+
+#include <utility>
+
+#include "binding/batch_invariant.h"
+
+// For moert.batch_invariant, which finds it by name.  Returns what it was.
+extern "C" __attribute__((visibility("default"))) bool moert_set_batch_invariant(bool enabled) {
+  return std::exchange(moert::batch_invariant, enabled);
+}
 
 STABLE_TORCH_LIBRARY(moert, m) {
   m.def(

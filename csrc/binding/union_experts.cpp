@@ -1,5 +1,6 @@
 #include "moert/union_experts.h"
 
+#include "binding/batch_invariant.h"
 #include "binding/expert_weights.h"
 #include "binding/ids.h"
 
@@ -22,9 +23,9 @@ Tensor union_experts_cpu(const Tensor& x, const Tensor& gains, const Tensor& ids
   const Tensor rows = dense_rows(x), scales = scale_values(gains, x);
   const Tensor list = expert_ids(torch::stable::view(torch::stable::contiguous(ids), {1, ids.size(0)}), E);
   Tensor y = torch::stable::new_empty(x, {T, x.size(1)});
-  cpu::union_experts(
-      {T, ids.size(0), rows_of(rows), scales.const_data_ptr(), static_cast<const int32_t*>(list.const_data_ptr())},
-      experts.weights, torch::stable::get_num_threads(), y.mutable_data_ptr());
+  cpu::union_experts({T, ids.size(0), rows_of(rows), scales.const_data_ptr(),
+                      static_cast<const int32_t*>(list.const_data_ptr()), batch_invariant},
+                     experts.weights, torch::stable::get_num_threads(), y.mutable_data_ptr());
   return y;
 }
 

@@ -66,7 +66,7 @@ struct FirstGemm {
   const Plan<A>& plan;
   Rows x;  // [slots, H]
   void *act, *h;
-  bool gated;
+  bool gated, batch_invariant;
   DType between;
   std::vector<TileTask> tasks;
 
@@ -77,6 +77,7 @@ struct FirstGemm {
         act(act),
         h(h),
         gated(is_gated(w.activation.act)),
+        batch_invariant(tokens.batch_invariant),
         between(between_gemms(x.dtype)),
         tasks(tile_tasks(plan.offsets.get(), w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
 
@@ -85,6 +86,7 @@ struct FirstGemm {
       const TileOperand gate = operand_of(w.gate, task.expert, task.n, 0, true);
       GemmTile tile{task.M, task.N, w.H, operand_of(x, task.row, 0), gate, memory.c0, memory.scratch};
       if (gated) tile.b2 = operand_of(w.up, task.expert, task.n, 0, true), tile.c2 = memory.c1;
+      tile.batch_invariant = batch_invariant;
       gemm_kernels().gemm(tile);
     });
   }

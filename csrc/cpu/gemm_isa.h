@@ -65,6 +65,8 @@ struct GemmTile {
   // A second product of the same a: c2 (+)= a . b2, where c2 is not null; b2 is laid out like b.
   TileOperand b2{};
   void* c2 = nullptr;
+  // The bits of a row of c are the same whatever M is: one kernel for few rows and for many.
+  bool batch_invariant = false;
   // Done to every part of c as soon as it is complete, where not null; only for products whose b is k_rows.
   const StoreTile* finish = nullptr;
 };

@@ -7,7 +7,29 @@
 namespace moert::cpu {
 namespace {
 
-bool is_dots(const GemmTile& t) { return !t.a.k_rows && !t.b.k_rows && t.b.matrix.col_stride == 1 && t.M <= kDotRows; }
+bool is_dots(const GemmTile& t) {
+  const bool along_k = !t.a.k_rows && !t.b.k_rows && t.b.matrix.col_stride == 1;
+  return along_k && (t.M <= kDotRows || t.batch_invariant);
+}
+
+// gemm_dots in equal parts of at most kDotRows rows.
+template <typename E, typename T>
+void gemm_dots_in_parts(const GemmTile& t) {
+  const int64_t parts = t.M > kDotRows ? (t.M + kDotRows - 1) / kDotRows : 1;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t m = t.M * i / parts;
+    GemmTile part = t;
+    TileMatrix& a = part.a.matrix;
+    part.M = t.M * (i + 1) / parts - m;
+    if (a.index)
+      a.index += m;
+    else
+      a.data = static_cast<const char*>(a.data) + m * a.row_stride * size_of(a.dtype);
+    part.c = static_cast<Acc<T>*>(t.c) + m * kTileColumns;
+    if (t.c2) part.c2 = static_cast<Acc<T>*>(t.c2) + m * kTileColumns;
+    gemm_dots<E, T>(part);
+  }
+}
 
 // What was stored past the caches is there before another thread is told.
 void end_streams([[maybe_unused]] const GemmTile& t) {
@@ -18,7 +40,7 @@ void end_streams([[maybe_unused]] const GemmTile& t) {
 
 void gemm(const GemmTile& t) {
   if (is_dots(t))
-    with_dtype(t.b.matrix.dtype, [&](auto x) { gemm_dots<Acc<decltype(x)>, decltype(x)>(t); });
+    with_dtype(t.b.matrix.dtype, [&](auto x) { gemm_dots_in_parts<Acc<decltype(x)>, decltype(x)>(t); });
   else if (t.b.matrix.dtype == DType::f64)
     gemm_panels<double>(t);
   else

@@ -16,7 +16,9 @@ void grouped_gemm_of(const GroupedGemm& p, int64_t threads, void* y, int64_t y_s
     const TileTask& task = tasks[i];
     const TileMemory<A> memory = tile_memory<A>();
     const TileOperand w = operand_of(p.w, task.expert, task.n, 0, true);
-    kernels.gemm({task.M, task.N, p.K, operand_of(p.x, task.row, 0), w, memory.c0, memory.scratch});
+    GemmTile tile{task.M, task.N, p.K, operand_of(p.x, task.row, 0), w, memory.c0, memory.scratch};
+    tile.batch_invariant = p.batch_invariant;
+    kernels.gemm(tile);
 
     const A* bias = nullptr;
     if (p.bias.data) {

@@ -64,7 +64,9 @@ void first_tile(const Problem<A>& p, int64_t i, const Tile& tile) {
   const int64_t e = p.ids[i];
   const auto half = [&](const ExpertMatrix& weight, const ExpertVector& bias, A* c) {
     const TileOperand x = operand_of(p.tokens.x, tile.row, 0), rows = operand_of(weight, e, tile.n, 0, true);
-    kernels.gemm({tile.M, tile.N, w.H, x, rows, c, memory.scratch});
+    GemmTile product{tile.M, tile.N, w.H, x, rows, c, memory.scratch};
+    product.batch_invariant = p.tokens.batch_invariant;
+    kernels.gemm(product);
     if (const A* b = values_of(bias, w.bias1_stride, e, tile, memory.row0))
       kernels.store({tile.M, tile.N, c, b, nullptr, ScaleOn::input, c, DTypeOf<A>::value, kTileColumns, 1});
   };
@@ -84,7 +86,9 @@ void down_product(const Problem<A>& p, const Tile& tile, const TileMemory<A>& me
   const Rows act{p.act.get(), p.between, p.width()};
   for (int64_t i = 0; i < int64_t(p.ids.size()); ++i) {
     const TileOperand a = operand_of(act, tile.row, i * w.I), b = operand_of(w.down, p.ids[i], tile.n, 0, true);
-    gemm_kernels().gemm({tile.M, tile.N, w.I, a, b, memory.c0, memory.scratch, i > 0});
+    GemmTile product{tile.M, tile.N, w.I, a, b, memory.c0, memory.scratch, i > 0};
+    product.batch_invariant = p.tokens.batch_invariant;
+    gemm_kernels().gemm(product);
   }
 }
 

@@ -49,6 +49,8 @@ struct RoutedRows {
   Rows x;               // [T, H]
   const int32_t* ids;   // [T, k]; outside [0, E): dropped
   const void* weights;  // [T, k], float32 (float64 where x is)
+  // The bits of a row of y do not depend on the other rows.
+  bool batch_invariant = false;
 };
 
 namespace cpu {

@@ -41,6 +41,7 @@ struct GroupedGemm {
   ExpertVector bias;            // [E, N]
   const void* scale = nullptr;  // [S], float32 (float64 where x is)
   ScaleOn scale_on = ScaleOn::output;
+  bool batch_invariant = false;  // the bits of a row of y do not depend on the other rows
 };
 
 // y [S, N], rows y_stride apart = x[s] . w[expert of s]^T, scaled before or after the bias is added; zero from

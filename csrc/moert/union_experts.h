@@ -14,6 +14,8 @@ struct UnionRows {
   Rows x;              // [T, H]
   const void* gains;   // [T, E], float32 (float64 where x is)
   const int32_t* ids;  // [n]; outside [0, E): left out
+  // The bits of a row of y do not depend on the other rows, nor on listed experts whose gain is zero.
+  bool batch_invariant = false;
 };
 
 // y [T, H] (dense, dtype of x): y[t] = sum over e in ids of gains[t, e] * FFN_e(x[t]), in the order of ids.

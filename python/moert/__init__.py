@@ -15,6 +15,7 @@ torch.ops.load_library(find_spec("moert._ops").origin)
 from moert.experts import Experts, GluExperts, QuantizedExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.layers import MoELayer  # noqa: E402
+from moert.numerics import batch_invariant, is_batch_invariant  # noqa: E402
 from moert.ops import (  # noqa: E402
     expert_choice,
     experts_in_use,
@@ -45,12 +46,14 @@ __all__ = [
     "RouterContext",
     "Routing",
     "TopKRouter",
+    "batch_invariant",
     "expert_choice",
     "experts_in_use",
     "fused_experts",
     "fused_experts_quantized",
     "grouped_gemm",
     "info",
+    "is_batch_invariant",
     "permute",
     "permute_plan",
     "quantize_",

@@ -191,6 +191,7 @@ BENCH_SHAPES = (
     Shape("OLMoE decode", 1, 64, 8, 2048, 1024),
     Shape("OLMoE prefill", 512, 64, 8, 2048, 1024),
     Shape("Qwen3-30B-A3B decode, sixteen sequences", 16, 128, 8, 2048, 768),
+    Shape("256 rows an expert", 1024, 8, 2, 2048, 768),
 )
 
 
