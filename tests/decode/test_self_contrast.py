@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from tests.decode.models import greedy, llama, mixtral
-from transformers import DynamicCache
+from tests.decode.models import SIZES, greedy, llama, mixtral
+from transformers import DynamicCache, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import moert.integrations.transformers  # noqa: F401
 from moert import RouterContext
@@ -68,6 +68,25 @@ def test_one_batched_pass_is_two_passes():
             assert (got[0] - got[1]).abs().max() > 1e-3  # the weak pass is another one
         new = steps[:, min(step, 31) :][:, :1]
         mask = torch.cat([mask, torch.ones_like(new)], 1)
+
+
+def test_shared_experts_stay_on_in_both_passes():
+    sizes = SIZES | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "initializer_range": 0.2}
+    moe = Qwen2MoeForCausalLM(Qwen2MoeConfig(shared_expert_intermediate_size=24, **sizes)).eval()
+    moe.set_experts_implementation("moert")
+    use_routers_(moe)
+    moe = moe.double()
+    rows = []
+    for layer in moe.model.layers:
+        layer.mlp.shared_expert.register_forward_hook(lambda _, args, out: rows.append(out.reshape(-1, 64).shape[0]))
+    both = TwoRoutings(moe, None, (2,))
+    strong, weak = both.logits(PROMPT, torch.ones_like(PROMPT), DynamicCache(config=moe.config))
+    assert rows == [2 * PROMPT.numel()] * 2
+    with torch.no_grad():
+        assert (strong - moe(PROMPT, use_cache=False).logits[:, -1]).abs().max() <= 1e-5
+        with given_context(moe, RouterContext(ranks=((2,),))):
+            assert (weak - moe(PROMPT, use_cache=False).logits[:, -1]).abs().max() <= 1e-5
+    assert (strong - weak).abs().max() > 1e-3
 
 
 def test_left_padding():
