@@ -22,7 +22,9 @@ MOERT_INLINE void unpack_chunk_of(Format format, const uint8_t* bytes, int8_t* o
     case Format::ternary2:
       return unpack_chunk<FourTritsAByte>(bytes, out);
     case Format::ternary5:
-      return unpack_chunk<FiveTritsAByte>(bytes, out);
+      for (int64_t i = 0; i < kChunk / 5; ++i)
+        for (int j = 0; j < 5; ++j) out[5 * i + j] = int8_t(kTrits.of_byte[bytes[i]][j] + 1);
+      return;
     default:
       return unpack_chunk<TwoAByte>(bytes, out);
   }

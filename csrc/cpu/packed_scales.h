@@ -6,6 +6,20 @@
 namespace moert::cpu {
 namespace {
 
+// 2^(byte - 128), from 2^(byte - 127), of which only that of byte 0 is subnormal.
+MOERT_INLINE VecF half_e8m0(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+  const VecI wide = bit_cast_vector<VecI>(_mm512_cvtepu8_epi32(load_vector<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  const VecI wide =
+      bit_cast_vector<VecI>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#else
+  VecI wide;
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = bytes[i];
+#endif
+  return bit_cast_vector<VecF>(max(wide << 23, splat(0x00400000))) * 0.5f;
+}
+
 // f16 scales, or e8m0 ones times 1/2 because Mxfp4Code doubles its values; `first`, `n`: of one row's groups.
 MOERT_INLINE void widen_scales(const PackedRows& b, int64_t row, int64_t first, int64_t n, float* out) {
   const int64_t at = row * groups(b.packing) + first;
@@ -15,11 +29,11 @@ MOERT_INLINE void widen_scales(const PackedRows& b, int64_t row, int64_t first, 
     return;
   }
   const uint8_t* scales = static_cast<const uint8_t*>(b.scales) + at;
-  for (int64_t i = 0; i < n; ++i) {
-    // 2^(byte - 128): subnormal below 2, and 255 is NaN.
-    const uint32_t byte = scales[i], normal = (byte - 1) << 23, small = 0x00200000u << byte;
-    out[i] = bits_to_float(byte == 255 ? 0x7fc00000u : byte < 2 ? small : normal);
-  }
+  for_vectors<float>(n, [&](int64_t i, auto count) {
+    uint8_t part[kLanes<float>] = {};
+    std::memcpy(part, scales + i, size_t(count));
+    store(out + i, half_e8m0(part), count);
+  });
 }
 
 // kBias - zero in each of four bytes.
@@ -28,6 +42,16 @@ MOERT_INLINE void widen_zeros(const PackedRows& b, int64_t row, int64_t first, i
   const uint8_t* zeros = b.zeros + row * groups(b.packing) + first;
   for (int64_t i = 0; i < n; ++i) out[i] = int32_t(uint8_t(Code::kBias - zeros[i]) * 0x01010101u);
 }
+
+// The five values of every byte of ternary5.
+struct Trits {
+  int8_t of_byte[256][8] = {};
+  constexpr Trits() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int j = 0; j < 5; ++j) of_byte[byte][j] = int8_t(FiveTritsAByte::code(uint8_t(byte), j) - 1);
+  }
+};
+constexpr Trits kTrits;
 
 // The packed bytes of some rows: in place, or ternary5 unpacked to int8.
 struct CodeRows {
@@ -46,7 +70,8 @@ MOERT_INLINE CodeRows code_rows(const PackedRows& b, Precision precision, int64_
   uint8_t* out = reinterpret_cast<uint8_t*>(scratch);
   for (int64_t r = 0; r < n; ++r, data += bytes) {
     uint8_t* q = out + r * stride;
-    for (int64_t i = 0; i < columns; ++i) q[i] = uint8_t(FiveTritsAByte::code(data[i / 5], int(i % 5)) - 1);
+    // What goes past the row is overwritten by the next one.
+    for (int64_t i = 0; i < columns; i += 5) std::memcpy(q + i, kTrits.of_byte[data[i / 5]], 8);
     std::memset(q + columns, 0, size_t(stride - columns));
   }
   return {out, stride};

@@ -7,13 +7,14 @@
 namespace moert::cpu {
 namespace {
 
-// From so many rows on a panel pays: it costs what about three rows cost.
-constexpr int64_t kPanelRows = 5, kIntegerPanelRows = 17;
+// From so many rows on a panel pays: it costs what about three rows cost, and more where each packed byte becomes four.
+template <typename Code, Scales kScales>
+constexpr int64_t kPanelRows = Code::kPlanes == 4 && kScales == Scales::none ? 17 : 5;
 
 template <typename Code, Scales kScales>
 void packed_product(const PackedTile& t) {
 #if defined(__AVX2__)
-  if (t.M >= (kScales == Scales::none ? kIntegerPanelRows : kPanelRows)) return packed_panels<Code, kScales>(t);
+  if (t.M >= kPanelRows<Code, kScales>) return packed_panels<Code, kScales>(t);
 #endif
   packed_dots<Code, kScales>(t);
 }

@@ -67,7 +67,8 @@ def assert_int8_close(y, run, args, precision, **options):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward(fmt, dtype):
-    for shape in FUSED_EXPERTS_SHAPES if fmt in ONE_OF_EACH else (ODD, LONG):
+    wide = dtype == torch.float32
+    for shape in FUSED_EXPERTS_SHAPES if wide and fmt in ONE_OF_EACH else (ODD, LONG) if wide else (ODD,):
         args, run = case(shape, fmt, dtype)
         assert_rows_close(
             run(fused_experts_quantized, *args), lambda *a, f=run: f(fused_experts_quantized_ref, *a), *args
