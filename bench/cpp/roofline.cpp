@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <thread>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/parallel.h"
 #include "moert/isa.h"
 
@@ -36,6 +40,35 @@ MOERT_FMA_LOOP(fma_avx512, __attribute__((target("avx512f"))), 64)
 MOERT_FMA_LOOP(fma_avx2, __attribute__((target("avx2,fma"))), 32)
 #endif
 MOERT_FMA_LOOP(fma_generic, , 16)
+
+// The same with products of bytes.
+#define MOERT_INT8_LOOP(name, flags, Register, products)                     \
+  __attribute__((target(flags))) int64_t name(int64_t rounds) {              \
+    Register sums[12] = {};                                                  \
+    const Register x = Register{} + 0x01020304, y = Register{} + 0x04030201; \
+    for (int64_t i = 0; i < rounds; ++i)                                     \
+      for (auto& sum : sums) {                                               \
+        sum = products;                                                      \
+        asm volatile("" : "+v"(sum));                                        \
+      }                                                                      \
+    return rounds * 12 * int64_t(sizeof(Register)) * 2;                      \
+  }
+
+#if defined(__x86_64__)
+MOERT_INT8_LOOP(int8_vnni, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum, x, y))
+MOERT_INT8_LOOP(int8_avx512, "avx512f,avx512bw", __m512i,
+                _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), x)))
+MOERT_INT8_LOOP(int8_avx2, "avx2", __m256i, _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), x)))
+#endif
+
+FmaLoop int8_loop() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512_vnni) return int8_vnni;
+  if (isa() >= Isa::avx512) return int8_avx512;
+  if (isa() >= Isa::avx2) return int8_avx2;
+#endif
+  return fma_generic;
+}
 
 FmaLoop fma_loop() {
 #if defined(__x86_64__)
@@ -69,6 +102,13 @@ void fma_peak(benchmark::State& state) {
 }
 BENCHMARK(fma_peak)->Name("limits/fma_peak")->UseManualTime()->Unit(benchmark::kMillisecond);
 
+void int8_peak(benchmark::State& state) {
+  Limits limits(bench_threads());
+  for (auto _ : state) state.SetIterationTime(1e9 / limits.int8_peak());
+  state.counters["GOP/s"] = benchmark::Counter(1, benchmark::Counter::kIsIterationInvariantRate);
+}
+BENCHMARK(int8_peak)->Name("limits/int8_peak")->UseManualTime()->Unit(benchmark::kMillisecond);
+
 }  // namespace
 
 Limits::Limits(int64_t threads) : threads(threads), memory_(kMemory, 1.0f) {}
@@ -83,8 +123,8 @@ double Limits::read_bandwidth() {
   return double(part * threads * 4) / time;
 }
 
-double Limits::fma_peak() const {
-  const FmaLoop loop = fma_loop();
+template <typename F>
+double Limits::peak_of(const F& loop) const {
   int64_t operations = 0;
   const double time = seconds([&] {
     cpu::parallel_for(threads, threads, [&](int64_t i) {
@@ -94,6 +134,10 @@ double Limits::fma_peak() const {
   });
   return double(operations) / time;
 }
+
+double Limits::fma_peak() const { return peak_of(fma_loop()); }
+
+double Limits::int8_peak() const { return peak_of(int8_loop()); }
 
 int64_t bench_threads() {
   const char* wanted = std::getenv("OMP_NUM_THREADS");

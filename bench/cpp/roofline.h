@@ -26,9 +26,16 @@ class Limits {
   // float32 operations per second from registers, on the instruction set that the kernels use.
   double fma_peak() const;
 
+  // Operations per second on int8 from registers: a multiplication and an addition of each of VNNI's four products, or
+  // of the AVX2 and AVX-512 instructions that give the same; fma_peak() without them.
+  double int8_peak() const;
+
   const int64_t threads;
 
  private:
+  template <typename F>
+  double peak_of(const F& loop) const;
+
   std::vector<float> memory_;
   int64_t next_ = 0;
 };
