@@ -16,8 +16,8 @@ Format format_of(const char* name, const std::string& format) {
   STD_TORCH_CHECK(false, name, " must be one of ", known, ", got ", format);
 }
 
-Precision precision_of(const std::string& name, Format w1, Format w2) {
-  if (name == "auto") return std::max(default_precision(w1), default_precision(w2));
+Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
+  if (name == "auto") return default_precision(w1, w2);
   for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32})
     if (name == moert::name(p)) return p;
   STD_TORCH_CHECK(false, "precision must be auto, full, int8 or int8_group32, got ", name);
@@ -129,7 +129,7 @@ Tensor fused_experts_quantized_cpu(const Tensor& x, const Tensor& ids, const Ten
   const Call call = check(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, format1, group1,
                           format2, group2, activation, alpha, limit, scale_on);
   const bool is_double = x.scalar_type() == ScalarType::Double;
-  Precision used = precision_of(precision, call.w1.matrix.packing.format, call.w2.matrix.packing.format);
+  Precision used = precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
   if (is_double && precision == "auto") used = Precision::full;
   if (used != Precision::full) {
     STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for int8 activations, got Double");

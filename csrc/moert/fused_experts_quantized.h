@@ -16,9 +16,17 @@ constexpr const char* name(Precision precision) {
   return precision == Precision::full ? "full" : precision == Precision::int8 ? "int8" : "int8_group32";
 }
 
-// What has the error of the weights nearly alone, by measurement (docs/quantized.md).
-constexpr Precision default_precision(Format format) {
-  return format == Format::ternary2 || format == Format::ternary5 ? Precision::int8 : Precision::int8_group32;
+// int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md); the
+// weights of int8 in small groups are too exact for them.
+constexpr Precision default_precision(Format format, int64_t group) {
+  if (format == Format::ternary2 || format == Format::ternary5) return Precision::int8;
+  return format == Format::int8 && (group == 32 || group == 64) ? Precision::full : Precision::int8_group32;
+}
+
+// The finer one of two matrices.
+constexpr Precision default_precision(const Packing& w1, const Packing& w2) {
+  const Precision a = default_precision(w1.format, w1.group), b = default_precision(w2.format, w2.group);
+  return a == Precision::full || b == Precision::full ? Precision::full : a > b ? a : b;
 }
 
 // Longer rows could overflow a sum of int8 products.

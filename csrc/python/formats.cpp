@@ -13,14 +13,14 @@ namespace py = pybind11;
 using moert::Format;
 using moert::Packing;
 
-namespace {
-
 Format format_of(const std::string& name) {
   for (int i = 0; i < moert::kFormats; ++i) {
     if (name == moert::cpu::name(Format(i))) return Format(i);
   }
   moert::fail("format must be int8, int4, int4_asymmetric, mxfp4, ternary2 or ternary5, got ", name);
 }
+
+namespace {
 
 // Rows of codes say how many columns they hold only to the block, so the caller tells.
 Packing packing_of(const std::string& name, const py::array& packed, int64_t columns, int64_t group) {

@@ -69,13 +69,8 @@ py::dict threads() {
   return facts;
 }
 
-std::map<std::string, std::string> default_precisions() {
-  std::map<std::string, std::string> precisions;
-  for (int i = 0; i < moert::kFormats; ++i) {
-    const auto format = moert::Format(i);
-    precisions[moert::cpu::name(format)] = moert::name(moert::default_precision(format));
-  }
-  return precisions;
+const char* default_precision(const std::string& format, int64_t group) {
+  return moert::name(moert::default_precision(format_of(format), group));
 }
 
 std::vector<std::string> isas() {
@@ -94,7 +89,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets that can run here, lowest first: what MOERT_ISA may name.");
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
-  m.def("default_precisions", &default_precisions, "Format -> the precision of activations that \"auto\" is.");
+  m.def("default_precision", &default_precision,
+        "The precision of activations that \"auto\" is over a format and group.");
   define_formats(m);
   define_fp8(m);
   define_bit_nested(m);

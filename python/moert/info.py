@@ -27,6 +27,11 @@ _ISAS = {
     "avx512_vnni": "AVX512-VNNI",
     "avx512_bf16": "AVX512-BF16 and VNNI",
 }
+# Formats of quantized weights by group, 0 the row: of those left out, "auto" is what it is for the nearest one.
+_FORMATS = (
+    *(("int8", 0), ("int8", 32), ("int8", 64), ("int8", 128)),
+    *(("int4", 32), ("int4_asymmetric", 32), ("mxfp4", 32), ("ternary2", 0), ("ternary5", 0)),
+)
 # Optional package -> the extra that brings it.
 _EXTRAS = {"transformers": "hf", "accelerate": "hf", "typer": "cli", "rich": "cli", "matplotlib": "cli"}
 
@@ -43,7 +48,9 @@ def info() -> dict:
         "build": _C.build(),
         "cpu": {"isa": _C.isa(), "best_isa": _C.best_isa(), "features": _C.cpu_features()},
         "threads": {"torch": torch.get_num_threads(), **_C.threads(), "runtimes": openmp_runtimes()},
-        "quantized_precision": _C.default_precisions(),
+        "quantized_precision": {
+            f"{name}-g{group}" if group else name: _C.default_precision(name, group) for name, group in _FORMATS
+        },
         "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
         "cuda": {"archs": [], "torch": torch.version.cuda},
         "missing": _missing(),

@@ -34,7 +34,10 @@ def lines(facts: dict) -> list[str]:
         ("threads", f"{threads['torch']} of {threads['cpus']} CPUs"),
         ("OpenMP", " ".join(threads["runtimes"]) or "none loaded"),
         *((f"{name} (CPU)", kernel["cpu"]) for name, kernel in facts["operators"].items()),
-        ("int8 rows", ", ".join(f"{f}: {p}" for f, p in facts["quantized_precision"].items()) + ' (precision="auto")'),
+        (
+            "quantized rows",
+            ", ".join(f"{f}: {p}" for f, p in facts["quantized_precision"].items()) + ' (precision="auto")',
+        ),
         ("CUDA archs", " ".join(facts["cuda"]["archs"]) or "none"),
         ("torch's CUDA", facts["cuda"]["torch"] or "none"),
         *(("missing", text) for text in facts["missing"]),

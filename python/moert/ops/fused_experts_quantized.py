@@ -67,9 +67,9 @@ def fused_experts_quantized(
 
 
 def default_precision(w1: PackedTensor, w2: PackedTensor) -> str:
-    """What "auto" is: the finer of the two formats' defaults (docs/quantized.md says how they were measured)."""
-    order = ("full", "int8", "int8_group32")
-    return max((_C.default_precisions()[w.format.name] for w in (w1, w2)), key=order.index)
+    """What "auto" is: the finer one of the two matrices (docs/quantized.md says how it was measured)."""
+    order = ("int8", "int8_group32", "full")
+    return max((_C.default_precision(w.format.name, w.format.group or 0) for w in (w1, w2)), key=order.index)
 
 
 def fused_experts_quantized_ref(
