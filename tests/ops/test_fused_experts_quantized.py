@@ -165,7 +165,7 @@ def test_gradients_of_int8_are_those_of_full_precision():
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_error_rule_of_the_default(fmt):
     """Gaussian rows: int8 where the whole error is at most 1.5 times that of the weights alone, else full.  With
-    channels whose sizes spread by a factor of e it stays so but for int8, whose weights are nearly exact: 1.7.
+    channels whose sizes spread by a factor of e it stays so but for int8, whose weights are nearly exact: 2.
     """
     w1, w2 = torch.randn(8, 768, 512) / 512**0.5, torch.randn(8, 512, 384) / 384**0.5
     routing, packed = Shape("wide", 64, 8, 2, 512, 384).routing(), (fmt.pack(w1), fmt.pack(w2))
@@ -179,7 +179,7 @@ def test_error_rule_of_the_default(fmt):
     assert ratio(x, "auto") <= 1.5
     if fmt == Int8(32):  # groups of 64 are at 1.5
         assert ratio(x, "int8_group32") > 1.5
-    assert ratio(x * torch.exp(torch.randn(512)), "auto") <= (1.7 if isinstance(fmt, Int8) else 1.5)
+    assert ratio(x * torch.exp(torch.randn(512)), "auto") <= (2 if isinstance(fmt, Int8) else 1.5)
 
 
 def error(y, exact):
