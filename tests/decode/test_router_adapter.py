@@ -118,6 +118,22 @@ def test_the_surest_half_is_adapted():
     assert torch.equal(plain.logits, dict(calls)[NAMES[0]].logits)
 
 
+def test_soft_rates_follow_confidence():
+    """The first step of Adam is the rate, whatever the gradient: it shows which rate each router has."""
+    model = Model(depth=3)
+    with torch.no_grad():
+        for layer, scale in zip(model.layers, (0, 20, 5), strict=True):
+            layer.router.weight.mul_(scale)
+    adapt = RouterAdapter(model, "soft", steps=1, lr=0.01)
+    report = adapt.adapt(IDS)
+    most = max(report.confidence.values())
+    assert report.layers == NAMES[:3] and report.confidence[NAMES[1]] == most
+    for name in NAMES[:3]:
+        rate = 0.01 * report.confidence[name] / most
+        moved = adapt.deltas[name][report.accepted].abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=0)
+
+
 def test_what_makes_it_worse_is_not_taken():
     model = Model()
     adapt = adapter(model, steps=2, lr=float("inf"))

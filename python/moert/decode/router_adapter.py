@@ -33,11 +33,11 @@ class AdaptReport:
 class RouterAdapter:
     """One vector per sequence and chosen router, added to its logits and fitted by next-token loss on the context.
 
-    layers is "confidence" (the `fraction` of the routers that are surest of their choices) or names; `steps` steps of
-    Adam with rate lr; |delta| <= clip where given.  With max_context only the last tokens are looked at, as a context
-    of their own where there is no cache of those before.  The model's weights are not touched.  Keys and values made
-    before adapt() belong to the old routing: make them again (rewire does, while it generates).  Sequences of a batch
-    do not notice each other.
+    layers is "confidence" (the `fraction` of the routers that are surest of their choices), "soft" (all, each with the
+    rate times its confidence over that of the surest) or names; `steps` steps of Adam with rate lr; |delta| <= clip
+    where given.  With max_context only the last tokens are looked at, as a context of their own where there is no cache
+    of those before.  The model's weights are not touched.  Keys and values made before adapt() belong to the old
+    routing: make them again (rewire does, while it generates).  Sequences of a batch do not notice each other.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RouterAdapter:
             raise ValueError("model must have moert routers, got none (see use_routers_)")
         for name, router in self.routers.items():
             _refuse_constant_weights(name, router)
-        if layers != "confidence" and (unknown := set(layers) - self.routers.keys()):
+        if layers not in ("confidence", "soft") and (unknown := set(layers) - self.routers.keys()):
             raise ValueError(f"layers must be among {', '.join(self.routers)}, got {', '.join(sorted(unknown))}")
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
@@ -103,7 +103,8 @@ class RouterAdapter:
             context = (input_ids, mask, cache)
             loss_before, confidence = self._look(*context)
             chosen = self._choose(confidence)
-            fitted = self._fit(*context, chosen, before)
+            rates = self._rates(chosen, confidence)
+            fitted = self._fit(*context, rates, before)
             self.deltas = {**before, **fitted}
             loss_after, _ = self._look(*context)
         accepted = loss_after <= loss_before  # False for NaN
@@ -112,14 +113,14 @@ class RouterAdapter:
         return AdaptReport(loss_before, loss_after, chosen, norms, accepted, confidence)
 
     def _fit(
-        self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, chosen: tuple[str, ...], start: dict[str, Tensor]
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, rates: dict[str, float], start: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         B = len(ids)
         fitted = {}
-        for name in chosen:
+        for name in rates:
             zero = torch.zeros(B, self.routers[name].num_experts, device=ids.device)
             fitted[name] = (start[name].clone() if name in start else zero).requires_grad_()
-        optimizer = torch.optim.Adam(fitted.values(), self.lr)
+        optimizer = torch.optim.Adam([{"params": [fitted[name]], "lr": rate} for name, rate in rates.items()])
         for _ in range(self.steps):
             self.deltas = {**start, **fitted}
             with torch.enable_grad():
@@ -153,11 +154,17 @@ class RouterAdapter:
         return losses, confidence
 
     def _choose(self, confidence: dict[str, float]) -> tuple[str, ...]:
+        if self.layers == "soft":
+            return tuple(self.routers)
         if self.layers != "confidence":
             return tuple(self.layers)
         surest = sorted(confidence, key=lambda name: -confidence[name])
         chosen = surest[: max(1, math.floor(self.fraction * len(surest)))]
         return tuple(name for name in self.routers if name in chosen)
+
+    def _rates(self, chosen: tuple[str, ...], confidence: dict[str, float]) -> dict[str, float]:
+        most = max(confidence[name] for name in chosen)
+        return {name: self.lr * (confidence[name] / most if self.layers == "soft" else 1) for name in chosen}
 
     def _applied(self) -> ExitStack:
         stack = ExitStack()
