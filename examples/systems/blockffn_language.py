@@ -118,9 +118,9 @@ EXPERIMENT = Experiment(
         Claim("the same, decoding greedily", "tokens/s", "higher", "greedy, sparse, drafts", "greedy, dense", 3.67),
     ),
     equal=f"one model of {LAYERS} blocks, H {H}, {E} x {BLOCK} columns, {STEPS} steps; dense computes every block",
-    notes="Sampled at temperature 0.8, unless greedy. The model is small and trained briefly: few of its sampled tokens "
-    "are those that an n-gram model guesses, and greedily it repeats itself, which suits one. Traffic follows the union "
-    "of the blocks, not TLS. No dense network was trained beside it: dense runs the same weights.",
+    notes="Sampled at temperature 0.8, unless greedy. The model is small and trained briefly: few of its sampled "
+    "tokens are those that an n-gram model guesses, and greedily it repeats itself, which suits one. Traffic follows "
+    "the union of the blocks, not TLS. No dense network was trained beside it: dense runs the same weights.",
     variants={
         "model": quality,
         "dense": partial(decoded, "dense", False, TEMPERATURE),
