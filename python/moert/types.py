@@ -67,6 +67,15 @@ class Activation:
         if self.name not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.name}")
 
+    @classmethod
+    def of(cls, activation: "str | Activation") -> "Activation":
+        """A name stands for the activation with its default numbers."""
+        if isinstance(activation, str):
+            return cls(activation)
+        if not isinstance(activation, cls):
+            raise TypeError(f"activation must be a name or an Activation, got {type(activation).__name__}")
+        return activation
+
     @property
     def gated(self) -> bool:
         return "glu" in self.name

@@ -31,7 +31,7 @@ class GluExperts(Experts):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
-        self.activation = Activation(activation) if isinstance(activation, str) else activation
+        self.activation = Activation.of(activation)
         self.layout = layout
         width = 2 * intermediate if self.activation.gated else intermediate
 

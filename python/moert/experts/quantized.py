@@ -34,7 +34,7 @@ class QuantizedExperts(Experts):
     ):
         super().__init__()
         self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
-        self.activation = Activation(activation) if isinstance(activation, str) else activation
+        self.activation = Activation.of(activation)
         self.formats, self.precision = formats, precision
         width = 2 * intermediate if self.activation.gated else intermediate
         shapes = (num_experts, width, hidden), (num_experts, hidden, intermediate)

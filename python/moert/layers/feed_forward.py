@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.activation = Activation(activation) if isinstance(activation, str) else activation
+        self.activation = Activation.of(activation)
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(hidden, intermediate, **options) if self.activation.gated else None
         self.up_proj = nn.Linear(hidden, intermediate, **options)

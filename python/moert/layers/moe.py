@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from moert.experts.base import Experts
+from moert.ops.kinds import expect
 from moert.routers.base import Router, RouterContext
 from moert.types import Routing
 
@@ -15,6 +16,8 @@ class MoELayer(nn.Module):
 
     def __init__(self, router: Router, experts: Experts, shared_experts: nn.Module | None = None):
         super().__init__()
+        expect(Router, router=router)
+        expect(Experts, experts=experts)
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moert.ops.autocast import autocast
+from moert.ops.kinds import expect, two_biases
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Routing
@@ -29,10 +30,13 @@ def fused_experts(
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
     Ids outside [0, E) are dropped: they add nothing and get no gradient.
     """
-    activation = Activation(activation) if isinstance(activation, str) else activation
+    activation = Activation.of(activation)
+    expect(Tensor, x=x, w1=w1, w2=w2)
+    expect(Routing, routing=routing)
+    expect(ExpertLayout, layout=layout)
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
-    x, w1, w2, b1, b2 = autocast(x, w1, w2, *bias)
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, *two_biases(bias))
     tensors = (x, routing.weights, w1, w2, b1, b2)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return torch.ops.moert.fused_experts(
@@ -81,7 +85,7 @@ _GATES = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": _UNGATED["gelu_tanh"]
 def fused_experts_ref(
     x, routing, w1, w2, bias=(None, None), activation="swiglu", layout=ExpertLayout(), scale_on="output"
 ):
-    activation = Activation(activation) if isinstance(activation, str) else activation
+    activation = Activation.of(activation)
     b1, b2 = bias
     ids, weights = routing.ids.long(), routing.weights.to(x.dtype)
     if layout.transposed:

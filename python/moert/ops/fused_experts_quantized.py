@@ -10,6 +10,7 @@ from torch import Tensor
 from moert import _C
 from moert.ops.autocast import autocast
 from moert.ops.fused_experts import apply_activation
+from moert.ops.kinds import expect, two_biases
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
 from moert.quant.format import PackedTensor, RowFormat
@@ -33,7 +34,10 @@ def fused_experts_quantized(
     columns; "auto", what default_precision says.  Gradients go to x and the routing weights alone, and are those
     of full precision.  NaN or infinity in a token makes its whole output NaN in int8.
     """
-    activation = Activation(activation) if isinstance(activation, str) else activation
+    activation = Activation.of(activation)
+    expect(Tensor, x=x)
+    expect(Routing, routing=routing)
+    expect(PackedTensor, w1=w1, w2=w2)
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
     for name, w in (("w1", w1), ("w2", w2)):
@@ -41,7 +45,7 @@ def fused_experts_quantized(
             raise ValueError(f"{name} must be in int8, int4, mxfp4 or ternary, got {w.format}")
         if w.codes.requires_grad or w.scales.requires_grad:
             raise ValueError(f"{name} must not require gradients: packed weights have none")
-    x, b1, b2 = autocast(x, *bias)
+    x, b1, b2 = autocast(x, *two_biases(bias))
     return torch.ops.moert.fused_experts_quantized(
         x,
         routing.ids,
@@ -75,7 +79,7 @@ def default_precision(w1: PackedTensor, w2: PackedTensor) -> str:
 def fused_experts_quantized_ref(
     x, routing, w1, w2, bias=(None, None), activation="swiglu", precision="auto", scale_on="output"
 ):
-    activation = Activation(activation) if isinstance(activation, str) else activation
+    activation = Activation.of(activation)
     precision = default_precision(w1, w2) if precision == "auto" else precision
     first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
     b1, b2 = bias

@@ -7,6 +7,7 @@ E*capacity.
 import torch
 from torch import Tensor
 
+from moert.ops.kinds import expect
 from moert.ops.same_device import same_device
 from moert.types import DispatchPlan
 
@@ -24,6 +25,7 @@ def permute_plan(ids: Tensor, num_experts: int, capacity: int | None = None) -> 
 
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows in expert order: x [T, H] -> rows [S, H] with rows[s] = x[tokens[s]]; unused slots are zero."""
+    expect(DispatchPlan, plan=plan)
     return torch.ops.moert.permute(x, plan.tokens, plan.slots)
 
 
@@ -36,6 +38,7 @@ def unpermute(
     is kept in float32 (float64 for float64) and taken in choice order; dropped choices add nothing and get no gradient,
     whatever their weight.
     """
+    expect(DispatchPlan, plan=plan)
     return torch.ops.moert.unpermute(rows, plan.tokens, plan.slots, weights, residual)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moert.ops.autocast import autocast
 from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.kinds import expect, two_biases
 from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Routing
 
@@ -29,8 +30,10 @@ def union_experts(
     [E, H]) -> y [T, H] in x's dtype.  Ids outside [0, E) are left out, so a list of a fixed length is padded with E; an
     id that is there twice counts twice.  Sums are float32 (float64 for float64).
     """
-    activation = Activation(activation) if isinstance(activation, str) else activation
-    x, w1, w2, b1, b2 = autocast(x, w1, w2, *bias)
+    activation = Activation.of(activation)
+    expect(Tensor, x=x, gains=gains, w1=w1, w2=w2)
+    expect(ExpertLayout, layout=layout)
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, *two_biases(bias))
     gate = (activation.name, activation.alpha, activation.limit)
     return torch.ops.moert.union_experts(x, gains, ids, w1, w2, b1, b2, *gate, layout.transposed, layout.interleaved)
 

@@ -47,6 +47,8 @@ class LinearRouter(Router):
 
     def unbiased_logits(self, x: Tensor) -> Tensor:
         """The logits before any bias, also under autocast in logits_dtype where there is one."""
+        if x.shape[-1] != self.hidden:
+            raise ValueError(f"x must be [T, {self.hidden}], got {list(x.shape)}")
         if self.logits_dtype is None:
             return self._linear(x, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
