@@ -6,8 +6,8 @@ from moert.runtime import RecursiveKV, SkippableKV
 from moert.runtime.skippable_kv import Joined, at_layer
 
 
-def rows(positions, offsets):
-    return Rows(torch.tensor(positions), torch.tensor(offsets))
+def rows(positions, offsets, length=None):
+    return Rows(torch.tensor(positions), torch.tensor(offsets), length)
 
 
 def test_each_sequence_grows_by_its_own_rows():
@@ -22,7 +22,7 @@ def test_each_sequence_grows_by_its_own_rows():
 
 def test_rows_without_a_token_are_not_kept():
     last = torch.iinfo(torch.int64).max
-    keys = SkippableKV(1, 1).extend(0, torch.ones(3, 1, 1), torch.ones(3, 1, 1), rows([0, 4, last], [0, 3]))
+    keys = SkippableKV(1, 1).extend(0, torch.ones(3, 1, 1), torch.ones(3, 1, 1), rows([0, 4, last], [0, 3], 3))
     assert keys[0][2].tolist() == [0, 4]
 
 

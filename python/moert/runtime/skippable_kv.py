@@ -24,15 +24,17 @@ class SkippableKV:
     def extend(self, layer: int, k: Tensor, v: Tensor, rows) -> Keys:
         """Takes k, v [N, h, d] of the rows and returns (k, v, positions) of each sequence, what came before included.
 
-        Rows that have no token (those at the last position of a rectangle) are not kept.
+        Rows of a rectangle that have no token (those at the last position) are not kept.
         """
         ends = rows.offsets.tolist()
         if len(ends) != self.batch + 1:
             raise ValueError(f"rows must be of {self.batch} sequences, got {len(ends) - 1}")
         none = torch.iinfo(rows.positions.dtype).max
         for b, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
-            has = rows.positions[first:last] != none
-            new = tuple(t[first:last][has] for t in (k, v, rows.positions))
+            new = tuple(t[first:last] for t in (k, v, rows.positions))
+            if rows.length is not None:
+                has = new[2] != none
+                new = tuple(t[has] for t in new)
             if len(self.keys[layer]) <= b:
                 self.keys[layer].append(new)
             else:
