@@ -105,8 +105,8 @@ EXPERIMENT = Experiment(
     notes="Losses of MoD are those of causal decisions. 350 steps are few: at equal FLOPs the cheaper model takes more "
     "of them, which the full model of two blocks does as well. That model stays ahead with more tokens, by less: at 17 "
     "times the steps (--times 17) 1.416 against MoD's 1.421 in the mean of three seeds (top-k decisions: 1.413), 0.3 % "
-    "where 350 steps give 1.8 %; MoD was ahead in one of the three. Tried on one seed at 5 times the steps: gate sigmoid "
-    "(1.581), eight blocks against four (1.718 against 1.679).",
+    "where 350 steps give 1.8 %; MoD was ahead in one of the three. Tried on one seed at 5 times the steps: gate "
+    "sigmoid (1.581), eight blocks against four (1.718 against 1.679).",
 )
 
 if __name__ == "__main__":

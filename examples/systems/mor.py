@@ -136,8 +136,8 @@ EXPERIMENT = Experiment(
         "DepthBatcher": decoding,
     },
     notes="Losses of MoR are those of causal decisions, with a coefficient of 0.01 for the loss that trains them. With "
-    "the paper's 0.001 these 400 steps train it too little: the gap to top-k was 0.075 in the mean of three seeds; with "
-    "0.1 or a predictor beside the router it stays below 0.011.",
+    "the paper's 0.001 these 400 steps train it too little: the gap to top-k was 0.075 in the mean of three seeds; "
+    "with 0.1 or a predictor beside the router it stays below 0.011.",
 )
 
 if __name__ == "__main__":
