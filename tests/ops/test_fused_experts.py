@@ -175,6 +175,20 @@ def test_gradients_without_saved_pre_activations():
     )
 
 
+def test_saved_are_the_arguments_and_the_pre_activations_only():
+    args, run = case(LARGE, torch.bfloat16)
+    leaves, kept = [a if a is None else a.requires_grad_() for a in args], {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        y = run(fused_experts, *leaves)
+    given = {a.data_ptr() for a in leaves if a is not None}
+    # What is not an argument: the ids, which the test's routing holds, and the pre-activations.
+    ids, h = sorted((t for p, t in kept.items() if p not in given), key=torch.is_floating_point)
+    assert ids.shape == (LARGE.T, LARGE.k) and not ids.is_floating_point()
+    assert h.shape == (LARGE.T * LARGE.k, 2 * LARGE.I) and h.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves if leaf is not None)
+
+
 def test_only_what_is_needed_is_computed():
     args, run = case(LARGE, bias=True)
     calls = []

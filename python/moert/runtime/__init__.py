@@ -1,6 +1,7 @@
-"""Where things live at decode: keys and values, and sequences at different depths of one model."""
+"""Where things live: weights in large pages; at decode keys and values, and sequences at different depths of a model."""
 
 from moert.runtime.depth_batcher import DepthBatcher
+from moert.runtime.huge_pages import huge_pages_
 from moert.runtime.skippable_kv import ModelKV, RecursiveKV, SkippableKV
 
-__all__ = ["DepthBatcher", "ModelKV", "RecursiveKV", "SkippableKV"]
+__all__ = ["DepthBatcher", "ModelKV", "RecursiveKV", "SkippableKV", "huge_pages_"]
