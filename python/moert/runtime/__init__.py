@@ -1,4 +1,4 @@
-"""Where things live: weights in large pages; at decode keys and values, and sequences at different depths of a model."""
+"""Where things live: weights in large pages; at decode keys and values, and sequences at different depths."""
 
 from moert.runtime.depth_batcher import DepthBatcher
 from moert.runtime.huge_pages import huge_pages_
