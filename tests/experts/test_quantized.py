@@ -89,3 +89,15 @@ def test_extra_repr():
     packed = QuantizedExperts(E, H, I, (Int4(), Int8()), "relu2")
     text = "activation=relu2, bias=False, formats=(int4 group 32, int8 group row), precision=auto"
     assert "num_experts=6, hidden=72, intermediate=40" in repr(packed) and text in repr(packed)
+
+
+def test_values_that_the_format_does_not_have_are_refused():
+    packed = QuantizedExperts.pack(GluExperts(2, 64, 32), (Int4Asymmetric(), Int8()))
+    state = packed.state_dict()
+    zeros = state["gate_up_proj_zeros"].clone()
+    zeros[1, 2, 0] = 16
+    with pytest.raises((ValueError, RuntimeError), match="zeros must be at most 15 for Int4Asymmetric.*, got 16"):
+        copy.deepcopy(packed).load_state_dict(state | {"gate_up_proj_zeros": zeros})
+    scales = torch.full_like(state["down_proj_scales"], float("nan"))
+    with pytest.raises((ValueError, RuntimeError), match="scales must be finite for Int8.*, got inf or nan"):
+        copy.deepcopy(packed).load_state_dict(state | {"down_proj_scales": scales})

@@ -97,6 +97,8 @@ class QuantizedExperts(Experts):
     def set_extra_state(self, state: Tensor) -> None:
         if (text := bytes(state.tolist()).decode()) != self._format_text():
             raise ValueError(f"state_dict must hold experts in {self._format_text()}, got {text}")
+        for packed in self.packed():  # loaded before this state
+            packed.format.check_values(packed)
 
     def _format_text(self) -> str:
         return ", ".join(f"{fmt.name} group {fmt.group or 'row'}" for fmt in self.formats)

@@ -101,6 +101,14 @@ class RowFormat(Format):
             self, columns, codes, scales, torch.zeros_like(scales, dtype=torch.uint8) if self.has_zeros else None
         )
 
+    def check_values(self, packed: PackedTensor) -> None:
+        """What the kernels take for granted, of bytes that come from a file."""
+        finite = (packed.scales != 255) if packed.scales.dtype == torch.uint8 else packed.scales.isfinite()
+        if not finite.all():
+            raise ValueError(f"scales must be finite for {self}, got inf or nan")
+        if packed.zeros is not None and (packed.zeros > 15).any():
+            raise ValueError(f"zeros must be at most 15 for {self}, got {int(packed.zeros.max())}")
+
     def pack(self, w: Tensor) -> PackedTensor:
         rows = flat(float_weights(w)).numpy()
         parts = _C.quantize(self.name, rows, self.group or 0, torch.get_num_threads())

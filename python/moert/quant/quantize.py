@@ -13,6 +13,7 @@ from moert.quant.int8 import Int8
 from moert.quant.mxfp4 import Mxfp4
 from moert.quant.ternary import Ternary2, Ternary5
 
+PRECISIONS = ("auto", "full", "int8", "int8_group32")
 FORMATS = {kind.name: kind for kind in (Int8, Int4, Int4Asymmetric, Mxfp4, Ternary2, Ternary5)}
 
 
@@ -32,6 +33,7 @@ def quantize_(
     in file names; what it names, and what lies below it, stays.  A model without any GluExperts left is an error.
     """
     fmt = format_of(format, group)
+    check_options(skip, precision)
     found = [
         name for name, module in model.named_modules() if isinstance(module, GluExperts) and not skipped(name, skip)
     ]
@@ -58,6 +60,13 @@ def format_of(format: str | RowFormat, group: int | None = None) -> RowFormat:
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format}")
     return FORMATS[format]() if group is None else FORMATS[format](group)
+
+
+def check_options(skip: Sequence[str], precision: str) -> None:
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be a sequence of names, got {skip!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision}")
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:

@@ -114,6 +114,12 @@ def test_what_is_refused(tmp_path):
         quantize_(model, "int4", skip=["model"])
     with pytest.raises(ValueError, match="group must be one of 32, 64, 128 for int4, got 7"):
         MoertConfig("int4", group=7)
+    with pytest.raises(TypeError, match="skip must be a sequence of names, got 'model'"):
+        quantize_(model, "int4", skip="model")
+    with pytest.raises(ValueError, match="precision must be one of auto, full, int8, int8_group32, got int9"):
+        MoertConfig("int4", precision="int9")
+    with pytest.raises(TypeError, match="grup"):
+        MoertConfig("int4", grup=64)
     quantize_(model, "int4")
     with pytest.raises(
         ValueError, match="model must have float experts, got packed ones in model.layers.0.mlp.experts"
@@ -121,7 +127,7 @@ def test_what_is_refused(tmp_path):
         quantize_(model, "int4")
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape", "format"])
+@pytest.mark.parametrize("fault", ["missing", "shape", "format", "values"])
 def test_broken_checkpoints(fault, tmp_path):
     model = model_of("Qwen3Moe")
     quantize_(model, "int4")
@@ -132,10 +138,12 @@ def test_broken_checkpoints(fault, tmp_path):
         del tensors[name]
     elif fault == "shape":
         tensors[name] = tensors[name][..., :0]
+    elif fault == "values":
+        tensors[name] = torch.full_like(tensors[name], 0x7C00)  # infinity
     else:
         config = json.loads((tmp_path / "config.json").read_text())
         config["quantization_config"]["format"] = "mxfp4"
         (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match="experts.w[12]_scales|mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match="experts.w[12]_scales|mismatch|scales must be finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
-from moert.quant.quantize import format_of, skipped
+from moert.quant.quantize import check_options, format_of, skipped
 
 
 @register_quantization_config("moert")
@@ -25,12 +25,13 @@ class MoertConfig(QuantizationConfigMixin):
         group: int | None = None,
         skip: list[str] | None = None,
         precision: str = "auto",
-        **_,
+        quant_method: str = "moert",
     ):
-        self.quant_method = "moert"
+        self.quant_method = quant_method
         self.format, self.group = format, group
         self.skip, self.precision = list(skip or ()), precision
         format_of(format, group)
+        check_options(skip or (), precision)
 
 
 @register_quantizer("moert")
@@ -61,6 +62,8 @@ class MoertQuantizer(HfQuantizer):
             for part, dtype in module.dtypes().items():
                 if (got := getattr(module, part).dtype) != dtype:
                     raise ValueError(f"{name}.{part} must be {dtype} for {module.format}, got {got}")
+            for place in ("w1", "w2"):
+                module.format.check_values(module.packed(place))
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)
