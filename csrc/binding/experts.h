@@ -41,3 +41,21 @@ inline Tensor scale_values(const Tensor& scale, const Tensor& x) {
   STD_TORCH_CHECK((scale).scalar_type() == (x).scalar_type() || (scale).scalar_type() == ::moert::accumulate_type(x), \
                   #scale " must have dtype ", torch::headeronly::toString(::moert::accumulate_type(x)),               \
                   " or that of " #x ", got ", torch::headeronly::toString((scale).scalar_type()))
+
+namespace moert {
+
+// Tokens and where they go, of fused_experts in any form.
+inline void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weights) {
+  CHECK_DIM(x, 2, "[T, H]");
+  CHECK_FLOAT(x);
+  CHECK_CPU(x);
+  CHECK_DIM(ids, 2, "[T, k]");
+  CHECK_DIM(weights, 2, "[T, k]");
+  CHECK_CPU(weights);
+  STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
+  STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
+                  ", got ", shape(weights));
+  CHECK_SCALE_DTYPE(weights, x);
+}
+
+}  // namespace moert

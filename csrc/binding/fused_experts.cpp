@@ -19,24 +19,11 @@ struct Call {
   Experts experts;
 };
 
-void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weights) {
-  STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
-  STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
-                  ", got ", shape(weights));
-  CHECK_SCALE_DTYPE(weights, x);
-}
-
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
            const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const std::string& activation,
            double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on) {
-  CHECK_DIM(x, 2, "[T, H]");
-  CHECK_FLOAT(x);
-  CHECK_CPU(x);
-  CHECK_DIM(ids, 2, "[T, k]");
-  CHECK_DIM(weights, 2, "[T, k]");
-  CHECK_CPU(weights);
-  check_expert_matrices(x, w1, w2);
   check_routed(x, ids, weights);
+  check_expert_matrices(x, w1, w2);
   Experts experts = experts_of(x, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved);
   experts.weights.scale_on = scale_on_of(scale_on);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);

@@ -63,19 +63,6 @@ struct Call {
   QuantizedExperts experts;
 };
 
-void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weights) {
-  CHECK_DIM(x, 2, "[T, H]");
-  CHECK_FLOAT(x);
-  CHECK_CPU(x);
-  CHECK_DIM(ids, 2, "[T, k]");
-  CHECK_DIM(weights, 2, "[T, k]");
-  CHECK_CPU(weights);
-  STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
-  STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
-                  ", got ", shape(weights));
-  CHECK_SCALE_DTYPE(weights, x);
-}
-
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& codes1, const Tensor& scales1,
            const std::optional<Tensor>& zeros1, const Tensor& codes2, const Tensor& scales2,
            const std::optional<Tensor>& zeros2, const std::optional<Tensor>& b1, const std::optional<Tensor>& b2,

@@ -31,8 +31,9 @@ template <typename A>
 void full_product(const PackedMatrix& w, const TileTask& task, int64_t row, const TileOperand& x, A* c, A* scratch) {
   const int64_t K = w.packing.columns;
   const int64_t rows = std::clamp<int64_t>(kDequantizedValues / std::max<int64_t>(K, 1) / 4 * 4, 4, task.N + 3);
-  float* floats = reinterpret_cast<float*>(thread_scratch(rows * K * int64_t(sizeof(float) + sizeof(A))));
-  A* values = reinterpret_cast<A*>(floats + (sizeof(A) == 8 ? rows * K : 0));
+  // The doubles first: behind an odd number of floats they would not be aligned.
+  A* values = reinterpret_cast<A*>(thread_scratch(rows * K * int64_t(sizeof(float) + sizeof(A))));
+  float* floats = reinterpret_cast<float*>(values + (sizeof(A) == 8 ? rows * K : 0));
   for (int64_t n = 0; n < task.N; n += rows) {
     const int64_t N = std::min(rows, task.N - n);
     packed_gemm_kernels().dequantize(rows_of(w, task.expert, row + n), N, floats, K);

@@ -33,6 +33,8 @@ def rewire(
     values of the context are made again under the new routing; with adapter.max_context those of the last tokens, and
     what is before them stays as it was.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
     tokens, reports, cache = input_ids, [], None
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     with adapter.session():

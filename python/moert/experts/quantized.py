@@ -6,10 +6,9 @@ from torch import Tensor, nn
 from moert.experts.base import Experts
 from moert.experts.glu import GluExperts
 from moert.ops.fused_experts_quantized import fused_experts_quantized
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.format import PARTS, PackedTensor, RowFormat
 from moert.types import Activation, Routing
 
-PARTS = ("codes", "scales", "zeros")
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
@@ -57,22 +56,15 @@ class QuantizedExperts(Experts):
         out = cls(E, H, I, formats, experts.activation, bias, precision, experts.down_proj.dtype)
         for name, fmt in zip(PROJECTIONS, formats, strict=True):
             weights = getattr(experts, name).detach()
-            for e in range(E):
-                packed = fmt.pack(out._rows(name, weights[e].mT if experts.layout.transposed else weights[e], experts))
-                for part in PARTS:
-                    if (value := getattr(packed, part)) is not None:
-                        getattr(out, f"{name}_{part}")[e] = value
+            rows = weights.mT if experts.layout.transposed else weights
+            mixed = name == "gate_up_proj" and experts.layout.interleaved and experts.activation.gated
+            packed = fmt.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, rows.shape)
+            for part in PARTS:
+                setattr(out, f"{name}_{part}", getattr(packed, part))
             if bias:
-                getattr(out, f"{name}_bias").copy_(
-                    out._rows(name, getattr(experts, f"{name}_bias").detach().mT, experts).mT
-                )
+                values = getattr(experts, f"{name}_bias").detach()
+                getattr(out, f"{name}_bias").copy_(gates_first(values, 1) if mixed else values)
         return out.train(experts.training)
-
-    def _rows(self, name: str, w: Tensor, experts: GluExperts) -> Tensor:
-        """The rows of w in the default order: all gates first."""
-        if name == "gate_up_proj" and experts.layout.interleaved and self.activation.gated:
-            return torch.cat([w[::2], w[1::2]])
-        return w
 
     def packed(self) -> tuple[PackedTensor, PackedTensor]:
         columns = self.hidden, self.intermediate
@@ -118,3 +110,8 @@ class QuantizedExperts(Experts):
             f"activation={self.activation.name}, bias={self.down_proj_bias is not None}, "
             f"formats=({self._format_text()}), precision={self.precision}"
         )
+
+
+def gates_first(rows: Tensor, dim: int) -> Tensor:
+    """Alternating gate and up rows along a dimension -> all gates, then all ups."""
+    return rows.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)

@@ -1,6 +1,7 @@
 """What every quantized format promises: the bits are in csrc/moert/formats.h and docs/formats.md."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moert import _C
+
+PARTS = ("codes", "scales", "zeros")  # of a packed tensor
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,16 @@ class RowFormat(Format):
             None if part is None else torch.from_numpy(part).view(*w.shape[:-1], part.shape[-1]) for part in parts
         ]
         return PackedTensor(self, w.shape[-1], *shaped)
+
+    def pack_each(self, matrices: Iterable[Tensor], shape: tuple[int, ...]) -> PackedTensor:
+        """The matrices [rows, columns] of a tensor of this shape, one after the other: float32 of one at a time."""
+        whole = self.empty(shape)
+        for i, w in enumerate(matrices):
+            packed = self.pack(w)
+            for part in PARTS:
+                if (value := getattr(packed, part)) is not None:
+                    getattr(whole, part)[i] = value
+        return whole
 
     def unpack(self, packed: PackedTensor) -> Tensor:
         self.check(packed)

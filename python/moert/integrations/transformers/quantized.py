@@ -8,12 +8,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from moert.experts.quantized import PARTS
+from moert.experts.quantized import gates_first
 from moert.integrations.transformers.gates import fused_activation
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.ops.permute import permute_plan, unpermute
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.format import PARTS, PackedTensor, RowFormat
 from moert.types import Routing
 
 
@@ -48,19 +48,15 @@ class PackedExperts(nn.Module):
 
     def pack_(self, place: str, weight: Tensor) -> None:
         """Packs the float weight, in the class's layout, as "w1" or "w2", and drops the parameter that it was."""
-        rows = self._rows(place, weight.detach())
+        rows = self._rows(weight.detach())
+        fused = self._fused
+        mixed = place == "w1" and fused is not None and fused[1]
         with torch.device("cpu"):
-            whole = self.format.empty(rows.shape)
-        for e, w in enumerate(rows):  # expert by expert: float32 of one at a time
-            packed = self.format.pack(w)
-            for part in PARTS:
-                if (value := getattr(packed, part)) is not None:
-                    getattr(whole, part)[e] = value
-        self._hold(place, whole)
+            self._hold(place, self.format.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, rows.shape))
 
     def allocate_(self, place: str) -> None:
         """Buffers of the packed weight's size in place of the parameter, on the meta device."""
-        shape = self._rows(place, getattr(self, weight_names(self)[place == "w2"])).shape
+        shape = self._rows(getattr(self, weight_names(self)[place == "w2"])).shape
         with torch.device("meta"):
             self._hold(place, self.format.empty(shape))
 
@@ -86,7 +82,7 @@ class PackedExperts(nn.Module):
             return self._unpacked(x, routing, w1, w2)
         activation, interleaved = fused
         b1, b2 = self._biases(x.dtype)
-        b1 = _split(b1) if interleaved and b1 is not None else b1
+        b1 = gates_first(b1, 1) if interleaved and b1 is not None else b1
         return fused_experts_quantized(x, routing, w1, w2, (b1, b2), activation, self.precision)
 
     def extra_repr(self) -> str:
@@ -108,11 +104,9 @@ class PackedExperts(nn.Module):
             y_SH = self.post_expert_norm(y_SH)
         return unpermute(y_SH, plan, routing.weights).to(x.dtype)
 
-    def _rows(self, place: str, weight: Tensor) -> Tensor:
-        """The weight as [E, rows, columns], gate rows before up rows where the fused gate wants them apart."""
-        rows = weight.transpose(1, 2) if self.is_transposed else weight
-        fused = self._fused
-        return _split(rows) if place == "w1" and fused is not None and fused[1] else rows
+    def _rows(self, weight: Tensor) -> Tensor:
+        """The weight as [E, rows, columns]."""
+        return weight.mT if self.is_transposed else weight
 
     def _biases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         if not self.has_bias:
@@ -143,11 +137,6 @@ def _reduce(self, protocol):
 def _remake(cls: type[nn.Module]) -> nn.Module:
     made = quantized_class(cls)
     return made.__new__(made)
-
-
-def _split(rows: Tensor) -> Tensor:
-    """[E, 2I, ...] of alternating gate and up rows -> the gate rows, then the up rows."""
-    return torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)
 
 
 def _bits(part: Tensor) -> Tensor:
