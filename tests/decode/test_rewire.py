@@ -109,4 +109,4 @@ def test_errors():
     with pytest.raises(ValueError, match="model must have moert routers, got none"):
         rewire(RouterAdapter(mixtral()), PROMPT, 1)
     with pytest.raises(ValueError, match="temperature must not be negative, got -0.5"):
-        rewire(RouterAdapter(mixtral()), PROMPT, 1, temperature=-0.5)
+        rewire(adapter(model()), PROMPT, 1, temperature=-0.5)
