@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from moert import RouterContext
-from moert.layers import MoMaLayer, train_auxiliary, upcycle
+from moert.layers import MoDBlock, MoMaLayer, PackedBlock, all_rows, train_auxiliary, upcycle
+from moert.routers import DepthRouter, causal_routers_
+from moert.runtime import SkippableKV
 from moert.testing import OperatorsRan
 
 H = 16
@@ -94,6 +96,58 @@ def test_upcycled_layer_starts_as_the_single_expert():
     assert all(not torch.equal(grads[0], grads[e]) for e in (1, 2, 3))
     with pytest.raises(ValueError, match=r"layer must have one expert per group, got \[4, 4\]"):
         upcycle(four, 2)
+
+
+def with_depth(groups=(2, 3), capacity=0.5):
+    block = PackedBlock(H, 2, MoMaLayer(H, 24, groups, hidden_aux=32))
+    layer = MoDBlock(block, DepthRouter(H, capacity, gate="sigmoid"))
+    torch.nn.init.normal_(layer.router.weight)
+    return layer
+
+
+def test_depth_first_then_experts_by_modality():
+    layer, x, modality, seen = with_depth(), torch.randn(3, 10, H), torch.arange(30) % 2, []
+    moma = layer.block.ffn
+    moma.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    moma.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with OperatorsRan() as ran:
+        y, routing = layer(x, RouterContext(modality=modality))
+    assert ran.names[:2] == ["expert_choice", "permute_plan"] and ran.names.count("expert_choice") == 3
+    chosen = (routing.ids[:, 0] == 0).view(3, 10)
+    assert (chosen.sum(1) == 5).all() and torch.equal(y[~chosen], x[~chosen])
+    (h, context), (_, inner) = seen
+    assert torch.equal(context.modality, modality[chosen.flatten()])
+    # Groups share out the chosen tokens of their modality, not all tokens.
+    sizes = torch.bincount(context.modality, minlength=2).tolist()
+    load = torch.bincount(inner.ids.flatten().long(), minlength=6)[:5].tolist()
+    assert load == [-(-sizes[0] // 2)] * 2 + [-(-sizes[1] // 3)] * 3
+    block, u = layer.block, x[chosen]
+    rows = all_rows(u.view(3, 5, H), torch.where(chosen)[1])
+    a = u + block.attention(block.attention_norm(u), rows)
+    torch.testing.assert_close(h, block.ffn_norm(a))
+    delta = a + loop(moma, h, context.modality) - u
+    torch.testing.assert_close(y[chosen], u + routing.weights.view(3, 10, 1)[chosen] * delta, rtol=0, atol=1e-5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, RouterContext(modality=modality))[0], y)
+
+
+def test_depth_and_experts_decide_by_each_token_alone_and_decode():
+    layer, batches = with_depth().eval(), []
+    for _ in range(8):
+        batches.append((torch.randn(4, 16, H), RouterContext(modality=torch.arange(64) % 2)))
+    assert len(train_auxiliary(layer, batches, steps=8)) == 2
+    causal_routers_(layer)
+    x, modality = torch.randn(3, 12, H), torch.arange(36).view(3, 12) // 5 % 2
+    whole, routing = layer(x, RouterContext(modality=modality))
+    assert 0 < (routing.ids == 0).sum() < 36
+    later = x.clone()
+    later[:, 8:] = 10 * torch.randn(3, 4, H)
+    torch.testing.assert_close(layer(later, RouterContext(modality=modality))[0][:, :8], whole[:, :8])
+    kv = SkippableKV(1, 3)
+    for s in range(12):
+        at = torch.full((3, 1), s)
+        y, _ = layer(x[:, s : s + 1], RouterContext(modality=modality[:, s]), positions=at, kv=kv)
+        torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_compile_and_untrained():

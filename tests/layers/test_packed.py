@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.layers import FeedForward, PackedBlock, all_rows, run_chosen
 from moert.layers.packed import Rows, attend, packed_attention
 
@@ -41,6 +42,25 @@ def test_run_chosen(limit):
     expected = [0, 2, 3, 3] if limit is None else [0, 2, 3, 3, last, last]
     assert seen[0].positions.tolist() == expected and seen[0].length == limit
     assert seen[0].offsets.tolist() == ([0, 3, 4] if limit is None else [0, 3, 6])
+
+
+@pytest.mark.parametrize("limit", (None, 4))
+def test_routers_inside_a_block_are_told_of_its_rows(limit):
+    seen = []
+
+    class Seeing(TopKRouter):
+        def forward(self, x, context=None):
+            seen.append(context)
+            return super().forward(x, context)
+
+    block = PackedBlock(16, 2, MoELayer(Seeing(16, 4, 2), GluExperts(4, 16, 8)))
+    x, chosen = torch.randn(2, 5, 16), torch.tensor([1, 0, 1, 1, 0, 0, 0, 0, 1, 0]).bool()
+    context = RouterContext(modality=torch.arange(10))
+    run_chosen(block.delta, x, chosen, torch.ones(10, 1), limit=limit, context=context)
+    run_chosen(block.delta, x, chosen, torch.ones(10, 1), limit=limit)
+    block(x.flatten(0, 1), all_rows(x, context=context))
+    assert seen[0].modality[seen[0].mask].tolist() == [0, 2, 3, 8] and len(seen[0].mask) == (4 if limit is None else 8)
+    assert seen[1] is None and seen[2] is context
 
 
 def test_errors():

@@ -64,3 +64,29 @@ def test_wide_parameters_stay_float32_with_their_gradients():
 def test_counted_is_the_mask_by_rows():
     assert RouterContext().counted() is None
     assert RouterContext(mask=torch.tensor([[1, 0], [0, 1]])).counted().tolist() == [True, False, False, True]
+
+
+def test_context_of_rows_that_are_some_of_the_tokens():
+    bias = torch.arange(12.0).view(6, 2)
+    context = RouterContext(
+        mask=torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        modality=torch.arange(6).view(2, 3),
+        conditional=torch.arange(6) > 2,
+        group=torch.arange(6),
+        logit_bias=bias,
+        step=7,
+        ranks=((1,),),
+        state="left out",
+        attention=torch.ones(1),
+    )
+    offsets = torch.tensor([0, 3, 5], dtype=torch.int32)
+    rows = context.at(torch.tensor([0, 2, -1, 3, 5], dtype=torch.int32), offsets)
+    assert rows.mask.tolist() == [True, False, False, True, True] and rows.cu_seqlens is offsets
+    assert rows.modality.tolist() == rows.group.tolist() == [0, 2, 0, 3, 5]
+    assert rows.conditional.tolist() == [False, False, False, True, True]
+    assert torch.equal(rows.logit_bias, bias[[0, 2, 0, 3, 5]]) and rows.step == 7 and rows.ranks == ((1,),)
+    assert rows.state is None and rows.attention is None and rows.previous is None
+    one = RouterContext(logit_bias=bias[0]).at(torch.tensor([-1, 4]), offsets)
+    assert one.logit_bias is not None and one.mask.tolist() == [False, True] and one.modality is None
+    empty = RouterContext(modality=torch.zeros(0, dtype=torch.int64)).at(torch.tensor([-1, -1]), offsets)
+    assert empty.modality.shape == (2,) and not empty.mask.any()

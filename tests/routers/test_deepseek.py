@@ -154,7 +154,7 @@ def test_sequence_loss_against_a_loop(score):
 
 
 def test_device_and_message_losses_against_a_loop():
-    router = DeepSeekRouter.v2(8, 16, 4, n_group=4, topk_group=2, num_devices=4, aux="batch")
+    router = DeepSeekRouter.v2(8, 16, 4, n_group=4, topk_group=2, num_devices=4, aux="batch", device_capacity=None)
     router.weight.data.normal_()
     routing = router(torch.randn(20, 8))
     p, f = routing.logits.softmax(-1).mean(0), expert_load(routing) * 16 / (4 * 20)
@@ -164,6 +164,39 @@ def test_device_and_message_losses_against_a_loop():
     torch.testing.assert_close(routing.losses["expert"], 0.003 * (f * p).sum())
     torch.testing.assert_close(routing.losses["device"], 0.05 * device)
     torch.testing.assert_close(routing.losses["comm"], 0.02 * comm)
+
+
+def test_devices_above_capacity_drop_their_weakest_choices_in_training():
+    router = DeepSeekRouter.v2(8, 16, 4, n_group=4, topk_group=2, num_devices=4, spared=0.0)
+    router.weight.data.normal_()
+    x, mask = torch.randn(64, 8), torch.arange(64) < 48
+    whole, routing = router.eval()(x), router.train()(x, RouterContext(mask=mask))
+    dropped = (routing.ids != whole.ids)[:48]
+    assert dropped.any() and (routing.ids[:48][dropped] == 16).all() and torch.equal(routing.ids[48:], whole.ids[48:])
+    p, device = whole.logits.softmax(-1).gather(1, whole.ids.long())[:48], whole.ids[:48] // 4
+    for d in range(4):
+        here = device == d
+        assert (here & ~dropped).sum() == min(here.sum(), 48 * 4 // 4)  # capacity 1: an even load
+        if (here & dropped).any():
+            assert p[here & dropped].max() <= p[here & ~dropped].min()
+    # What is dropped counts in the losses, whose aim is that nothing be dropped.
+    free = DeepSeekRouter.v2(8, 16, 4, n_group=4, topk_group=2, num_devices=4, device_capacity=None)
+    free.weight = router.weight
+    torch.testing.assert_close(routing.losses, free(x, RouterContext(mask=mask)).losses)
+    router.spared = 1.0
+    assert torch.equal(router(x).ids, whole.ids)
+
+
+def test_some_sequences_are_spared():
+    router = DeepSeekRouter(4, 4, 1, num_devices=2, device_capacity=0.5)
+    router.weight.data = 9 * torch.eye(4)
+    x = torch.tensor([9.0, 0, 0, 0]).expand(4000, 4)  # all to the first device, with the same affinity
+    ids = router(x, RouterContext(cu_seqlens=torch.arange(0, 4001, 2))).ids.view(2000, 2)
+    assert ((ids == 0).sum() - 1000).abs() <= 1  # the budget is met, spared tokens first
+    spared = (ids[1500:] == 0).all(1).double().mean()
+    assert 0.05 < spared < 0.16
+    compiled = torch.compile(router, backend="aot_eager", fullgraph=True)
+    assert (compiled(x).ids == 0).sum() in (1000, 4000) and compiled(x[:0]).ids.shape == (0, 1)
 
 
 def test_losses_of_even_and_of_collapsed_routing():
@@ -209,6 +242,8 @@ def test_bfloat16_compile_and_operators():
         ({"group_score": "mean"}, "group_score must be max or top2sum, got mean"),
         ({"aux": "token"}, "aux must be none, batch or sequence, got token"),
         ({"num_devices": 3}, "num_devices must divide num_experts=16, got 3"),
+        ({"device_capacity": 0.0}, "device_capacity must be above 0, got 0.0"),
+        ({"spared": 2.0}, r"spared must be in \[0, 1\], got 2.0"),
     ],
 )
 def test_errors(options, message):

@@ -5,9 +5,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.routers import (
+    DepthRouter,
+    ExpertChoiceRouter,
     RecurrentRouter,
     RecurrentState,
     SimilarityRouter,
+    TokenDepthRouter,
+    causal_routers_,
     continued_routers,
     given_context,
     linked_routers,
@@ -31,6 +35,14 @@ def test_routers_in():
     model = Model()
     assert routers_in(model) == {"one.router": model.one.router, "two.router": model.two.router}
     assert list(routers_in(model.one.router)) == [""]
+
+
+def test_causal_routers():
+    routers = nn.ModuleList([DepthRouter(8), TopKRouter(8, 4, 2), TokenDepthRouter(8, 2)])
+    assert causal_routers_(routers) is routers and routers[0].causal
+    assert not causal_routers_(routers, False)[0].causal
+    with pytest.raises(ValueError, match="auxiliary must be given for causal_, got None"):
+        causal_routers_(ExpertChoiceRouter(8, 4))
 
 
 def test_recorded_routings():

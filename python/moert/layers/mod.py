@@ -37,4 +37,4 @@ class MoDBlock(nn.Module):
             return self.block.delta(rows_NH, rows, kv)
 
         chosen, weights = chosen_of(routing), routing.weights
-        return run_chosen(delta, x, chosen, weights, limit=limit, positions=positions), routing
+        return run_chosen(delta, x, chosen, weights, limit=limit, positions=positions, context=context), routing

@@ -10,6 +10,7 @@ from moert.experts.glu import GluExperts
 from moert.layers.moe import MoELayer
 from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
 from moert.routers.modality import ModalityRouter
+from moert.routers.within import causal_routers_
 
 
 class MoMaLayer(MoELayer):
@@ -42,9 +43,8 @@ class MoMaLayer(MoELayer):
         self.groups = tuple(groups)
 
     def causal(self, on: bool = True) -> "MoMaLayer":
-        for router in self.router.routers:
-            router.causal_(on)
-        return self
+        """Auxiliary routers choose from here on, token by token."""
+        return causal_routers_(self, on)
 
 
 def upcycle(layer: MoMaLayer, experts_per_group: int) -> MoMaLayer:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moert.layers.packed import Rows, all_rows, chosen_of, run_chosen
 from moert.routers.base import RouterContext
 from moert.routers.depth import DepthRouter, TokenDepthRouter
+from moert.routers.within import causal_routers_
 from moert.runtime.skippable_kv import STRATEGIES, ModelKV, RecursiveKV, SkippableKV, at_layer
 from moert.types import Routing
 
@@ -91,10 +92,8 @@ class RecursiveStack(nn.Module):
         return self.routers[0].causal
 
     def causal_(self, on: bool = True) -> "RecursiveStack":
-        """Each token decides for itself how deep it goes (mode "token" always does)."""
-        for router in self.routers if self.mode == "expert" else ():
-            router.causal_(on)
-        return self
+        """Each token decides for itself how deep it goes (mode "token" always does), and which experts it uses."""
+        return causal_routers_(self, on)
 
     def new_kv(self, batch: int) -> RecursiveKV:
         return RecursiveKV(self.depths, len(self.order[0]), batch, self.kv)
@@ -115,7 +114,8 @@ class RecursiveStack(nn.Module):
         for r in range(self.depths):
             before = self.decide(r, x.reshape(-1, H), start, context, before)
             limit = None if self.causal or kv is not None else min(S, self.routers[r].limit(S, context.step))
-            x = run_chosen(self._at(r, kv), x, before.active, before.weights, before.residual, limit, positions)
+            choice = (before.active, before.weights, before.residual, limit, positions, context)
+            x = run_chosen(self._at(r, kv), x, *choice)
             routings.append(before.routing)
         return x, routings if self.mode == "expert" else routings[:1]
 
@@ -170,7 +170,7 @@ class MoRModel(nn.Module):
         positions: Tensor | None = None,
         kv: ModelKV | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        rows, kv = all_rows(x, positions), kv or ModelKV(None, None, None)
+        rows, kv = all_rows(x, positions, context), kv or ModelKV(None, None, None)
         x = self.first(x.flatten(0, 1), rows, at_layer(kv.first, 0)).view(x.shape)
         x, routings = self.stack(x, context, positions, kv.stack)
         return self.last(x.flatten(0, 1), rows, at_layer(kv.last, 0)).view(x.shape), routings

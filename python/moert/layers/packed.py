@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moert.layers.moe import MoELayer
 from moert.ops.permute import permute, permute_plan, unpermute
+from moert.routers.base import RouterContext
 from moert.types import DispatchPlan, Routing
 
 
@@ -19,12 +21,13 @@ class Rows:
     """Whose rows these are: sequence b owns offsets[b] .. offsets[b+1]-1 of N, at positions [N], ascending.
 
     length is the number of rows of every sequence where all have the same, else None; rows without a token come last in
-    their sequence, at a position after all others.
+    their sequence, at a position after all others.  context is what is known of the rows, for routers inside a block.
     """
 
     positions: Tensor
     offsets: Tensor
     length: int | None = None
+    context: RouterContext | None = None
 
 
 def run_chosen(
@@ -35,12 +38,14 @@ def run_chosen(
     residual: Tensor | None = None,
     limit: int | None = None,
     positions: Tensor | None = None,
+    context: RouterContext | None = None,
 ) -> Tensor:
     """residual[t] + weights[t] * run(the chosen rows)[row of t]; where nothing is chosen, residual[t].
 
     x [B, S, H], chosen [B*S] bool, weights [B*S, 1], residual [B*S, H] (None: x) -> [B, S, H].  limit is a bound on the
     chosen tokens of one sequence that does not depend on them: the rows are then a rectangle of a fixed shape.  Without
-    one they are packed, their number is read from the device, and run is not called where it is 0.
+    one they are packed, their number is read from the device, and run is not called where it is 0.  context is what is
+    known of the B*S tokens; run is given that of its rows.
     """
     B, S, H = x.shape
     x_TH = x.reshape(-1, H)
@@ -53,9 +58,9 @@ def run_chosen(
             return residual.view(x.shape)
     at = torch.arange(S, device=x.device).repeat(B) if positions is None else positions.reshape(-1)
     last = torch.iinfo(at.dtype).max
-    rows = Rows(
-        torch.where(plan.tokens < 0, last, at[plan.tokens.clamp_min(0).long()] if B * S else last), plan.offsets, limit
-    )
+    at = torch.where(plan.tokens < 0, last, at[plan.tokens.clamp_min(0).long()] if B * S else last)
+    of_rows = None if context is None else context.at(plan.tokens, plan.offsets)
+    rows = Rows(at, plan.offsets, limit, of_rows)
     return unpermute(run(permute(x_TH, plan), rows), plan, weights, residual).view(x.shape)
 
 
@@ -121,6 +126,7 @@ class PackedAttention(nn.Module):
 class PackedBlock(nn.Module):
     """Pre-norm attention and feed-forward part on packed rows; ffn is any module from [N, H] to [N, H].
 
+    An MoELayer is given what is known of the rows; recorded_routings has its losses.
     delta is what the block adds to its input: block(x) = x + delta(x).
     """
 
@@ -132,14 +138,15 @@ class PackedBlock(nn.Module):
 
     def delta(self, x: Tensor, rows: Rows, kv=None) -> Tensor:
         a = self.attention(self.attention_norm(x), rows, kv)
-        return a + self.ffn(self.ffn_norm(x + a))
+        h = self.ffn_norm(x + a)
+        return a + (self.ffn(h, rows.context) if isinstance(self.ffn, MoELayer) else self.ffn(h))
 
     def forward(self, x: Tensor, rows: Rows, kv=None) -> Tensor:
         return x + self.delta(x, rows, kv)
 
 
-def all_rows(x: Tensor, positions: Tensor | None = None) -> Rows:
-    """Rows of every token of x [B, S, H], flattened."""
+def all_rows(x: Tensor, positions: Tensor | None = None, context: RouterContext | None = None) -> Rows:
+    """Rows of every token of x [B, S, H], flattened; context is what is known of them."""
     B, S = x.shape[:2]
     at = torch.arange(S, device=x.device).repeat(B) if positions is None else positions.reshape(-1)
-    return Rows(at, torch.arange(B + 1, device=x.device, dtype=torch.int32) * S, S)
+    return Rows(at, torch.arange(B + 1, device=x.device, dtype=torch.int32) * S, S, context)

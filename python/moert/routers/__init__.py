@@ -23,7 +23,14 @@ from moert.routers.prototype import PrototypeRouter
 from moert.routers.recurrent import RecurrentRouter, RecurrentState, follow
 from moert.routers.relu_norm import ReLUNormRouter, activation_locality_loss, chunk_sparsity_loss
 from moert.routers.topk import TopKRouter
-from moert.routers.within import continued_routers, given_context, linked_routers, recorded_routings, routers_in
+from moert.routers.within import (
+    causal_routers_,
+    continued_routers,
+    given_context,
+    linked_routers,
+    recorded_routings,
+    routers_in,
+)
 
 __all__ = [
     "AttentionAwareRouter",
@@ -47,6 +54,7 @@ __all__ = [
     "TopKRouter",
     "activation_locality_loss",
     "balance_terms",
+    "causal_routers_",
     "chunk_sparsity_loss",
     "continued_routers",
     "expert_load",

@@ -1,7 +1,7 @@
 """The contract of routers: (x [T, H], what is known about the T tokens) -> Routing."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,37 @@ class RouterContext:
     def counted(self) -> Tensor | None:
         """mask as bool [T], whatever its shape and dtype (tokenizers give integers [B, N]); None without one."""
         return None if self.mask is None else self.mask.reshape(-1).bool()
+
+    def at(self, tokens: Tensor, offsets: Tensor) -> "RouterContext":
+        """What is known of rows that are some of the tokens: tokens [S] of each row, -1 (masked) where it has none.
+
+        offsets [documents + 1] are the rows' cu_seqlens.  previous, state and attention say something of all tokens
+        together and are left out.
+        """
+        real, index = tokens >= 0, tokens.clamp_min(0).long()
+
+        def rows(of_token: Tensor | None) -> Tensor | None:
+            if of_token is None or len(of_token):
+                return None if of_token is None else of_token[index]
+            return of_token.new_zeros(len(index), *of_token.shape[1:])  # rows without tokens, of no tokens at all
+
+        def flat(of_token: Tensor | None) -> Tensor | None:
+            return None if of_token is None else rows(of_token.reshape(-1))
+
+        mask = flat(self.counted())
+        bias = self.logit_bias if self.logit_bias is None or self.logit_bias.dim() == 1 else rows(self.logit_bias)
+        return replace(
+            self,
+            mask=real if mask is None else real & mask,
+            cu_seqlens=offsets,
+            modality=flat(self.modality),
+            conditional=flat(self.conditional),
+            group=flat(self.group),
+            logit_bias=bias,
+            previous=None,
+            state=None,
+            attention=None,
+        )
 
 
 class Router(nn.Module):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moert.ops.gating import SCORES
 from moert.routers.base import RouterContext
+from moert.routers.capacity import within_device_capacity
+from moert.routers.documents import document_of_token
 from moert.routers.losses import balance_terms, expert_load, step_expert_bias_
 from moert.routers.topk import TopKRouter
 from moert.types import GroupLimit, Routing
@@ -23,6 +25,8 @@ class DeepSeekRouter(TopKRouter):
     losses["sequence"], the mean over context.cu_seqlens of the same; device_alpha and comm_alpha give "device" and
     "comm".  bias_balance is the rate of update_bias, whose bias counts in the choice only.  Tokens outside context.mask
     do not count.  renorm divides by the sum of the chosen scores; V2 either renormalises or scales, never both.
+    In training device_capacity bounds the choices of each device at that share of an even load over the call's tokens:
+    those of the lowest affinity are dropped (id E), but never in a random share spared of the sequences.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class DeepSeekRouter(TopKRouter):
         device_alpha: float = 0.0,
         comm_alpha: float = 0.0,
         num_devices: int = 1,
+        device_capacity: float | None = None,
+        spared: float = 0.1,
         logit_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -54,6 +60,10 @@ class DeepSeekRouter(TopKRouter):
             raise ValueError(f"aux must be none, batch or sequence, got {aux}")
         if num_devices < 1 or num_experts % num_devices:
             raise ValueError(f"num_devices must divide num_experts={num_experts}, got {num_devices}")
+        if device_capacity is not None and not device_capacity > 0:
+            raise ValueError(f"device_capacity must be above 0, got {device_capacity}")
+        if not 0 <= spared <= 1:
+            raise ValueError(f"spared must be in [0, 1], got {spared}")
         groups = (
             GroupLimit(n_group, topk_group, _GROUP_SCORES[group_score]) if (n_group, topk_group) != (1, 1) else None
         )
@@ -63,6 +73,7 @@ class DeepSeekRouter(TopKRouter):
         )
         self.bias_balance, self.aux, self.num_devices = bias_balance, aux, num_devices
         self.aux_alpha, self.device_alpha, self.comm_alpha = aux_alpha, device_alpha, comm_alpha
+        self.device_capacity, self.spared = device_capacity, spared
         load = torch.zeros(num_experts, dtype=torch.int64, device=device) if biased else None
         self.register_buffer("load", load, persistent=False)
 
@@ -73,8 +84,8 @@ class DeepSeekRouter(TopKRouter):
 
     @classmethod
     def v2(cls, hidden: int = 5120, num_experts: int = 160, k: int = 6, **options) -> "DeepSeekRouter":
-        """DeepSeek-V2: three of eight groups (devices), weights times 16, losses for experts, devices and messages."""
-        groups = {"n_group": 8, "topk_group": 3, "scale": 16.0, "num_devices": 8}
+        """DeepSeek-V2: three of eight groups (devices), weights times 16, losses and a bound for the devices' load."""
+        groups = {"n_group": 8, "topk_group": 3, "scale": 16.0, "num_devices": 8, "device_capacity": 1.0}
         losses = {"aux": "sequence", "aux_alpha": 0.003, "device_alpha": 0.05, "comm_alpha": 0.02}
         return cls(hidden, num_experts, k, **(groups | losses | options))
 
@@ -99,7 +110,19 @@ class DeepSeekRouter(TopKRouter):
             return routing
         if self.load is not None:
             self.load += expert_load(routing, context.mask)
-        return Routing(routing.ids, routing.weights, self.num_experts, routing.logits, self._losses(routing, context))
+        ids = routing.ids if self.device_capacity is None else self._within_capacity(routing, context)
+        return Routing(ids, routing.weights, self.num_experts, routing.logits, self._losses(routing, context))
+
+    def _within_capacity(self, routing: Routing, context: RouterContext) -> Tensor:
+        ids = routing.ids
+        mask = torch.ones_like(ids[:, 0], dtype=torch.bool) if context.mask is None else context.counted()
+        document, D = document_of_token(context.cu_seqlens, len(ids), ids.device)
+        spared = (torch.rand(D, device=ids.device) < self.spared)[document]
+        budget = torch.ceil(mask.sum() * (self.device_capacity * self.k / self.num_devices) - 1e-6).long()
+        affinity = SCORES[self.score](routing.logits).gather(-1, ids.long())
+        counted = torch.where(mask[:, None], ids, self.num_experts)  # padding takes no device's room
+        kept = within_device_capacity(counted, affinity, self.num_experts, self.num_devices, budget, spared)
+        return torch.where(mask[:, None], kept, ids)
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor | None = None, group=None) -> None:

@@ -18,6 +18,17 @@ def routers_in(model: nn.Module) -> dict[str, Router]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
+def causal_routers_(model: nn.Module, on: bool = True) -> nn.Module:
+    """Every router of the model that looks at other tokens decides by each token alone from here on, as decoding needs.
+
+    Those are DepthRouter and ExpertChoiceRouter, whose causal_ says by what; the others do so anyway.
+    """
+    for router in routers_in(model).values():
+        if hasattr(router, "causal_"):
+            router.causal_(on)
+    return model
+
+
 @contextmanager
 def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Iterator[None]:
     """Inside, the model's routers are called with this context, or with their own from a mapping by name.

@@ -11,6 +11,7 @@ from moert.layers.mod import MoDBlock
 from moert.layers.mor import RecursiveStack
 from moert.routers.base import RouterContext
 from moert.routers.depth import DepthRouter
+from moert.routers.within import causal_routers_
 from moert.runtime.skippable_kv import SkippableKV, at_layer
 
 SHARINGS = ("cycle", "sequence", "middle-cycle", "middle-sequence")
@@ -116,12 +117,9 @@ def to_mod(model: nn.Module, layers: Iterable[int] | None = None, capacity: floa
 
 def causal_(model: nn.Module, on: bool = True) -> nn.Module:
     """Every token decides for itself how deep it goes in a model that to_mod or to_recursive made."""
-    found = [m.run for m in model.modules() if isinstance(m, DepthLayer)]
-    if not found:
+    if not any(isinstance(module, DepthLayer) for module in model.modules()):
         raise ValueError(f"model must be made by to_mod or to_recursive, got {type(model).__name__}")
-    for run in found:
-        (run.router if isinstance(run, MoDBlock) else run).causal_(on)
-    return model
+    return causal_routers_(model, on)
 
 
 def to_recursive(
