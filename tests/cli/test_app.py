@@ -15,7 +15,7 @@ def moert(*arguments):
 def test_help_lists_the_commands():
     done = moert("--help")
     assert done.returncode == 0
-    for command in ("run", "info", "bench"):
+    for command in ("run", "quantize", "info", "bench"):
         assert f" {command} " in done.stdout
 
 

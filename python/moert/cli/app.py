@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from moert.cli import bench, info, run
+from moert.cli import bench, info, quantize, run
 from moert.cli.errors import CommandError
 
 
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(_one_line(run.run))
+app.command()(_one_line(quantize.quantize))
 app.command()(_one_line(info.info))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     _one_line(bench.bench)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moert.cli.errors import CommandError, first_line
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 
 
@@ -16,11 +16,20 @@ def check_files(directory: Path) -> None:
     """A CommandError unless directory holds config.json and safetensors files whose headers are sound."""
     if not directory.is_dir():
         raise CommandError(f"model must be a local directory, got {directory}")
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if "model_type" not in config:
         raise CommandError(f"config.json of the model must have a model_type, got none in {directory}")
-    for name in _weight_files(directory):
+    for name in weight_files(directory):
         _check_safetensors(directory / name)
+
+
+def load_config(directory: Path):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a config.json can provoke
+        raise CommandError(f"model must have a config that transformers knows: {first_line(error)}") from error
 
 
 def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
@@ -28,14 +37,9 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
 
     random: directory holds a configuration alone, and the weights are drawn, the same ones every time.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a config.json can provoke
-        raise CommandError(f"model must have a config that transformers knows: {first_line(error)}") from error
-    model_class = _model_class(config)
-    _check_is_moe(config, model_class)
+    config = load_config(directory)
+    model_class = class_of(config)
+    skeleton(config, model_class)
     if experts == "moert":
         import moert.integrations.transformers  # noqa: F401  registers the name
     if random:
@@ -99,7 +103,7 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -111,15 +115,15 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _weight_files(directory: Path) -> list[str]:
-    if (directory / _INDEX).exists():
-        weight_map = _read_json(directory / _INDEX).get("weight_map")
+def weight_files(directory: Path) -> list[str]:
+    if (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CommandError(f"{directory / _INDEX} must have a weight_map, got {type(weight_map).__name__}")
+            raise CommandError(f"{directory / INDEX} must have a weight_map, got {type(weight_map).__name__}")
         names = sorted({str(name) for name in weight_map.values()})
         outside = [name for name in names if Path(name).name != name]
         if outside:
-            raise CommandError(f"{directory / _INDEX} must name files beside it, got {outside[0]}")
+            raise CommandError(f"{directory / INDEX} must name files beside it, got {outside[0]}")
         return names
     if (directory / "model.safetensors").exists():
         return ["model.safetensors"]
@@ -141,7 +145,8 @@ def _check_safetensors(path: Path) -> None:
         raise CommandError(f"{path} must be a sound safetensors file: {first_line(error)}") from error
 
 
-def _model_class(config):
+def class_of(config):
+    """The class of transformers that generates text with a model of this configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText):
@@ -150,7 +155,8 @@ def _model_class(config):
     raise CommandError(f"model must generate text, got model_type {config.model_type}")
 
 
-def _check_is_moe(config, model_class) -> None:
+def skeleton(config, model_class):
+    """The model without memory for its weights; a CommandError where it has no experts."""
     import torch
 
     try:
@@ -160,3 +166,4 @@ def _check_is_moe(config, model_class) -> None:
         raise CommandError(f"model must have a config that fits its class: {first_line(error)}") from error
     if not any(hasattr(module, "is_concatenated") and hasattr(module, "has_gate") for module in model.modules()):
         raise CommandError(f"model must have mixture-of-experts layers, got {model_class.__name__} without any")
+    return model

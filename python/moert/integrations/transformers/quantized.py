@@ -4,6 +4,7 @@ Letters as in moert.types.
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +49,22 @@ class PackedExperts(nn.Module):
 
     def pack_(self, place: str, weight: Tensor) -> None:
         """Packs the float weight, in the class's layout, as "w1" or "w2", and drops the parameter that it was."""
-        rows = self._rows(weight.detach())
+        self.pack_each_(place, weight.detach(), weight.shape)
+
+    def pack_each_(self, place: str, experts: Iterable[Tensor], shape: torch.Size) -> None:
+        """The same of a weight of this shape whose experts come one after the other."""
+        rows = (self._rows(w) for w in experts)
         fused = self._fused
         mixed = place == "w1" and fused is not None and fused[1]
         with torch.device("cpu"):
-            self._hold(place, self.format.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, rows.shape))
+            packed = self.format.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, self._rows_of(shape))
+            self._hold(place, packed)
 
     def allocate_(self, place: str) -> None:
         """Buffers of the packed weight's size in place of the parameter, on the meta device."""
-        shape = self._rows(getattr(self, weight_names(self)[place == "w2"])).shape
+        shape = getattr(self, weight_names(self)[place == "w2"]).shape
         with torch.device("meta"):
-            self._hold(place, self.format.empty(shape))
+            self._hold(place, self.format.empty(self._rows_of(shape)))
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What every part must be: bytes of another format may have the same shape."""
@@ -105,8 +111,12 @@ class PackedExperts(nn.Module):
         return unpermute(y_SH, plan, routing.weights).to(x.dtype)
 
     def _rows(self, weight: Tensor) -> Tensor:
-        """The weight as [E, rows, columns]."""
+        """The weight as [E, rows, columns], or an expert's as [rows, columns]."""
         return weight.mT if self.is_transposed else weight
+
+    def _rows_of(self, shape: torch.Size) -> torch.Size:
+        E, *matrix = shape
+        return torch.Size([E, *(reversed(matrix) if self.is_transposed else matrix)])
 
     def _biases(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         if not self.has_bias:

@@ -1,0 +1,56 @@
+"""`moert quantize`: a float checkpoint to a packed one, about one layer's experts in memory at a time."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import progress
+from rich.console import Console
+from rich.filesize import decimal
+
+from moert.cli.errors import CommandError, first_line
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Local Hugging Face MoE checkpoint (safetensors).")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
+    format: Annotated[str, typer.Option(help="Format of the experts' weights: moert info lists them.")] = "int4",
+    group: Annotated[int | None, typer.Option(help="Columns that share a scale; default: the format's own.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Rows of the products: auto, full, int8 or int8_group32.")] = "auto",
+) -> None:
+    """Pack the experts of a checkpoint; from_pretrained loads the result. A call that was cut off can be repeated."""
+    try:
+        from moert.cli.conversion import Conversion
+        from moert.integrations.transformers import MoertConfig
+    except ImportError as error:
+        raise CommandError(f"needs transformers and safetensors: pip install 'moert[cli]' ({error})") from error
+    try:
+        options = MoertConfig(format, group, skip, precision)
+    except ValueError as error:
+        raise CommandError(first_line(error)) from error
+    conversion = Conversion(source, target, options)
+    try:
+        with _bar() as bar:
+            task = bar.add_task("", total=conversion.nbytes)
+            conversion.run(lambda title, nbytes: bar.update(task, description=title, advance=nbytes))
+    except OSError as error:
+        raise CommandError(f"OUT must be writable: {first_line(error)}") from error
+    after = sum(part.nbytes for part in conversion.parts)
+    typer.echo(
+        f"{target}: {decimal(after)} of tensors ({decimal(conversion.nbytes)} before), "
+        f"{conversion.bits_per_weight:.2f} bits a packed weight"
+    )
+
+
+def _bar() -> progress.Progress:
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

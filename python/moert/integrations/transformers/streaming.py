@@ -1,0 +1,162 @@
+"""Which tensors of a checkpoint make which packed experts, by transformers' conversion mapping; a layer at a time."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from moert.integrations.transformers.quantized import PackedExperts, quantized_, weight_names
+from moert.integrations.transformers.quantizer import MoertConfig, targets
+from moert.quant.quantize import format_of
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass
+class Weight:
+    """One float weight: how it is made, and of which tensors, those of each pattern in order."""
+
+    name: str
+    transform: WeightRenaming | WeightConverter
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    def experts(self, shape: torch.Size, model: PreTrainedModel, read: Read) -> Iterable[Tensor]:
+        """The experts of the weight one after the other, where each has tensors of its own, or all at once."""
+        if not self._is_a_list:
+            whole = self._made_of(self.sources, model, read)
+            _check_shape(self.name, whole.shape, shape)
+            return whole
+        for pattern, names in self.sources.items():
+            if len(names) != shape[0]:
+                raise ValueError(f"{self.name} must have {shape[0]} tensors like {pattern}, got {len(names)}")
+        return self._one_by_one(shape, model, read)
+
+    def _one_by_one(self, shape: torch.Size, model: PreTrainedModel, read: Read) -> Iterator[Tensor]:
+        for i in range(shape[0]):
+            one = self._made_of({pattern: [names[i]] for pattern, names in self.sources.items()}, model, read)
+            _check_shape(f"expert {i} of {self.name}", one.shape[1:], shape[1:])
+            yield one[0]
+
+    @property
+    def _is_a_list(self) -> bool:
+        operations = getattr(self.transform, "operations", None) or [None]
+        first, others = operations[0], operations[1:]
+        within = all(type(operation) is Concatenate and operation.dim > 0 for operation in others)
+        return type(first) is MergeModulelist and first.dim == 0 and within
+
+    def _made_of(self, sources: dict[str, list[str]], model: PreTrainedModel, read: Read) -> Tensor:
+        transform = copy.deepcopy(self.transform)
+        for pattern, names in sources.items():
+            for name in names:
+                transform.add_tensor(self.name, name, pattern, functools.partial(read, name))
+        made = transform.convert(self.name, model=model, config=model.config)
+        if list(made) != [self.name]:
+            raise ValueError(f"tensors of {self.name} must make it alone, got {', '.join(made)}")
+        value = made[self.name]
+        return value[0] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of one module, on the meta device, and the weights that they are packed from."""
+
+    name: str
+    model: PreTrainedModel
+    module: PackedExperts
+    weights: list[Weight]
+
+    @property
+    def sources(self) -> list[str]:
+        return [name for weight in self.weights for names in weight.sources.values() for name in names]
+
+    def empty(self) -> dict[str, Tensor]:
+        """The packed tensors without their memory, by the names that save_pretrained gives them."""
+        module = copy.deepcopy(self.module)
+        for place in ("w1", "w2"):
+            module.allocate_(place)
+        return self._saved(module)
+
+    def pack(self, dtype: torch.dtype, read: Read) -> dict[str, Tensor]:
+        """The packed tensors of what read gives, bit for bit as from_pretrained in dtype and quantize_ make them."""
+        module = copy.deepcopy(self.module)
+        for place, attribute, weight in zip(("w1", "w2"), weight_names(module), self.weights, strict=True):
+            read_as = functools.partial(_read_as, read, _kept(self.model, dtype, weight.name))
+            shape = getattr(module, attribute).shape
+            module.pack_each_(place, weight.experts(shape, self.model, read_as), shape)
+        return self._saved(module)
+
+    def _saved(self, module: PackedExperts) -> dict[str, Tensor]:
+        parts = {part: getattr(module, part) for part in module.dtypes()}
+        return revert_weight_conversion(self.model, {f"{self.name}.{part}": value for part, value in parts.items()})
+
+
+def layers(model: PreTrainedModel, config: MoertConfig, names: Iterable[str]) -> list[Layer]:
+    """The layers of the model, on the meta device, that config packs; names are those of the checkpoint's tensors."""
+    chosen = targets(model, config)
+    weights = _weights(model, names)
+    fmt = format_of(config.format, config.group)
+    found = []
+    for name, module in chosen.items():
+        own = [f"{name}.{attribute}" for attribute in weight_names(module)]
+        if missing := [key for key in own if key not in weights]:
+            raise ValueError(f"checkpoint must hold tensors for {missing[0]}, got none")
+        packed = quantized_(module, fmt, config.precision)
+        found.append(Layer(name, model, packed, [weights[key] for key in own]))
+    return found
+
+
+def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Weight]:
+    """Every tensor under the weight of the model that it belongs to, as transformers' loader collects them."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    meta, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, Weight] = {}
+    for name in sorted(names, key=dot_natural_key):  # the experts of a list in the order of their numbers
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, meta)
+        if renamed not in meta and name in meta:
+            renamed, pattern = rename_source_key(name, [], [], prefix, meta)
+        if renamed not in found:
+            transform = WeightRenaming(name, renamed) if pattern is None else by_pattern[pattern]
+            found[renamed] = Weight(renamed, transform)
+        found[renamed].sources.setdefault(pattern or name, []).append(name)
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # what save_pretrained will undo
+    return found
+
+
+def _check_shape(name: str, got: torch.Size, wanted: torch.Size) -> None:
+    if got != wanted:
+        raise ValueError(f"{name} must have shape {list(wanted)} by the config, got {list(got)}")
+
+
+def _read_as(read: Read, dtype: torch.dtype, name: str) -> Tensor:
+    tensor = read(name)
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    return tensor.to(dtype)
+
+
+def _kept(model: PreTrainedModel, dtype: torch.dtype, name: str) -> torch.dtype:
+    """The dtype of one weight: some classes keep weights in float32."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return dtype
+    pattern, globs, _ = build_glob_alternation(list(plan))
+    found = pattern.search(name)
+    return plan[globs[found.lastgroup]] if found else dtype

@@ -1,0 +1,260 @@
+"""A checkpoint streamed into a packed one: what comes out, what a kill in the middle leaves, the memory it takes."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+
+import moert.cli.conversion as conversion_module
+from moert import quantize_
+from moert.cli.conversion import RECORD, Conversion
+from moert.cli.errors import CommandError
+from moert.cli.tensor_files import sha256
+from moert.integrations.transformers import MoertConfig
+
+SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 64}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+CONFIGS = {  # experts in tensors of their own, under other names, and all in one
+    "qwen3": Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **SIZES),
+    "mixtral": MixtralConfig(num_local_experts=4, **SIZES),
+    "gpt_oss": GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **SIZES),
+}
+OPTIONS = MoertConfig("int4", 32, ["model.layers.1"])
+IDS = torch.arange(3, 17).view(2, 7)
+
+
+def floats(kind, folder, dtype=torch.bfloat16, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(dtype)
+    for p in model.parameters():
+        p.data.normal_(std=p.shape[-1] ** -0.5)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def convert(source, target, options=OPTIONS):
+    Conversion(source, target, options).run(lambda title, nbytes: None)
+
+
+def all_tensors(folder):
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Every kind, its folder OUT, and the logits of a new process that loads it."""
+    root = tmp_path_factory.mktemp("kinds")
+    for kind in CONFIGS:
+        convert(floats(kind, root / kind), root / f"{kind}.out")
+    code = """
+import sys, torch, moert.integrations.transformers
+from transformers import AutoModelForCausalLM
+from pathlib import Path
+for out in Path(sys.argv[1]).glob("*.out"):
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    for tensor in [*model.parameters(), *model.buffers()]:  # a file maps tensors to addresses of any alignment
+        tensor.data = tensor.data.clone()
+    with torch.no_grad():
+        torch.save(model(torch.arange(3, 17).view(2, 7)).logits, out.with_suffix(".logits"))
+"""
+    subprocess.run([sys.executable, "-c", code, root], check=True, capture_output=True, timeout=120)
+    return root
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_same_as_a_loaded_model_that_is_saved(kind, elsewhere, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(elsewhere / kind).eval()
+    packed = quantize_(model, "int4", 32, ["model.layers.1"])
+    model.save_pretrained(tmp_path)
+    expected, made = all_tensors(tmp_path), all_tensors(elsewhere / f"{kind}.out")
+    assert packed == ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]
+    assert made.keys() == expected.keys()
+    assert not [name for name in made if not torch.equal(made[name], expected[name])]
+    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (elsewhere / f"{kind}.out", tmp_path))
+    assert ours == theirs and ours["quantization_config"]["quant_method"] == "moert"
+    with torch.no_grad():
+        assert torch.equal(torch.load(elsewhere / f"{kind}.logits"), model(IDS).logits)
+
+
+def test_many_shards_and_the_files_beside_them(tmp_path):
+    source = floats("mixtral", tmp_path / "in", max_shard_size="8KB")
+    assert len(list(source.glob("*.safetensors"))) > 5
+    (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_text("not copied")
+    convert(source, tmp_path / "out")
+    whole = floats("mixtral", tmp_path / "whole")
+    convert(whole, tmp_path / "other")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        *(f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    made, other = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "other")
+    assert made.keys() == other.keys() and all(torch.equal(made[name], other[name]) for name in made)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import moert.cli.conversion as conversion
+from moert.integrations.transformers import MoertConfig
+calls, write = [], conversion.write_tensors
+def dies(path, tensors, pieces):
+    calls.append(path)
+    def halfway(name):
+        yield from pieces(name)
+        if len(calls) == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, tensors, halfway)
+conversion.write_tensors = dies
+work = conversion.Conversion(Path(sys.argv[1]), Path(sys.argv[2]), MoertConfig("int4", 32, ["model.layers.1"]))
+work.run(lambda title, nbytes: None)
+"""
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
+    source, out, partial = floats("qwen3", tmp_path / "in"), tmp_path / "out", tmp_path / "out.partial"
+    done = subprocess.run([sys.executable, "-c", KILLED, source, out, str(at)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists() and len(list(partial.glob("*.safetensors"))) == at - 1
+    written, write = [], conversion_module.write_tensors
+    monkeypatch.setattr(
+        conversion_module, "write_tensors", lambda path, *a: written.append(path.name) or write(path, *a)
+    )
+    if at == 3:
+        with pytest.raises(CommandError, match="out.partial must come from the same input and options: remove it"):
+            convert(source, out, MoertConfig("int8"))
+        damaged = partial / "model-00002-of-00003.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    told = []
+    Conversion(source, out, OPTIONS).run(lambda title, nbytes: told.append(nbytes))
+    assert written == [f"model-{i:05}-of-00003.safetensors" for i in range(min(at, 2), 4)]
+    assert sum(told) == Conversion(source, tmp_path / "never", OPTIONS).nbytes
+    assert not partial.exists()
+    convert(source, tmp_path / "fresh")
+    assert {p.name: sha256(p) for p in out.iterdir()} == {p.name: sha256(p) for p in (tmp_path / "fresh").iterdir()}
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from moert.cli.conversion import Conversion
+from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
+from moert.integrations.transformers import MoertConfig
+def convert(name):
+    Conversion(Path(sys.argv[1]) / name, Path(sys.argv[1]) / f"{name}.out", MoertConfig("int4")).run(lambda *_: None)
+convert("small")
+for name in sys.argv[2:]:
+    reset_peak()
+    before = resident_bytes()
+    convert(name)
+    print(peak_bytes() - before)
+"""
+
+
+def large(kind, folder):
+    """A checkpoint of many layers with one tensor an expert (Qwen3) or one a layer (gpt-oss); a layer's bytes."""
+    E, H, I = 16, 512, 512  # noqa: E741
+    sizes = {"hidden_size": H, "intermediate_size": I, "moe_intermediate_size": I, "num_hidden_layers": 6}
+    counts = {"num_experts": E} if kind == "qwen3" else {"num_local_experts": E}
+    config = type(CONFIGS[kind])(num_experts_per_tok=2, **SIZES | sizes | counts)
+    with torch.device("meta"):
+        named = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    if kind == "qwen3":
+        for name in [name for name in shapes if ".experts." in name]:
+            parts = ["gate", "up"] if "gate_up" in name else ["down"]
+            shape = shapes.pop(name)[1:]
+            one = (shape[0] // len(parts), shape[1])
+            prefix = name.rpartition(".")[0]
+            shapes |= {f"{prefix}.{i}.{part}_proj.weight": one for i in range(E) for part in parts}
+    config.save_pretrained(folder)
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return 3 * E * H * I * 2
+
+
+def test_memory_of_one_layer(tmp_path):
+    """In a process of its own: the peak of converting six layers, above what the process held after a small model."""
+    floats("qwen3", tmp_path / "small")
+    layers = [large(kind, tmp_path / kind) for kind in ("qwen3", "gpt_oss")]
+    command = [sys.executable, "-c", MEASURED, tmp_path, "qwen3", "gpt_oss"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for layer, peak in zip(layers, map(int, done.stdout.split()), strict=True):
+        assert peak < 1.5 * layer, f"{peak / layer:.2f} layers"
+
+
+def absent(out):
+    return not out.exists() and not out.with_name(f"{out.name}.partial").exists()
+
+
+def test_what_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    source, out = floats("qwen3", tmp_path / "in"), tmp_path / "out"
+    weights = source / "model.safetensors"
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CommandError, match="OUT must not exist, got .*there"):
+        convert(source, tmp_path / "there")
+    with pytest.raises(CommandError, match="OUT must lie in a directory that exists, got .*nowhere/out"):
+        convert(source, tmp_path / "nowhere/out")
+    with pytest.raises(CommandError, match="model must be a local directory, got .*nothing"):
+        convert(tmp_path / "nothing", out)
+    with pytest.raises(CommandError, match="got 3 of them in Qwen3MoeForCausalLM"):
+        convert(source, out, MoertConfig("int4", skip=["model"]))
+    Usage = namedtuple("Usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(10, 10, 7))
+        with pytest.raises(CommandError, match=r"the disk of OUT must have 0\.0\d+ GB free, got 0\.000 GB"):
+            convert(source, out)
+    assert absent(out)
+    convert(source, out)
+    with pytest.raises(CommandError, match=r"model must have float weights, got quantized ones \(moert\)"):
+        convert(out, tmp_path / "again")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CommandError, match="model.safetensors must be a sound safetensors file"):
+        convert(source, tmp_path / "again")
+    assert absent(tmp_path / "again")
+
+
+def test_a_folder_that_is_not_ours(tmp_path):
+    source, partial = floats("qwen3", tmp_path / "in"), tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "letter.txt").write_text("keep")
+    with pytest.raises(CommandError, match=f"out.partial must come from moert quantize, got no {RECORD} in it"):
+        convert(source, tmp_path / "out")
+    assert (partial / "letter.txt").read_text() == "keep"
+    (partial / "letter.txt").unlink()
+    opened = os.open(partial, os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    with pytest.raises(CommandError, match="out.partial must not be another call's at work"):
+        convert(source, tmp_path / "out")
+    os.close(opened)
+    convert(source, tmp_path / "out")
+    assert not partial.exists()
+
+
+def test_experts_that_are_broken(tmp_path):
+    source = floats("qwen3", tmp_path / "in")
+    tensors, name = load_file(source / "model.safetensors"), "model.layers.2.mlp.experts.3.up_proj.weight"
+    save_file(tensors | {name: tensors[name][:-1]}, source / "model.safetensors")
+    with pytest.raises(
+        CommandError, match="model.layers.2.mlp.experts must be experts of this config: .*expert 3|Sizes"
+    ):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CommandError, match="nan"):
+        convert(source, tmp_path / "other")

@@ -1,0 +1,72 @@
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from moert.cli.app import app
+
+
+def quantize(*arguments):
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+
+
+def test_packs_and_says_how_large(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "moert", "quantize", checkpoint, tmp_path / "out", "--format", "int8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # 34 bytes, padding and scale included, for rows of 32 and of 24 columns.
+    sizes = r"\d+\.\d kB of tensors \(\d+\.\d kB before\), 9\.44 bits a packed weight\n"
+    assert re.fullmatch(re.escape(f"{tmp_path / 'out'}: ") + sizes, done.stdout)
+    assert "experts" in done.stderr and "kB" in done.stderr and "Traceback" not in done.stderr
+    done = CliRunner().invoke(
+        app, ["run", "--model", str(tmp_path / "out"), "--prompt", "a", "--max-new-tokens", "4", "--no-compare"]
+    )
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "int3"], "format must be one of int8, .*, got int3"),
+        (["--group", "7"], "group must be one of 32, 64, 128 for int4, got 7"),
+        (["--precision", "int9"], "precision must be one of auto, .*, got int9"),
+        (["--skip", "model"], "experts of transformers' interface that skip does not name"),
+    ],
+)
+def test_options(checkpoint, tmp_path, options, message):
+    done = quantize(checkpoint, tmp_path / "out", *options)
+    assert done.exit_code == 2 and done.stderr.startswith("moert quantize: ") and done.stderr.count("\n") == 1
+    assert re.search(message, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_line_and_nothing_is_left(checkpoint, dense_checkpoint, tmp_path):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "there").mkdir()
+    cases = {
+        "model must be a local directory": (tmp_path / "nothing", tmp_path / "out"),
+        "model must have mixture-of-experts layers, got Qwen3ForCausalLM": (dense_checkpoint, tmp_path / "out"),
+        "must be a sound safetensors file": (broken, tmp_path / "out"),
+        "OUT must not exist": (checkpoint, tmp_path / "there"),
+    }
+    for message, arguments in cases.items():
+        done = quantize(*arguments)
+        assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "there"]
+
+
+def test_a_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypatch):
+    import moert.cli.conversion as conversion
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "write_tensors", full)
+    done = quantize(checkpoint, tmp_path / "out")
+    assert done.exit_code == 2 and "moert quantize: OUT must be writable: [Errno 28] No space left" in done.stderr
+    assert not (tmp_path / "out").exists()
