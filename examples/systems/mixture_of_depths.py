@@ -1,26 +1,13 @@
 """Mixture-of-Depths: an eighth of the tokens in every second block, against the full model at equal FLOPs."""
 
 import torch
-from torch import Tensor, nn
 
 from experiment import Claim, Experiment, main
-from experiment.language import LanguageModel, evaluate, train
-from moert import RouterContext, Routing
-from moert.layers import FeedForward, MoDBlock, PackedBlock, all_rows
-from moert.routers import DepthRouter
+from experiment.language import EveryToken, LanguageModel, evaluate, train
+from moert.layers import FeedForward, MoDBlock, PackedBlock
+from moert.routers import DepthRouter, causal_routers_
 
 HIDDEN, LENGTH, STEPS, CAPACITY = 64, 64, 350, 0.125
-
-
-class Full(nn.Module):
-    """A block that every token passes."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = packed()
-
-    def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing | None]:
-        return self.block(x.flatten(0, 1), all_rows(x)).view_as(x), None
 
 
 def packed() -> PackedBlock:
@@ -33,7 +20,7 @@ def mod() -> MoDBlock:
 
 def full(blocks):
     def run(seed, progress):
-        model = LanguageModel([Full() for _ in range(blocks)], HIDDEN, LENGTH)
+        model = LanguageModel([EveryToken(packed()) for _ in range(blocks)], HIDDEN, LENGTH)
         steps = STEPS * 4 // blocks  # equal FLOPs of the blocks
         return {"loss": train(model, steps, seed, progress, length=LENGTH)}
 
@@ -42,21 +29,18 @@ def full(blocks):
 
 def depths(steps):
     def run(seed, progress):
-        model = LanguageModel([Full(), mod(), Full(), mod()], HIDDEN, LENGTH)
+        model = LanguageModel([EveryToken(packed()), mod(), EveryToken(packed()), mod()], HIDDEN, LENGTH)
         figures = {"loss top-k": train(model, steps, seed, progress, length=LENGTH)}
         windows = 8 if progress.quick else 512
-        layers = [m for m in model.modules() if isinstance(m, MoDBlock)]
-        for layer in layers:
-            layer.router.causal_()
-        figures["loss"] = evaluate(model, LENGTH, windows)
+        figures["loss"] = evaluate(causal_routers_(model), LENGTH, windows)
         figures["gap"] = abs(figures["loss"] - figures["loss top-k"])
-        return figures | predictions(model, layers)
+        return figures | predictions(model)
 
     return run
 
 
 @torch.no_grad()
-def predictions(model, layers) -> dict[str, float]:
+def predictions(model) -> dict[str, float]:
     """How well the predictors do what top-k would, on the states that top-k's choices lead to."""
     counts = torch.zeros(3)  # agreements, chosen and predicted, chosen
 
@@ -65,10 +49,9 @@ def predictions(model, layers) -> dict[str, float]:
         yes = layer.router.predictor(x.flatten(0, 1))[:, 0] > 0
         counts.add_(torch.stack([(yes == chosen).float().mean(), (yes & chosen).sum(), chosen.sum()]))
 
+    layers = [m for m in model.modules() if isinstance(m, MoDBlock)]
     hooks = [layer.register_forward_hook(compare) for layer in layers]
-    for layer in layers:
-        layer.router.causal_(False)
-    evaluate(model, LENGTH, 256)
+    evaluate(causal_routers_(model, False), LENGTH, 256)
     for hook in hooks:
         hook.remove()
     passes = len(layers) * 8  # evaluate goes in batches of 32

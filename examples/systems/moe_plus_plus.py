@@ -3,14 +3,13 @@
 Letters: T tokens, H hidden, I intermediate.
 """
 
-import time
-from statistics import median
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiment import Claim, Experiment, main
+from experiment import Claim, Experiment, main, medians
 from experiment.digits import split
 from moert import GluExperts, MoELayer, RouterContext, Routing, TopKRouter
 from moert.experts import HeteroExperts
@@ -73,26 +72,18 @@ def speed(build, seed, share, progress):
     """Tokens per second of the experts' forward over the vanilla layer's, in turns; `share` of the choices are FFN."""
     torch.manual_seed(seed)
     T, hidden, intermediate = (16, 8, 8) if progress.quick else (512, 256, 512)
-    layers = {
-        "vanilla": vanilla(hidden, intermediate).experts,
-        "this": build(hidden=hidden, intermediate=intermediate).experts,
-    }
-    x, calls = torch.randn(T, hidden), {}
-    for name, experts in layers.items():
+    layers = [each(hidden=hidden, intermediate=intermediate).experts for each in (vanilla, build)]
+    x, calls = torch.randn(T, hidden), []
+    for experts in layers:
         count = experts.num_experts
         weight = torch.ones(count)
         if count > FFN:  # as likely as in the trained model
             weight[:FFN], weight[FFN:] = share / FFN, (1 - share) / (count - FFN)
         ids = torch.multinomial(weight.expand(T, count), 2)
-        calls[name] = (experts, (x, Routing(ids, torch.full(ids.shape, 0.5), count)))
-    times = {name: [] for name in calls}
+        calls.append(partial(experts, x, Routing(ids, torch.full(ids.shape, 0.5), count)))
     with torch.no_grad():
-        for _ in progress.steps(40):
-            for name, (experts, arguments) in calls.items():
-                start = time.perf_counter()
-                experts(*arguments)
-                times[name].append(time.perf_counter() - start)
-    return median(times["vanilla"]) / median(times["this"])
+        before, this = medians(calls, progress.steps(40))
+    return before / this
 
 
 def variant(build):

@@ -1,15 +1,12 @@
 """Mixture-of-Recursions: a shared stack run up to three times, as often as each token needs."""
 
-import time
-from statistics import median
-
 import torch
 from torch import Tensor, nn
 
-from experiment import Claim, Experiment, main
-from experiment.language import LanguageModel, evaluate, train
+from experiment import Claim, Experiment, main, medians
+from experiment.language import EveryToken, LanguageModel, evaluate, train
 from moert import RouterContext, Routing
-from moert.layers import FeedForward, MoRModel, PackedBlock, RecursiveStack, all_rows
+from moert.layers import FeedForward, MoRModel, PackedBlock, RecursiveStack
 from moert.runtime import DepthBatcher
 
 HIDDEN, LENGTH, STEPS, DEPTHS, BLOCKS = 64, 64, 400, 3, 2
@@ -18,17 +15,6 @@ BCE = 0.01  # ten times the paper's coefficient: it trained for far more steps t
 
 def packed(layer: int = 0, hidden: int = HIDDEN) -> PackedBlock:
     return PackedBlock(hidden, 4, FeedForward(hidden, 4 * hidden, "gelu"), layer)
-
-
-class Full(nn.Module):
-    """A block that every token passes once."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = packed()
-
-    def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing | None]:
-        return self.block(x.flatten(0, 1), all_rows(x)).view_as(x), None
 
 
 class Recursions(nn.Module):
@@ -46,7 +32,7 @@ class Recursions(nn.Module):
 
 def vanilla(blocks: int):
     def run(seed, progress):
-        model = LanguageModel([Full() for _ in range(blocks)], HIDDEN, LENGTH)
+        model = LanguageModel([EveryToken(packed()) for _ in range(blocks)], HIDDEN, LENGTH)
         return {"loss": train(model, STEPS, seed, progress, length=LENGTH)}
 
     return run
@@ -97,14 +83,8 @@ def decoding(seed, progress):
             batcher.submit(prompt, new)
         batcher.run()
 
-    seconds = {depth_by_depth: [], batched: []}
-    for _ in progress.steps(3):
-        for way, taken in seconds.items():
-            start = time.perf_counter()
-            way()
-            taken.append(time.perf_counter() - start)
-    rate = {way: count * new / median(taken) for way, taken in seconds.items()}
-    return {"tokens per s": rate[batched], "speed": rate[batched] / rate[depth_by_depth]}
+    slow, fast = medians([depth_by_depth, batched], progress.steps(3))
+    return {"tokens per s": count * new / fast, "speed": slow / fast}
 
 
 EXPERIMENT = Experiment(

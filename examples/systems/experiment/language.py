@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from experiment.run import Progress
 from moert import MoELayer, RouterContext, Routing
 from moert.cli.corpus import Corpus, evenly_spaced, load_corpus
+from moert.layers import PackedBlock, all_rows
+from moert.routers import recorded_routings
 
 BYTES = 256
 
@@ -45,6 +47,19 @@ class Block(nn.Module):
             y, routing = self.ffn.forward_with_routing(self.norm(x), context)
             return x + y, routing
         return x + self.ffn(self.norm(x)), None
+
+
+class EveryToken(nn.Module):
+    """A PackedBlock that every token passes once; the routing is that of its MoELayer, where it has one."""
+
+    def __init__(self, block: PackedBlock):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, Routing | None]:
+        with recorded_routings(self.block) as calls:
+            y = self.block(x.flatten(0, 1), all_rows(x, context=context)).view_as(x)
+        return y, calls[0][1] if calls else None
 
 
 class LanguageModel(nn.Module):

@@ -41,6 +41,8 @@ def rows_of(result: dict) -> list[str]:
     classes = ", ".join(f"`{each}`" for each in result["classes"])
     where = f"{machine['processor']}, {machine['threads']} threads, commit {result['commit']}, {result['date']}"
     where = f"{where}, {len(result['seeds'])} seeds, {result['equal']}"
+    if "cpu_seconds" in result:  # results from before it was counted have a time that neighbours lengthened
+        where = f"{where}; {sum(map(sum, result['cpu_seconds'].values())):.0f} s of a core"
     claims = [Claim(**claim) for claim in result["claims"]]
     return [f"| {title} | {paper} | {classes} | {c.words} | {measured(c, result)} | {where} |\n" for c in claims]
 

@@ -19,10 +19,10 @@ def table(result: dict) -> Table:
     out.add_column("variant")
     for figure, unit in result["figures"].items():
         out.add_column(f"{figure}\n{unit}", justify="right")
-    out.add_column("seconds", justify="right")
+    out.add_column("CPU seconds", justify="right")
     for name, runs in result["runs"].items():
         cells = [as_text(values) if (values := values_of(runs, figure)) else "-" for figure in result["figures"]]
-        out.add_row(name, *cells, as_text(result["seconds"][name]))
+        out.add_row(name, *cells, as_text(result["cpu_seconds"][name]))
     return out
 
 
