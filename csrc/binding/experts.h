@@ -29,9 +29,12 @@ inline ScaleOn scale_on_of(const std::string& scale_on) {
   return scale_on == "input" ? ScaleOn::input : ScaleOn::output;
 }
 
-// Scales in the type of sums, dense: widening loses nothing.
+// Scales in the type of sums, dense: widening loses nothing.  Calls into torch only where there is something to do: for
+// one token each such call takes longer than the arithmetic.
 inline Tensor scale_values(const Tensor& scale, const Tensor& x) {
-  return torch::stable::contiguous(torch::stable::to(scale, accumulate_type(x)));
+  const ScalarType type = accumulate_type(x);
+  const Tensor sums = scale.scalar_type() == type ? scale : torch::stable::to(scale, type);
+  return sums.is_contiguous() ? sums : torch::stable::contiguous(sums);
 }
 
 }  // namespace moert

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 import typer
 from typer.testing import CliRunner
@@ -17,6 +18,10 @@ def test_help_lists_the_commands():
     assert done.returncode == 0
     for command in ("run", "quantize", "info", "bench"):
         assert f" {command} " in done.stdout
+
+
+def test_version():
+    assert moert("--version").stdout == f"moert {version('moert')}\n"
 
 
 def test_bad_input_is_one_line_and_exit_code_two(tmp_path):

@@ -11,6 +11,12 @@ from moert.cli.app import app
         (["--model", "x", "--prompt", "a\udcff"], "prompt must be UTF-8, got bytes that are not"),
         (["--top-p", "0.5"], "temperature must be above 0 with top-p or top-k, got 0 (greedy)"),
         (["--top-p", "0", "--temperature", "1"], "top-p must be in (0, 1], got 0"),
+        (["--model", "x", "--prompt", "a", "--steps", "3"], "steps must be left out with --model"),
+        (["--model", "x", "--shape", "olmoe-1b-7b"], "shape must be left out with --model"),
+        (["--shape", "olmoe-1b-7b", "--prompt", "a"], "prompt must be left out with --shape"),
+        (["--layers", "1"], "layers must be left out without --shape"),
+        (["--no-compare"], "compare must be left out without --model"),
+        (["--out", "/dev/null/a"], "out must be a writable directory, got /dev/null/a"),
         (["--model", "/no/such/place", "--prompt", "a"], "model must be a local directory, got /no/such/place"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import functools
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -24,6 +26,12 @@ def _one_line(command):
     return wrapped
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moert {version('moert')}")
+        raise typer.Exit()
+
+
 app = typer.Typer(
     name="moert",
     help="The Mixture-of-Experts runtime for PyTorch.",
@@ -31,6 +39,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _program(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="The version of moert.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(_one_line(run.run))
 app.command()(_one_line(quantize.quantize))
 app.command()(_one_line(info.info))

@@ -27,8 +27,9 @@ def plot_loss(record: dict, path: Path) -> None:
     axes.annotate(
         f"{heldout[-1]:.2f}",
         (steps[-1] * bytes_per_step / 1e3, heldout[-1]),
-        xytext=(4, 8),
+        xytext=(0, 8),
         textcoords="offset points",
+        ha="right",  # the last point lies at the edge
         color=_INK,
     )
     axes.annotate(f"{record['bigram_loss']:.2f}", (seen[0], record["bigram_loss"]), xytext=(0, -13),

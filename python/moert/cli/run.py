@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moert.cli.errors import CommandError
+from moert.cli.errors import CommandError, check_writable
 
 
 class Dtype(str, Enum):
@@ -17,7 +17,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+# What each kind of run has beside --max-new-tokens, --threads, --dtype and --out.
+_SAMPLING = {"prompt", "temperature", "top_p", "top_k", "seed"}
+_OWN = {"model": {"model", "compare", *_SAMPLING}, "shape": {"shape", "layers"}, "": {"steps", "retrain", *_SAMPLING}}
+
+
 def run(
+    context: typer.Context,
     model: Annotated[
         Path | None, typer.Option(help="Local Hugging Face MoE checkpoint (safetensors) to generate with.")
     ] = None,
@@ -46,6 +52,7 @@ def run(
     # Imported when used: transformers takes seconds, which wrong options and --help need not wait for.
     from moert.cli.generation import Request
 
+    _check_options(context)
     if temperature == 0 and (top_p is not None or top_k is not None):
         raise CommandError("temperature must be above 0 with top-p or top-k, got 0 (greedy)")
     if top_p == 0:
@@ -75,6 +82,17 @@ def run(
     settings = DemoSettings() if steps is None else DemoSettings(steps=steps)
     request = Request(PROMPT if prompt is None else prompt, max_new_tokens, temperature, top_p, top_k, seed)
     demo(settings, request, out or Path("runs/demo"), dtype.value, threads, retrain, console)
+
+
+def _check_options(context: typer.Context) -> None:
+    """An option that this kind of run does not have is an error, not ignored; so is a report that cannot be written."""
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    kind = "model" if "model" in given else "shape" if "shape" in given else ""
+    for name in sorted(given & set.union(*_OWN.values()) - _OWN[kind]):
+        where = f"with --{kind}" if kind else "without --model" if name == "compare" else "without --shape"
+        raise CommandError(f"{name.replace('_', '-')} must be left out {where}")
+    if context.params["out"] is not None:
+        check_writable(context.params["out"])
 
 
 def _needs_extras() -> None:

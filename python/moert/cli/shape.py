@@ -42,12 +42,13 @@ def time_shape(
     shape: str, layers: int, dtype: str, threads: int | None, tokens: int, out: Path | None, console: Console
 ) -> dict:
     """Prefill of PREFILL_TOKENS and decode of `tokens`, every provider in turns; the numbers, also for a report."""
+    title = f"{layers} layer{'s' if layers > 1 else ''} of {shape}, random weights"
     with tempfile.TemporaryDirectory() as folder:
         save_shape(shape, layers, Path(folder))
         text = Request("x" * 16, tokens)
         prefill = replace(text, prompt="".join(map(chr, range(32, 127))) * 6, max_new_tokens=1)
         prefill = replace(prefill, prompt=prefill.prompt[:PREFILL_TOKENS])
-        with console.status(f"{layers} layers of {shape}, random weights: {', '.join(PROVIDERS)} …"):
+        with console.status(f"{title}: {', '.join(PROVIDERS)} …"):
             _, prefills, decodes = compare(Load(Path(folder), dtype, threads, random=True), text, prefill, ROUNDS)
     rows = {name: summarize(prefills[name], decodes[name]) for name in PROVIDERS}
     for row in rows.values():
@@ -55,7 +56,7 @@ def time_shape(
             "prefill": 1e3 * PREFILL_TOKENS / row["prefill_tokens_per_second"] / layers,
             "decode": row["milliseconds_per_token"]["p50"] / layers if row["milliseconds_per_token"] else None,
         }
-    console.print(speed_table(rows, f"{layers} layers of {shape}, random weights, {dtype}, attention included"))
+    console.print(speed_table(rows, f"{title}, {dtype}, attention included"))
     console.print("Milliseconds a layer: " + "; ".join(map(_per_layer, rows.items())))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
