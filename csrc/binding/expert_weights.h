@@ -70,6 +70,29 @@ inline void check_expert_bias(const char* name, const Tensor& bias, const Tensor
   STD_TORCH_CHECK(bias.is_cpu(), name, " must be on the CPU like x, got another device");
 }
 
+// Whether the weights lie in panels, as moert.prepack_ leaves them; then both do.
+inline bool in_panels(const Tensor& w1, const Tensor& w2) { return w1.dim() == 5 && w2.dim() == 5; }
+
+inline void check_panels(const char* name, const Tensor& w, const char* layout) {
+  const cpu::Panel panel = cpu::panel_of(dtype(w));
+  STD_TORCH_CHECK(w.size(3) == panel.columns && w.size(4) == panel.depth && w.is_contiguous(), name,
+                  " in panels must be contiguous and have shape ", layout, ", columns=", panel.columns,
+                  ", depth=", panel.depth, "], got ", shape(w));
+}
+
+// Rows and columns of the matrix of each expert.
+inline std::pair<int64_t, int64_t> matrix_sizes(const Tensor& w, bool transposed) {
+  if (w.dim() == 5) return {w.size(1) * w.size(3), w.size(2) * w.size(4)};
+  return {w.size(transposed ? 2 : 1), w.size(transposed ? 1 : 2)};
+}
+
+// Rows [first, first + rows) of each expert's matrix in panels.
+inline ExpertMatrix panel_matrix(const Tensor& w, int64_t first) {
+  const auto [rows, columns] = matrix_sizes(w, false);
+  const char* data = static_cast<const char*>(w.const_data_ptr()) + first * columns * size_of(dtype(w));
+  return {data, dtype(w), rows * columns, columns, 1, true};
+}
+
 // w1 and w2 are matrices of experts of x's dtype; their sizes are checked by experts_of.
 inline void check_expert_matrices(const Tensor& x, const Tensor& w1, const Tensor& w2) {
   CHECK_DIM(w1, 3, "[E, 2I, H]");
@@ -85,13 +108,14 @@ inline Experts experts_of(const Tensor& x, const Tensor& w1, const Tensor& w2, c
                           bool transposed, bool interleaved) {
   const Activation act = activation_of(activation, alpha, limit);
   const bool gated = is_gated(act.act), alternate = gated && interleaved;
-  const int64_t H = x.size(1), E = w1.size(0), width = w1.size(transposed ? 2 : 1);
-  STD_TORCH_CHECK(w1.size(transposed ? 1 : 2) == H, "w1 must have shape ", transposed ? "[E, H=" : "[E, 2I, H=", H,
+  const auto [width, columns] = matrix_sizes(w1, transposed);
+  const int64_t H = x.size(1), E = w1.size(0);
+  STD_TORCH_CHECK(columns == H, "w1 must have shape ", transposed ? "[E, H=" : "[E, 2I, H=", H,
                   transposed ? ", 2I], got " : "], got ", shape(w1));
   STD_TORCH_CHECK(!gated || width % 2 == 0, "w1 must have an even 2I for the gated activation ", activation, ", got ",
                   shape(w1));
   const int64_t I = gated ? width / 2 : width;
-  STD_TORCH_CHECK(transposed ? has_shape(w2, {E, I, H}) : has_shape(w2, {E, H, I}), "w2 must have shape [E=", E, ", ",
+  STD_TORCH_CHECK(w2.size(0) == E && matrix_sizes(w2, transposed) == std::pair(H, I), "w2 must have shape [E=", E, ", ",
                   transposed ? "I=" : "H=", transposed ? I : H, ", ", transposed ? "H=" : "I=", transposed ? H : I,
                   "], got ", shape(w2));
   if (b1) check_expert_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
@@ -101,12 +125,14 @@ inline Experts experts_of(const Tensor& x, const Tensor& w1, const Tensor& w2, c
   if (b1) experts.b1 = dense_rows(*b1);
   if (b2) experts.b2 = dense_rows(*b2);
   const Halves& halves = experts.halves;
+  const bool panels = in_panels(w1, w2);
+  const auto half = [&](bool up) { return panels ? panel_matrix(w1, up ? I : 0) : halves.matrix(w1, up); };
   experts.weights = {E,
                      H,
                      I,
-                     halves.matrix(w1, false),
-                     gated ? halves.matrix(w1, true) : ExpertMatrix{},
-                     expert_matrix(w2, transposed),
+                     half(false),
+                     gated ? half(true) : ExpertMatrix{},
+                     panels ? panel_matrix(w2, 0) : expert_matrix(w2, transposed),
                      halves.vector(experts.b1, false),
                      gated ? halves.vector(experts.b1, true) : ExpertVector{},
                      alternate ? 2 : 1,

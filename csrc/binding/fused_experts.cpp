@@ -21,9 +21,19 @@ struct Call {
 
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
            const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const std::string& activation,
-           double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on) {
+           double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on,
+           bool panels = false) {
   check_routed(x, ids, weights);
-  check_expert_matrices(x, w1, w2);
+  if (panels && in_panels(w1, w2)) {
+    CHECK_SAME_DTYPE(w1, x);
+    CHECK_SAME_DTYPE(w2, x);
+    CHECK_CPU(w1);
+    CHECK_CPU(w2);
+    check_panels("w1", w1, "[E, 2I / columns, H / depth");
+    check_panels("w2", w2, "[E, H / columns, I / depth");
+  } else {
+    check_expert_matrices(x, w1, w2);
+  }
   Experts experts = experts_of(x, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved);
   experts.weights.scale_on = scale_on_of(scale_on);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
@@ -44,7 +54,8 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
                                              const std::optional<Tensor>& b2, std::string activation, double alpha,
                                              double limit, bool transposed, bool interleaved, std::string scale_on,
                                              bool save) {
-  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
+  const Call call =
+      check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, true);
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
   const int64_t width = call.experts.width;
   Tensor h = torch::stable::new_empty(x, {save ? call.T * call.k : 0, width});

@@ -22,4 +22,10 @@ const GemmKernels& gemm_kernels() {
   return generic::gemm_kernels;
 }
 
+Panel panel_of(DType dtype) {
+  const GemmKernels& kernels = gemm_kernels();
+  const int64_t value = dtype == DType::f64 ? sizeof(double) : sizeof(float);
+  return {kernels.panel_bytes / value, dtype == DType::bf16 && kernels.multiplies_bf16 ? 2 : 1};
+}
+
 }  // namespace moert::cpu

@@ -2,6 +2,7 @@
 
 namespace moert::cpu::avx2 {
 
-const GemmKernels gemm_kernels = {gemm, store_tile, widen, activate_tile, activate_backward_tile, combine_row, dot};
+const GemmKernels gemm_kernels = {gemm,        store_tile, widen,      activate_tile, activate_backward_tile,
+                                  combine_row, dot,        kPanelBytes};
 
 }  // namespace moert::cpu::avx2

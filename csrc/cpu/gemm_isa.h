@@ -33,10 +33,11 @@ struct TileMatrix {
   const int32_t* index;
 };
 
-// A side of a product: rows by K, or K by rows if k_rows.
+// A side of a product: rows by K, or K by rows if k_rows; or, of b alone, as panel_of says.
 struct TileOperand {
   TileMatrix matrix;
   bool k_rows;
+  bool panels = false;
 };
 
 // out[m, n] = c[m, n] * scale[m] + bias[n] (scale_on input) or (c[m, n] + bias[n]) * scale[m] (scale_on output).
@@ -116,6 +117,8 @@ struct GemmKernels {
   void (*combine)(const CombineRow&);
   // Sum over n of a[n] * b[n]; values.
   void (*dot)(const void* a, const void* b, int64_t N, bool is_double, void* out);
+  // Bytes of the values that lie side by side in a panel.
+  int64_t panel_bytes;
   // Products of two bfloat16 operands are faster than those of values.
   bool multiplies_bf16 = false;
 };

@@ -14,6 +14,8 @@ constexpr int kRows = 14;  // 28 accumulators + 2 of B of 32 registers
 constexpr int kRows = 6;  // 12 + 2 of 16
 #endif
 
+constexpr int64_t kPanelBytes = 2 * kVectorBytes;
+
 template <typename E>
 constexpr int kPanel = 2 * kLanes<E>;
 
@@ -122,6 +124,24 @@ void pack_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int
   });
 }
 
+// The panel of N = kPanel columns of weights that lie in panels: where it lies, or widened.
+template <typename E>
+const E* ready_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t K, E* panel) {
+  const int64_t first = n * operand.matrix.row_stride + k * kPanel<E>;
+  const E* found = nullptr;
+  with_dtype(operand.matrix.dtype, [&](auto x) {
+    using T = decltype(x);
+    const T* lying = static_cast<const T*>(operand.matrix.data) + first;
+    if constexpr (std::is_same_v<E, Pair> || std::is_same_v<E, T>) {
+      found = reinterpret_cast<const E*>(lying);
+    } else if constexpr (std::is_same_v<Acc<T>, E>) {
+      for (int64_t i = 0; i < K * kPanel<E>; i += kLanes<E>) store(panel + i, load(lying + i));
+      found = panel;
+    }
+  });
+  return found;
+}
+
 // The block of A from k on, rows `pitch` apart: [M, K], or [K, M].
 template <typename E>
 void lay_out_block(const GemmTile& t, int64_t k, int64_t K, E* block, int64_t pitch) {
@@ -160,12 +180,16 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
   const int64_t depth = (K + kDepth<E> - 1) / kDepth<E>;
   for (int64_t n = 0; n < t.N; n += kPanel<E>) {
     const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>;
-    pack_panel(b, n, k, N, K, panel);
+    const E* columns = panel;
+    if (b.panels)
+      columns = ready_panel(b, n, k, K, panel);
+    else
+      pack_panel(b, n, k, N, K, panel);
     // Slabs of equal height: a last one of two rows would wait for its sums, not for the multipliers.
     const int64_t slabs = (t.M + kRows - 1) / kRows;
     for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
       M = (t.M - m + slabs - i - 1) / (slabs - i);
-      micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), panel, c + m * kTileColumns + n,
+      micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns, c + m * kTileColumns + n,
                                           accumulate);
       if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
     }

@@ -8,7 +8,7 @@ namespace moert::cpu {
 namespace {
 
 bool is_dots(const GemmTile& t) {
-  const bool along_k = !t.a.k_rows && !t.b.k_rows && t.b.matrix.col_stride == 1;
+  const bool along_k = !t.a.k_rows && !t.b.k_rows && !t.b.panels && t.b.matrix.col_stride == 1;
   return along_k && (t.M <= kDotRows || t.batch_invariant);
 }
 

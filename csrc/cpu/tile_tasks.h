@@ -105,7 +105,7 @@ inline TileMatrix tile_of(const ExpertMatrix& w, int64_t e, int64_t row, int64_t
 // w from (row, column) on as an operand whose product runs over its columns (over_columns) or its rows.  Whichever way
 // w lies, its stride-1 side becomes the side along which it is read.
 inline TileOperand operand_of(const ExpertMatrix& w, int64_t e, int64_t row, int64_t column, bool over_columns) {
-  TileOperand b{tile_of(w, e, row, column), !over_columns};
+  TileOperand b{tile_of(w, e, row, column), !over_columns, w.panels};
   if (w.col_stride > w.row_stride) {
     std::swap(b.matrix.row_stride, b.matrix.col_stride);
     b.k_rows = over_columns;

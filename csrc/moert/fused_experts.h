@@ -55,6 +55,13 @@ struct RoutedRows {
 
 namespace cpu {
 
+// Weights [E, N, K] in panels, [E, N / columns, K / depth, columns, depth], are multiplied where they lie, without
+// being laid out first; of w1 the gate half comes first.  The sizes depend on the instruction set in use.
+struct Panel {
+  int64_t columns, depth;
+};
+Panel panel_of(DType dtype);
+
 // y [T, H] (dense, dtype of x): y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order.
 // h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype, zero for unused slots.
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64_t threads, void* y, void* h);

@@ -20,6 +20,7 @@ struct ExpertMatrix {
   const void* data;
   DType dtype;
   int64_t expert_stride, row_stride, col_stride;
+  bool panels = false;  // in the layout of cpu::panel_of; then row_stride is the number of columns
 };
 
 // One vector per expert; data may be null.

@@ -73,6 +73,17 @@ const char* default_precision(const std::string& format, int64_t group) {
   return moert::name(moert::default_precision(format_of(format), group));
 }
 
+py::tuple panel(const std::string& dtype) {
+  const std::map<std::string, moert::DType> known = {{"float32", moert::DType::f32},
+                                                     {"bfloat16", moert::DType::bf16},
+                                                     {"float16", moert::DType::f16},
+                                                     {"float64", moert::DType::f64}};
+  const auto found = known.find(dtype);
+  if (found == known.end()) throw py::value_error("dtype must be float32, bfloat16, float16 or float64, got " + dtype);
+  const moert::cpu::Panel panel = moert::cpu::panel_of(found->second);
+  return py::make_tuple(panel.columns, panel.depth);
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i <= int(moert::best_isa()); ++i) names.emplace_back(moert::name(moert::Isa(i)));
@@ -89,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets that can run here, lowest first: what MOERT_ISA may name.");
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
+  m.def("panel", &panel, "Columns and depth of the panels in which weights of a dtype are multiplied as they lie.");
   m.def("default_precision", &default_precision,
         "The precision of activations that \"auto\" is over a format and group.");
   define_formats(m);

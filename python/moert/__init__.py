@@ -30,6 +30,7 @@ from moert.ops import (  # noqa: E402
 )
 from moert.quant.quantize import quantize_  # noqa: E402
 from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
+from moert.runtime.prepack import prepack_, unprepack_  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
 __version__ = "0.1.0"
@@ -56,8 +57,10 @@ __all__ = [
     "is_batch_invariant",
     "permute",
     "permute_plan",
+    "prepack_",
     "quantize_",
     "topk_gating",
     "union_experts",
     "unpermute",
+    "unprepack_",
 ]

@@ -72,6 +72,39 @@ void forward() {
   EXPECT(y == again);  // threads and the saved pre-activations do not change a bit
 }
 
+// Weights in panels: the last row of x gives the same bits alone, and the whole is as expected.
+void panels() {
+  const cpu::Panel panel = cpu::panel_of(DType::f32);
+  const int64_t I = 2 * panel.columns, H = 3 * panel.columns;
+  const auto x = uniform(T * H, 6), w1 = uniform(E * 2 * I * H, 7), w2 = uniform(E * H * I, 8);
+  const auto laid_out = [&](const std::vector<float>& w, int64_t N, int64_t K) {
+    std::vector<float> out;
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t n = 0; n < N; n += panel.columns)
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t c = 0; c < panel.columns; ++c) out.push_back(w[(e * N + n + c) * K + k]);
+    return out;
+  };
+  const auto p1 = laid_out(w1, 2 * I, H), p2 = laid_out(w2, H, I);
+  ExpertWeights lying = experts(), ready = experts();
+  lying.H = ready.H = H, lying.I = ready.I = I;
+  lying.gate = {w1.data(), DType::f32, 2 * I * H, H, 1};
+  lying.up = {w1.data() + I * H, DType::f32, 2 * I * H, H, 1};
+  lying.down = {w2.data(), DType::f32, H * I, I, 1};
+  ready.gate = {p1.data(), DType::f32, 2 * I * H, H, 1, true};
+  ready.up = {p1.data() + I * H, DType::f32, 2 * I * H, H, 1, true};
+  ready.down = {p2.data(), DType::f32, H * I, I, 1, true};
+  const RoutedRows all{T, k, {x.data(), DType::f32, H}, ids.data(), weights.data()};
+  const int64_t t = T - 1;
+  const RoutedRows last{1, k, {x.data() + t * H, DType::f32, H}, ids.data() + t * k, weights.data() + t * k};
+  std::vector<float> y(T * H, NAN), want(T * H, NAN), one(H, NAN);
+  cpu::fused_experts(all, ready, 2, y.data(), nullptr);
+  cpu::fused_experts(all, lying, 2, want.data(), nullptr);
+  cpu::fused_experts(last, ready, 2, one.data(), nullptr);
+  for (int64_t i = 0; i < T * H; ++i) EXPECT(close(y[i] / H, want[i] / H));
+  EXPECT(std::equal(one.begin(), one.end(), y.begin() + t * H));
+}
+
 // dx along one direction against a central difference of sum(y * dy), and dw1 of an expert nobody chose is zero.
 void backward() {
   const auto dy = uniform(T * H, 5);
@@ -105,5 +138,6 @@ void backward() {
 
 int main() {
   forward();
+  panels();
   backward();
 }

@@ -28,7 +28,8 @@ def fused_experts(
 
     x [T, H], w1 [E, 2I, H], w2 [E, H, I] (see ExpertLayout), bias ([E, 2I], [E, H]) -> y [T, H] in x's dtype.
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
-    Ids outside [0, E) are dropped: they add nothing and get no gradient.
+    Ids outside [0, E) are dropped: they add nothing and get no gradient.  w1 and w2 may lie in panels, as
+    moert.prepack_ leaves them; then there are no gradients.
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x, w1=w1, w2=w2)
@@ -39,6 +40,8 @@ def fused_experts(
     x, w1, w2, b1, b2 = autocast(x, w1, w2, *two_biases(bias))
     tensors = (x, routing.weights, w1, w2, b1, b2)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if save and w1.dim() == 5:
+        raise ValueError("w1 must not lie in panels where gradients are wanted, got prepacked weights (unprepack_)")
     return torch.ops.moert.fused_experts(
         x,
         routing.ids,
@@ -105,7 +108,8 @@ def fused_experts_ref(
 def _(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save):
     same_device(x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2)
     slots = ids.shape[0] * ids.shape[1] if save else 0
-    return x.new_empty(x.shape), x.new_empty(slots, w1.shape[2] if transposed else w1.shape[1])
+    width = w1.shape[1] * w1.shape[3] if w1.dim() == 5 else w1.shape[2] if transposed else w1.shape[1]
+    return x.new_empty(x.shape), x.new_empty(slots, width)
 
 
 @torch.library.register_fake("moert::fused_experts_backward")

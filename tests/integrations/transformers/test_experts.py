@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
+import moert
 from moert.integrations.transformers import experts, gates
 from moert.testing import row_error
 
@@ -51,6 +52,33 @@ def test_ids_outside_are_dropped(module, dtype):
     want["dweights"][gone] = 0
     for name in mine:
         assert row_error(mine[name].reshape(len(mine[name]), -1), want[name].reshape(len(want[name]), -1)) < 1e-5, name
+
+
+def widen(module: nn.Module, H: int, I: int) -> None:
+    """Weights of other sizes: whole panels of every instruction set."""
+    w1, rows = ("gate_up_proj", 2 * I) if module.has_gate else ("up_proj", I)
+    E = module.down_proj.shape[0]
+    for name, n, k in ((w1, rows, H), ("down_proj", H, I)):
+        shape = (E, k, n) if module.is_transposed else (E, n, k)
+        setattr(module, name, nn.Parameter(torch.randn(shape) / k**0.5))
+        if module.has_bias:
+            setattr(module, f"{name}_bias", nn.Parameter(torch.randn(E, n)))
+
+
+def test_prepacked(module):
+    """Laid out for the kernels where the gate is known; saved as it was."""
+    module.requires_grad_(False)
+    if experts.prepackable(module) is None:
+        with pytest.raises(ValueError, match="module must hold experts that fused_experts runs"):
+            moert.prepack_(module)
+        return
+    widen(module.requires_grad_(False), 96, 64)
+    before, (x, ids, weights) = copy.deepcopy(module), inputs_of(module)
+    with torch.no_grad():
+        assert moert.prepack_(module) == [""]
+        out, want = (experts.experts_forward(m, x, ids, weights) for m in (module, before))
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.state_dict().items())
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32, torch.float64], ids=str)

@@ -32,6 +32,16 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return y.to(hidden_states.dtype)
 
 
+def prepackable(self: nn.Module) -> tuple[str, str, ExpertLayout] | None:
+    """What moert.prepack_ asks: the names of the two weights and their layout; None where they are not fused."""
+    w1, w2 = ("gate_up_proj" if self.has_gate else "up_proj"), "down_proj"
+    fused = fused_activation(self)
+    in_parameters = w1 in self._parameters and w2 in self._parameters
+    if fused is None or self.has_post_expert_norm or lora.adapts(self) or not in_parameters:
+        return None
+    return w1, w2, ExpertLayout(self.is_transposed, fused[1])
+
+
 def fp8_experts_forward(self: nn.Module, *args, **kwargs) -> Tensor:
     raise RuntimeError(
         'experts_implementation must be "grouped_mm", "batched_mm" or "eager" for a checkpoint of float8 experts, got '
