@@ -1,6 +1,6 @@
 import struct
 
-from moert.cli.plots import plot_expert_load, plot_loss
+from moert.cli.plots import plot_expert_load, plot_loss, plot_quantization
 
 RECORD = {
     "settings": {"batch": 4, "sequence": 256, "experts": 4, "top_k": 2},
@@ -35,3 +35,16 @@ def test_another_load_is_another_picture(tmp_path):
     plot_expert_load(RECORD, tmp_path / "a.png")
     plot_expert_load({**RECORD, "expert_load": [[1.0, 0.0, 0.0, 0.0], [0.25] * 4]}, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_layers_that_stayed_float_are_left_out(tmp_path):
+    layers = [{"output_error": None, "router_agreement": 1.0}, {"output_error": 0.1, "router_agreement": None}]
+    report = {
+        "layers": layers,
+        "options": {"format": "int4"},
+        "text": {"tokens": 9},
+        "perplexity": {"before": 2.0, "after": 2.5},
+    }
+    plot_quantization(report, tmp_path / "report.png")
+    width, height = png_size(tmp_path / "report.png")
+    assert 800 <= width <= 3000 and 400 <= height <= 2000

@@ -33,6 +33,7 @@ def test_packs_and_says_how_large(checkpoint, tmp_path):
         (["--format", "int3"], "format must be one of int8, .*, got int3"),
         (["--group", "7"], "group must be one of 32, 64, 128 for int4, got 7"),
         (["--precision", "int9"], "precision must be one of auto, .*, got int9"),
+        (["--report-tokens", "9"], "report-tokens must be left out without --report"),
         (["--skip", "model"], "experts of transformers' interface that skip does not name"),
     ],
 )

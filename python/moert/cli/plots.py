@@ -1,8 +1,9 @@
-"""The pictures of a training: loss against the bigram model, and how evenly the experts were used."""
+"""The pictures: of a training its loss and how evenly the experts were used, of packed experts what they change."""
 
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -67,6 +68,29 @@ def plot_expert_load(record: dict, path: Path) -> None:
     )
     axes.tick_params(axis="x", labelsize=8)
     figure.colorbar(image, ax=axes, label="load / even share", pad=0.01)
+    _save(figure, path)
+
+
+def plot_quantization(report: dict, path: Path) -> None:
+    """Per layer the relative error of the experts' output, and the share of tokens with the same choices."""
+    layers, perplexity = report["layers"], report["perplexity"]
+    place = np.arange(len(layers))
+    nan = float("nan")  # a layer that stayed float has no error
+    errors = [nan if layer["output_error"] is None else layer["output_error"] for layer in layers]
+    agreement = [nan if layer["router_agreement"] is None else 100 * layer["router_agreement"] for layer in layers]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    above.bar(place, errors, color=_BLUE)
+    above.set(
+        ylabel="relative error of the output",
+        title=f"{report['options']['format']} experts: perplexity {perplexity['before']:.3f} → "
+        f"{perplexity['after']:.3f} on {report['text']['tokens']} tokens",
+    )
+    below.plot(place, agreement, "o-", color=_INK)
+    below.set(xlabel="experts, in the order of the model", ylabel="tokens with the same top-k (%)")
+    below.set_ylim(top=100.5)
+    below.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
     _save(figure, path)
 
 

@@ -20,17 +20,44 @@ def quantize(
         list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")
     ] = None,
     precision: Annotated[str, typer.Option(help="Rows of the products: auto, full, int8 or int8_group32.")] = "auto",
+    report: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Compare OUT with IN on this text; both have to fit in memory.")
+    ] = None,
+    report_tokens: Annotated[
+        int | None, typer.Option(min=2, help="How much of its text --report takes; default 16384 tokens.")
+    ] = None,
 ) -> None:
     """Pack the experts of a checkpoint; from_pretrained loads the result. A call that was cut off can be repeated."""
     try:
-        from moert.cli.conversion import Conversion
+        import matplotlib  # noqa: F401  for the report's picture
+
         from moert.integrations.transformers import MoertConfig
     except ImportError as error:
-        raise CommandError(f"needs transformers and safetensors: pip install 'moert[cli]' ({error})") from error
+        raise CommandError(
+            f"needs transformers, safetensors and matplotlib: pip install 'moert[cli]' ({error})"
+        ) from error
     try:
         options = MoertConfig(format, group, skip, precision)
     except ValueError as error:
         raise CommandError(first_line(error)) from error
+    if report is None:
+        if report_tokens is not None:
+            raise CommandError("report-tokens must be left out without --report")
+        _convert(source, target, options)
+        return
+    from moert.cli import quantize_report
+
+    ids = quantize_report.tokens_of(source, report, report_tokens or 16384)
+    if target.exists():
+        _check_made_with(target, options)
+    else:
+        _convert(source, target, options)
+    quantize_report.report(source, target, report, ids, Console(highlight=False))
+
+
+def _convert(source: Path, target: Path, options) -> None:
+    from moert.cli.conversion import Conversion
+
     conversion = Conversion(source, target, options)
     try:
         with _bar() as bar:
@@ -43,6 +70,16 @@ def quantize(
         f"{target}: {decimal(after)} of tensors ({decimal(conversion.nbytes)} before), "
         f"{conversion.bits_per_weight:.2f} bits a packed weight"
     )
+
+
+def _check_made_with(target: Path, options) -> None:
+    """A report needs no second conversion."""
+    from moert.cli.checkpoint import check_files, read_json
+
+    check_files(target)
+    made_with = read_json(target / "config.json").get("quantization_config")
+    if made_with != options.to_dict():
+        raise CommandError(f"OUT must not exist or be packed with the same options, got {made_with}")
 
 
 def _bar() -> progress.Progress:
