@@ -51,19 +51,25 @@ class QuantizedExperts(Experts):
 
         One expert at a time, so that no more than one is there in float32.
         """
+        packed = [
+            fmt.pack_each((matrix_of(experts, name, e) for e in range(experts.num_experts)), shape_of(experts, name))
+            for name, fmt in zip(PROJECTIONS, formats, strict=True)
+        ]
+        return cls.holding(experts, tuple(packed), precision)
+
+    @classmethod
+    def holding(
+        cls, experts: GluExperts, packed: tuple[PackedTensor, PackedTensor], precision: str = "auto"
+    ) -> "QuantizedExperts":
+        """The experts over weights that were packed from theirs, gate rows first."""
         bias = experts.down_proj_bias is not None
-        E, H, I = experts.num_experts, experts.hidden, experts.intermediate
-        out = cls(E, H, I, formats, experts.activation, bias, precision, experts.down_proj.dtype)
-        for name, fmt in zip(PROJECTIONS, formats, strict=True):
-            weights = getattr(experts, name).detach()
-            rows = weights.mT if experts.layout.transposed else weights
-            mixed = name == "gate_up_proj" and experts.layout.interleaved and experts.activation.gated
-            packed = fmt.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, rows.shape)
+        sizes = experts.num_experts, experts.hidden, experts.intermediate
+        with torch.device("meta"):  # every buffer is replaced
+            out = cls(*sizes, tuple(w.format for w in packed), experts.activation, bias, precision)
+        for name, w in zip(PROJECTIONS, packed, strict=True):
             for part in PARTS:
-                setattr(out, f"{name}_{part}", getattr(packed, part))
-            if bias:
-                values = getattr(experts, f"{name}_bias").detach()
-                getattr(out, f"{name}_bias").copy_(gates_first(values, 1) if mixed else values)
+                setattr(out, f"{name}_{part}", getattr(w, part))
+            setattr(out, f"{name}_bias", bias_of(experts, name))
         return out.train(experts.training)
 
     def packed(self) -> tuple[PackedTensor, PackedTensor]:
@@ -110,6 +116,30 @@ class QuantizedExperts(Experts):
             f"activation={self.activation.name}, bias={self.down_proj_bias is not None}, "
             f"formats=({self._format_text()}), precision={self.precision}"
         )
+
+
+def shape_of(experts: GluExperts, name: str) -> torch.Size:
+    """[E, rows, columns] of gate_up_proj or down_proj, whatever its layout."""
+    weights = getattr(experts, name)
+    return weights.mT.shape if experts.layout.transposed else weights.shape
+
+
+def matrix_of(experts: GluExperts, name: str, e: int) -> Tensor:
+    """The matrix [rows, columns] of expert e, gate rows first."""
+    weight = getattr(experts, name).detach()[e]
+    weight = weight.mT if experts.layout.transposed else weight
+    return gates_first(weight, 0) if _mixed(experts, name) else weight
+
+
+def bias_of(experts: GluExperts, name: str) -> Tensor | None:
+    """A copy of the bias [E, rows], gate rows first."""
+    if (bias := getattr(experts, f"{name}_bias")) is None:
+        return None
+    return (gates_first(bias, 1) if _mixed(experts, name) else bias).detach().clone()
+
+
+def _mixed(experts: GluExperts, name: str) -> bool:
+    return name == "gate_up_proj" and experts.layout.interleaved and experts.activation.gated
 
 
 def gates_first(rows: Tensor, dim: int) -> Tensor:

@@ -1,13 +1,18 @@
 """Experts of a model to packed weights, in place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
+from moert.experts.calibrated import FloatGluExperts
 from moert.experts.glu import GluExperts
 from moert.experts.quantized import QuantizedExperts
+from moert.quant.calibration import calibrate_
+from moert.quant.float_experts import LayerReport
 from moert.quant.format import RowFormat
+from moert.quant.gptq import GPTQ
 from moert.quant.int4 import Int4, Int4Asymmetric
 from moert.quant.int8 import Int8
 from moert.quant.mxfp4 import Mxfp4
@@ -17,13 +22,23 @@ PRECISIONS = ("auto", "full", "int8", "int8_group32")
 FORMATS = {kind.name: kind for kind in (Int8, Int4, Int4Asymmetric, Mxfp4, Ternary2, Ternary5)}
 
 
+class Quantized(list[str]):
+    """The names of the modules that were packed, in order; `layers` says of calibrated ones what their experts saw."""
+
+    def __init__(self, names: Iterable[str] = (), layers: Iterable[LayerReport] = ()):
+        super().__init__(names)
+        self.layers = tuple(layers)
+
+
 def quantize_(
     model: nn.Module,
     format: str | RowFormat = "int4",
     group: int | None = None,
     skip: Sequence[str] = (),
     precision: str = "auto",
-) -> list[str]:
+    calibration: Iterable[Any] | None = None,
+    method: str | GPTQ = "gptq",
+) -> Quantized:
     """Replace the GluExperts of the model by QuantizedExperts, one after the other; returns their names, in order.
 
     In a transformers model the experts of its experts interface are packed where they are, and save_pretrained writes
@@ -31,24 +46,41 @@ def quantize_(
 
     format is a name (with the group, or the format's own default) or a format.  skip has names of modules, * and ? as
     in file names; what it names, and what lies below it, stays.  A model without any GluExperts left is an error.
+
+    calibration: batches that the model is run with, each a tensor, a mapping or a sequence of arguments.  Without them
+    weights are rounded to nearest; with them by `method`, "gptq" or GPTQ(…), layer by layer.  An expert that sees too
+    few rows is rounded: a warning and the result's `layers` say which.
     """
     fmt = format_of(format, group)
     check_options(skip, precision)
+    settings = method_of(method)
     found = [
         name for name, module in model.named_modules() if isinstance(module, GluExperts) and not skipped(name, skip)
     ]
     if not found and any(hasattr(module, "is_concatenated") for module in model.modules()):
         from moert.integrations.transformers import quantizer  # its model: transformers is there
 
-        return quantizer.quantize_(model, quantizer.MoertConfig(fmt.name, fmt.group, skip, precision))
+        config = quantizer.MoertConfig(fmt.name, fmt.group, skip, precision)
+        return quantizer.quantize_(model, config, calibration, settings)
     if not found or found == [""]:
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
         raise ValueError(f"model must hold GluExperts that skip does not name, got {got}")
-    for name in found:
-        parent, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(parent)
+    owners = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in found}
+    if calibration is not None:
+        experts = {name: FloatGluExperts(*owner, precision) for name, owner in owners.items()}
+        return Quantized(found, calibrate_(model, experts, calibration, fmt, settings))
+    for owner, attribute in owners.values():
         setattr(owner, attribute, QuantizedExperts.pack(getattr(owner, attribute), (fmt, fmt), precision))
-    return found
+    return Quantized(found)
+
+
+def method_of(method: str | GPTQ) -> GPTQ:
+    """ "gptq" -> GPTQ()."""
+    if isinstance(method, GPTQ):
+        return method
+    if method != "gptq":
+        raise ValueError(f'method must be "gptq" or a GPTQ, got {method!r}')
+    return GPTQ()
 
 
 def format_of(format: str | RowFormat, group: int | None = None) -> RowFormat:

@@ -58,13 +58,13 @@ class PackedExperts(nn.Module):
         mixed = place == "w1" and fused is not None and fused[1]
         with torch.device("cpu"):
             packed = self.format.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, self._rows_of(shape))
-            self._hold(place, packed)
+            self.hold_(place, packed)
 
     def allocate_(self, place: str) -> None:
         """Buffers of the packed weight's size in place of the parameter, on the meta device."""
         shape = getattr(self, weight_names(self)[place == "w2"]).shape
         with torch.device("meta"):
-            self._hold(place, self.format.empty(self._rows_of(shape)))
+            self.hold_(place, self.format.empty(self._rows_of(shape)))
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What every part must be: bytes of another format may have the same shape."""
@@ -123,7 +123,7 @@ class PackedExperts(nn.Module):
             return None, None
         return tuple(getattr(self, f"{name}_bias").to(dtype) for name in weight_names(self))
 
-    def _hold(self, place: str, packed: PackedTensor) -> None:
+    def hold_(self, place: str, packed: PackedTensor) -> None:
         """The parts of packed as buffers, in place of the parameter."""
         for part in PARTS:
             if (value := getattr(packed, part)) is not None:

@@ -1,5 +1,8 @@
 """Quantized checkpoints of transformers: `quant_method: "moert"` in config.json, saved and loaded as any other."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -8,8 +11,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moert.integrations.transformers.calibrated import FloatHfExperts
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
-from moert.quant.quantize import check_options, format_of, skipped
+from moert.quant.calibration import calibrate_
+from moert.quant.gptq import GPTQ
+from moert.quant.quantize import Quantized, check_options, format_of, skipped
 
 
 @register_quantization_config("moert")
@@ -93,22 +99,30 @@ class Pack(ConversionOps):
         return {}
 
 
-def quantize_(model: nn.Module, config: MoertConfig) -> list[str]:
+def quantize_(
+    model: nn.Module, config: MoertConfig, calibration: Iterable[Any] | None = None, settings: GPTQ = GPTQ()
+) -> Quantized:
     """Packs the experts of a loaded transformers model in place, one after the other; returns their names.
 
-    save_pretrained then writes a checkpoint that from_pretrained loads packed.
+    calibration and settings as in moert.quantize_.  save_pretrained then writes a checkpoint that from_pretrained loads
+    packed.
     """
     fmt = format_of(config.format, config.group)
     chosen = targets(model, config)
-    for module in chosen.values():
-        quantized_(module, fmt, config.precision)
-        for place, weight in zip(("w1", "w2"), weight_names(module), strict=True):
-            module.pack_(place, getattr(module, weight))
+    layers = ()
+    if calibration is not None:
+        experts = {name: FloatHfExperts(module, fmt, config.precision) for name, module in chosen.items()}
+        layers = calibrate_(model, experts, calibration, fmt, settings)
+    else:
+        for module in chosen.values():
+            quantized_(module, fmt, config.precision)
+            for place, weight in zip(("w1", "w2"), weight_names(module), strict=True):
+                module.pack_(place, getattr(module, weight))
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = MoertQuantizer(config, pre_quantized=True)
         model.is_quantized, model.quantization_method = True, config.quant_method
         model.config.quantization_config = config
-    return list(chosen)
+    return Quantized(chosen, layers)
 
 
 def targets(model: nn.Module, config: MoertConfig) -> dict[str, nn.Module]:

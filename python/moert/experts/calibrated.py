@@ -1,0 +1,34 @@
+"""GluExperts as calibration reads them (moert.quant.calibration)."""
+
+from torch import Tensor, nn
+
+from moert.experts.glu import GluExperts
+from moert.experts.quantized import PROJECTIONS, QuantizedExperts, bias_of, matrix_of, shape_of
+from moert.ops.fused_experts import apply_activation
+from moert.quant.float_experts import FloatExperts
+from moert.quant.format import PackedTensor
+from moert.types import Routing
+
+
+class FloatGluExperts(FloatExperts):
+    """The GluExperts that `owner` has as `attribute`."""
+
+    def __init__(self, owner: nn.Module, attribute: str, precision: str = "auto"):
+        self.owner, self.attribute, self.precision = owner, attribute, precision
+        self.module: GluExperts = getattr(owner, attribute)
+        self.bias = bias_of(self.module, "gate_up_proj")
+        self.shapes = tuple(shape_of(self.module, name) for name in PROJECTIONS)
+
+    def inputs(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        return x, routing.ids
+
+    def matrix(self, place: int, e: int) -> Tensor:
+        return matrix_of(self.module, PROJECTIONS[place], e).float()
+
+    def middle(self, h: Tensor, e: int) -> Tensor:
+        return apply_activation(h if self.bias is None else h + self.bias[e].float(), self.module.activation)
+
+    def replace(self, packed: tuple[PackedTensor, PackedTensor]) -> None:
+        experts = QuantizedExperts.holding(self.module, packed, self.precision)
+        setattr(self.owner, self.attribute, experts)
+        self.module = experts  # the float one may go

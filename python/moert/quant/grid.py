@@ -1,0 +1,59 @@
+"""The values that weights can take once their scales are fixed: for methods that choose the codes themselves.
+
+G matrices of R rows and C columns; scales and zeros are those of rounding to nearest (docs/formats.md).
+"""
+
+import torch
+from torch import Tensor
+
+from moert import _C
+from moert.quant.format import PackedTensor, RowFormat, flat
+
+# Levels are integers times the scale: the least, the greatest, and what is added to make the code.
+_LEVELS = {"int8": (-127, 127, 0), "int4": (-8, 7, 8), "ternary2": (-1, 1, 1), "ternary5": (-1, 1, 1)}
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+# Halfway between two values, or just below it where the upper one has the even code.
+_E2M1_BOUNDS = torch.tensor([0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5])
+
+
+class Grid:
+    """The grid of w [G, R, C] in a format."""
+
+    def __init__(self, fmt: RowFormat, w: Tensor):
+        self.format, (_, self.rows, self.columns) = fmt, w.shape
+        packed = fmt.pack(w)
+        self.packed_scales, self.packed_zeros = packed.scales, packed.zeros
+        exponents = packed.scales.dtype == torch.uint8
+        # [G, groups, R]: the rows of a group lie together.
+        self.scales = (_power_of_two(packed.scales) if exponents else packed.scales.float()).mT.contiguous()
+        self.zeros = None if packed.zeros is None else packed.zeros.float().mT.contiguous()
+
+    def round(self, w: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """w [G, R], the columns `column` [G] of each matrix, to nearest -> codes uint8 and values float32 [G, R]."""
+        scale = self._of_group(self.scales, column)
+        level = torch.where(scale == 0, 0, w / torch.where(scale == 0, 1, scale))
+        if self.format.name == "mxfp4":
+            code = torch.bucketize(level.abs(), _E2M1_BOUNDS)
+            value = _E2M1[code].copysign(level)
+            return (code + 8 * level.signbit()).to(torch.uint8), value * scale
+        if self.zeros is not None:
+            zero = self._of_group(self.zeros, column)
+            code = (level.round() + zero).clamp(0, 15)
+            return code.to(torch.uint8), (code - zero) * scale
+        low, high, offset = _LEVELS[self.format.name]
+        level = level.round().clamp(low, high)
+        return (level + offset).remainder(256).to(torch.uint8), level * scale
+
+    def pack(self, codes: Tensor) -> PackedTensor:
+        """codes uint8 [G, R, C] -> the tensor in the format."""
+        packed = torch.from_numpy(_C.pack_codes(self.format.name, flat(codes).numpy(), torch.get_num_threads()))
+        shaped = packed.view(*codes.shape[:-1], packed.shape[-1])
+        return PackedTensor(self.format, self.columns, shaped, self.packed_scales, self.packed_zeros)
+
+    def _of_group(self, part: Tensor, column: Tensor) -> Tensor:
+        return part[torch.arange(len(column)), column // (self.format.group or self.columns)]
+
+
+def _power_of_two(scales: Tensor) -> Tensor:
+    """2^(scale - 127) exactly; that of 0 is subnormal."""
+    return torch.ldexp(torch.ones_like(scales, dtype=torch.float64), scales.int() - 127).float()

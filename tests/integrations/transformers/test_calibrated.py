@@ -1,0 +1,63 @@
+"""GPTQ in every family: the experts of the first layer come nearer to the float ones than by rounding."""
+
+import copy
+
+import pytest
+import torch
+from families import families, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM
+
+from moert import quantize_
+from moert.integrations.transformers.quantized import PackedExperts, experts_modules
+from moert.quant import GPTQ
+from moert.quant.calibration import _run
+
+SETTINGS = GPTQ(min_rows=1)
+
+
+def calls(model, module, batches):
+    """What the module is called with."""
+    kept = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: kept.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        for batch in batches:
+            _run(model, batch)
+    hook.remove()
+    return kept
+
+
+def error(module, float_module, inputs):
+    with torch.no_grad():
+        pairs = [(module(*args, **kwargs), float_module(*args, **kwargs)) for args, kwargs in inputs]
+    return sum((a - b).square().sum() for a, b in pairs).item()
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.id)
+def test_nearer_than_rounded(family):
+    model = tiny_model(family)
+    batches = [tiny_inputs(model, seed) for seed in range(1, 4)]
+    calibrated, rounded = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_(rounded, "int4", precision="full")
+    names = quantize_(calibrated, "int4", precision="full", calibration=batches, method=SETTINGS)
+    assert sorted(names) == sorted(experts_modules(model)) == sorted(layer.name for layer in names.layers)
+    first = names.layers[0]
+    module = model.get_submodule(first.name)
+    inputs = calls(model, module, batches)
+    assert sum(first.rows) == sum(len(args[0]) * args[1].shape[1] for args, _ in inputs)
+    errors = [error(net.get_submodule(first.name), module, inputs) for net in (calibrated, rounded)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_saved_and_reloaded(tmp_path):
+    model = tiny_model(next(family for family in families() if family.id == "GptOss"))
+    inputs = tiny_inputs(model)
+    names = quantize_(model, "int8", group=32, calibration=[inputs["input_ids"]], method=SETTINGS)
+    assert len(names) == 2 and all(isinstance(model.get_submodule(name), PackedExperts) for name in names)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
