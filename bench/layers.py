@@ -62,7 +62,7 @@ class Row:
         return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=True))
 
     def best_peer(self) -> str | None:
-        peers = [name for name in self.providers() if name != "moert"]
+        peers = [name for name in self.providers() if not name.startswith("moert")]
         return min(peers, key=lambda name: statistics.median(self.times[name]), default=None)
 
     def ratio(self, name: str) -> float:
@@ -213,12 +213,13 @@ def title(problem: dict) -> str:
 
 def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
     table = Table(title="ms of a layer (share of what the machine allows), medians of turns")
-    for column in ("layer", "moert", "best peer", "", "moert is faster by"):
+    for column in ("layer", "moert", "prepacked", "best peer", "", "moert is faster by"):
         table.add_column(column, justify="left" if column in ("layer", "best peer") else "right")
     for row in rows:
         peer = row.best_peer()
         theirs = (peer, cell(row, peer), f"{row.ratio(peer):.2f}x") if peer else ("none", "", "")
-        table.add_row(title(row.problem), cell(row, "moert"), *theirs)
+        prepacked = cell(row, name) if (name := "moert prepacked") in row.times else ""
+        table.add_row(title(row.problem), cell(row, "moert"), prepacked, *theirs)
     console.print(table)
     gone = absent | {name: why for row in rows for name, why in row.missing.items()}
     for name, why in gone.items():

@@ -1,15 +1,19 @@
-"""moert, and the limits of the machine measured through the same process."""
+"""moert, with weights as they lie and prepacked, and the limits of the machine measured through the same process."""
 
 import torch
 from problem import PRODUCT_SIZE, READ_BYTES, Problem
 from torch_inputs import inputs
 
 import moert
+from moert import GluExperts
 
 
 def providers(problem: Problem, threads: int) -> dict:
     x, w1, w2, routings = inputs(problem, threads)
     routed = [moert.Routing(ids, weights, problem.E) for ids, weights in routings]
+    prepacked = GluExperts(problem.E, problem.H, problem.I, device="meta", dtype=w1.dtype)
+    prepacked.gate_up_proj, prepacked.down_proj = torch.nn.Parameter(w1.clone()), torch.nn.Parameter(w2.clone())
+    laid_out = moert.prepack_(prepacked)
     stream = torch.ones(READ_BYTES // 4)
     a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
 
@@ -17,4 +21,9 @@ def providers(problem: Problem, threads: int) -> dict:
         with torch.inference_mode():
             return moert.fused_experts(x, routed[turn], w1, w2).float().numpy()
 
-    return {"moert": call, "read": lambda turn: stream.sum(), "product": lambda turn: a @ b}
+    def call_prepacked(turn):
+        with torch.inference_mode():
+            return prepacked(x, routed[turn]).float().numpy()
+
+    mine = {"moert": call} | ({"moert prepacked": call_prepacked} if laid_out else {})
+    return mine | {"read": lambda turn: stream.sum(), "product": lambda turn: a @ b}

@@ -19,6 +19,9 @@ constexpr int64_t kPanelBytes = 2 * kVectorBytes;
 template <typename E>
 constexpr int kPanel = 2 * kLanes<E>;
 
+constexpr int kStreamedRows = 6;  // more and the multipliers are the limit
+constexpr int64_t kAhead = 32;    // steps along K, 4 KB of AVX-512 panels
+
 // c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel].
 template <typename E, int M, bool kARows>
 void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate) {
@@ -31,6 +34,10 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate)
   }
   for (int64_t k = 0; k < K; ++k) {
     const Vec<E> b0 = load(b + k * kPanel<E>), b1 = load(b + k * kPanel<E> + kLanes<E>);
+    if constexpr (M <= kStreamedRows) {  // weights that lie in panels come from memory, at its speed
+      __builtin_prefetch(b + (k + kAhead) * kPanel<E>, 0, 2);
+      __builtin_prefetch(b + (k + kAhead) * kPanel<E> + kLanes<E>, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const Vec<E> x = splat(kARows ? a[k * kPitchKM + m] : a[m * kPitchMK + k]);
