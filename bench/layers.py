@@ -36,6 +36,8 @@ MODELS = {  # H, I, E, k
     "Mixtral, 4 experts": (4096, 14336, 4, 2),
 }
 DTYPES = ("bfloat16", "float32")
+FORWARD = tuple((T, False) for T in (1, 4, 16, 64, 256, 1024, 4096))  # T, training
+TRAINING = ((1024, True), (4096, True))
 FAMILIES = ("transformers", "vllm", "onnxruntime")
 
 
@@ -148,14 +150,20 @@ def parse() -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[Problem]:
     """Those with the same weights follow each other."""
     if options.smoke:
-        return [Problem("tiny", 64, 32, 8, 2, 5, "float32")]
+        return [Problem("tiny", 64, 32, 8, 2, 5, "float32", training=step) for step in (False, True)]
     if options.full:
-        kinds = product(MODELS, DTYPES, ("uniform", "zipf"), (1, 4, 16, 64, 256, 1024, 4096))
-        return [Problem(model, *MODELS[model], T, dtype, routing) for model, dtype, routing, T in kinds]
-    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 64, 256, 1024))]
+        kinds = product(MODELS, DTYPES, ("uniform", "zipf"), FORWARD + TRAINING)
+        return [Problem(name, *MODELS[name], T, dtype, routing, step) for name, dtype, routing, (T, step) in kinds]
+    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 64, 256, 1024), False)]
     if not options.quick:
-        wanted += [("Qwen3-30B-A3B", "float32", (1, 16, 64, 256, 1024)), ("gpt-oss-20b", "bfloat16", (1, 256))]
-    return [Problem(model, *MODELS[model], T, dtype) for model, dtype, sizes in wanted for T in sizes]
+        wanted += [("Qwen3-30B-A3B", "float32", (1, 16, 64, 256, 1024), False)]
+        wanted += [("gpt-oss-20b", "bfloat16", (1, 256), False)]
+        wanted += [("OLMoE", dtype, (1024,), True) for dtype in DTYPES]
+    return [
+        Problem(name, *MODELS[name], T, dtype, training=training)
+        for name, dtype, sizes, training in wanted
+        for T in sizes
+    ]
 
 
 def start(threads: int) -> tuple[list[Family], dict[str, str]]:
@@ -208,7 +216,8 @@ def check(where: str, calls: list[tuple[Family, str]], row: Row) -> None:
 
 
 def title(problem: dict) -> str:
-    return f"{problem['model']} T={problem['T']} {problem['dtype']} {problem['routing']}"
+    step = " training" if problem["training"] else ""
+    return f"{problem['model']} T={problem['T']} {problem['dtype']} {problem['routing']}{step}"
 
 
 def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:

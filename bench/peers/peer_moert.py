@@ -2,7 +2,7 @@
 
 import torch
 from problem import PRODUCT_SIZE, READ_BYTES, Problem
-from torch_inputs import inputs
+from torch_inputs import inputs, training
 
 import moert
 from moert import GluExperts
@@ -11,11 +11,20 @@ from moert import GluExperts
 def providers(problem: Problem, threads: int) -> dict:
     x, w1, w2, routings = inputs(problem, threads)
     routed = [moert.Routing(ids, weights, problem.E) for ids, weights in routings]
+    stream = torch.ones(READ_BYTES // 4)
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
+    limits = {"read": lambda turn: stream.sum(), "product": lambda turn: a @ b}
+    if problem.training:
+        w1, w2 = (w.detach().requires_grad_() for w in (w1, w2))
+
+        def step(x, ids, weights):
+            return moert.fused_experts(x, moert.Routing(ids, weights, problem.E), w1, w2)
+
+        return {"moert": training(step, x, (w1, w2), routings)} | limits
+
     prepacked = GluExperts(problem.E, problem.H, problem.I, device="meta", dtype=w1.dtype)
     prepacked.gate_up_proj, prepacked.down_proj = torch.nn.Parameter(w1.clone()), torch.nn.Parameter(w2.clone())
     laid_out = moert.prepack_(prepacked)
-    stream = torch.ones(READ_BYTES // 4)
-    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
 
     def call(turn):
         with torch.inference_mode():
@@ -26,4 +35,4 @@ def providers(problem: Problem, threads: int) -> dict:
             return prepacked(x, routed[turn]).float().numpy()
 
     mine = {"moert": call} | ({"moert prepacked": call_prepacked} if laid_out else {})
-    return mine | {"read": lambda turn: stream.sum(), "product": lambda turn: a @ b}
+    return mine | limits

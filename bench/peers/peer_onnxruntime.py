@@ -10,6 +10,8 @@ from problem import Problem
 
 
 def providers(problem: Problem, threads: int) -> dict:
+    if problem.training:
+        raise ValueError("training must be off: there is no backward")
     if problem.dtype != "float32":
         raise ValueError(f"dtype must be float32, got {problem.dtype}")
     options = ort.SessionOptions()

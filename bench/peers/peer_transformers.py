@@ -1,8 +1,10 @@
 """Stock transformers: the three ways in which it runs the experts of Qwen3-MoE on a CPU."""
 
+import functools
+
 import torch
 from problem import Problem
-from torch_inputs import inputs
+from torch_inputs import inputs, training
 from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -19,10 +21,14 @@ def providers(problem: Problem, threads: int) -> dict:
     experts.num_experts = problem.E
     eager = type(experts).forward.__wrapped__
     ways = {"eager": eager, "grouped_mm": ALL_EXPERTS_FUNCTIONS["grouped_mm"]}
-    if problem.T <= COPIES:
+    if problem.T <= COPIES and not problem.training:
         ways["batched_mm"] = ALL_EXPERTS_FUNCTIONS["batched_mm"]
 
     def provider(forward):
+        if problem.training:
+            parameters = (experts.gate_up_proj, experts.down_proj)
+            return training(functools.partial(forward, experts), x, parameters, routings)
+
         def call(turn):
             ids, weights = routings[turn]
             with torch.inference_mode():

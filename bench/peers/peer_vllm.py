@@ -11,6 +11,8 @@ from torch_inputs import inputs, weights
 
 
 def providers(problem: Problem, threads: int) -> dict:
+    if problem.training:
+        raise ValueError("training must be off: there is no backward")
     x, _, _, routings = inputs(problem, threads)
     name = "_C_AVX512" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "_C_AVX2"
     torch.ops.load_library(str(Path(find_spec("vllm").origin).parent / f"{name}.abi3.so"))

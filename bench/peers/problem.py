@@ -26,6 +26,7 @@ class Problem:
     T: int
     dtype: str  # float32 or bfloat16
     routing: str = "uniform"  # or zipf: expert e as likely as 1 / (e + 1)
+    training: bool = False  # forward and the gradients of x, the routing weights and the weights
 
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """float32; every expert is a window of one random stream, which is made faster than as many numbers."""
@@ -56,10 +57,11 @@ class Problem:
 
     @property
     def flop(self) -> float:
-        return 2.0 * self.T * self.k * 3 * self.H * self.I
+        return (3 if self.training else 1) * 2.0 * self.T * self.k * 3 * self.H * self.I
 
     @property
     def bytes(self) -> float:
-        """Of the weights of the experts in use, a mean over the routings."""
-        used = np.mean([len(np.unique(ids)) for ids, _ in self.routings()])
-        return float(used) * 3 * self.H * self.I * (4 if self.dtype == "float32" else 2)
+        """Of the weights of the experts in use, a mean over the routings; trained, twice and all gradients once."""
+        used = float(np.mean([len(np.unique(ids)) for ids, _ in self.routings()]))
+        matrices = 2 * used + self.E if self.training else used
+        return matrices * 3 * self.H * self.I * (4 if self.dtype == "float32" else 2)
