@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from moert.experts.base import Experts
 from moert.experts.glu import GluExperts
+from moert.experts.lora import PackedWeights
+from moert.ops.fused_experts import apply_activation
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.quant.format import PARTS, PackedTensor, RowFormat
 from moert.types import Activation, Routing
@@ -12,7 +14,7 @@ from moert.types import Activation, Routing
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
-class QuantizedExperts(Experts):
+class QuantizedExperts(PackedWeights, Experts):
     """num_experts feed-forward networks of one shape, frozen: gate_up_proj [E, 2I, H], down_proj [E, H, I] in formats.
 
     Buffers: gate_up_proj_codes, _scales, _zeros, down_proj_codes … as PackedTensor has them, gate_up_proj_bias and
@@ -72,6 +74,9 @@ class QuantizedExperts(Experts):
             setattr(out, f"{name}_bias", bias_of(experts, name))
         return out.train(experts.training)
 
+    def packed_pair(self) -> tuple[PackedTensor, PackedTensor]:
+        return self.packed()
+
     def packed(self) -> tuple[PackedTensor, PackedTensor]:
         columns = self.hidden, self.intermediate
         return tuple(
@@ -86,6 +91,8 @@ class QuantizedExperts(Experts):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         bias = self.gate_up_proj_bias, self.down_proj_bias
+        if any(self.adapters):
+            return self.run_unfused(x, routing, bias, lambda h: activated(h, self.activation), lambda y: y)
         return fused_experts_quantized(x, routing, *self.packed(), bias, self.activation, self.precision)
 
     def get_extra_state(self) -> Tensor:
@@ -140,6 +147,11 @@ def bias_of(experts: GluExperts, name: str) -> Tensor | None:
 
 def _mixed(experts: GluExperts, name: str) -> bool:
     return name == "gate_up_proj" and experts.layout.interleaved and experts.activation.gated
+
+
+def activated(h: Tensor, activation: Activation) -> Tensor:
+    """The activation in float32 (float64 of float64), rounded once."""
+    return apply_activation(h.to(torch.promote_types(h.dtype, torch.float32)), activation).to(h.dtype)
 
 
 def gates_first(rows: Tensor, dim: int) -> Tensor:

@@ -9,11 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from moert.experts.quantized import gates_first
+from moert.experts.lora import PackedWeights
+from moert.experts.quantized import activated, gates_first
 from moert.integrations.transformers.gates import fused_activation
 from moert.ops.fused_experts_quantized import fused_experts_quantized
-from moert.ops.grouped_gemm import grouped_gemm
-from moert.ops.permute import permute_plan, unpermute
 from moert.quant.format import PARTS, PackedTensor, RowFormat
 from moert.types import Routing
 
@@ -36,12 +35,12 @@ def quantized_(experts: nn.Module, fmt: RowFormat, precision: str) -> "PackedExp
     return experts
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(PackedWeights, nn.Module):
     """The forward of experts whose two weights are packed [E, 2I, H] and [E, H, I]: buffers w1_codes, w1_scales, …
 
     float16 scales are kept as int16 bits, so that casting the model cannot round them.  A gate that fused_experts knows
-    runs on the packed weights (gate rows first, however the class lays them); with any other the layer is unpacked for
-    the call.
+    runs on the packed weights (gate rows first, however the class lays them); any other, and adapters, run product by
+    product, a few experts unpacked at a time.
     """
 
     format: RowFormat
@@ -78,17 +77,22 @@ class PackedExperts(nn.Module):
         codes, zeros = getattr(self, f"{place}_codes"), getattr(self, f"{place}_zeros", None)
         return PackedTensor(self.format, getattr(self, f"{place}_columns"), codes, scales, zeros)
 
+    def packed_pair(self) -> tuple[PackedTensor, PackedTensor]:
+        return self.packed("w1"), self.packed("w2")
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H], as experts_forward."""
         x, w1, w2 = hidden_states, self.packed("w1"), self.packed("w2")
         weights = top_k_weights.to(x.dtype if top_k_weights.dtype == x.dtype else torch.float32)
         routing = Routing(top_k_index, weights, w1.shape[0])
         fused = self._fused
-        if fused is None:
-            return self._unpacked(x, routing, w1, w2)
-        activation, interleaved = fused
         b1, b2 = self._biases(x.dtype)
+        if fused is None:
+            return self.run_unfused(x, routing, (b1, b2), self._own_gate, self._own_norm)
+        activation, interleaved = fused
         b1 = gates_first(b1, 1) if interleaved and b1 is not None else b1
+        if any(self.adapters):
+            return self.run_unfused(x, routing, (b1, b2), lambda h: activated(h, activation), lambda y: y)
         return fused_experts_quantized(x, routing, w1, w2, (b1, b2), activation, self.precision)
 
     def extra_repr(self) -> str:
@@ -100,15 +104,11 @@ class PackedExperts(nn.Module):
     def _fused(self):
         return None if self.has_post_expert_norm else fused_activation(self)
 
-    def _unpacked(self, x: Tensor, routing: Routing, w1: PackedTensor, w2: PackedTensor) -> Tensor:
-        plan = permute_plan(routing.ids, routing.num_experts)
-        b1, b2 = self._biases(x.dtype)
-        h_SI = grouped_gemm(x, w1.format.unpack(w1).to(x.dtype), plan.offsets, b1, plan.tokens)
-        h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
-        y_SH = grouped_gemm(h_SI, w2.format.unpack(w2).to(x.dtype), plan.offsets, b2)
-        if self.has_post_expert_norm:
-            y_SH = self.post_expert_norm(y_SH)
-        return unpermute(y_SH, plan, routing.weights).to(x.dtype)
+    def _own_gate(self, h_SI: Tensor) -> Tensor:
+        return self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
+
+    def _own_norm(self, y_SH: Tensor) -> Tensor:
+        return self.post_expert_norm(y_SH) if self.has_post_expert_norm else y_SH
 
     def _rows(self, weight: Tensor) -> Tensor:
         """The weight as [E, rows, columns], or an expert's as [rows, columns]."""
