@@ -41,7 +41,8 @@ class Row:
             return "" if perplexity is None else f"{perplexity:.3f} ({100 * (perplexity / base - 1):+.2f} %)"
 
         seconds = "" if self.seconds is None else f"{self.seconds:.0f}"
-        return f"| {self.name} | {self.bits:.2f} | {cell(self.rounded)} | {cell(self.calibrated)} | {seconds} | {self.few} |"
+        perplexities = f"{cell(self.rounded)} | {cell(self.calibrated)}"
+        return f"| {self.name} | {self.bits:.2f} | {perplexities} | {seconds} | {self.few} |"
 
 
 def rows(directory: Path, formats, windows: torch.Tensor, heldout: torch.Tensor, settings: GPTQ) -> Iterator[Row]:

@@ -68,7 +68,7 @@ class PackedWeights:
 def add_lora_(model: nn.Module, rank: int = 8, alpha: float = 16.0, freeze: bool = True) -> list[str]:
     """Gives both weights of all packed experts in the model an adapter; returns the modules' names.
 
-    freeze: every parameter that is no adapter stops requiring gradients (names with "lora_" are adapters, also PEFT's).
+    freeze: parameters without "lora_" in their names, as adapters have it, PEFT's too, stop requiring gradients.
     The outputs stay as they were until training moves B from zero, but for the precision of the rows, now "full".
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeights)}
@@ -81,7 +81,8 @@ def add_lora_(model: nn.Module, rank: int = 8, alpha: float = 16.0, freeze: bool
             module.add_module(place, ExpertLora(weight.shape, rank, alpha))
     if freeze:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+            if "lora_" not in name:
+                parameter.requires_grad_(False)
     return list(found)
 
 

@@ -93,13 +93,13 @@ def test_a_model_trains(kind, tmp_path):
 
 
 def test_beside_peft_on_attention():
-    """PEFT finds no float weight in packed experts to adapt, and leaves our adapters trainable."""
+    """PEFT finds no float weight in packed experts to adapt; its adapters on other layers stay trainable."""
     model = model_of("Qwen3Moe")
     quantize_(model, "int8")
     config = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
     with pytest.raises(ValueError, match="no `target_parameters` found"):
         peft.get_peft_model(copy.deepcopy(model), config)
-    add_lora_(model, rank=2)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    add_lora_(wrapped, rank=2)
     trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 4 + 2 * 2 and all("lora_" in name for name in trained)
