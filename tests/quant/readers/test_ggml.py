@@ -1,0 +1,75 @@
+"""Blocks of ggml, quantized and given back by the gguf package."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from readers_contract import CONVERT, check_broken, check_converted, check_exact
+
+from moert.quant import Int4, Int8, Mxfp4, Ternary2
+from moert.quant.readers import Ggml
+
+EXACT = [("Q8_0", Int8(32)), ("Q4_0", Int4(32)), ("MXFP4", Mxfp4()), ("TQ1_0", Ternary2(128)), ("TQ2_0", Ternary2(128))]
+# The package quantizes neither K format: their blocks are random bytes with finite scales (at the end, or the start).
+K_QUANTS = {"Q4_K": (144, 0, 4), "Q5_K": (176, 0, 4), "Q6_K": (210, 208, 2)}
+
+
+def blocks(name, shape=(2, 6, 512)):
+    """Random weights in a type, and the gguf package's dequantisation."""
+    kind = gguf.GGMLQuantizationType[name]
+    rng = np.random.default_rng(5)
+    if name in K_QUANTS:
+        size, start, length = K_QUANTS[name]
+        octets = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, size), dtype=np.uint8)
+        scales = rng.uniform(-1e-2, 1e-2, (*octets.shape[:-1], length // 2)).astype(np.float16)
+        octets[..., start : start + length] = scales.view(np.uint8)
+        octets = octets.reshape(*shape[:-1], -1)
+    else:
+        octets = gguf.quants.quantize(rng.standard_normal(shape, np.float32), kind)
+    return {"blocks": torch.from_numpy(octets)}, torch.from_numpy(gguf.quants.dequantize(octets, kind))
+
+
+@pytest.mark.parametrize("name,fmt", EXACT, ids=[name for name, _ in EXACT])
+def test_exact(name, fmt):
+    check_exact(Ggml(name), *blocks(name), fmt)
+
+
+@pytest.mark.parametrize("name,fmt", EXACT[:3], ids=[name for name, _ in EXACT[:3]])
+def test_exact_on_any_bytes(name, fmt):
+    size = blocks(name)[0]["blocks"].shape[-1] // 16
+    octets = np.random.default_rng(0).integers(0, 256, (4, 64, size), dtype=np.uint8)
+    octets[..., :2] = np.float16(np.arange(256).reshape(4, 64, 1) / 64 - 1.5).view(np.uint8)
+    if name == "MXFP4":
+        octets[..., 0] = np.arange(256).reshape(4, 64) % 253
+    octets = octets.reshape(4, -1)
+    theirs = torch.from_numpy(gguf.quants.dequantize(octets, gguf.GGMLQuantizationType[name]))
+    check_exact(Ggml(name), {"blocks": torch.from_numpy(octets)}, theirs, fmt)
+
+
+@pytest.mark.parametrize("name", [*K_QUANTS, "Q5_0", "Q4_1"])
+def test_converted(name):
+    parts, expected = blocks(name)
+    check_converted(Ggml(name), parts, expected, f"no format has the numbers of {name}")
+    packed = Ggml(name).read(parts, CONVERT).packed
+    assert (CONVERT.unpack(packed) - expected).norm() < 0.012 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0", "Q4_K", "Q6_K"])
+def test_broken(name):
+    check_broken(Ggml(name), blocks(name, (2, 512))[0], 40)
+
+
+def test_errors():
+    octets = blocks("Q8_0")[0]["blocks"]
+    with pytest.raises(
+        ValueError, match=r"blocks must be uint8 .* multiple of 34\] for Q8_0, got torch.uint8 \[2, 6, 543\]"
+    ):
+        Ggml("Q8_0").read({"blocks": octets[..., :543]}, CONVERT)
+    with pytest.raises(ValueError, match="blocks must be whole ones of Q6_K, got"):
+        Ggml("Q6_K").read({"blocks": octets[..., :209]}, CONVERT)
+    with pytest.raises(ValueError, match="type must be one of ggml's, got Q9_9"):
+        Ggml("Q9_9").read({"blocks": octets}, CONVERT)
+    with pytest.raises(ValueError, match="blocks must have codes 0, 1 and 2, got 3"):
+        Ggml("TQ2_0").read({"blocks": torch.full((1, 66), 255, dtype=torch.uint8)}, CONVERT)
+    with pytest.raises(ValueError, match="scales must be finite"):
+        Ggml("Q4_0").read({"blocks": torch.full((1, 18), 255, dtype=torch.uint8)}, CONVERT)
