@@ -117,7 +117,7 @@ def test_errors():
     with pytest.raises(ValueError, match="weight_scale must be finite, got inf or nan"):
         layout.read(parts | {"weight_scale": parts["weight_scale"] * torch.inf}, CONVERT)
     ordered = CompressedInt(4, True, "group", 32, act_order=True)
-    with pytest.raises(ValueError, match="parts must hold weight_g_idx with actorder=group, got none"):
+    with pytest.raises(ValueError, match="parts must hold weight_g_idx, got weight_scale, weight_packed, weight_shape"):
         ordered.read(parts, CONVERT)
     with pytest.raises(ValueError, match=r"weight_g_idx must be in \[0, 2\), got 0 to 63"):
         ordered.read(parts | {"weight_g_idx": torch.arange(64)}, CONVERT)

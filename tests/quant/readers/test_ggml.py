@@ -65,7 +65,7 @@ def test_errors():
         ValueError, match=r"blocks must be uint8 .* multiple of 34\] for Q8_0, got torch.uint8 \[2, 6, 543\]"
     ):
         Ggml("Q8_0").read({"blocks": octets[..., :543]}, CONVERT)
-    with pytest.raises(ValueError, match="blocks must be whole ones of Q6_K, got"):
+    with pytest.raises(ValueError, match=r"blocks must be uint8 .* multiple of 210\] for Q6_K, got"):
         Ggml("Q6_K").read({"blocks": octets[..., :209]}, CONVERT)
     with pytest.raises(ValueError, match="type must be one of ggml's, got Q9_9"):
         Ggml("Q9_9").read({"blocks": octets}, CONVERT)

@@ -59,6 +59,18 @@ class PackedExperts(PackedWeights, nn.Module):
             packed = self.format.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, self._rows_of(shape))
             self.hold_(place, packed)
 
+    def take_(self, place: str, packed: PackedTensor) -> None:
+        """Packed rows [E, rows, columns] in the class's order of rows, as "w1" or "w2", in place of the parameter."""
+        name = weight_names(self)[place == "w2"]
+        if (wanted := self._rows(getattr(self, name)).shape) != packed.shape:
+            raise ValueError(f"{name} must have shape {list(wanted)} by the config, got {list(packed.shape)}")
+        fused = self._fused
+        if place == "w1" and fused is not None and fused[1]:
+            parts = (getattr(packed, part) for part in PARTS)
+            parts = [None if part is None else gates_first(part, 1) for part in parts]
+            packed = PackedTensor(packed.format, packed.columns, *parts)
+        self._hold(place, packed)
+
     def allocate_(self, place: str) -> None:
         """Buffers of the packed weight's size in place of the parameter, on the meta device."""
         shape = getattr(self, weight_names(self)[place == "w2"]).shape
@@ -67,15 +79,15 @@ class PackedExperts(PackedWeights, nn.Module):
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What every part must be: bytes of another format may have the same shape."""
-        empty = self.format.empty((0, 0, 0))
-        parts = {part: value for part in PARTS if (value := getattr(empty, part)) is not None}
-        return {f"{place}_{part}": _bits(value).dtype for place in ("w1", "w2") for part, value in parts.items()}
+        empty = {place: getattr(self, f"{place}_format").empty((0, 0, 0)) for place in ("w1", "w2")}
+        parts = {f"{place}_{part}": getattr(packed, part) for place, packed in empty.items() for part in PARTS}
+        return {name: _bits(value).dtype for name, value in parts.items() if value is not None}
 
     def packed(self, place: str) -> PackedTensor:
         scales = getattr(self, f"{place}_scales")
         scales = scales.view(torch.float16) if scales.dtype == torch.int16 else scales
         codes, zeros = getattr(self, f"{place}_codes"), getattr(self, f"{place}_zeros", None)
-        return PackedTensor(self.format, getattr(self, f"{place}_columns"), codes, scales, zeros)
+        return PackedTensor(getattr(self, f"{place}_format"), getattr(self, f"{place}_columns"), codes, scales, zeros)
 
     def packed_pair(self) -> tuple[PackedTensor, PackedTensor]:
         return self.packed("w1"), self.packed("w2")
@@ -98,7 +110,8 @@ class PackedExperts(PackedWeights, nn.Module):
     def extra_repr(self) -> str:
         E, rows, H = self.packed("w1").shape
         sizes = f"num_experts={E}, hidden={H}, intermediate={self.w2_columns}"
-        return f"{sizes}, format={self.format}, precision={self.precision}"
+        formats = dict.fromkeys((self.w1_format, self.w2_format))
+        return f"{sizes}, format={', '.join(map(str, formats))}, precision={self.precision}"
 
     @property
     def _fused(self):
@@ -129,6 +142,7 @@ class PackedExperts(PackedWeights, nn.Module):
             if (value := getattr(packed, part)) is not None:
                 self.register_buffer(f"{place}_{part}", _bits(value))
         setattr(self, f"{place}_columns", packed.columns)
+        setattr(self, f"{place}_format", packed.format)
         delattr(self, weight_names(self)[place == "w2"])
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from moert.quant.format import PackedTensor, RowFormat
 from moert.quant.int4 import Int4Asymmetric
 from moert.quant.readers.bits import nibbles, pack_nibbles
-from moert.quant.readers.gptq import FLOATS, group_of
-from moert.quant.readers.layout import Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
+from moert.quant.readers.gptq import group_of
+from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
 
 # Row r of eight lies at this place of its word, counted in fours of bits from the lowest: rows 0, 2, 4, 6, 1, 3, 5, 7.
 PLACE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])

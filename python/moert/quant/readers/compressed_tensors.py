@@ -9,8 +9,7 @@ from moert.quant.format import PackedTensor, RowFormat
 from moert.quant.int4 import Int4, Int4Asymmetric
 from moert.quant.int8 import Int8
 from moert.quant.readers.bits import nibbles, octets, rows_of_bytes
-from moert.quant.readers.gptq import FLOATS
-from moert.quant.readers.layout import Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
+from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
 
 FORMATS = ("pack-quantized", "int-quantized")
 STRATEGIES = ("tensor", "channel", "group")
@@ -62,10 +61,6 @@ class CompressedInt(Layout):
     def names(self) -> tuple[str, ...]:
         codes = ("weight_packed", "weight_shape") if self.packed else ("weight",)
         return (*codes, "weight_scale", "weight_zero_point", "weight_g_idx")
-
-    @property
-    def optional(self) -> tuple[str, ...]:
-        return ("weight_zero_point", "weight_g_idx") if self.symmetric else ("weight_g_idx",)
 
     @property
     def format(self) -> RowFormat | None:
@@ -133,18 +128,16 @@ class CompressedInt(Layout):
 
     def _scales(self, parts: Parts, rows: int, columns: int) -> Tensor:
         """[rows, groups]"""
-        scales = parts["weight_scale"]
         if self.strategy == "tensor":
-            return part(parts, "weight_scale", FLOATS, (1,) * scales.dim()).reshape(1, 1).expand(rows, 1).contiguous()
+            return part(parts, "weight_scale", FLOATS, (1,)).expand(rows, 1).contiguous()
         return part(parts, "weight_scale", FLOATS, (rows, num_groups(columns, self.group)))
 
     def _zeros(self, parts: Parts, shape: torch.Size) -> Tensor:
         """[rows, groups] in the codes' own numbers: uint8 for 4 bits in words, else int8."""
         rows, groups = shape
         if not self.packed:
-            zeros = parts["weight_zero_point"]
             if self.strategy == "tensor":
-                return part(parts, "weight_zero_point", (torch.int8,), (1,) * zeros.dim()).reshape(1, 1).expand(shape)
+                return part(parts, "weight_zero_point", (torch.int8,), (1,)).expand(shape)
             return part(parts, "weight_zero_point", (torch.int8,), (rows, groups))
         words = part(parts, "weight_zero_point", (torch.int32,), (-(-rows * self.bits // 32), groups))
         zeros = nibbles(words.T) if self.bits == 4 else (octets(words.T) ^ 128).view(torch.int8)
@@ -154,8 +147,6 @@ class CompressedInt(Layout):
         in_order = torch.arange(columns) // (max(columns, 1) if self.group == -1 else self.group)
         if not self.act_order:
             return in_order
-        if "weight_g_idx" not in parts:
-            raise ValueError("parts must hold weight_g_idx with actorder=group, got none")
         groups = part(parts, "weight_g_idx", (torch.int32, torch.int64), (columns,)).long()
         most = num_groups(columns, self.group)
         if columns and not 0 <= int(groups.min()) <= int(groups.max()) < most:

@@ -8,8 +8,7 @@ from torch import Tensor
 from moert.quant.format import PackedTensor
 from moert.quant.fp8 import Fp8
 from moert.quant.readers.bits import rows_of_bytes
-from moert.quant.readers.gptq import FLOATS
-from moert.quant.readers.layout import Layout, Parts, Read, finite, part
+from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, part
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,7 @@ class Ggml(Layout):
 
     def carry(self, parts: Parts) -> Read:
         fmt, size = EXACT[self.type]
-        stored = parts["blocks"]
-        if stored.dtype != torch.uint8 or stored.dim() < 2 or stored.shape[-1] % size:
-            got = f"{stored.dtype} {list(stored.shape)}"
-            raise ValueError(f"blocks must be uint8 [..., rows, multiple of {size}] for {self.type}, got {got}")
+        stored = _rows(parts, size, self.type)
         blocks = stored.unflatten(-1, (-1, size))
         codes, scales = READERS[self.type](blocks)
         columns = blocks.shape[-2] * (256 if self.type.startswith("TQ") else 32)
@@ -55,12 +52,12 @@ class Ggml(Layout):
             packed = self.carry(parts).packed
             return packed.format.unpack(packed)
         quants = gguf().quants
-        kind, stored = _type(self.type), parts["blocks"]
-        try:
-            w = torch.from_numpy(quants.dequantize(stored.contiguous().numpy(), kind))
-        except (NotImplementedError, ValueError, KeyError) as error:
-            raise ValueError(f"blocks must be whole ones of {self.type}, got {list(stored.shape)}: {error}") from None
-        return finite(w.float(), "blocks")
+        kind = _type(self.type)
+        columns, size = quants.GGML_QUANT_SIZES[kind]
+        stored = _rows(parts, size, self.type)
+        if not stored.numel():  # the package takes none
+            return torch.zeros(*stored.shape[:-1], stored.shape[-1] // size * columns)
+        return finite(torch.from_numpy(quants.dequantize(stored.numpy(), kind)).float(), "blocks")
 
 
 def gguf():
@@ -77,6 +74,17 @@ def _type(name: str):
     if name not in types.__members__:
         raise ValueError(f"type must be one of ggml's, got {name}")
     return types[name]
+
+
+def _rows(parts: Parts, size: int, kind: str) -> Tensor:
+    """The blocks, a row of whole ones of so many bytes."""
+    if "blocks" not in parts:
+        raise ValueError(f"parts must hold blocks, got {', '.join(parts)}")
+    stored = parts["blocks"]
+    if stored.dtype != torch.uint8 or stored.dim() < 2 or stored.shape[-1] % size:
+        got = f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"blocks must be uint8 [..., rows, multiple of {size}] for {kind}, got {got}")
+    return stored.contiguous()
 
 
 def _halves(blocks: Tensor) -> Tensor:

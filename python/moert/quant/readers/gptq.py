@@ -8,9 +8,7 @@ from torch import Tensor
 from moert.quant.format import PackedTensor, RowFormat
 from moert.quant.int4 import Int4, Int4Asymmetric
 from moert.quant.readers.bits import nibbles, octets, rows_of_bytes
-from moert.quant.readers.layout import Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,6 @@ class Gptq(Layout):
     zero_offset: int = 1
 
     names = ("qweight", "qzeros", "scales", "g_idx")
-    optional = ("g_idx",)
 
     @classmethod
     def of_config(cls, config: dict) -> "Gptq":
@@ -90,7 +87,7 @@ class Gptq(Layout):
         in_order = torch.arange(columns) // (columns if self.group == -1 else self.group)
         if "g_idx" not in parts:
             if self.act_order:
-                raise ValueError("parts must hold g_idx with desc_act=true, got none")
+                raise ValueError(f"parts must hold g_idx with desc_act=true, got {', '.join(parts)}")
             return in_order
         groups = part(parts, "g_idx", (torch.int32, torch.int64), (columns,))
         if self.act_order:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moert.quant.format import PARTS, PackedTensor, RowFormat
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 Parts = dict[str, Tensor]  # the tensors that stand for one weight, by the last part of their names
 
 
@@ -24,8 +25,7 @@ class Layout(ABC):
     """How a library stores a weight [rows, columns]: a frozen dataclass of what its configuration says."""
 
     names: tuple[str, ...]  # of the tensors in a weight's place
-    optional: tuple[str, ...] = ()  # those that may be missing
-    weight: str = "weight"  # what the names replace
+    of_experts: bool = False  # the names follow that of a whole weight of experts, instead of replacing a matrix
 
     @property
     @abstractmethod
@@ -47,9 +47,6 @@ class Layout(ABC):
 
     def read(self, parts: Parts, convert: RowFormat) -> Read:
         """The matrix in `format`, or rounded to the nearest of `convert` where there is none."""
-        missing = [name for name in self.names if name not in parts and name not in self.optional]
-        if missing:
-            raise ValueError(f"parts must be {', '.join(self.names)}, got no {missing[0]}")
         if self.format is None:
             return Read(convert.pack(self.unpack(parts)), f"converted to {convert}: {self.obstacle}")
         read = self.carry(parts)
@@ -59,6 +56,8 @@ class Layout(ABC):
 
 def part(parts: Parts, name: str, dtypes: Iterable[torch.dtype], shape: tuple[int | None, ...]) -> Tensor:
     """The tensor of that name, contiguous; None in shape: any size."""
+    if name not in parts:
+        raise ValueError(f"parts must hold {name}, got {', '.join(parts)}")
     tensor = parts[name]
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""gpt-oss' mxfp4: `_blocks` uint8 [..., rows, columns / 32, 16] and `_scales` uint8 [..., rows, columns / 32]."""
+"""gpt-oss' mxfp4: `_blocks` uint8 [experts, rows, columns / 32, 16] and `_scales` uint8, the same without the 16."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moert.quant.format import PackedTensor
 from moert.quant.mxfp4 import Mxfp4
-from moert.quant.readers.layout import Layout, Parts, Read
+from moert.quant.readers.layout import Layout, Parts, Read, part
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Mxfp4Blocks(Layout):
     """The bits of moert.quant.Mxfp4 as they lie; all experts of a layer are one tensor."""
 
     names = ("blocks", "scales")
+    of_experts = True
     format = Mxfp4()
     obstacle = ""
 
@@ -23,12 +24,8 @@ class Mxfp4Blocks(Layout):
         return cls()
 
     def carry(self, parts: Parts) -> Read:
-        blocks, scales = parts["blocks"], parts["scales"]
-        if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
-            raise TypeError(f"blocks and scales must be uint8, got {blocks.dtype} and {scales.dtype}")
-        if blocks.dim() < 3 or blocks.shape[-1] != 16 or blocks.shape[:-1] != scales.shape:
-            got = f"{list(blocks.shape)} and {list(scales.shape)}"
-            raise ValueError(f"blocks and scales must be [..., rows, groups, 16] and [..., rows, groups], got {got}")
+        blocks = part(parts, "blocks", (torch.uint8,), (None, None, None, 16))
+        scales = part(parts, "scales", (torch.uint8,), tuple(blocks.shape[:-1]))
         return Read(
             PackedTensor(self.format, 32 * scales.shape[-1], blocks.flatten(-2).contiguous(), scales.contiguous())
         )

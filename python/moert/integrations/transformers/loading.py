@@ -1,0 +1,57 @@
+"""load_quantized: a checkpoint that another library quantized, its experts on moert's packed kernels."""
+
+import warnings
+from os import PathLike
+
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from moert.quant.format import RowFormat
+from moert.quant.int8 import Int8
+from moert.quant.quantize import format_of
+from moert.quant.readers import layout_of
+
+
+class InexactWarning(UserWarning):
+    """Some of a checkpoint's numbers are not as they are in its files."""
+
+
+def load_quantized(
+    directory: str | PathLike,
+    convert: str | RowFormat = Int8(128),
+    precision: str = "auto",
+    model_class: type = AutoModelForCausalLM,
+    **options,
+) -> PreTrainedModel:
+    """A Hugging Face checkpoint in GPTQ, AWQ, compressed-tensors, fp8 or mxfp4, as its config.json says.
+
+    Experts keep the checkpoint's bits where a format of moert holds its numbers; where none does they are rounded to
+    `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's.
+    """
+    fmt = format_of(convert)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=options.get("trust_remote_code", False))
+    source = _source(config)
+    config.quantization_config = {
+        "quant_method": "moert-foreign",
+        "source": source,
+        "format": fmt.name,
+        "group": fmt.group,
+        "precision": precision,
+    }
+    options = {"use_safetensors": True} | options  # no pickle unless asked for
+    model, info = model_class.from_pretrained(directory, config=config, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"checkpoint must hold every weight, got no {min(info['missing_keys'])}")
+    for change, count in model.hf_quantizer.changed.items():
+        text = f"{directory}: experts' matrices are not as in the file: {count} {change}"
+        warnings.warn(text, InexactWarning, stacklevel=2)
+    return model
+
+
+def _source(config: PretrainedConfig) -> dict:
+    """The quantization_config of the checkpoint, taken out of config; an error if it is none of those read here."""
+    for each in (config, config.get_text_config(decoder=True)):
+        if source := getattr(each, "quantization_config", None):
+            del each.quantization_config
+            layout_of(source)
+            return source
+    raise ValueError("config.json must have a quantization_config, got none")
