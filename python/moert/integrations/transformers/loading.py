@@ -37,7 +37,7 @@ def load_quantized(
         "group": fmt.group,
         "precision": precision,
     }
-    options = {"use_safetensors": True} | options  # no pickle unless asked for
+    options = {"use_safetensors": True} | options  # nothing that runs code
     model, info = model_class.from_pretrained(directory, config=config, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise ValueError(f"checkpoint must hold every weight, got no {min(info['missing_keys'])}")

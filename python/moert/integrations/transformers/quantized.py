@@ -69,7 +69,7 @@ class PackedExperts(PackedWeights, nn.Module):
             parts = (getattr(packed, part) for part in PARTS)
             parts = [None if part is None else gates_first(part, 1) for part in parts]
             packed = PackedTensor(packed.format, packed.columns, *parts)
-        self._hold(place, packed)
+        self.hold_(place, packed)
 
     def allocate_(self, place: str) -> None:
         """Buffers of the packed weight's size in place of the parameter, on the meta device."""
