@@ -7,10 +7,21 @@ max |d| / max |ref| and the normalised mean square of d.
 import pytest
 import torch
 
-from moert import Routing, fused_experts, grouped_gemm, permute, permute_plan, topk_gating, unpermute
+from moert import (
+    Routing,
+    experts_in_use,
+    fused_experts,
+    grouped_gemm,
+    permute,
+    permute_plan,
+    topk_gating,
+    union_experts,
+    unpermute,
+)
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm_ref
+from moert.ops.union_experts import union_experts_ref
 from moert.testing import Shape
 
 BOUNDS = {torch.float32: (1e-5, 1e-11), torch.float16: (2e-3, 1e-6), torch.bfloat16: (8e-3, 1e-5)}
@@ -39,6 +50,28 @@ def assert_bounds(out, ref):
     return None
 
 
+def assert_union_bounds(x, gains, w1, w2):
+    """Of union_experts, where what lies between the two products may be rounded to bfloat16, gains included.
+
+    Each number there is then off by up to u = 2^-8 of itself (8 bits of significand), and y by up to u times
+    the sum of its terms' sizes |gain * activation * w2|, which cancel in y itself: with H = 1 there may be no larger y
+    beside it to measure the error by.  The roundings are independent, so that 6 u times the root of the sum of squares
+    is exceeded with a probability below 2 exp(-6^2 / 2) = 3e-8 (Hoeffding).  y's own rounding adds u of y.
+    """
+    ids, exact = experts_in_use(gains), [t.double() for t in (x, gains, w1, w2)]
+    out = union_experts(x, gains, ids, w1, w2, activation="swiglu")
+    ref = union_experts_ref(exact[0], exact[1], ids, *exact[2:], activation="swiglu")
+    if x.dtype != torch.bfloat16:
+        return assert_bounds(out, ref)
+    gate, up = (exact[0] @ exact[2].mT).chunk(2, -1)  # [E, T, I]
+    between = exact[1].T[..., None] * torch.nn.functional.silu(gate) * up
+    terms = (between.abs() @ exact[3].abs().mT).sum(0)
+    root = (between.square() @ exact[3].square().mT).sum(0).sqrt()
+    u, sums = 2**-8, 1e-5 * terms  # those of float32, and the activation
+    assert ((out.double() - ref).abs() <= u * ref.abs() + (1 + u) * u * torch.minimum(terms, 6 * root) + sums).all()
+    return None
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("shape", list(shapes()), ids=str)
 def test_numbers(shape, dtype):
@@ -50,6 +83,8 @@ def test_numbers(shape, dtype):
     x, w1, w2 = (t.to(dtype) for t in (x, torch.randn(E, 2 * I, H) * (4 / H) ** 0.5, torch.randn(E, H, I) / I**0.5))
 
     assert_bounds(fused_experts(x, routing, w1, w2), fused_experts_ref(x.double(), exact, w1.double(), w2.double()))
+
+    assert_union_bounds(x, routing.dense_weights(), w1, w2)
 
     plan = permute_plan(routing.ids, E)
     rows = permute(x, plan)

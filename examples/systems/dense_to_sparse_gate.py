@@ -57,18 +57,21 @@ def variant(act):
     def run(seed, progress):
         true, generator = truth(act), torch.Generator().manual_seed(seed)
         sizes = SIZES[:2] if progress.quick else SIZES
-        found = {n: [] for n in sizes}
+        found, converged = {n: [] for n in sizes}, []
         for _ in progress.steps(REPEATS):
             for n in sizes:
                 x, y = draw(true, n, generator)
                 noise = 0.1 * torch.randn(len(true.free()), dtype=torch.float64, generator=generator)
-                found[n].append(errors(fit(true.with_free(true.free() + noise), x, y), true))
+                fitted = fit(true.with_free(true.free() + noise), x, y)
+                found[n].append(errors(fitted, true))
+                converged.append((fitted.log_density(x, y).mean() >= true.log_density(x, y).mean()).item())
         medians = [[median(error[i] for error in found[n]) for n in sizes] for i in (0, 1)]
         eigenvalues = torch.linalg.eigvalsh(true.fisher(*draw(true, 100 if progress.quick else 10_000, generator)))
         return {
             "gate slope": slope(sizes, medians[0]),
             "expert slope": slope(sizes, medians[1]),
             "gate error": medians[0][-1],
+            "converged": sum(converged) / len(converged),
             # A linear gate does not see a common shift of beta1 either: that is the first of its eigenvalues.
             "least information": math.log10(max(abs(eigenvalues[int(act == "identity")].item()), 1e-20)),
         }
@@ -85,6 +88,7 @@ EXPERIMENT = Experiment(
         "gate slope": "d log error / d log n",
         "expert slope": "d log error / d log n",
         "gate error": "median, n = 16,000",
+        "converged": "share of fits, at least as likely as the truth",
         "least information": "log10 of the smallest eigenvalue",
     },
     claims=(

@@ -7,7 +7,8 @@ from torch import nn
 
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.decode import RouterAdapter
-from moert.routers import given_context, recorded_routings
+from moert.quant.quantize import quantize_
+from moert.routers import DeepSeekRouter, given_context, recorded_routings
 from moert.testing import OperatorsRan
 
 V, H, E = 12, 16, 4
@@ -63,6 +64,34 @@ def test_the_loss_falls_and_only_frozen_operators_run():
     assert set(ran.names) == {"topk_gating", "topk_gating_backward", "fused_experts", "fused_experts_backward"}
     norms = {name: delta.norm(dim=-1) for name, delta in adapt.deltas.items()}
     torch.testing.assert_close(report.delta_norms, norms)
+
+
+@pytest.mark.parametrize("format", ("int8", "int4", "ternary2"))
+def test_packed_experts(format):
+    """Their weights have no gradient, their rows do: nothing else is needed."""
+    model = Model()
+    assert len(quantize_(model, format)) == 2
+    with OperatorsRan() as ran:
+        report = adapter(model).adapt(IDS)
+    assert (report.loss_after < report.loss_before).all()
+    assert "fused_experts_quantized_backward" in ran.names
+
+
+def test_groups_stay_closed_to_a_token():
+    """The deltas come before scores and groups, so whatever they are a token keeps to its best group."""
+    model = Model()
+    for layer in model.layers:
+        layer.router = DeepSeekRouter(H, E, 2, "sigmoid", 2, 1, "top2sum", True, bias_balance=0.1)
+        layer.router.expert_bias.normal_(std=0.1)
+    adapt = adapter(model)
+    assert adapt.adapt(IDS).accepted.any()  # not of both: which group is best moves with the logits
+    with adapt.session(), recorded_routings(model) as calls:
+        model.eval()(IDS)
+    for name, routing in calls:
+        assert torch.equal(routing.ids[:, 0] // 2, routing.ids[:, 1] // 2)
+        router = dict(model.named_modules())[name]
+        choice = (routing.logits.sigmoid() + router.expert_bias).view(-1, 2, 2).sum(-1)
+        assert torch.equal(routing.ids[:, 0].long() // 2, choice.argmax(-1))
 
 
 def test_gradient():

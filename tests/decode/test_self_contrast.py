@@ -113,6 +113,19 @@ def test_eos_stopping_and_sampling():
     assert torch.equal(one, two)
 
 
+def test_temperatures_come_before_the_contrast():
+    moe = model()
+    both, cache = TwoRoutings(moe, None, (2,)), DynamicCache(config=moe.config)
+    z_s, z_w = both.logits(PROMPT, torch.ones_like(PROMPT), cache)
+    options = {"beta": 0.9, "temps": (3.0, 0.5), "max_new_tokens": 1}
+    z = contrast_logits(z_s / 3, z_w / 0.5, 0.1, 0.9)
+    assert torch.equal(self_contrast(moe, PROMPT, **options).tokens[:, -1], z.argmax(-1))
+    assert not torch.equal(z.argmax(-1), contrast_logits(z_s, z_w, 0.1, 0.9).argmax(-1))
+    drawn = self_contrast(moe, PROMPT, do_sample=True, generator=torch.Generator().manual_seed(5), **options)
+    expected = torch.multinomial(z.softmax(-1), 1, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(drawn.tokens[:, -1:], expected)
+
+
 def test_errors():
     z = torch.zeros(1, 3)
     for alpha in (0.0, 1.5):

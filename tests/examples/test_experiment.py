@@ -3,6 +3,7 @@ import json
 import pytest
 
 from experiment import Claim, Experiment, main
+from experiment.declare import interval
 from experiment.page import page
 
 
@@ -39,7 +40,9 @@ def test_figures_of_every_seed_and_verdicts(tmp_path, capsys):
     assert result["seeds"] == [0, 1, 2] and result["machine"]["torch"] and result["commit"] and result["date"]
     text = " ".join(capsys.readouterr().out.split())
     assert "lower loss than the baseline: shown: loss of toy 5.10 ± 0.10, asked ≤ baseline 6.10 ± 0.10 (nats)" in text
-    assert "loss above 5.05: in the mean only: loss of toy 5.10 ± 0.10, asked ≥ 5.05 (nats)" in text
+    assert (
+        "loss above 5.05: in the mean only, by -0.2 to 0.3 (95 %): loss of toy 5.10 ± 0.10, asked ≥ 5.05 (nats)" in text
+    )
     assert "half the loss of the baseline: not shown:" in text and "asked ≤ 0.5 x baseline 6.10 ± 0.10" in text
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -58,7 +61,14 @@ def test_page_has_a_row_per_claim(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| Toy |")]
     assert len(rows) == 3 and "[arXiv:0000.00000](https://arxiv.org/abs/0000.00000) | `MoELayer` |" in rows[0]
     assert "shown: loss of toy 5.1" in rows[0] and "3 seeds, equal parameters" in rows[0]
-    assert "- **Toy**: tried twice as long." in text
+    assert "- **Toy**: tried twice as long." in text and " s of a core |" in rows[0]
+
+
+def test_interval_of_a_mean():
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.30 / 3**0.5, 2 + 4.30 / 3**0.5))
+    many = interval([0.0, 2.0] * 50)
+    assert many == pytest.approx((1 - 2.11 * 1.00504 / 10, 1 + 2.11 * 1.00504 / 10), rel=1e-4)
 
 
 def test_errors(tmp_path):

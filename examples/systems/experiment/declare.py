@@ -43,6 +43,18 @@ class Claim:
         return "in the mean only" if sign * (mean(system) - mean(bound)) >= 0 else "not shown"
 
 
+# The t quantile of a two-sided 95 % interval by degrees of freedom.
+QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11)
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean of differences between seeds' pairs (Student's t)."""
+    middle, width = spread(differences)
+    degrees = min(len(differences) - 1, len(QUANTILES))
+    half = QUANTILES[degrees - 1] * width / math.sqrt(len(differences))
+    return middle - half, middle + half
+
+
 @dataclass(frozen=True)
 class Experiment:
     """name is the file's, paper "arXiv:…", classes moert's; figures maps each figure to its unit.

@@ -19,7 +19,9 @@ HEAD = """# Systems
 What the MoE literature builds, each a change to one part of the mechanism: a router, experts, or a layer around them.
 `make systems` runs the experiments of `examples/systems` and writes this page from their results
 (`bench/results/systems`); figures are mean ± standard deviation over the seeds. "shown" means that the claim holds in
-every seed, not only in the mean. The experiments are small: they say whether an effect shows at this size.
+every seed, not only in the mean; "in the mean only" is followed by the 95 % interval of the mean difference over the
+seeds (Student's t), whose lower end is above 0 where chance alone does not explain it. The experiments are small: they
+say whether an effect shows at this size.
 
 | system | paper | class | claimed effect | measured | where it was run |
 | --- | --- | --- | --- | --- | --- |

@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from experiment.declare import Claim, as_text, spread  # noqa: E402
+from experiment.declare import Claim, as_text, interval, spread  # noqa: E402
 from moert.cli.report import write_atomically  # noqa: E402
 
 
@@ -38,7 +38,12 @@ def measured(claim: Claim, result: dict) -> str:
     other = f"{claim.baseline} {as_text([b / claim.factor for b in bound])}" if named else f"{claim.baseline:g}"
     sign = "≤" if claim.better == "lower" else "≥"
     ask = f"{claim.figure} of {claim.system} {as_text(system)}, asked {sign} {times}{other}"
-    return f"{claim.verdict(result['runs'])}: {ask} ({result['figures'][claim.figure]})"
+    verdict = claim.verdict(result["runs"])
+    if verdict == "in the mean only" and len(system) > 1:
+        better = 1 if claim.better == "higher" else -1
+        low, high = interval([better * (s - b) for s, b in zip(system, bound, strict=True)])
+        verdict += f", by {low:.2g} to {high:.2g} (95 %)"
+    return f"{verdict}: {ask} ({result['figures'][claim.figure]})"
 
 
 def verdicts(result: dict) -> list[str]:
