@@ -31,6 +31,13 @@ def test_unknown_activation():
         Activation("swish")
 
 
+def test_members():
+    ids = torch.tensor([[2, 0], [3, -1], [1, 1]])
+    routing = Routing(ids, torch.zeros(3, 2), 3)
+    assert routing.members().tolist() == [[True, False, True], [False] * 3, [False, True, False]]
+    assert Routing(ids[:0], torch.zeros(0, 2), 3).members().shape == (0, 3)
+
+
 def test_dense_weights():
     ids = torch.tensor([[2, 0], [3, -1], [1, 1]])
     weights = torch.tensor([[0.5, 0.25], [9.0, 8.0], [1.0, 2.0]], requires_grad=True)

@@ -92,10 +92,9 @@ def agreement(layer: MoELayer, test) -> float:
     for on in (False, True):
         routings.append(causal_routers_(layer, on).router(x, context))
     causal_routers_(layer, False)
-    E = routings[0].num_experts
-    taken, said = (torch.zeros(len(x), E + 1).scatter(1, r.ids.long(), 1)[:, :E] for r in routings)
+    taken, said = (routing.members() for routing in routings)
     groups = 2 if isinstance(layer, MoMaLayer) else 1
-    return 1 - ((taken != said).sum() / (len(x) * E / groups)).item()
+    return 1 - ((taken != said).sum() / (taken.numel() / groups)).item()
 
 
 class Mixture:

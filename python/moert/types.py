@@ -25,9 +25,17 @@ class Routing:
     def dense_weights(self) -> Tensor:
         """[T, E]: the weight that each expert has for each token, 0 where it was not chosen; weights of repeats add."""
         T, E = self.ids.shape[0], self.num_experts
+        return self.weights.new_zeros(T, E + 1).scatter_add(1, self._columns(), self.weights)[:, :E]
+
+    def members(self) -> Tensor:
+        """bool [T, E]: whether each expert was chosen for each token, whatever its weight."""
+        T, E = self.ids.shape[0], self.num_experts
+        return torch.zeros(T, E + 1, dtype=torch.bool, device=self.ids.device).scatter(1, self._columns(), True)[:, :E]
+
+    def _columns(self) -> Tensor:
+        """ids, int64; those that are dropped are E."""
         ids = self.ids.long()
-        column = torch.where((ids >= 0) & (ids < E), ids, E)
-        return self.weights.new_zeros(T, E + 1).scatter_add(1, column, self.weights)[:, :E]
+        return torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
 
 
 @dataclass(frozen=True)

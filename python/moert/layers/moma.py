@@ -78,7 +78,7 @@ def train_auxiliary(
     def remember(name):
         def hook(router, inputs, keywords, routing):
             context = inputs[1] if len(inputs) > 1 else keywords.get("context")
-            seen[name] = (inputs[0].detach(), _members(routing), None if context is None else context.mask)
+            seen[name] = (inputs[0].detach(), routing.members(), None if context is None else context.mask)
 
         return hook
 
@@ -118,12 +118,6 @@ def _cycle(batches: Iterable[tuple]):
         yield batch
     while kept:
         yield from kept
-
-
-def _members(routing) -> Tensor:
-    """[T, E] whether an expert took the token."""
-    taken = torch.zeros(len(routing.ids), routing.num_experts + 1, dtype=torch.bool, device=routing.ids.device)
-    return taken.scatter(1, routing.ids.long(), True)[:, : routing.num_experts]
 
 
 def _outcomes(predicted: Tensor, taken: Tensor) -> Tensor:

@@ -167,9 +167,7 @@ class DeepSeekRouter(TopKRouter):
             f_D = (load * self.num_experts / self.k).view(D, size).mean(-1)
             losses["device"] = self.device_alpha * (f_D * p_D).sum()
         if self.comm_alpha:
-            # A choice of no expert, id E, falls into a column of its own.
-            sent_TD = p_TE.new_zeros(p_TE.shape[0], D + 1, dtype=torch.bool)
-            sent_TD = sent_TD.scatter(-1, routing.ids.long() // size, True)[:, :D]
+            sent_TD = routing.members().view(-1, D, size).any(-1)
             if mask is not None:
                 sent_TD = sent_TD & mask.reshape(-1, 1).bool()
             kept = 1 if self.groups is None else self.groups.topk_groups
