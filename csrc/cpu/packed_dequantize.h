@@ -6,70 +6,131 @@
 namespace moert::cpu {
 namespace {
 
-constexpr int64_t kChunk = 320;  // columns: whole bytes of every format, whole groups of 32
+constexpr int64_t kStep = 32;              // columns that share a scale in every format
+constexpr int64_t kChunk = 5 * kStep;      // whole bytes of every format
+constexpr int64_t kSegment = 16 * kChunk;  // columns whose scales are widened at once: whole groups
+constexpr int64_t kSegmentGroups = kSegment / kStep;
 
-// The codes of kChunk columns.
-template <typename Byte>
-MOERT_INLINE void unpack_chunk(const uint8_t* bytes, int8_t* out) {
-  for (int64_t i = 0; i < kChunk / Byte::kCodes; ++i)
-    for (int j = 0; j < Byte::kCodes; ++j) out[i * Byte::kCodes + j] = int8_t(Byte::code(bytes[i], j));
+// 16 bytes of two codes each -> 32 codes in column order; of mxfp4 kE2m1 of them.
+template <bool kE2m1Values>
+MOERT_INLINE void unpack_step(const uint8_t* bytes, uint8_t* out) {
+#if defined(__AVX2__)
+  const __m128i both = load_vector<__m128i>(bytes), mask = _mm_set1_epi8(15);
+  __m128i even = _mm_and_si128(both, mask), odd = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+  if (kE2m1Values) {
+    const __m128i table = load_vector<__m128i>(kE2m1);
+    even = _mm_shuffle_epi8(table, even);
+    odd = _mm_shuffle_epi8(table, odd);
+  }
+  const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
+  std::memcpy(out, &first, 16);
+  std::memcpy(out + 16, &second, 16);
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const uint8_t code = TwoAByte::code(bytes[i], j);
+      out[2 * i + j] = kE2m1Values ? kE2m1[code] : code;
+    }
+#endif
 }
 
-MOERT_INLINE void unpack_chunk_of(Format format, const uint8_t* bytes, int8_t* out) {
-  switch (format) {
-    case Format::int8:
-      return unpack_chunk<OneAByte>(bytes, out);
-    case Format::ternary2:
-      return unpack_chunk<FourTritsAByte>(bytes, out);
-    case Format::ternary5:
-      for (int64_t i = 0; i < kChunk / 5; ++i)
-        for (int j = 0; j < 5; ++j) out[5 * i + j] = int8_t(kTrits.of_byte[bytes[i]][j] + 1);
-      return;
-    default:
-      return unpack_chunk<TwoAByte>(bytes, out);
+// 8 bytes of four codes each -> 32 codes in column order.
+MOERT_INLINE void unpack_trits(const uint8_t* bytes, uint8_t* out) {
+#if defined(__AVX2__)
+  const __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), mask = _mm_set1_epi8(3);
+  const __m128i x = _mm_unpacklo_epi8(all, _mm_srli_epi16(all, 2));  // by turns codes 0 and 2, 1 and 3
+  const __m128i low = _mm_and_si128(x, mask), high = _mm_and_si128(_mm_srli_epi16(x, 4), mask);
+  const __m128i first = _mm_unpacklo_epi16(low, high), second = _mm_unpackhi_epi16(low, high);
+  std::memcpy(out, &first, 16);
+  std::memcpy(out + 16, &second, 16);
+#else
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = FourTritsAByte::code(bytes[i], j);
+#endif
+}
+
+// The codes of kChunk columns, in place or in `out`, which has room for three bytes more.
+template <Format kFormat>
+MOERT_INLINE const uint8_t* unpack_chunk(const uint8_t* bytes, uint8_t* out) {
+  if constexpr (kFormat == Format::int8) {
+    return bytes;
+  } else if constexpr (kFormat == Format::ternary2) {
+    for (int64_t i = 0; i < kChunk / kStep; ++i) unpack_trits(bytes + 8 * i, out + kStep * i);
+  } else if constexpr (kFormat == Format::ternary5) {
+    for (int64_t i = 0; i < kChunk / 5; ++i) std::memcpy(out + 5 * i, kTrits.of_byte[bytes[i]], 8);
+  } else {
+    for (int64_t i = 0; i < kChunk / kStep; ++i) unpack_step<kFormat == Format::mxfp4>(bytes + 16 * i, out + kStep * i);
+  }
+  return out;
+}
+
+// A vector of signed codes.
+MOERT_INLINE VecI widen_codes(const uint8_t* codes) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecI>(_mm512_cvtepi8_epi32(load_vector<__m128i>(codes)));
+#elif defined(__AVX2__)
+  return bit_cast_vector<VecI>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+#else
+  VecI wide;
+  for (int i = 0; i < kLanes<int32_t>; ++i) wide[i] = int8_t(codes[i]);
+  return wide;
+#endif
+}
+
+// scale * (code - zero) of n <= kStep columns; kStep codes are read.
+MOERT_INLINE void step_to_floats(const uint8_t* codes, int64_t n, float scale, float zero, float* out) {
+  const auto values = [&](int64_t i) { return (to_floats(widen_codes(codes + i)) - zero) * scale; };
+  if (n == kStep) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kStep; i += kLanes<float>) store(out + i, values(i));
+  } else {
+    for_vectors<float>(n, [&](int64_t i, auto count) { store(out + i, values(i), count); });
   }
 }
 
-typedef int8_t Codes __attribute__((vector_size(kLanes<float>)));
-
-// scale * (code - zero); a whole vector of codes is read.
-MOERT_INLINE void chunk_to_floats(const int8_t* codes, int64_t n, float scale, float zero, float* out) {
-  for_vectors<float>(n, [&](int64_t i, auto count) {
-    Codes part;
-    std::memcpy(&part, codes + i, sizeof part);
-    const VecI q = __builtin_convertvector(part, VecI);
-    store(out + i, (to_floats(q) - zero) * scale, count);
-  });
-}
-
-void dequantize_rows(const PackedRows& b, int64_t N, float* out, int64_t stride) {
+template <Format kFormat>
+void dequantize_row(const PackedRows& b, int64_t n, float* out) {
+  constexpr int64_t kUnit = weights_per_block(kFormat) / 16;  // columns a byte
+  // ternary5's table has values; int8 is signed
+  constexpr int kZero = kFormat == Format::int4       ? 8
+                        : kFormat == Format::mxfp4    ? 12
+                        : kFormat == Format::ternary2 ? 1
+                                                      : 0;
   const Packing& p = b.packing;
-  const int64_t bytes = row_bytes(p), unit = weights_per_block(p.format) / 16;  // columns a byte
-  const int64_t group = p.group ? p.group : p.columns;
-  for (int64_t n = 0; n < N; ++n) {
-    const uint8_t* row = b.codes + n * bytes;
-    for (int64_t column = 0; column < p.columns; column += kChunk) {
-      const int64_t columns = smaller(kChunk, p.columns - column), left = bytes - column / unit;
-      uint8_t part[kChunk] = {};
-      int8_t codes[kChunk + 16] = {};
-      std::memcpy(part, row + column / unit, size_t(smaller(left, kChunk / unit)));
-      unpack_chunk_of(p.format, part, codes);
-      if (p.format == Format::mxfp4)  // twice its values, more 12; widen_scales halves the scale
-        for (int8_t& code : codes) code = int8_t(kE2m1[code]);
-      for (int64_t i = 0; i < columns;) {
-        const int64_t g = (column + i) / group, end = smaller(columns, (g + 1) * group - column);
-        float scale;
-        widen_scales(b, n, g, 1, &scale);
-        const int zero = p.format == Format::int4    ? 8
-                         : p.format == Format::mxfp4 ? 12
-                         : p.format == Format::int8  ? 0
-                         : b.zeros                   ? b.zeros[n * groups(p) + g]
-                                                     : 1;
-        chunk_to_floats(codes + i, end - i, scale, float(zero), out + n * stride + column + i);
-        i = end;
+  const int64_t bytes = row_bytes(p), per_row = groups(p);
+  const uint8_t* row = b.codes + n * bytes;
+  const uint8_t* zeros = b.zeros ? b.zeros + n * per_row : nullptr;
+  // Groups of 32, 64 or 128 columns; one group a row goes on for ever.
+  const int shift = p.group ? __builtin_ctzll(uint64_t(p.group)) : 62;
+  for (int64_t segment = 0; segment < p.columns; segment += kSegment) {
+    const int64_t end = smaller(p.columns, segment + kSegment), first = segment >> shift;
+    float scales[kSegmentGroups];
+    widen_scales(b, n, first, smaller(kSegmentGroups, per_row - first), scales);
+    for (int64_t chunk = segment; chunk < end; chunk += kChunk) {
+      const int64_t left = bytes - chunk / kUnit;
+      uint8_t last[kChunk / kUnit], unpacked[kChunk + 3];
+      const uint8_t* from = row + chunk / kUnit;
+      if (left < kChunk / kUnit) {  // the row ends, and perhaps the memory
+        std::memset(last, 0, sizeof last);
+        std::memcpy(last, from, size_t(left));
+        from = last;
+      }
+      const uint8_t* codes = unpack_chunk<kFormat>(from, unpacked);
+      for (int64_t column = chunk; column < smaller(end, chunk + kChunk); column += kStep) {
+        const int64_t g = column >> shift;
+        const float zero = zeros ? float(zeros[g]) : float(kZero);
+        step_to_floats(codes + column - chunk, smaller(kStep, end - column), scales[g - first], zero, out + column);
       }
     }
   }
+}
+
+void dequantize_rows(const PackedRows& b, int64_t N, float* out, int64_t stride) {
+  using Row = void (*)(const PackedRows&, int64_t, float*);
+  static constexpr Row rows[kFormats] = {
+      dequantize_row<Format::int8>,  dequantize_row<Format::int4>,     dequantize_row<Format::int4_asymmetric>,
+      dequantize_row<Format::mxfp4>, dequantize_row<Format::ternary2>, dequantize_row<Format::ternary5>};
+  for (int64_t n = 0; n < N; ++n) rows[int(b.packing.format)](b, n, out + n * stride);
 }
 
 }  // namespace
