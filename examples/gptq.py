@@ -20,9 +20,9 @@ import moert
 from moert.cli.corpus import evenly_spaced, load_corpus
 from moert.cli.demo_train import evaluate
 from moert.integrations.transformers.quantized import experts_modules
-from moert.quant import GPTQ, Int4, Int8, Mxfp4, Ternary2
+from moert.quant import GPTQ, Int4, Int8, Mxfp4, SubOneBit, Ternary2
 
-FORMATS = (Int8(), Int4(32), Int4(128), Mxfp4(), Ternary2(32), Ternary2(128), Ternary2())
+FORMATS = (Int8(), Int4(32), Int4(128), Mxfp4(), Ternary2(32), Ternary2(128), Ternary2(), SubOneBit())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
-from moert.quant.grid import Grid
+from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
+from moert.quant.grid import Grid, grid_of
 
 FORMATS = [Int8(), Int8(64), Int4(), Int4Asymmetric(128), Mxfp4(), Ternary2(), Ternary5(32)]
 
@@ -42,3 +42,16 @@ def test_far_values_take_the_nearest_end(fmt):
         codes, values = grid.round(torch.full((1, 6), sign * 1e4), torch.zeros(1, dtype=torch.long))
         near = grid.round(torch.full((1, 6), sign * 50.0), torch.zeros(1, dtype=torch.long))
         assert torch.equal(codes, near[0]) and torch.equal(values, near[1]) and values.abs().max() < 10
+
+
+def test_sub_one_bit_as_packed_at_once():
+    w = torch.randn(2, 20, 161)
+    w[0, 0], w[0, 1], w[0, 2] = 0, w[0, 1].abs(), -w[0, 2].abs()
+    grid, packed = grid_of(SubOneBit(), w), SubOneBit().pack(w)
+    columns = [grid.round(w[:, :, i], torch.full((2,), i)) for i in range(161)]
+    codes, values = (torch.stack(parts, 2) for parts in zip(*columns, strict=True))
+    mine = grid.pack(codes)
+    assert torch.equal(mine.codes, packed.codes) and torch.equal(mine.minmax, packed.minmax)
+    assert torch.equal(values, SubOneBit().unpack(packed))
+    # A row of one sign never takes the other.
+    assert (grid.round(torch.full((2, 20), -9.0), torch.zeros(2))[1][0, 1] == 0).all()

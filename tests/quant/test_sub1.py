@@ -134,3 +134,13 @@ def test_threads_do_not_change_the_bits():
     one, two = (_C.sub1_encode(digits, threads=n) for n in (1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert np.array_equal(_C.sub1_decode(*one, 301, threads=2), digits)
+
+
+def test_parts_and_join():
+    w = torch.randn(5, 6, 70)
+    whole = SubOneBit().pack(w)
+    pieces = [whole.part(0, 2), whole.part(2, 3), whole.part(3, 5)]
+    assert torch.equal(SubOneBit().unpack(pieces[1]), SubOneBit().unpack(whole)[2:3])
+    again = SubOneBit().join(pieces)
+    for part in ("codes", "row_ptr", "matrix_base", "minmax"):
+        assert torch.equal(getattr(again, part), getattr(whole, part))

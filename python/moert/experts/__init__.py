@@ -7,6 +7,7 @@ from moert.experts.hetero import HeteroExperts
 from moert.experts.lora import add_lora_, load_lora_, lora_state_dict
 from moert.experts.quantized import QuantizedExperts
 from moert.experts.split import split_ffn
+from moert.experts.sub_one_bit import SubOneBitExperts
 
 __all__ = [
     "BlockExperts",
@@ -14,6 +15,7 @@ __all__ = [
     "GluExperts",
     "HeteroExperts",
     "QuantizedExperts",
+    "SubOneBitExperts",
     "add_lora_",
     "load_lora_",
     "lora_state_dict",

@@ -4,9 +4,10 @@ from torch import Tensor, nn
 
 from moert.experts.glu import GluExperts
 from moert.experts.quantized import PROJECTIONS, QuantizedExperts, bias_of, matrix_of, shape_of
+from moert.experts.sub_one_bit import SubOneBitExperts
 from moert.ops.fused_experts import apply_activation
-from moert.quant.float_experts import FloatExperts
-from moert.quant.format import PackedTensor
+from moert.quant.float_experts import FloatExperts, Packed
+from moert.quant.sub1 import SubOneBitTensor
 from moert.types import Routing
 
 
@@ -28,7 +29,10 @@ class FloatGluExperts(FloatExperts):
     def middle(self, h: Tensor, e: int) -> Tensor:
         return apply_activation(h if self.bias is None else h + self.bias[e].float(), self.module.activation)
 
-    def replace(self, packed: tuple[PackedTensor, PackedTensor]) -> None:
-        experts = QuantizedExperts.holding(self.module, packed, self.precision)
+    def replace(self, packed: tuple[Packed, Packed]) -> None:
+        if isinstance(packed[0], SubOneBitTensor):
+            experts = SubOneBitExperts.holding(self.module, packed)
+        else:
+            experts = QuantizedExperts.holding(self.module, packed, self.precision)
         setattr(self.owner, self.attribute, experts)
         self.module = experts  # the float one may go

@@ -10,21 +10,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moert.ops.grouped_gemm import grouped_gemm
-from moert.quant.format import PARTS, PackedTensor
+from moert.quant.format import PackedTensor
+from moert.quant.sub1 import SubOneBitTensor
 
 _UNPACKED = 2**27  # bytes of float32 weights that are there at once
 
 
 def packed_linear(
-    x: Tensor, w: PackedTensor, offsets: Tensor, bias: Tensor | None = None, tokens: Tensor | None = None
+    x: Tensor,
+    w: PackedTensor | SubOneBitTensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
-    """grouped_gemm over packed w [E, N, K]: x [S, K] (or [T, K] with tokens [S]) -> y [S, N], with a gradient for x.
+    """grouped_gemm over packed w [E, N, K]: x [S, K] (or [T, K] with tokens [S]) -> y [S, N]; x and bias get gradients.
 
     A few experts are unpacked at a time, those without rows not at all, and again in the backward pass: the float
     weights of a layer are never there together, and autograd keeps none.
     """
-    if bias is not None and bias.requires_grad:
-        raise ValueError("bias must not require gradients over packed weights, got one that does")
     return _PackedLinear.apply(x, offsets, tokens, bias, w)
 
 
@@ -53,10 +56,16 @@ class _PackedLinear(torch.autograd.Function):
             # Slots without a token (-1) have zero rows.
             of_tokens = torch.zeros(ctx.rows, dx.shape[1], dtype=total, device=dx.device)
             dx = of_tokens.index_add(0, tokens.clamp_min(0).long(), dx.to(total)).to(dy.dtype)
-        return dx, None, None, None, None
+        dbias = None
+        if ctx.needs_input_grad[3]:
+            ones = dy.new_ones(dy.shape[0], 1)
+            dbias = torch.ops.moert.grouped_gemm_wgrad(dy, ones, offsets, None, False).squeeze(2)
+        return dx, None, None, dbias, None
 
 
-def _groups(w: PackedTensor, offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, slice, Tensor, Tensor]]:
+def _groups(
+    w: PackedTensor | SubOneBitTensor, offsets: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[int, int, slice, Tensor, Tensor]]:
     """(first expert, last + 1, their slots, their float weights, their offsets) of neighbours that have rows."""
     E, N, K = w.shape
     together, ends = max(1, _UNPACKED // (4 * N * K or 1)), offsets.tolist()
@@ -68,7 +77,6 @@ def _groups(w: PackedTensor, offsets: Tensor, dtype: torch.dtype) -> Iterator[tu
         last = first + 1
         while last < min(E, first + together) and ends[last] < ends[last + 1]:
             last += 1
-        parts = (None if (part := getattr(w, name)) is None else part[first:last] for name in PARTS)
-        weight = w.format.unpack(PackedTensor(w.format, w.columns, *parts)).to(dtype)
+        weight = w.format.unpack(w.part(first, last)).to(dtype)
         yield first, last, slice(ends[first], ends[last]), weight, offsets[first : last + 1] - ends[first]
         first = last

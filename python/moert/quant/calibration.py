@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moert.quant.float_experts import FloatExperts, LayerReport, pack_experts
-from moert.quant.format import RowFormat
+from moert.quant.float_experts import FloatExperts, LayerReport, PackFormat, pack_experts
 from moert.quant.gptq import GPTQ
 from moert.quant.progress import Progress
 
@@ -23,7 +22,7 @@ def calibrate_(
     model: nn.Module,
     experts: Mapping[str, FloatExperts],
     calibration: Iterable[Any],
-    fmt: RowFormat,
+    fmt: PackFormat,
     settings: GPTQ = GPTQ(),
 ) -> list[LayerReport]:
     """Packs the experts, named as in the model, in the order in which the model calls them; reports in that order.

@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.permute import permute_plan
-from moert.quant.format import PARTS, PackedTensor, RowFormat
+from moert.quant.format import PackedTensor, RowFormat
 from moert.quant.gptq import GPTQ, gptq
+from moert.quant.sub1 import SubOneBit, SubOneBitTensor
+
+PackFormat = RowFormat | SubOneBit
+Packed = PackedTensor | SubOneBitTensor
 
 _CHUNK = 4096  # rows in float32 at once
 
@@ -38,7 +42,7 @@ class FloatExperts(ABC):
         """x w1ᵀ of expert e [n, 2I] -> what its second product multiplies, float32 [n, I]."""
 
     @abstractmethod
-    def replace(self, packed: tuple[PackedTensor, PackedTensor]) -> None:
+    def replace(self, packed: tuple[Packed, Packed]) -> None:
         """The packed weights in place of the float ones."""
 
 
@@ -56,10 +60,10 @@ def pack_experts(
     experts: FloatExperts,
     x: Tensor,
     ids: Tensor,
-    formats: tuple[RowFormat, RowFormat],
+    formats: tuple[PackFormat, PackFormat],
     settings: GPTQ = GPTQ(),
     on_experts: Callable[[int], None] = lambda count: None,
-) -> tuple[tuple[PackedTensor, PackedTensor], tuple[int, ...]]:
+) -> tuple[tuple[Packed, Packed], tuple[int, ...]]:
     """x [T, H] and ids [T, k] of the calls -> both weights packed, and the rows of each expert.
 
     w1 sees the rows that the routing gives its expert, w2 what the packed w1 and the gate make of them.  As many
@@ -68,7 +72,7 @@ def pack_experts(
     E = experts.shapes[0][0]
     plan = permute_plan(ids, E)
     tokens = [plan.tokens[a:b].long() for a, b in pairwise(plan.offsets.tolist())]
-    whole = tuple(fmt.empty(shape) for fmt, shape in zip(formats, experts.shapes, strict=True))
+    pieces = [], []
     columns = max(shape[2] for shape in experts.shapes)
     together = max(1, settings.memory // (8 * columns**2))  # the Hessian and its factor
     for start in range(0, E, together):
@@ -80,15 +84,22 @@ def pack_experts(
             return (experts.middle(F.linear(rows, w1[e - start]), e) for rows in _rows(x, tokens[e]))
 
         second = _pack_group(experts, 1, group, hidden, tokens, formats[1], settings)
-        for packed, one in zip(whole, (first, second), strict=True):
-            for part in PARTS:
-                if (value := getattr(one, part)) is not None:
-                    getattr(packed, part)[group.start : group.stop] = value
+        pieces[0].append(first)
+        pieces[1].append(second)
         on_experts(len(group))
-    return whole, tuple(map(len, tokens))
+    packed = tuple(fmt.join(each) for fmt, each in zip(formats, pieces, strict=True))
+    return packed, tuple(map(len, tokens))
 
 
-def _pack_group(experts, place, group, rows_of, tokens, fmt, settings) -> PackedTensor:
+def round_experts(experts: FloatExperts, formats: tuple[PackFormat, PackFormat]) -> tuple[Packed, Packed]:
+    """Both weights rounded to nearest, an expert at a time."""
+    E = experts.shapes[0][0]
+    return tuple(
+        fmt.join([fmt.pack(experts.matrix(place, e)[None]) for e in range(E)]) for place, fmt in enumerate(formats)
+    )
+
+
+def _pack_group(experts, place, group, rows_of, tokens, fmt, settings) -> Packed:
     """One weight of the experts in group; rows_of(e) are those that it multiplies."""
     columns = experts.shapes[place][2]
     hessians = torch.zeros(len(group), columns, columns)

@@ -1,7 +1,7 @@
 """What every quantized format promises: the bits are in csrc/moert/formats.h and docs/formats.md."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -34,6 +34,11 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+
+    def part(self, first: int, last: int) -> "PackedTensor":
+        """Matrices first .. last - 1 of [E, rows, columns], as views."""
+        parts = (None if (value := getattr(self, name)) is None else value[first:last] for name in PARTS)
+        return PackedTensor(self.format, self.columns, *parts)
 
 
 class Format(ABC):
@@ -129,6 +134,12 @@ class RowFormat(Format):
                 if (value := getattr(packed, part)) is not None:
                     getattr(whole, part)[i] = value
         return whole
+
+    def join(self, pieces: Sequence[PackedTensor]) -> PackedTensor:
+        """Pieces [n, rows, columns] with the same rows and columns, one after the other."""
+        parts = ([getattr(piece, name) for piece in pieces] for name in PARTS)
+        joined = (None if values[0] is None else torch.cat(values) for values in parts)
+        return PackedTensor(self, pieces[0].columns, *joined)
 
     def unpack(self, packed: PackedTensor) -> Tensor:
         self.check(packed)

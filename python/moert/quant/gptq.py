@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moert.quant.format import PackedTensor, RowFormat
-from moert.quant.grid import Grid
+from moert.quant.grid import grid_of
+from moert.quant.sub1 import SubOneBit, SubOneBitTensor
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class GPTQ:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def gptq(w: Tensor, hessian: Tensor, fmt: RowFormat, settings: GPTQ = GPTQ()) -> PackedTensor:
+def gptq(
+    w: Tensor, hessian: Tensor, fmt: RowFormat | SubOneBit, settings: GPTQ = GPTQ()
+) -> PackedTensor | SubOneBitTensor:
     """w [G, R, C] in the format, such that tr((w - q) H (w - q)ᵀ) is small; hessian [G, C, C], positive semidefinite.
 
     Scales and zeros are those of rounding to nearest.  A diagonal Hessian gives exactly that rounding.
     """
     G, R, C = w.shape
-    grid = Grid(fmt, w)
+    grid = grid_of(fmt, w)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = torch.arange(C).expand(G, C)
     if settings.act_order:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moert import _C
 from moert.quant.format import PackedTensor, RowFormat, flat
+from moert.quant.sub1 import SubOneBit, SubOneBitTensor, row_limits
 
 # Levels are integers times the scale: the least, the greatest, and what is added to make the code.
 _LEVELS = {"int8": (-127, 127, 0), "int4": (-8, 7, 8), "ternary2": (-1, 1, 1), "ternary5": (-1, 1, 1)}
@@ -52,6 +53,29 @@ class Grid:
 
     def _of_group(self, part: Tensor, column: Tensor) -> Tensor:
         return part[torch.arange(len(column)), column // (self.format.group or self.columns)]
+
+
+class SubOneGrid:
+    """The three values of each row of w [G, R, C] in QMoE's code: its extremes and 0; codes are digits."""
+
+    def __init__(self, w: Tensor):
+        low, high = row_limits(w.float())
+        self.minmax = torch.cat([low, high], -1).bfloat16()
+        self.low, self.high = low[..., 0], high[..., 0]
+
+    def round(self, w: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """As Grid.round; a row without negative (positive) weights never gets a low (high)."""
+        is_low, is_high = (w < self.low / 2) & (self.low < 0), (w > self.high / 2) & (self.high > 0)
+        low, high = self.minmax.float().unbind(-1)
+        value = torch.where(is_low, low, torch.where(is_high, high, 0.0))
+        return is_low.to(torch.uint8) + 2 * is_high.to(torch.uint8), value
+
+    def pack(self, codes: Tensor) -> SubOneBitTensor:
+        return SubOneBit().encode(codes, self.minmax)
+
+
+def grid_of(fmt: RowFormat | SubOneBit, w: Tensor) -> Grid | SubOneGrid:
+    return SubOneGrid(w) if isinstance(fmt, SubOneBit) else Grid(fmt, w)
 
 
 def _power_of_two(scales: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Experts of a model to packed weights, in place."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,12 +10,13 @@ from moert.experts.calibrated import FloatGluExperts
 from moert.experts.glu import GluExperts
 from moert.experts.quantized import QuantizedExperts
 from moert.quant.calibration import calibrate_
-from moert.quant.float_experts import LayerReport
+from moert.quant.float_experts import FloatExperts, LayerReport, PackFormat, round_experts
 from moert.quant.format import RowFormat
 from moert.quant.gptq import GPTQ
 from moert.quant.int4 import Int4, Int4Asymmetric
 from moert.quant.int8 import Int8
 from moert.quant.mxfp4 import Mxfp4
+from moert.quant.sub1 import SubOneBit
 from moert.quant.ternary import Ternary2, Ternary5
 
 PRECISIONS = ("auto", "full", "int8", "int8_group32")
@@ -32,7 +33,7 @@ class Quantized(list[str]):
 
 def quantize_(
     model: nn.Module,
-    format: str | RowFormat = "int4",
+    format: str | RowFormat | SubOneBit = "int4",
     group: int | None = None,
     skip: Sequence[str] = (),
     precision: str = "auto",
@@ -50,8 +51,11 @@ def quantize_(
     calibration: batches that the model is run with, each a tensor, a mapping or a sequence of arguments.  Without them
     weights are rounded to nearest; with them by `method`, "gptq" or GPTQ(…), layer by layer.  An expert that sees too
     few rows is rounded: a warning and the result's `layers` say which.
+
+    "sub1", QMoE's code of under one bit, is for memory: a call unpacks the experts it needs (SubOneBitExperts), rows
+    are "full", and a transformers model in it cannot be saved.
     """
-    fmt = format_of(format, group)
+    fmt = sub_one_bit(group) if format in ("sub1", SubOneBit()) else format_of(format, group)
     check_options(skip, precision)
     settings = method_of(method)
     found = [
@@ -60,18 +64,41 @@ def quantize_(
     if not found and any(hasattr(module, "is_concatenated") for module in model.modules()):
         from moert.integrations.transformers import quantizer  # its model: transformers is there
 
+        if isinstance(fmt, SubOneBit):
+            return quantizer.quantize_in_memory_(model, fmt, skip, calibration, settings)
         config = quantizer.MoertConfig(fmt.name, fmt.group, skip, precision)
         return quantizer.quantize_(model, config, calibration, settings)
     if not found or found == [""]:
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
         raise ValueError(f"model must hold GluExperts that skip does not name, got {got}")
     owners = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in found}
-    if calibration is not None:
+    if calibration is not None or isinstance(fmt, SubOneBit):
         experts = {name: FloatGluExperts(*owner, precision) for name, owner in owners.items()}
-        return Quantized(found, calibrate_(model, experts, calibration, fmt, settings))
+        return Quantized(found, pack_(model, experts, calibration, fmt, settings))
     for owner, attribute in owners.values():
         setattr(owner, attribute, QuantizedExperts.pack(getattr(owner, attribute), (fmt, fmt), precision))
     return Quantized(found)
+
+
+def pack_(
+    model: nn.Module,
+    experts: Mapping[str, FloatExperts],
+    calibration: Iterable[Any] | None,
+    fmt: PackFormat,
+    settings: GPTQ,
+) -> list[LayerReport]:
+    """Packs the experts, by the batches of calibration or rounded."""
+    if calibration is not None:
+        return calibrate_(model, experts, calibration, fmt, settings)
+    for each in experts.values():
+        each.replace(round_experts(each, (fmt, fmt)))
+    return []
+
+
+def sub_one_bit(group: int | None) -> SubOneBit:
+    if group is not None:
+        raise ValueError(f"group must be None for sub1, whose values belong to rows, got {group}")
+    return SubOneBit()
 
 
 def method_of(method: str | GPTQ) -> GPTQ:

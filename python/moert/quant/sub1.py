@@ -2,6 +2,7 @@
 
 import hashlib
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from moert import _C
 from moert.quant.format import flat, float_weights
+
+PARTS = ("codes", "row_ptr", "matrix_base", "minmax")  # of a packed tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class SubOneBitTensor:
         return sum(part.nbytes for part in (self.codes, self.row_ptr, self.matrix_base, self.minmax))
 
     @property
+    def format(self) -> "SubOneBit":
+        return SubOneBit()
+
+    def part(self, first: int, last: int) -> "SubOneBitTensor":
+        """Matrices first .. last - 1 of [E, rows, columns]; the codes are a view."""
+        base = self.matrix_base[first : last + 1]
+        codes = self.codes[int(base[0]) : int(base[-1])]
+        return SubOneBitTensor(self.columns, codes, self.row_ptr[first:last], base - base[0], self.minmax[first:last])
+
+    @property
     def bits_per_weight(self) -> float:
         """What the weights took, row tables included; 0 for a tensor without weights."""
         return 8 * self.nbytes / prod(self.shape) if prod(self.shape) else 0.0
@@ -57,11 +70,17 @@ class SubOneBit:
         w = float_weights(w)
         if not w.isfinite().all():
             raise ValueError("w must be finite, got inf or nan")
-        low, high = (extreme.clamp(max=0) if i == 0 else extreme.clamp(min=0) for i, extreme in enumerate(extremes(w)))
-        empty = (low == 0) & (high == 0)
-        low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+        low, high = row_limits(w)
         digits = (w < low / 2).to(torch.uint8) + 2 * (w > high / 2).to(torch.uint8)
         return self.encode(digits, torch.cat([low, high], -1).bfloat16())
+
+    def join(self, pieces: Sequence[SubOneBitTensor]) -> SubOneBitTensor:
+        """Pieces [n, rows, columns] with the same rows and columns, one after the other."""
+        codes = torch.from_numpy(np.concatenate([piece.codes.numpy() for piece in pieces]))
+        sizes = torch.cat([piece.matrix_base.diff() for piece in pieces])
+        base = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        row_ptr, minmax = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("row_ptr", "minmax"))
+        return SubOneBitTensor(pieces[0].columns, codes, row_ptr, base, minmax)
 
     def encode(self, digits: Tensor, minmax: Tensor) -> SubOneBitTensor:
         """digits uint8 [..., rows, columns] of 0, 1, 2 and minmax bfloat16 [..., rows, 2], lossless."""
@@ -95,6 +114,14 @@ class SubOneBit:
         low, high = packed.minmax.float().split(1, -1)
         digits = self.decode(packed)
         return torch.where(digits == 1, low, torch.where(digits == 2, high, 0.0))
+
+
+def row_limits(w: Tensor) -> tuple[Tensor, Tensor]:
+    """What digits 1 and 2 stand for in each row of w, [..., rows, 1]: its extremes, 0 included; -1 and 1 of zeros."""
+    low, high = extremes(w)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    empty = (low == 0) & (high == 0)
+    return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
 
 
 def extremes(w: Tensor) -> tuple[Tensor, Tensor]:

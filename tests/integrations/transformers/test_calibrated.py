@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moert import quantize_
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules
-from moert.quant import GPTQ
+from moert.quant import GPTQ, SubOneBit
 from moert.quant.calibration import _run
 
 SETTINGS = GPTQ(min_rows=1)
@@ -61,3 +61,20 @@ def test_saved_and_reloaded(tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss", "Inkling2"])
+def test_sub_one_bit_runs_and_is_not_saved(kind, tmp_path):
+    model = tiny_model(next(family for family in families() if family.id == kind))
+    rounded, batches = copy.deepcopy(model), [tiny_inputs(model, seed) for seed in range(1, 4)]
+    quantize_(rounded, "sub1", skip=["*.layers.1"])
+    names = quantize_(model, "sub1", calibration=batches, method=SETTINGS)
+    assert len(names) == 2 and all(model.get_submodule(name).format == SubOneBit() for name in names)
+    module = model.get_submodule(names.layers[0].name)
+    inputs = calls(model, module, batches)
+    float_module = tiny_model(next(family for family in families() if family.id == kind))
+    float_module = float_module.get_submodule(names.layers[0].name)
+    errors = [error(net.get_submodule(names.layers[0].name), float_module, inputs) for net in (model, rounded)]
+    assert errors[0] < 0.9 * errors[1]
+    with pytest.raises(ValueError, match="serializable"):
+        model.save_pretrained(tmp_path)

@@ -6,14 +6,13 @@ from moert.experts.quantized import gates_first
 from moert.integrations.transformers.gates import fused_activation
 from moert.integrations.transformers.quantized import quantized_, weight_names
 from moert.ops.fused_experts import apply_activation
-from moert.quant.float_experts import FloatExperts
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.float_experts import FloatExperts, Packed, PackFormat
 
 
 class FloatHfExperts(FloatExperts):
     """An experts module of transformers; matrices have their gate rows first where fused_experts knows the gate."""
 
-    def __init__(self, module: nn.Module, fmt: RowFormat, precision: str):
+    def __init__(self, module: nn.Module, fmt: PackFormat, precision: str):
         self.module, self.format, self.precision = module, fmt, precision
         self.names = weight_names(module)
         self.fused = None if module.has_post_expert_norm else fused_activation(module)
@@ -37,7 +36,7 @@ class FloatHfExperts(FloatExperts):
         h = h.to(getattr(self.module, self.names[1]).dtype)  # the class's own gate may have parameters
         return (self.module._apply_gate(h) if self.module.has_gate else self.module.act_fn(h)).float()
 
-    def replace(self, packed: tuple[PackedTensor, PackedTensor]) -> None:
+    def replace(self, packed: tuple[Packed, Packed]) -> None:
         quantized_(self.module, self.format, self.precision)
         for place, weight in zip(("w1", "w2"), packed, strict=True):
             self.module.hold_(place, weight)

@@ -14,6 +14,8 @@ from moert.experts.quantized import activated, gates_first
 from moert.integrations.transformers.gates import fused_activation
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.quant.format import PARTS, PackedTensor, RowFormat
+from moert.quant.sub1 import PARTS as SUB_ONE_BIT_PARTS
+from moert.quant.sub1 import SubOneBit, SubOneBitTensor
 from moert.types import Routing
 
 
@@ -83,7 +85,10 @@ class PackedExperts(PackedWeights, nn.Module):
         parts = {f"{place}_{part}": getattr(packed, part) for place, packed in empty.items() for part in PARTS}
         return {name: _bits(value).dtype for name, value in parts.items() if value is not None}
 
-    def packed(self, place: str) -> PackedTensor:
+    def packed(self, place: str) -> PackedTensor | SubOneBitTensor:
+        if isinstance(self.format, SubOneBit):
+            parts = [getattr(self, f"{place}_{part}") for part in SUB_ONE_BIT_PARTS]
+            return SubOneBitTensor(getattr(self, f"{place}_columns"), *parts[:-1], parts[-1].view(torch.bfloat16))
         scales = getattr(self, f"{place}_scales")
         scales = scales.view(torch.float16) if scales.dtype == torch.int16 else scales
         codes, zeros = getattr(self, f"{place}_codes"), getattr(self, f"{place}_zeros", None)
@@ -103,7 +108,7 @@ class PackedExperts(PackedWeights, nn.Module):
             return self.run_unfused(x, routing, (b1, b2), self._own_gate, self._own_norm)
         activation, interleaved = fused
         b1 = gates_first(b1, 1) if interleaved and b1 is not None else b1
-        if any(self.adapters):
+        if any(self.adapters) or isinstance(self.format, SubOneBit):
             return self.run_unfused(x, routing, (b1, b2), lambda h: activated(h, activation), lambda y: y)
         return fused_experts_quantized(x, routing, w1, w2, (b1, b2), activation, self.precision)
 
@@ -138,7 +143,7 @@ class PackedExperts(PackedWeights, nn.Module):
 
     def hold_(self, place: str, packed: PackedTensor) -> None:
         """The parts of packed as buffers, in place of the parameter."""
-        for part in PARTS:
+        for part in SUB_ONE_BIT_PARTS if isinstance(packed, SubOneBitTensor) else PARTS:
             if (value := getattr(packed, part)) is not None:
                 self.register_buffer(f"{place}_{part}", _bits(value))
         setattr(self, f"{place}_columns", packed.columns)
@@ -164,4 +169,4 @@ def _remake(cls: type[nn.Module]) -> nn.Module:
 
 
 def _bits(part: Tensor) -> Tensor:
-    return part.view(torch.int16) if part.dtype == torch.float16 else part
+    return part.view(torch.int16) if part.dtype in (torch.float16, torch.bfloat16) else part

@@ -1,6 +1,6 @@
 """Quantized checkpoints of transformers: `quant_method: "moert"` in config.json, saved and loaded as any other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,8 @@ from moert.integrations.transformers.calibrated import FloatHfExperts
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
 from moert.quant.calibration import calibrate_
 from moert.quant.gptq import GPTQ
-from moert.quant.quantize import Quantized, check_options, format_of, skipped
+from moert.quant.quantize import Quantized, check_options, format_of, pack_, skipped
+from moert.quant.sub1 import SubOneBit
 
 
 @register_quantization_config("moert")
@@ -125,14 +126,38 @@ def quantize_(
     return Quantized(chosen, layers)
 
 
+def quantize_in_memory_(
+    model: nn.Module, fmt: SubOneBit, skip: Sequence[str], calibration: Iterable[Any] | None, settings: GPTQ
+) -> Quantized:
+    """The same in a format that no checkpoint has: the model runs, and save_pretrained is an error."""
+    chosen = chosen_experts(model, skip)
+    experts = {name: FloatHfExperts(module, fmt, "full") for name, module in chosen.items()}
+    layers = pack_(model, experts, calibration, fmt, settings)
+    if isinstance(model, PreTrainedModel):
+        model.hf_quantizer = InMemoryQuantizer(MoertConfig(skip=list(skip)), pre_quantized=True)
+        model.is_quantized = True
+    return Quantized(chosen, layers)
+
+
+class InMemoryQuantizer(MoertQuantizer):
+    """Of a model whose experts are in a format that checkpoints do not have."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+
 def targets(model: nn.Module, config: MoertConfig) -> dict[str, nn.Module]:
     """The experts modules that the configuration packs, by name."""
+    return chosen_experts(model, config.skip)
+
+
+def chosen_experts(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     found = experts_modules(model)
     packed = [name for name, module in found.items() if isinstance(module, PackedExperts)]
     if packed:
         raise ValueError(f"model must have float experts, got packed ones in {packed[0]}")
-    chosen = {name: module for name, module in found.items() if not skipped(name, config.skip)}
+    chosen = {name: module for name, module in found.items() if not skipped(name, skip)}
     if not chosen:
-        got = f"{len(found)} of them in {type(model).__name__}, skip={config.skip}"
+        got = f"{len(found)} of them in {type(model).__name__}, skip={list(skip)}"
         raise ValueError(f"model must have experts of transformers' interface that skip does not name, got {got}")
     return chosen

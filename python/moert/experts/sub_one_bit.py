@@ -1,0 +1,91 @@
+"""Feed-forward experts in QMoE's sub-1-bit code (moert.quant.sub1, arXiv 2310.16795)."""
+
+import torch
+from torch import Tensor
+
+from moert.experts.base import Experts
+from moert.experts.glu import GluExperts
+from moert.experts.lora import PackedWeights
+from moert.experts.quantized import PROJECTIONS, activated, bias_of
+from moert.quant.sub1 import PARTS, SubOneBitTensor, dictionary_hash
+from moert.types import Activation, Routing
+
+
+class SubOneBitExperts(PackedWeights, Experts):
+    """QuantizedExperts in the dictionary code, for memory: no kernel multiplies from it.
+
+    A call unpacks a few experts at a time, those with tokens.  Buffers gate_up_proj_codes, _row_ptr, _matrix_base,
+    _minmax (bfloat16 as int16 bits), down_proj_codes …; a state dict names its dictionary.  A new module holds no
+    codes: load into it, or make it by moert.quantize_.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        activation: str | Activation = "swiglu",
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
+        self.activation = Activation.of(activation)
+        rows = 2 * intermediate if self.activation.gated else intermediate, hidden
+        for name, N in zip(PROJECTIONS, rows, strict=True):
+            sizes = {"codes": (0,), "row_ptr": (num_experts, N + 1), "matrix_base": (num_experts + 1,)}
+            sizes["minmax"] = num_experts, N, 2
+            kinds = torch.uint16, torch.int32, torch.int64, torch.int16
+            for part, kind in zip(PARTS, kinds, strict=True):
+                self.register_buffer(f"{name}_{part}", torch.zeros(sizes[part], dtype=kind))
+            self.register_buffer(f"{name}_bias", torch.zeros(num_experts, N, dtype=dtype) if bias else None)
+
+    @classmethod
+    def holding(cls, experts: GluExperts, packed: tuple[SubOneBitTensor, SubOneBitTensor]) -> "SubOneBitExperts":
+        """The experts over weights that were packed from theirs, gate rows first."""
+        sizes = experts.num_experts, experts.hidden, experts.intermediate
+        out = cls(*sizes, experts.activation, experts.down_proj_bias is not None)
+        for name, w in zip(PROJECTIONS, packed, strict=True):
+            for part in PARTS:
+                value = getattr(w, part)
+                setattr(out, f"{name}_{part}", value.view(torch.int16) if part == "minmax" else value)
+            setattr(out, f"{name}_bias", bias_of(experts, name))
+        return out.train(experts.training)
+
+    def packed_pair(self) -> tuple[SubOneBitTensor, SubOneBitTensor]:
+        columns = self.hidden, self.intermediate
+        return tuple(self._packed(name, K) for name, K in zip(PROJECTIONS, columns, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights, row tables included."""
+        return sum(w.nbytes for w in self.packed_pair())
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        if routing.num_experts != self.num_experts:
+            raise ValueError(f"routing must be over {self.num_experts} experts, got {routing.num_experts}")
+        bias = self.gate_up_proj_bias, self.down_proj_bias
+        return self.run_unfused(x, routing, bias, lambda h: activated(h, self.activation), lambda y: y)
+
+    def get_extra_state(self) -> Tensor:
+        """The dictionary's hash as text, in a tensor."""
+        return torch.tensor(list(dictionary_hash().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if (text := bytes(state.tolist()).decode()) != dictionary_hash():
+            raise ValueError(f"state_dict must be coded with dictionary {dictionary_hash()}, got {text}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name in PROJECTIONS:  # as many codewords as there are
+            codes = state_dict.get(f"{prefix}{name}_codes")
+            if codes is not None and codes.dim() == 1 and codes.dtype == torch.uint16:
+                setattr(self, f"{name}_codes", torch.zeros_like(codes))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _packed(self, name: str, columns: int) -> SubOneBitTensor:
+        *parts, minmax = (getattr(self, f"{name}_{part}") for part in PARTS)
+        return SubOneBitTensor(columns, *parts, minmax.view(torch.bfloat16))
+
+    def extra_repr(self) -> str:
+        sizes = f"num_experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}"
+        return f"{sizes}, activation={self.activation.name}, bias={self.down_proj_bias is not None}"
