@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
-from moert.quant.gptq import GPTQ, gptq, inverse_factor
-from moert.quant.grid import Grid
+from moert.quant.gptq import GPTQ, _round_columns, gptq, inverse_factor
+from moert.quant.grid import Grid, grids_of
 
 FORMATS = [
     *(Int8(group) for group in (None, 32, 64, 128)),
@@ -32,15 +32,18 @@ def gptq_ref(w, hessian, fmt, settings):
     w, h = w.double(), hessian.double()
     h = h + settings.damp * h.diagonal().mean() * torch.eye(len(h))
     order = h.diagonal().argsort(dim=0, descending=True, stable=True) if settings.act_order else torch.arange(len(h))
-    grid, q = Grid(fmt, w[None].float()), torch.zeros_like(w)
-    for n, column in enumerate(order):
-        done, free = order[:n], order[n:]
-        best = w[:, free]
-        if n:
-            off = (w[:, done] - q[:, done]) @ h[done][:, free]
-            best = best + torch.linalg.solve(h[free][:, free], off.T).T
-        q[:, column] = grid.round(best[None, :, 0].float(), column[None])[1][0].double()
-    return q
+    tried = []
+    for grid in grids_of(fmt, w[None].float()):
+        q = torch.zeros_like(w)
+        for n, column in enumerate(order):
+            done, free = order[:n], order[n:]
+            best = w[:, free]
+            if n:
+                off = (w[:, done] - q[:, done]) @ h[done][:, free]
+                best = best + torch.linalg.solve(h[free][:, free], off.T).T
+            q[:, column] = grid.round(best[None, :, 0].float(), column[None])[1][0].double()
+        tried.append((torch.einsum("rc,cd,rd->r", w - q, h, w - q), q))
+    return torch.stack([min((cost[r], q[r]) for cost, q in tried)[1] for r in range(len(w))])
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
@@ -62,7 +65,9 @@ def test_diagonal_hessian_gives_rounding(fmt):
     w[0, 0] = 0
     w[0, 1, :128] = 0
     rounded = fmt.pack(w)
-    for hessian in (torch.eye(200).expand(2, 200, 200), torch.diag_embed(torch.rand(2, 200) + 0.1)):
+    hessians = [torch.eye(200).expand(2, 200, 200), torch.diag_embed(torch.rand(2, 200) + 0.1)]
+    # Columns that count more than others may ask for another scale, where there is a choice.
+    for hessian in hessians[:1] if fmt.name.startswith("ternary") else hessians:
         packed = gptq(w, hessian, fmt)
         assert torch.equal(packed.codes, rounded.codes) and torch.equal(packed.scales, rounded.scales)
         assert packed.zeros is None or torch.equal(packed.zeros, rounded.zeros)
@@ -85,6 +90,31 @@ def test_exact_for_what_the_format_holds(fmt):
         w = fmt.unpack(fmt.pack(w))
     assert torch.equal(fmt.unpack(fmt.pack(w)), w)
     assert torch.equal(fmt.unpack(gptq(w, hessian, fmt)), w)
+
+
+def test_wider_ternary_grids_where_they_leave_less():
+    w, hessian = inputs(G=4, C=128)
+    packed = gptq(w, hessian, Ternary2())
+    times = (packed.scales.float() / Ternary2().pack(w).scales.float()).flatten()
+    assert {round(t, 1) for t in times.tolist()} == {1.0, 1.5, 2.0}
+    q = Ternary2().unpack(packed)
+    grid = Grid(Ternary2(), w)
+    narrow = _round_columns(w, *_factor_of(hessian), grid, 128)[0]
+    assert cost(w, q, hessian).mean() < 0.7 * cost(w, Ternary2().unpack(grid.pack(narrow)), hessian).mean()
+
+
+def _factor_of(hessian):
+    return torch.stack([inverse_factor(h, 0.01) for h in hessian]), torch.arange(128).expand(4, 128)
+
+
+def test_the_cost_is_that_of_the_damped_hessian():
+    w, hessian = inputs(G=2, C=64)
+    settings = GPTQ(act_order=False)
+    damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(64)
+    factor = torch.stack([inverse_factor(h, 0.01) for h in hessian])
+    codes, costs = _round_columns(w, factor, torch.arange(64).expand(2, 64), Grid(Int4(), w), settings.block)
+    q = Int4().unpack(Grid(Int4(), w).pack(codes))
+    torch.testing.assert_close(costs.sum(1), cost(w, q, damped), rtol=1e-3, atol=0)
 
 
 def test_matrices_do_not_see_each_other():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
-from moert.quant.grid import Grid, grid_of
+from moert.quant.grid import Grid, SubOneGrid, grids_of
 
 FORMATS = [Int8(), Int8(64), Int4(), Int4Asymmetric(128), Mxfp4(), Ternary2(), Ternary5(32)]
 
@@ -47,7 +47,7 @@ def test_far_values_take_the_nearest_end(fmt):
 def test_sub_one_bit_as_packed_at_once():
     w = torch.randn(2, 20, 161)
     w[0, 0], w[0, 1], w[0, 2] = 0, w[0, 1].abs(), -w[0, 2].abs()
-    grid, packed = grid_of(SubOneBit(), w), SubOneBit().pack(w)
+    grid, packed = SubOneGrid(w), SubOneBit().pack(w)
     columns = [grid.round(w[:, :, i], torch.full((2,), i)) for i in range(161)]
     codes, values = (torch.stack(parts, 2) for parts in zip(*columns, strict=True))
     mine = grid.pack(codes)
@@ -55,3 +55,17 @@ def test_sub_one_bit_as_packed_at_once():
     assert torch.equal(values, SubOneBit().unpack(packed))
     # A row of one sign never takes the other.
     assert (grid.round(torch.full((2, 20), -9.0), torch.zeros(2))[1][0, 1] == 0).all()
+
+
+def test_wider_grids_and_rows_of_several():
+    w = torch.randn(2, 5, 64)
+    grids = grids_of(Ternary2(32), w)
+    assert [len(grids_of(fmt, w)) for fmt in (Int8(), Mxfp4(), SubOneBit(), Ternary5())] == [1, 1, 1, 3]
+    scale = grids[0].packed_scales.float()
+    assert torch.equal(grids[2].packed_scales.float(), 2 * scale)
+    choice = torch.tensor([[0, 1, 2, 1, 0], [2, 2, 0, 0, 1]])
+    mixed = grids[0].rows_of(grids, choice)
+    for g in range(2):
+        for r in range(5):
+            assert torch.equal(mixed.packed_scales[g, r], grids[choice[g, r]].packed_scales[g, r])
+    assert Grid(Int8(), torch.full((1, 1, 32), 6e6)).wider(2).packed_scales.item() == 65504

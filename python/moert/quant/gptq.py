@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moert.quant.format import PackedTensor, RowFormat
-from moert.quant.grid import grid_of
+from moert.quant.grid import chosen, grids_of
 from moert.quant.sub1 import SubOneBit, SubOneBitTensor
 
 
@@ -41,19 +41,30 @@ def gptq(
 ) -> PackedTensor | SubOneBitTensor:
     """w [G, R, C] in the format, such that tr((w - q) H (w - q)ᵀ) is small; hessian [G, C, C], positive semidefinite.
 
-    Scales and zeros are those of rounding to nearest.  A diagonal Hessian gives exactly that rounding.
+    Scales and zeros are those of rounding to nearest; a row in ternary may take wider ones, where that leaves less.  A
+    Hessian that is a multiple of one gives exactly that rounding.
     """
     G, R, C = w.shape
-    grid = grid_of(fmt, w)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     order = torch.arange(C).expand(G, C)
     if settings.act_order:
         order = diagonal.argsort(dim=1, descending=True, stable=True)
     factor = torch.stack([inverse_factor(h[o][:, o], settings.damp) for h, o in zip(hessian, order, strict=True)])
+    grids = grids_of(fmt, w)
+    codes, costs = zip(*(_round_columns(w, factor, order, grid, settings.block) for grid in grids), strict=True)
+    if len(grids) == 1:
+        return grids[0].pack(codes[0])
+    choice = torch.stack(costs).argmin(0)
+    return grids[0].rows_of(grids, choice).pack(chosen(codes, choice))
+
+
+def _round_columns(w: Tensor, factor: Tensor, order: Tensor, grid, block: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [G, R, C] and what they cost each row [G, R], in the damped Hessian; columns in order [G, C]."""
+    G, R, C = w.shape
     left = w.float().mT.gather(1, order[:, :, None].expand(G, C, R))  # what is to be rounded, a column a row
-    codes = torch.empty(G, C, R, dtype=torch.uint8)
-    for start in range(0, C, settings.block):
-        stop = min(start + settings.block, C)
+    codes, cost = torch.empty(G, C, R, dtype=torch.uint8), left.new_zeros(G, R)
+    for start in range(0, C, block):
+        stop = min(start + block, C)
         errors = left.new_empty(G, stop - start, R)
         for i in range(start, stop):
             codes[:, i], value = grid.round(left[:, i], order[:, i])
@@ -61,7 +72,8 @@ def gptq(
             errors[:, i - start] = error
             left[:, i + 1 : stop].baddbmm_(factor[:, i, i + 1 : stop, None], error[:, None], alpha=-1)
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
-    return grid.pack(codes.gather(1, order.argsort(1)[:, :, None].expand(G, C, R)).mT)
+        cost += errors.square().sum(1)
+    return codes.gather(1, order.argsort(1)[:, :, None].expand(G, C, R)).mT, cost
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

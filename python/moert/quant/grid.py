@@ -3,6 +3,9 @@
 G matrices of R rows and C columns; scales and zeros are those of rounding to nearest (docs/formats.md).
 """
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -17,17 +20,31 @@ _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _E2M1_BOUNDS = torch.tensor([0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5])
 
 
+WIDTHS = (1.5, 2.0)
+FLOAT16_MAX = 65504.0
+
+
 class Grid:
     """The grid of w [G, R, C] in a format."""
 
     def __init__(self, fmt: RowFormat, w: Tensor):
         self.format, (_, self.rows, self.columns) = fmt, w.shape
         packed = fmt.pack(w)
-        self.packed_scales, self.packed_zeros = packed.scales, packed.zeros
-        exponents = packed.scales.dtype == torch.uint8
-        # [G, groups, R]: the rows of a group lie together.
-        self.scales = (_power_of_two(packed.scales) if exponents else packed.scales.float()).mT.contiguous()
+        self.packed_zeros = packed.zeros
         self.zeros = None if packed.zeros is None else packed.zeros.float().mT.contiguous()
+        self._set_scales(packed.scales)
+
+    def wider(self, times: float) -> "Grid":
+        """This grid with float16 scales so many times as large (at most the largest that there is)."""
+        other = copy(self)
+        other._set_scales((self.packed_scales.float() * times).clamp(-FLOAT16_MAX, FLOAT16_MAX).half())
+        return other
+
+    def rows_of(self, grids: Sequence["Grid"], choice: Tensor) -> "Grid":
+        """Row r of matrix g from grids[choice[g, r]]: grids of the same weights."""
+        other = copy(self)
+        other._set_scales(chosen([grid.packed_scales for grid in grids], choice))
+        return other
 
     def round(self, w: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         """w [G, R], the columns `column` [G] of each matrix, to nearest -> codes uint8 and values float32 [G, R]."""
@@ -50,6 +67,12 @@ class Grid:
         packed = torch.from_numpy(_C.pack_codes(self.format.name, flat(codes).numpy(), torch.get_num_threads()))
         shaped = packed.view(*codes.shape[:-1], packed.shape[-1])
         return PackedTensor(self.format, self.columns, shaped, self.packed_scales, self.packed_zeros)
+
+    def _set_scales(self, scales: Tensor) -> None:
+        self.packed_scales = scales
+        exponents = scales.dtype == torch.uint8
+        # [G, groups, R]: the rows of a group lie together.
+        self.scales = (_power_of_two(scales) if exponents else scales.float()).mT.contiguous()
 
     def _of_group(self, part: Tensor, column: Tensor) -> Tensor:
         return part[torch.arange(len(column)), column // (self.format.group or self.columns)]
@@ -74,8 +97,24 @@ class SubOneGrid:
         return SubOneBit().encode(codes, self.minmax)
 
 
-def grid_of(fmt: RowFormat | SubOneBit, w: Tensor) -> Grid | SubOneGrid:
-    return SubOneGrid(w) if isinstance(fmt, SubOneBit) else Grid(fmt, w)
+def grids_of(fmt: RowFormat | SubOneBit, w: Tensor) -> list[Grid] | list[SubOneGrid]:
+    """The grids among which each row may choose.
+
+    Three values at the scale of rounding cut off what is beyond them, and what makes up for other errors soon is: with
+    ternary formats wider grids are tried too (docs/quantized.md has what that changes).
+    """
+    if isinstance(fmt, SubOneBit):
+        return [SubOneGrid(w)]
+    grid = Grid(fmt, w)
+    return [grid, *(grid.wider(times) for times in WIDTHS)] if fmt.name in ("ternary2", "ternary5") else [grid]
+
+
+def chosen(parts: Sequence[Tensor], choice: Tensor) -> Tensor:
+    """parts[choice[g, r]][g, r] of parts [G, R, n]."""
+    picked = parts[0].clone()
+    for i, part in enumerate(parts):
+        picked[choice == i] = part[choice == i]
+    return picked
 
 
 def _power_of_two(scales: Tensor) -> Tensor:
