@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from moert import quantize_
 from moert.cli.checkpoint import byte_tokenizer, check_files, load_model, load_tokenizer
 from moert.cli.errors import CommandError
 
@@ -28,6 +29,19 @@ def test_a_sound_checkpoint_loads(checkpoint):
         assert torch.allclose(eager(ids).logits, grouped(ids).logits, atol=1e-4)
     assert not eager.training and eager.dtype == torch.float32
     assert load_model(checkpoint, "eager", "bfloat16").dtype == torch.bfloat16
+
+
+def test_experts_are_packed_while_it_loads(checkpoint, tmp_path):
+    model = load_model(checkpoint, "moert", "auto", packing="int4:64")
+    expected = load_model(checkpoint, "moert", "auto")
+    quantize_(expected, "int4", 64)
+    ids = torch.randint(256, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    expected.save_pretrained(tmp_path)
+    assert load_model(tmp_path, "moert", "auto").config.quantization_config.group == 64
+    with pytest.raises(CommandError, match="model must have float weights to be packed, got quantized ones"):
+        load_model(tmp_path, "moert", "auto", packing="int4")
 
 
 def copy(checkpoint, tmp_path):

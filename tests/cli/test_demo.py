@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -61,10 +62,15 @@ def test_checkpoint_is_an_ordinary_one(first):
 def test_second_run_uses_the_checkpoint_and_retrain_does_not(first, tmp_path):
     out = shutil.copytree(first[0], tmp_path / "demo")
     before = (out / "model" / "model.safetensors").stat().st_mtime_ns
-    done = moert_run(out, "--prompt", "import ")
+    done = moert_run(out, "--prompt", "import ", "--quantize", "int4")
     assert done.returncode == 0 and "Using the checkpoint trained before" in done.stdout
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == before
     report = json.loads((out / "report.json").read_text())
+    rows = report["providers"]
+    assert set(rows) == {*PROVIDERS, "moert int4"} and report["generation"]["dtype"] == "bfloat16"
+    assert math.log(rows["moert"]["perplexity"]) == pytest.approx(first[2]["training"]["heldout_loss"], rel=2e-3)
+    assert rows["moert int4"]["perplexity"] == pytest.approx(rows["moert"]["perplexity"], rel=0.02)
+    assert "perplexity on 32,640 held-out bytes, bfloat16" in done.stdout
     assert report["training"] == first[2]["training"] and report["generation"]["request"]["prompt"] == "import "
     done = moert_run(out, "--retrain", "--steps", "2")
     assert done.returncode == 0 and "Using the checkpoint" not in done.stdout

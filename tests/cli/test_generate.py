@@ -13,9 +13,9 @@ from moert.cli.provider import Load
 PROMPT = "import os\n"
 
 
-def run(load, request, out=None, stock=True):
+def run(load, request, out=None, stock=True, text=None):
     console = Console(file=io.StringIO(), width=140)
-    generate(load, request, out, stock, console)
+    generate(load, request, out, stock, console, text)
     return console.file.getvalue()
 
 
@@ -34,6 +34,16 @@ def test_text_sameness_table_and_report(checkpoint, tmp_path):
 def test_moert_alone_in_bfloat16_sampled(checkpoint):
     text = run(Load(checkpoint, "bfloat16", 1), Request(PROMPT, 4, temperature=1.0, top_k=5, seed=3), stock=False)
     assert "moert" in text and "eager" not in text and "bfloat16" in text
+
+
+def test_packed_experts_and_a_text(checkpoint, tmp_path):
+    (tmp_path / "text").write_text("import os\nimport sys\n" * 30)
+    load = Load(checkpoint, "bfloat16", 1, packings=("int8",))
+    text = run(load, Request(PROMPT, 4), tmp_path / "out", stock=False, text=tmp_path / "text")
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["providers"]
+    assert rows["moert int8"]["weight_bytes"] < rows["moert"]["weight_bytes"]
+    assert rows["moert int8"]["perplexity"] == pytest.approx(rows["moert"]["perplexity"], rel=0.05)
+    assert "Weights, and perplexity on text" in text and f"{rows['moert int8']['perplexity']:.4f}" in text
 
 
 def test_files_are_checked_before_anything_starts(tmp_path):

@@ -1,11 +1,15 @@
+import math
 import os
 import signal
 
 import pytest
+import torch
 
+from moert.cli.checkpoint import load_model
 from moert.cli.errors import CommandError
 from moert.cli.generation import Request
-from moert.cli.provider import Load, Provider
+from moert.cli.perplexity import nats
+from moert.cli.provider import Load, Provider, compare, packed_name
 
 
 def test_a_process_answers_streams_and_dies_with_a_name(checkpoint):
@@ -32,3 +36,19 @@ def test_a_process_that_cannot_start_says_why(checkpoint):
     message = "the eager process must finish, got: .*invalid int value"
     with Provider("eager", Load(checkpoint, threads=0.5)) as provider, pytest.raises(CommandError, match=message):
         provider.wait()
+
+
+def test_packed_experts_beside_the_others(checkpoint):
+    windows = [list(range(40, 60)), list(range(90, 100))]
+    load = Load(checkpoint, threads=1, packings=("int4:32",))
+    compared = compare(load, Request("def f(", 3), Request("def f(", 1), 2, windows)
+    rows = compared.rows
+    assert list(rows) == ["eager", "grouped_mm", "moert", *load.packed] and load.packed[0] == packed_name("int4:32")
+    for name, packing in (("moert", None), ("moert int4:32", "int4:32")):
+        model = load_model(checkpoint, "moert", "auto", packing=packing)
+        measured = [nats(model, torch.tensor([window])) for window in windows]
+        expected = math.exp(sum(total for total, _ in measured) / sum(count for _, count in measured))
+        assert rows[name]["perplexity"] == pytest.approx(expected, rel=1e-6)
+        assert rows[name]["weight_bytes"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert rows["moert int4:32"]["weight_bytes"] < rows["moert"]["weight_bytes"] == rows["eager"]["weight_bytes"]
+    assert all(len(generations) == 2 for generations in compared.decodes.values())

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from moert.cli.errors import CommandError
 from moert.cli.generation import Difference
-from moert.cli.report import sameness, speed_table, write_atomically, write_json
+from moert.cli.report import sameness, speed_table, weights_table, write_atomically, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -78,3 +78,18 @@ def test_table_keeps_its_numbers_in_eighty_columns():
     console.print(speed_table({"grouped_mm": row}, "title"))
     text = console.export_text()
     assert "(113.50-114.50)" in text and "1,250.0" in text and "…" not in text
+
+
+def test_weights_beside_a_reference():
+    rows = {
+        "moert": {"weight_bytes": 8 * 2**20, "perplexity": 5.0},
+        "moert int4": {"weight_bytes": 3 * 2**20, "perplexity": 5.1},
+    }
+    console = Console(width=80, record=True, quiet=False)
+    console.print(weights_table(rows, "title"))
+    text = console.export_text()
+    for piece in ("title", "8.0", "3.0", "5.1000", "+2.000 %", "+0.000 %", "beside moert"):
+        assert piece in text
+    console.print(weights_table({name: {"weight_bytes": row["weight_bytes"]} for name, row in rows.items()}, "other"))
+    text = console.export_text()
+    assert "8.0" in text and "perplexity" not in text

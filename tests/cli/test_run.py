@@ -9,6 +9,7 @@ from moert.cli.app import app
     [
         (["--model", "x"], "prompt must be given with model, got none"),
         (["--model", "x", "--prompt", "a\udcff"], "prompt must be UTF-8, got bytes that are not"),
+        (["--quantize", "int4:x"], "quantize must be FORMAT or FORMAT:GROUP, got int4:x"),
         (["--top-p", "0.5"], "temperature must be above 0 with top-p or top-k, got 0 (greedy)"),
         (["--top-p", "0", "--temperature", "1"], "top-p must be in (0, 1], got 0"),
         (["--model", "x", "--prompt", "a", "--steps", "3"], "steps must be left out with --model"),
@@ -38,5 +39,5 @@ def test_values_out_of_range_are_usage_errors(arguments):
 def test_help_names_every_option():
     text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).stdout
     for option in ("model", "prompt", "max-new-tokens", "temperature", "top-p", "top-k", "seed", "threads", "dtype",
-                   "out", "compare", "steps", "retrain", "shape", "layers"):  # fmt: skip
+                   "out", "compare", "quantize", "text", "steps", "retrain", "shape", "layers"):  # fmt: skip
         assert f"--{option}" in text

@@ -8,6 +8,7 @@ from rich.console import Console
 from moert.cli import shape
 from moert.cli.checkpoint import load_model
 from moert.cli.errors import CommandError
+from moert.cli.provider import Load
 
 TINY = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 48, "num_experts": 4,
         "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
@@ -22,9 +23,11 @@ def tiny(monkeypatch):
 
 def test_every_provider_is_timed_by_layer(tiny, tmp_path):
     console = Console(file=io.StringIO(), width=140)
-    report = shape.time_shape(tiny, 2, "float32", 1, 3, tmp_path, console)
+    report = shape.time_shape(tiny, 2, Load(tmp_path, "float32", 1, packings=("int4",)), 3, tmp_path, console)
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert set(report["providers"]) == {"eager", "grouped_mm", "moert"}
+    assert set(report["providers"]) == {"eager", "grouped_mm", "moert", "moert int4"}
+    weights = {name: row["weight_bytes"] for name, row in report["providers"].items()}
+    assert weights["moert int4"] < weights["moert"] == weights["eager"]
     for row in report["providers"].values():
         assert row["prefill_tokens"] == 32 and row["decode_tokens"] == 3
         assert 2 * row["milliseconds_per_layer"]["decode"] == pytest.approx(row["milliseconds_per_token"]["p50"])

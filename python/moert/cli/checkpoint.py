@@ -32,10 +32,11 @@ def load_config(directory: Path):
         raise CommandError(f"model must have a config that transformers knows: {first_line(error)}") from error
 
 
-def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
+def load_model(directory: Path, experts: str, dtype: str, random: bool = False, packing: str | None = None):
     """The model in eval mode, its experts run by `experts`: eager, grouped_mm or moert.
 
-    random: directory holds a configuration alone, and the weights are drawn, the same ones every time.
+    random: directory holds a configuration alone, and the weights are drawn, the same ones every time.  packing: the
+    format (packing.py) in which the experts of a float checkpoint are packed while it loads.
     """
     config = load_config(directory)
     model_class = class_of(config)
@@ -43,7 +44,9 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
     if experts == "moert":
         import moert.integrations.transformers  # noqa: F401  registers the name
     if random:
-        return _random_model(model_class, config, experts, dtype)
+        return _random_model(model_class, config, experts, dtype, packing)
+    if packing and getattr(config, "quantization_config", None):
+        raise CommandError("model must have float weights to be packed, got quantized ones")
     try:
         model, report = model_class.from_pretrained(
             directory,
@@ -54,6 +57,7 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # its error names no weight; the report does
+            **({"quantization_config": _moert_config(packing)} if packing else {}),
         )
     except Exception as error:  # mismatched shapes, truncated data, missing packages: each its own type
         raise CommandError(f"model must load, got {type(error).__name__}: {first_line(error)}") from error
@@ -67,12 +71,24 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False):
     return model.eval()
 
 
-def _random_model(model_class, config, experts: str, dtype: str):
+def _moert_config(packing: str):
+    from moert.cli.packing import packing_format
+    from moert.integrations.transformers import MoertConfig
+
+    fmt = packing_format(packing)
+    return MoertConfig(fmt.name, fmt.group)
+
+
+def _random_model(model_class, config, experts: str, dtype: str, packing: str | None):
     import torch
 
     torch.manual_seed(0)
     model = model_class._from_config(config, dtype=getattr(torch, dtype))
     model.set_experts_implementation(experts)
+    if packing:
+        from moert.integrations.transformers.quantizer import quantize_
+
+        quantize_(model, _moert_config(packing))
     return model.eval()
 
 

@@ -12,27 +12,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from moert.cli.checkpoint import byte_tokenizer, check_files
-from moert.cli.corpus import Corpus, load_corpus
+from moert.cli.corpus import Corpus, evenly_spaced, load_corpus
 from moert.cli.errors import CommandError
-from moert.cli.generation import Request, first_difference, summarize
+from moert.cli.generation import Request, first_difference
 from moert.cli.machine import machine_facts
 from moert.cli.provider import PROVIDERS, Load, compare
-from moert.cli.report import sameness, speed_table, write_atomically, write_json
+from moert.cli.report import sameness, speed_table, weights_table, write_atomically, write_json
 
 PROMPT = "class Reader:\n    def __init__(self, "
 MARGIN = 0.2  # nats per byte below the bigram model: less, and the model has learned little but pairs
 ROUNDS = 3
 PREFILL_BYTES = 512
+WINDOWS = 128  # of held-out text, those of the loss that training reports
 _RECORD = "training.json"
 
 
-def demo(settings, request: Request, out: Path, dtype: str, threads: int | None, retrain: bool, console: Console):
-    """Everything `moert run` does; `settings` are demo_train's."""
+def demo(settings, request: Request, out: Path, load: Load, retrain: bool, console: Console) -> None:
+    """Everything `moert run` does; `settings` are demo_train's, load is of out / "model"."""
     import torch
 
     started = time.monotonic()
-    if threads:
-        torch.set_num_threads(threads)
+    if load.threads:
+        torch.set_num_threads(load.threads)
     corpus = load_corpus()
     record = None if retrain else _read_record(out / "model", settings)
     if record is None:
@@ -41,21 +42,25 @@ def demo(settings, request: Request, out: Path, dtype: str, threads: int | None,
         console.print(f"Using the checkpoint trained before, {out / 'model'} (--retrain trains it again).")
     verdict = _print_loss(record, console)
     prefill = Request(_ascii(corpus, PREFILL_BYTES), 1)
-    with console.status(f"Generating with {', '.join(PROVIDERS)} …"):
-        texts, prefills, decodes = compare(Load(out / "model", dtype, threads), request, prefill, ROUNDS)
-    rows = {name: summarize(prefills[name], decodes[name]) for name in PROVIDERS}
+    windows = evenly_spaced(corpus.heldout, settings.sequence, WINDOWS).tolist() if load.packings else None
+    with console.status(f"Generating with {', '.join((*PROVIDERS, *load.packed))} …"):
+        compared = compare(load, request, prefill, ROUNDS, windows)
+    texts, rows = compared.texts, compared.rows
     differences = [d for name in PROVIDERS[1:] if (d := first_difference(texts["eager"], texts[name], name))]
     console.print(Panel(Text(request.prompt, style="dim").append(texts["moert"].text, style="default"),
                         title="moert, greedy" if request.temperature == 0 else "moert, sampled"))  # fmt: skip
     console.print(sameness(differences, len(texts["eager"].ids), PROVIDERS))
-    console.print(speed_table(rows, _table_title(dtype, threads or torch.get_num_threads())))
+    console.print(speed_table(rows, _table_title(load.dtype, torch.get_num_threads())))
+    if load.packings:
+        tokens = WINDOWS * (settings.sequence - 1)
+        console.print(weights_table(rows, f"Weights, and perplexity on {tokens:,} held-out bytes, {load.dtype}"))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {**machine_facts(), "threads": threads or torch.get_num_threads()},
+        "machine": {**machine_facts(), "threads": torch.get_num_threads()},
         "training": {**record, "margin": verdict},
         "generation": {
             "request": asdict(request),
-            "dtype": dtype,
+            "dtype": load.dtype,
             "same_tokens": not differences,
             "differences": [asdict(d) for d in differences],
             "smallest_gap": min(texts["eager"].gaps, default=None),

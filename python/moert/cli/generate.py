@@ -1,5 +1,6 @@
 """`moert run --model DIR`: text from any local Hugging Face MoE checkpoint, and the speed beside stock transformers."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,24 +11,39 @@ from rich.text import Text
 from moert.cli.checkpoint import check_files
 from moert.cli.generation import Generation, Request, first_difference, summarize
 from moert.cli.machine import machine_facts
+from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
 from moert.cli.provider import STOCK, Load, Provider
-from moert.cli.report import sameness, speed_table, write_json
+from moert.cli.report import sameness, speed_table, weights_table, write_json
 
 
-def generate(load: Load, request: Request, out: Path | None, stock: bool, console: Console) -> None:
-    """The text as moert generates it; with `stock` also the comparison, one model in memory at a time."""
+def generate(
+    load: Load, request: Request, out: Path | None, stock: bool, console: Console, text: Path | None = None
+) -> None:
+    """The text as moert generates it; with packings or `stock` also the comparison, one model in memory at a time.
+
+    text: a file on which the perplexity of every provider is measured.
+    """
     check_files(load.directory)
-    names = ("moert", *STOCK) if stock else ("moert",)
+    ids = list(_windows(load.directory, text)) if text else None
+    plain = ("moert", *STOCK) if stock else ("moert",)
+    names = (*plain, *load.packed)
     results: dict[str, Generation] = {}
+    weights: dict[str, dict] = {}
     for name in names:
         with Provider(name, load) as provider:
             results[name] = _generate(provider, request, console)
-    rows = {name: summarize([generation], [generation]) for name, generation in results.items()}
+            weights[name] = {"weight_bytes": provider.weight_bytes}
+            if ids:
+                with console.status(f"Perplexity with {name} …"):
+                    weights[name]["perplexity"] = provider.perplexity(ids)
+    rows = {name: {**summarize([made], [made]), **weights[name]} for name, made in results.items()}
     moert = results["moert"]
-    differences = [d for name in names[1:] if (d := first_difference(moert, results[name], name))]
+    differences = [d for name in plain[1:] if (d := first_difference(moert, results[name], name))]
     if stock:
-        console.print(sameness(differences, len(moert.ids), names))
+        console.print(sameness(differences, len(moert.ids), plain))
     console.print(speed_table(rows, f"{load.directory.name}, {load.dtype}, a process each"))
+    if load.packings or text:
+        console.print(weights_table(rows, f"Weights{f', and perplexity on {text.name}' if text else ''}"))
     if out:
         report = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -45,6 +61,11 @@ def generate(load: Load, request: Request, out: Path | None, stock: bool, consol
         }
         write_json(out / "report.json", report)
         console.print(f"Report: {out / 'report.json'}")
+
+
+def _windows(directory: Path, text: Path) -> Iterator[list[int]]:
+    for batch in windows(tokens_of(directory, text, TEXT_TOKENS), WINDOW):
+        yield from batch.tolist()
 
 
 def _generate(provider: Provider, request: Request, console: Console) -> Generation:

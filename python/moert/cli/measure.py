@@ -1,14 +1,17 @@
 """One provider in a process of its own, so that its peak memory is its own: `python -m moert.cli.measure`.
 
-Reads Requests from stdin and answers with Generations on stdout, one JSON object a line; provider.py is the other end.
+Reads Requests from stdin and answers with Generations on stdout, one JSON object a line; windows of tokens are answered
+with their perplexity.  provider.py is the other end.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from moert.cli.checkpoint import load_model, load_tokenizer
 from moert.cli.errors import CommandError, first_line
 from moert.cli.generation import Generation, Request
 from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
+from moert.cli.perplexity import nats
 
 
 class _Clock(TextStreamer):
@@ -57,13 +61,24 @@ class _Gaps(LogitsProcessor):
 class Generator:
     """The loaded model of one provider."""
 
-    def __init__(self, directory: Path, experts: str, dtype: str, send, random: bool = False):
+    def __init__(
+        self, directory: Path, experts: str, dtype: str, send, random: bool = False, packing: str | None = None
+    ):
         self.send = send
         self.tokenizer = load_tokenizer(directory)
-        self.model = load_model(directory, experts, dtype, random)
+        self.model = load_model(directory, experts, dtype, random, packing)
         self.peak = peak_bytes()
         reset_peak()
         self.loaded = resident_bytes()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in chain(self.model.parameters(), self.model.buffers()))
+
+    def perplexity(self, windows: list[list[int]]) -> float:
+        """Of every token but the first of each window."""
+        measured = [nats(self.model, torch.tensor([window])) for window in windows]
+        return math.exp(sum(total for total, _ in measured) / sum(count for _, count in measured))
 
     def generate(self, request: Request) -> Generation:
         inputs = self.tokenizer(request.prompt, return_tensors="pt")
@@ -118,6 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--random", action="store_true")
+    parser.add_argument("--packing")
     arguments = parser.parse_args()
     # The answers keep stdout to themselves: whatever else prints there goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -129,10 +145,16 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        generator = Generator(arguments.model, arguments.experts, arguments.dtype, send, arguments.random)
-        send({"ready": type(generator.model).__name__})
+        generator = Generator(
+            arguments.model, arguments.experts, arguments.dtype, send, arguments.random, arguments.packing
+        )
+        send({"ready": type(generator.model).__name__, "weight_bytes": generator.weight_bytes})
         for line in sys.stdin:
-            send(asdict(generator.generate(Request(**json.loads(line)))))
+            asked = json.loads(line)
+            if "windows" in asked:
+                send({"perplexity": generator.perplexity(asked["windows"])})
+            else:
+                send(asdict(generator.generate(Request(**asked))))
     except CommandError as error:
         send({"error": str(error)})
     except Exception as error:  # a model can fail in any way; the caller gets it in one line

@@ -4,12 +4,31 @@ Letters: B windows, L tokens of one.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moert.cli.checkpoint import check_files, load_tokenizer
+from moert.cli.errors import CommandError, first_line
+
 BATCH_TOKENS = 2048
+TEXT_TOKENS = 16384  # of a text, where nothing else is said
+WINDOW = 512
+
+
+def tokens_of(model: Path, text: Path, limit: int) -> list[int]:
+    """The first tokens of a text, by the tokenizer of the checkpoint."""
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"the text must be a readable UTF-8 file, got {first_line(error)}") from error
+    check_files(model)
+    ids = load_tokenizer(model)(content)["input_ids"][:limit]
+    if len(ids) < 2:
+        raise CommandError(f"the text must have at least 2 tokens, got {len(ids)} in {text}")
+    return ids
 
 
 def windows(ids: Sequence[int], length: int) -> Iterator[Tensor]:

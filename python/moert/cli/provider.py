@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moert.cli.errors import CommandError, first_line
-from moert.cli.generation import Generation, Request
+from moert.cli.generation import Generation, Request, summarize
 
 STOCK = ("eager", "grouped_mm")
 PROVIDERS = (*STOCK, "moert")
@@ -20,24 +20,44 @@ PROVIDERS = (*STOCK, "moert")
 
 @dataclass(frozen=True)
 class Load:
-    """What every provider loads, and how; random: the directory has a configuration and no weights."""
+    """What every provider loads, and how; random: the directory has a configuration and no weights.
+
+    packings are formats (packing.py) in which moert's experts run as well.
+    """
 
     directory: Path
     dtype: str = "auto"
     threads: int | None = None
     random: bool = False
+    packings: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """The providers of the packings."""
+        return tuple(map(packed_name, self.packings))
+
+
+def packed_name(packing: str) -> str:
+    """The provider of a float checkpoint whose experts are packed while it loads (packing.py)."""
+    return f"moert {packing}"
 
 
 class Provider:
-    """A process that has loaded the model and answers requests one after another; a context manager."""
+    """A process that has loaded the model and answers requests one after another; a context manager.
 
-    def __init__(self, experts: str, load: Load):
-        self.experts = experts
+    weight_bytes is known after wait: parameters and buffers of the loaded model.
+    """
+
+    def __init__(self, name: str, load: Load):
+        self.experts = name
+        self.weight_bytes = 0
+        experts, _, packing = name.partition(" ")
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in __exit__
         command = [sys.executable, "-m", "moert.cli.measure", "--model", str(load.directory)]
         command += ["--experts", experts, "--dtype", load.dtype]
         command += ["--threads", str(load.threads)] if load.threads else []
         command += ["--random"] if load.random else []
+        command += ["--packing", packing] if packing else []
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -61,21 +81,29 @@ class Provider:
     def wait(self) -> str:
         """The class of the model, once it is loaded."""
         answer = self._answer()
-        self._ready = True
+        self._ready, self.weight_bytes = True, answer["weight_bytes"]
         return answer["ready"]
 
     def generate(self, request: Request, on_text: Callable[[str], None] | None = None) -> Generation:
-        if not self._ready:
-            self.wait()
-        try:
-            self._process.stdin.write(json.dumps(asdict(request)) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last words are in stdout or stderr
+        self._ask(asdict(request))
         while "text" in (answer := self._answer()) and "ids" not in answer:
             if on_text:
                 on_text(answer["text"])
         return Generation(**answer)
+
+    def perplexity(self, windows: list[list[int]]) -> float:
+        """Of every token but the first of each window."""
+        self._ask({"windows": windows})
+        return self._answer()["perplexity"]
+
+    def _ask(self, question: dict) -> None:
+        if not self._ready:
+            self.wait()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last words are in stdout or stderr
 
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
@@ -97,18 +125,48 @@ class Provider:
         return f"the {self.experts} process must finish, got: {first_line(Exception(lines[-1] if lines else code))}"
 
 
-def compare(load: Load, text: Request, prefill: Request, rounds: int) -> tuple[dict, dict[str, list], dict[str, list]]:
-    """All providers side by side: the traced text of each, then prefills and decodes in interleaved rounds."""
+@dataclass(frozen=True)
+class Comparison:
+    """What every provider did, by its name: the traced text, prefills and decodes of the rounds, and what it weighs."""
+
+    texts: dict[str, Generation]
+    prefills: dict[str, list[Generation]]
+    decodes: dict[str, list[Generation]]
+    weight_bytes: dict[str, int]
+    perplexities: dict[str, float]
+
+    @property
+    def rows(self) -> dict[str, dict]:
+        """summarize's numbers, and those of the weights."""
+        return {
+            name: {**summarize(self.prefills[name], self.decodes[name]), "weight_bytes": self.weight_bytes[name]}
+            | ({"perplexity": self.perplexities[name]} if self.perplexities else {})
+            for name in self.texts
+        }
+
+
+def compare(
+    load: Load,
+    text: Request,
+    prefill: Request,
+    rounds: int,
+    windows: list[list[int]] | None = None,
+) -> Comparison:
+    """All providers side by side: texts, prefills and decodes in interleaved rounds, perplexities of the windows."""
+    names = (*PROVIDERS, *load.packed)
     with ExitStack() as stack:
-        providers = [stack.enter_context(Provider(name, load)) for name in PROVIDERS]
+        providers = [stack.enter_context(Provider(name, load)) for name in names]
         for provider in providers:
             provider.wait()
         texts = {p.experts: p.generate(replace(text, trace=True)) for p in providers}
-        prefills: dict[str, list] = {name: [] for name in PROVIDERS}
-        decodes: dict[str, list] = {name: [] for name in PROVIDERS}
+        prefills: dict[str, list] = {name: [] for name in names}
+        decodes: dict[str, list] = {name: [] for name in names}
         for i in range(rounds):
             # Another one goes first in each round: whoever follows finds a warmer or a busier machine.
-            for provider in providers[i % 3 :] + providers[: i % 3]:
+            first = i % len(providers)
+            for provider in providers[first:] + providers[:first]:
                 prefills[provider.experts].append(provider.generate(prefill))
                 decodes[provider.experts].append(provider.generate(text))
-    return texts, prefills, decodes
+        weights = {p.experts: p.weight_bytes for p in providers}
+        perplexities = {p.experts: p.perplexity(windows) for p in providers} if windows else {}
+    return Comparison(texts, prefills, decodes, weights, perplexities)

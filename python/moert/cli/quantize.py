@@ -46,8 +46,9 @@ def quantize(
         _convert(source, target, options)
         return
     from moert.cli import quantize_report
+    from moert.cli.perplexity import TEXT_TOKENS, tokens_of
 
-    ids = quantize_report.tokens_of(source, report, report_tokens or 16384)
+    ids = tokens_of(source, report, report_tokens or TEXT_TOKENS)
     if target.exists():
         _check_made_with(target, options)
     else:

@@ -16,15 +16,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from moert.cli.checkpoint import check_files, load_model, load_tokenizer
-from moert.cli.errors import CommandError, first_line
+from moert.cli.checkpoint import load_model
+from moert.cli.errors import CommandError
 from moert.cli.machine import machine_facts
-from moert.cli.perplexity import nats, windows
+from moert.cli.perplexity import WINDOW, nats, windows
 from moert.cli.report import write_json
 from moert.cli.tensor_files import TensorFiles
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules
-
-WINDOW = 512
 
 
 @dataclass
@@ -47,19 +45,6 @@ class Layer:
         relative = math.sqrt(self.error / self.output) if self.format and self.output else None
         facts = {"name": self.name, "format": self.format, "bits_per_weight": self.bits_per_weight}
         return {**facts, "output_error": relative, "router_agreement": self.same / self.tokens if self.tokens else None}
-
-
-def tokens_of(source: Path, text: Path, limit: int) -> list[int]:
-    """The first tokens of a text, by the tokenizer of the checkpoint."""
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"report must be a readable UTF-8 text, got {first_line(error)}") from error
-    check_files(source)
-    ids = load_tokenizer(source)(content)["input_ids"][:limit]
-    if len(ids) < 2:
-        raise CommandError(f"report must be a text of at least 2 tokens, got {len(ids)} in {text}")
-    return ids
 
 
 def report(source: Path, target: Path, text: Path, ids: list[int], console: Console) -> dict:

@@ -62,6 +62,24 @@ def speed_table(rows: dict[str, dict], title: str) -> Table:
     return table
 
 
+def weights_table(rows: dict[str, dict], title: str, reference: str = "moert") -> Table:
+    """What each row weighs and, where it was measured, how well it predicts, beside the reference."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("experts")
+    table.add_column("weights\nMiB", justify="right")
+    measured = all("perplexity" in row for row in rows.values())
+    if measured:
+        table.add_column("perplexity", justify="right")
+        table.add_column(f"beside {reference}", justify="right")
+    for name, row in rows.items():
+        cells = [name, f"{row['weight_bytes'] / MIB:,.1f}"]
+        if measured:
+            change = row["perplexity"] / rows[reference]["perplexity"] - 1
+            cells += [f"{row['perplexity']:.4f}", f"{100 * change:+.3f} %"]
+        table.add_row(*cells)
+    return table
+
+
 def sameness(differences: list[Difference], tokens: int, names: tuple[str, ...]) -> str:
     """One sentence: the tokens are the same, or where they part and how close the call was."""
     if not differences:

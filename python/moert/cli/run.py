@@ -1,5 +1,6 @@
 """`moert run`: the demonstration without a model, generation with one."""
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +18,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-# What each kind of run has beside --max-new-tokens, --threads, --dtype and --out.
+# What each kind of run has beside --max-new-tokens, --threads, --dtype, --quantize and --out.
 _SAMPLING = {"prompt", "temperature", "top_p", "top_k", "seed"}
-_OWN = {"model": {"model", "compare", *_SAMPLING}, "shape": {"shape", "layers"}, "": {"steps", "retrain", *_SAMPLING}}
+_OWN = {
+    "model": {"model", "compare", "text", *_SAMPLING},
+    "shape": {"shape", "layers"},
+    "": {"steps", "retrain", *_SAMPLING},
+}
 
 
 def run(
@@ -34,7 +39,17 @@ def run(
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Arithmetic of generation; auto is the checkpoint's.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Arithmetic of generation; auto: the checkpoint's; bfloat16 with --shape or --quantize."),
+    ] = Dtype.auto,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT[:GROUP]", help="Also with packed experts, e.g. int4 or int4:128; all: every format."
+        ),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="With --model: also the perplexity on this file.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the report; without --model runs/demo.", show_default=False)
     ] = None,
@@ -51,37 +66,43 @@ def run(
     """
     # Imported when used: transformers takes seconds, which wrong options and --help need not wait for.
     from moert.cli.generation import Request
+    from moert.cli.provider import Load
 
     _check_options(context)
-    if temperature == 0 and (top_p is not None or top_k is not None):
-        raise CommandError("temperature must be above 0 with top-p or top-k, got 0 (greedy)")
-    if top_p == 0:
-        raise CommandError("top-p must be in (0, 1], got 0")
-    console = Console(highlight=False)
+    console, formats = Console(highlight=False), _formats(quantize)
+    if dtype is Dtype.auto and (formats or shape is not None):
+        dtype = Dtype.bfloat16
+    request = Request(prompt, max_new_tokens, temperature, top_p, top_k, seed)
+    load = Load(model or Path(), dtype.value, threads, packings=formats)
     if model is not None:
-        if prompt is None:
-            raise CommandError("prompt must be given with model, got none")
-        if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # Python's stand-ins for bytes that are none
-            raise CommandError("prompt must be UTF-8, got bytes that are not")
         from moert.cli.generate import generate
-        from moert.cli.provider import Load
 
-        request = Request(prompt, max_new_tokens, temperature, top_p, top_k, seed)
-        generate(Load(model, dtype.value, threads), request, out, compare, console)
+        generate(load, request, out, compare, console, text)
         return
     _needs_extras()
     if shape is not None:
         from moert.cli.shape import time_shape
 
-        wanted = "bfloat16" if dtype is Dtype.auto else dtype.value
-        time_shape(shape, layers, wanted, threads, min(max_new_tokens, 32), out, console)
+        time_shape(shape, layers, load, min(max_new_tokens, 32), out, console)
         return
+    _demo(request, load, out or Path("runs/demo"), steps, retrain, console)
+
+
+def _demo(request, load, out: Path, steps: int | None, retrain: bool, console: Console) -> None:
     from moert.cli.demo import PROMPT, demo
     from moert.cli.demo_train import DemoSettings
 
     settings = DemoSettings() if steps is None else DemoSettings(steps=steps)
-    request = Request(PROMPT if prompt is None else prompt, max_new_tokens, temperature, top_p, top_k, seed)
-    demo(settings, request, out or Path("runs/demo"), dtype.value, threads, retrain, console)
+    request = request if request.prompt is not None else replace(request, prompt=PROMPT)
+    demo(settings, request, out, replace(load, directory=out / "model"), retrain, console)
+
+
+def _formats(quantize: list[str] | None) -> tuple[str, ...]:
+    if not quantize:
+        return ()
+    from moert.cli.packing import packings
+
+    return tuple(packings(quantize))
 
 
 def _check_options(context: typer.Context) -> None:
@@ -91,8 +112,23 @@ def _check_options(context: typer.Context) -> None:
     for name in sorted(given & set.union(*_OWN.values()) - _OWN[kind]):
         where = f"with --{kind}" if kind else "without --model" if name == "compare" else "without --shape"
         raise CommandError(f"{name.replace('_', '-')} must be left out {where}")
+    _check_prompt(context.params)
     if context.params["out"] is not None:
         check_writable(context.params["out"])
+
+
+def _check_prompt(given: dict) -> None:
+    prompt = given["prompt"]
+    if given["temperature"] == 0 and (given["top_p"] is not None or given["top_k"] is not None):
+        raise CommandError("temperature must be above 0 with top-p or top-k, got 0 (greedy)")
+    if given["top_p"] == 0:
+        raise CommandError("top-p must be in (0, 1], got 0")
+    if given["model"] is not None and prompt is None:
+        raise CommandError("prompt must be given with model, got none")
+    if any(
+        0xD800 <= ord(character) < 0xE000 for character in prompt or ""
+    ):  # Python's stand-ins for bytes that are none
+        raise CommandError("prompt must be UTF-8, got bytes that are not")
 
 
 def _needs_extras() -> None:

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from moert.cli.checkpoint import byte_tokenizer
 from moert.cli.errors import CommandError
-from moert.cli.generation import Request, summarize
+from moert.cli.generation import Request
 from moert.cli.machine import machine_facts
 from moert.cli.provider import PROVIDERS, Load, compare
-from moert.cli.report import speed_table, write_json
+from moert.cli.report import speed_table, weights_table, write_json
 
 PREFILL_TOKENS = 512
 ROUNDS = 3
@@ -38,32 +38,35 @@ SHAPES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def time_shape(
-    shape: str, layers: int, dtype: str, threads: int | None, tokens: int, out: Path | None, console: Console
-) -> dict:
-    """Prefill of PREFILL_TOKENS and decode of `tokens`, every provider in turns; the numbers, also for a report."""
+def time_shape(shape: str, layers: int, load: Load, tokens: int, out: Path | None, console: Console) -> dict:
+    """Prefill of PREFILL_TOKENS and decode of `tokens`, every provider in turns; the numbers, also for a report.
+
+    load says all but the directory.
+    """
     title = f"{layers} layer{'s' if layers > 1 else ''} of {shape}, random weights"
     with tempfile.TemporaryDirectory() as folder:
         save_shape(shape, layers, Path(folder))
         text = Request("x" * 16, tokens)
         prefill = replace(text, prompt="".join(map(chr, range(32, 127))) * 6, max_new_tokens=1)
         prefill = replace(prefill, prompt=prefill.prompt[:PREFILL_TOKENS])
-        with console.status(f"{title}: {', '.join(PROVIDERS)} …"):
-            _, prefills, decodes = compare(Load(Path(folder), dtype, threads, random=True), text, prefill, ROUNDS)
-    rows = {name: summarize(prefills[name], decodes[name]) for name in PROVIDERS}
+        load = replace(load, directory=Path(folder), random=True)
+        with console.status(f"{title}: {', '.join((*PROVIDERS, *load.packed))} …"):
+            rows = compare(load, text, prefill, ROUNDS).rows
     for row in rows.values():
         row["milliseconds_per_layer"] = {
             "prefill": 1e3 * PREFILL_TOKENS / row["prefill_tokens_per_second"] / layers,
             "decode": row["milliseconds_per_token"]["p50"] / layers if row["milliseconds_per_token"] else None,
         }
-    console.print(speed_table(rows, f"{title}, {dtype}, attention included"))
+    console.print(speed_table(rows, f"{title}, {load.dtype}, attention included"))
+    if load.packings:
+        console.print(weights_table(rows, "Weights"))
     console.print("Milliseconds a layer: " + "; ".join(map(_per_layer, rows.items())))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {**machine_facts(), "threads": threads},
+        "machine": {**machine_facts(), "threads": load.threads},
         "shape": shape,
         "layers": layers,
-        "dtype": dtype,
+        "dtype": load.dtype,
         "providers": rows,
     }
     if out:

@@ -1,0 +1,34 @@
+"""How the command line names a format of packed experts: int4, or int4:128 with the columns of a scale."""
+
+from moert.cli.errors import CommandError, first_line
+from moert.quant.format import RowFormat
+from moert.quant.quantize import format_of
+
+ALL = (
+    "int8",
+    "int4:32",
+    "int4:128",
+    "int4_asymmetric:32",
+    "int4_asymmetric:128",
+    "mxfp4",
+    "ternary2",
+    "ternary5",
+)
+
+
+def packings(wanted: list[str]) -> list[str]:
+    """The names in order, each once; "all" is every one of ALL."""
+    named = [name for each in wanted for name in (ALL if each == "all" else (each,))]
+    for name in named:
+        packing_format(name)
+    return list(dict.fromkeys(named))
+
+
+def packing_format(name: str) -> RowFormat:
+    format, _, group = name.partition(":")
+    if group and not group.isdecimal():
+        raise CommandError(f"quantize must be FORMAT or FORMAT:GROUP, got {name}")
+    try:
+        return format_of(format, int(group) if group else None)
+    except ValueError as error:
+        raise CommandError(f"quantize must name a format and a group that it has: {first_line(error)}") from error
