@@ -64,7 +64,7 @@ def speed_table(rows: dict[str, dict], title: str) -> Table:
 
 def weights_table(rows: dict[str, dict], title: str, reference: str = "moert") -> Table:
     """What each row weighs and, where it was measured, how well it predicts, beside the reference."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))  # rich breaks a title that is wider
     table.add_column("experts")
     table.add_column("weights\nMiB", justify="right")
     measured = all("perplexity" in row for row in rows.values())
