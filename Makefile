@@ -13,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; kernels = sum(_C.build()['kernels'].values(), ['generic']); print(*[isa for isa in _C.isas() if isa in kernels])")
 
-.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-abi test-wheel lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -55,6 +55,12 @@ test-abi: $(READY)
 
 test-wheel: $(READY)
 	tools/test_wheel.sh $(BIN)/python "$(TORCH)"
+
+# Hostile bytes for every decoder of packed weights and checkpoints, for so many seconds; a finding's bytes stay in build/fuzz.
+SECONDS ?= 60
+fuzz: $(READY)
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install -q atheris
+	mkdir -p build/fuzz && cd build/fuzz && $(abspath $(BIN)/python) $(abspath tests/fuzz/fuzz_packed.py) corpus -max_total_time=$(SECONDS) -timeout=20 -verbosity=0
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -45,6 +45,7 @@ class Format(ABC):
     """A way to store weights in few bits: a frozen dataclass whose name the kernels know."""
 
     name: str
+    scale_dtype = torch.float16
 
     @property
     @abstractmethod
@@ -70,6 +71,10 @@ class Format(ABC):
     def check(self, packed: PackedTensor) -> None:
         if packed.format != self:
             raise ValueError(f"packed must be in format {self}, got {packed.format}")
+        for name, dtype in (("codes", torch.uint8), ("scales", self.scale_dtype), ("zeros", torch.uint8)):
+            part = getattr(packed, name)
+            if part is not None and part.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype} for {self}, got {part.dtype}")
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> Fraction:
         """Exactly, scales and the padding of rows included; 0 for a tensor without weights."""
@@ -80,7 +85,6 @@ class RowFormat(Format):
     """A format whose scales belong to groups within a row.  Its dataclass has `group`: the columns of a scale."""
 
     weights_per_block: int  # in 16 bytes of codes
-    scale_bytes = 2
     has_zeros = False
     groups = (None, 32, 64, 128)
 
@@ -96,7 +100,7 @@ class RowFormat(Format):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         *rows, columns = shape
         groups = 1 if self.group is None else -(-columns // self.group)
-        row = 16 * -(-columns // self.weights_per_block) + groups * (self.scale_bytes + self.has_zeros)
+        row = 16 * -(-columns // self.weights_per_block) + groups * (self.scale_dtype.itemsize + self.has_zeros)
         return prod(rows) * row
 
     def empty(self, shape: tuple[int, ...]) -> PackedTensor:
@@ -104,7 +108,7 @@ class RowFormat(Format):
         *rows, columns = shape
         groups = 1 if self.group is None else -(-columns // self.group)
         codes = torch.zeros(*rows, 16 * -(-columns // self.weights_per_block), dtype=torch.uint8)
-        scales = torch.zeros(*rows, groups, dtype=torch.uint8 if self.scale_bytes == 1 else torch.float16)
+        scales = torch.zeros(*rows, groups, dtype=self.scale_dtype)
         return PackedTensor(
             self, columns, codes, scales, torch.zeros_like(scales, dtype=torch.uint8) if self.has_zeros else None
         )

@@ -18,6 +18,7 @@ class Fp8(Format):
     """
 
     name = "fp8"
+    scale_dtype = torch.float32
 
     @property
     def block(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from moert.quant import reference
 from moert.quant.format import RowFormat
@@ -22,7 +23,7 @@ class Mxfp4(RowFormat):
 
     name = "mxfp4"
     weights_per_block = 32
-    scale_bytes = 1
+    scale_dtype = torch.uint8
     groups = (32,)
 
 

@@ -96,6 +96,7 @@ class SubOneBit:
 
     def decode(self, packed: SubOneBitTensor) -> Tensor:
         """The digits uint8 [..., rows, columns]."""
+        _check(packed)
         base, ptrs = packed.matrix_base.tolist(), packed.row_ptr
         rises = all(a <= b for a, b in zip(base, base[1:], strict=False))
         if len(base) != len(ptrs) + 1 or base[0] != 0 or base[-1] != len(packed.codes) or not rises:
@@ -109,6 +110,7 @@ class SubOneBit:
 
     def unpack(self, packed: SubOneBitTensor) -> Tensor:
         """The float32 weights [..., rows, columns]."""
+        _check(packed)
         if not packed.minmax.isfinite().all():
             raise ValueError("minmax must be finite, got inf or nan")
         low, high = packed.minmax.float().split(1, -1)
@@ -122,6 +124,19 @@ def row_limits(w: Tensor) -> tuple[Tensor, Tensor]:
     low, high = low.clamp(max=0), high.clamp(min=0)
     empty = (low == 0) & (high == 0)
     return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+
+
+def _check(packed: SubOneBitTensor) -> None:
+    kinds = {"codes": (torch.uint16, 1), "row_ptr": (torch.int32, 2), "matrix_base": (torch.int64, 1)}
+    for name, (dtype, dims) in kinds.items():
+        part = getattr(packed, name)
+        if part.dtype != dtype or part.dim() != dims:
+            raise ValueError(f"{name} must be {dtype} of {dims} dimensions, got {part.dtype} {list(part.shape)}")
+    rows = packed.row_ptr.shape[1] - 1
+    *matrices, width = packed.minmax.shape if packed.minmax.dim() else (0,)
+    if packed.minmax.dtype != torch.bfloat16 or width != 2 or prod(matrices) != len(packed.row_ptr) * rows:
+        got = f"{packed.minmax.dtype} {list(packed.minmax.shape)}"
+        raise ValueError(f"minmax must be torch.bfloat16 [{len(packed.row_ptr)} matrices, {rows} rows, 2], got {got}")
 
 
 def extremes(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,159 @@
+"""Packed weights as hostile files: whatever the bytes are, decoding ends with a result or one clear error.
+
+    python tests/fuzz/fuzz_packed.py FOLDER -max_total_time=60    # `make fuzz`; all options of libFuzzer
+
+FOLDER keeps the inputs that were worth keeping, and has some random ones to begin with.
+
+The inputs are sizes and bytes; a crash, a hang, an error of a kind that no user can read, or a result of another shape
+than was promised is a finding, and its bytes are left in crash-*.  Run it over a build with the address sanitizer
+(`make test-asan` makes one) to see reads outside of an array too.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+import numpy as np
+import torch
+
+from moert import Routing, fused_experts_quantized
+from moert.cli import checkpoint
+from moert.cli.errors import CommandError
+from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
+from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.readers import layout_of
+from moert.quant.sub1 import SubOneBitTensor
+
+FORMATS = [Int8(), Int8(32), Int4(32), Int4(128), Int4Asymmetric(64), Mxfp4(), Ternary2(), Ternary5(), Ternary5(32)]
+FORMATS += [Fp8(), BitNested(), BitNested(5, 4, 32)]
+CONFIGS = [
+    {"quant_method": "gptq", "bits": 4, "group_size": 32},
+    {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True},
+    {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True},
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "mxfp4"},
+]
+DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.int8]
+PART_DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int32, "blocks": torch.uint8}
+PART_DTYPES |= {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}
+ERRORS = (ValueError, TypeError, RuntimeError, CommandError)
+MOST = 40  # of a size: small problems meet every edge, and many fit into a second
+
+
+class Source(atheris.FuzzedDataProvider):
+    """Sizes and tensors out of the fuzzer's bytes."""
+
+    def size(self) -> int:
+        return self.ConsumeIntInRange(0, MOST)
+
+    def pick(self, choices: list):
+        return choices[self.ConsumeIntInRange(0, len(choices) - 1)]
+
+    def tensor(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)
+        count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        data = np.frombuffer(self.ConsumeBytes(count).ljust(count, b"\x5a"), np.uint8).copy()
+        return torch.from_numpy(data).view(dtype).view(shape)
+
+    def any_tensor(self) -> torch.Tensor:
+        return self.tensor(self.pick(DTYPES), *(self.size() for _ in range(self.ConsumeIntInRange(0, 4))))
+
+    def near(self, part: torch.Tensor) -> torch.Tensor:
+        """Bytes in the shape of part, sometimes in another one or of another kind."""
+        if self.ConsumeProbability() < 0.9:
+            return self.tensor(part.dtype, *part.shape)
+        return self.any_tensor()
+
+    def packed(self, fmt, *shape: int) -> PackedTensor:
+        good = fmt.pack(torch.ones(shape))
+        parts = [None if part is None else self.near(part) for part in (good.codes, good.scales, good.zeros)]
+        if parts[2] is not None and parts[2].dtype == torch.uint8 and self.ConsumeBool():
+            parts[2] %= 16
+        columns = shape[-1] if self.ConsumeProbability() < 0.9 else self.ConsumeIntInRange(-3, 2**40)
+        return PackedTensor(fmt, columns, *parts)
+
+
+@atheris.instrument_func
+def unpack(source: Source) -> None:
+    shape = (source.size(), source.size(), source.size())
+    packed = source.packed(source.pick(FORMATS), *shape)
+    w = packed.format.unpack(packed)
+    assert w.shape == packed.shape and w.dtype == torch.float32
+
+
+@atheris.instrument_func
+def unpack_sub1(source: Source) -> None:
+    matrices, rows, columns = source.ConsumeIntInRange(0, 3), source.size(), source.size()
+    parts = [
+        source.tensor(torch.uint16, source.size()),
+        source.tensor(torch.int32, matrices, rows + 1),
+        source.tensor(torch.int64, matrices + 1),
+        source.tensor(torch.bfloat16, matrices, rows, 2),
+    ]
+    if source.ConsumeBool():  # offsets that begin and end as they should
+        parts[1] = parts[1] % (source.size() + 1)
+        parts[2] = torch.linspace(0, len(parts[0]), matrices + 1).long()
+    packed = SubOneBitTensor(columns, *map(source.near, parts) if source.ConsumeBool() else parts)
+    assert SubOneBit().unpack(packed).shape == packed.shape
+
+
+@atheris.instrument_func
+def multiply(source: Source) -> None:
+    E, H, I, T = 2, 1 + source.size(), 1 + source.size(), source.ConsumeIntInRange(0, 6)
+    formats = [fmt for fmt in FORMATS if isinstance(fmt, RowFormat)]
+    w1 = source.packed(source.pick(formats), E, 2 * I, H)
+    w2 = source.packed(source.pick(formats), E, H, I)
+    routing = Routing(source.tensor(torch.int32, T, 2), torch.ones(T, 2), E)
+    precision = source.pick(["auto", "full", "int8", "int8_group32"])
+    y = fused_experts_quantized(torch.ones(T, H), routing, w1, w2, precision=precision)
+    assert y.shape == (T, H)
+
+
+@atheris.instrument_func
+def read(source: Source) -> None:
+    """A matrix of another library's checkpoint."""
+    layout = layout_of(source.pick(CONFIGS))
+    parts = {}
+    for name in layout.names:
+        if source.ConsumeProbability() < 0.95:
+            shape = (8 * source.ConsumeIntInRange(0, 8) for _ in range(source.pick([1, 2, 2, 3])))
+            parts[name] = source.near(torch.empty(*shape, dtype=PART_DTYPES.get(name, torch.float16)))
+    found = layout.read(parts, Int8(128)).packed
+    assert found.format.unpack(found).shape == found.shape
+
+
+@atheris.instrument_func
+def read_header(source: Source) -> None:
+    """A checkpoint's JSON and the header of its safetensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        config = source.ConsumeBytes(60) if source.ConsumeBool() else b'{"model_type": "mixtral"}'
+        (directory / "config.json").write_bytes(config)
+        length = source.ConsumeIntInRange(0, 2**64 - 1) if source.ConsumeBool() else 40
+        (directory / "model.safetensors").write_bytes(length.to_bytes(8, "little") + source.ConsumeBytes(400))
+        checkpoint.check_files(directory)
+
+
+TARGETS = [unpack, unpack_sub1, multiply, read, read_header]
+
+
+@atheris.instrument_func
+def test_one_input(data: bytes) -> None:
+    source = Source(data)
+    try:
+        source.pick(TARGETS)(source)
+    except ERRORS as error:
+        assert " must " in str(error), f"an error must say what is wrong: {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    corpus = Path(sys.argv[1])
+    corpus.mkdir(parents=True, exist_ok=True)
+    for i in range(64):
+        (corpus / f"random-{i}").write_bytes(np.random.default_rng(i).bytes(4096))
+    # Long inputs from the start: short ones are only sizes.
+    atheris.Setup([sys.argv[0], "-len_control=0", *sys.argv[1:]], test_one_input)
+    atheris.Fuzz()
