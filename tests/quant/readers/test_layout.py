@@ -56,7 +56,7 @@ def test_layout_of():
 
 def test_errors():
     with pytest.raises(
-        ValueError, match="quant_method must be one of gptq, awq, compressed-tensors, fp8, mxfp4, got aqlm"
+        ValueError, match="quant_method must be one of gptq, awq, compressed-tensors, fp8, mxfp4, gguf, got aqlm"
     ):
         layout_of({"quant_method": "aqlm"})
     with pytest.raises(TypeError, match="quantization_config must be a dict, got str"):

@@ -17,12 +17,13 @@ from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
 from moert.integrations.transformers.experts import experts_forward, fp8_experts_forward  # noqa: E402
 from moert.integrations.transformers.foreign import ForeignConfig  # noqa: E402, F401
+from moert.integrations.transformers.gguf_model import load_gguf  # noqa: E402
 from moert.integrations.transformers.loading import InexactWarning, load_quantized  # noqa: E402
 from moert.integrations.transformers.lora import install  # noqa: E402
 from moert.integrations.transformers.quantizer import MoertConfig  # noqa: E402
 from moert.integrations.transformers.swap import swap_, unswap_  # noqa: E402
 
-__all__ = ["InexactWarning", "MoertConfig", "experts_forward", "load_quantized", "swap_", "unswap_"]
+__all__ = ["InexactWarning", "MoertConfig", "experts_forward", "load_gguf", "load_quantized", "swap_", "unswap_"]
 
 # transformers validates a name against both registries together: in one alone it would load and then fail in forward.
 ExpertsInterface.register("moert", experts_forward)

@@ -27,9 +27,17 @@ def load_quantized(
     Experts keep the checkpoint's bits where a format of moert holds its numbers; where none does they are rounded to
     `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's.
     """
-    fmt = format_of(convert)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=options.get("trust_remote_code", False))
-    source = _source(config)
+    foreign_(config, _source(config), convert, precision)
+    options = {"use_safetensors": True} | options  # nothing that runs code
+    return loaded(
+        directory, *model_class.from_pretrained(directory, config=config, output_loading_info=True, **options)
+    )
+
+
+def foreign_(config: PretrainedConfig, source: dict, convert: str | RowFormat, precision: str) -> None:
+    """Makes from_pretrained read a checkpoint of that source with ForeignQuantizer."""
+    fmt = format_of(convert)
     config.quantization_config = {
         "quant_method": "moert-foreign",
         "source": source,
@@ -37,13 +45,15 @@ def load_quantized(
         "group": fmt.group,
         "precision": precision,
     }
-    options = {"use_safetensors": True} | options  # nothing that runs code
-    model, info = model_class.from_pretrained(directory, config=config, output_loading_info=True, **options)
+
+
+def loaded(where: str | PathLike, model: PreTrainedModel, info: dict) -> PreTrainedModel:
+    """The model, once it is whole and what was changed is said."""
     if info["missing_keys"]:
         raise ValueError(f"checkpoint must hold every weight, got no {min(info['missing_keys'])}")
     for change, count in model.hf_quantizer.changed.items():
-        text = f"{directory}: experts' matrices are not as in the file: {count} {change}"
-        warnings.warn(text, InexactWarning, stacklevel=2)
+        text = f"{where}: experts' matrices are not as in the file: {count} {change}"
+        warnings.warn(text, InexactWarning, stacklevel=3)
     return model
 
 

@@ -68,9 +68,10 @@ class MoertQuantizer(HfQuantizer):
                 raise ValueError(f"checkpoint must hold every part of its experts, got no {name}.{missing[0]}")
             for part, dtype in module.dtypes().items():
                 if (got := getattr(module, part).dtype) != dtype:
-                    raise ValueError(f"{name}.{part} must be {dtype} for {module.format}, got {got}")
+                    raise ValueError(f"{name}.{part} must be {dtype} for {module.packed(part[:2]).format}, got {got}")
             for place in ("w1", "w2"):
-                module.format.check_values(module.packed(place))
+                packed = module.packed(place)
+                packed.format.check_values(packed)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)

@@ -6,14 +6,35 @@ One file a layout.  Where a format of moert holds the same numbers, bits are mov
 from moert.quant.readers.awq import Awq
 from moert.quant.readers.compressed_tensors import CompressedInt
 from moert.quant.readers.fp8_blocks import Fp8Blocks
-from moert.quant.readers.ggml import Ggml
+from moert.quant.readers.ggml import Ggml, GgmlExperts
+from moert.quant.readers.gguf_file import GgufFile, gguf_experts
 from moert.quant.readers.gptq import Gptq
 from moert.quant.readers.layout import Layout, Read
 from moert.quant.readers.mxfp4_blocks import Mxfp4Blocks
 
-METHODS = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedInt, "fp8": Fp8Blocks, "mxfp4": Mxfp4Blocks}
+METHODS = {
+    "gptq": Gptq,
+    "awq": Awq,
+    "compressed-tensors": CompressedInt,
+    "fp8": Fp8Blocks,
+    "mxfp4": Mxfp4Blocks,
+    "gguf": GgmlExperts,
+}
 
-__all__ = ["Awq", "CompressedInt", "Fp8Blocks", "Ggml", "Gptq", "Layout", "Mxfp4Blocks", "Read", "layout_of"]
+__all__ = [
+    "Awq",
+    "CompressedInt",
+    "Fp8Blocks",
+    "Ggml",
+    "GgmlExperts",
+    "GgufFile",
+    "Gptq",
+    "Layout",
+    "Mxfp4Blocks",
+    "Read",
+    "gguf_experts",
+    "layout_of",
+]
 
 
 def layout_of(config: dict) -> Layout:

@@ -10,7 +10,7 @@ from moert.quant.int4 import Int4
 from moert.quant.int8 import Int8
 from moert.quant.mxfp4 import Mxfp4
 from moert.quant.readers.bits import octets, pack_nibbles, pack_quarters, rows_of_bytes
-from moert.quant.readers.layout import Layout, Parts, Read, finite
+from moert.quant.readers.layout import Layout, Parts, Read, cat_rows, finite, part
 from moert.quant.ternary import Ternary2
 
 # What holds the same numbers, and the bytes of a block.  TQ1_0 and TQ2_0 have a scale for 256 columns: ours, twice.
@@ -25,7 +25,7 @@ EXACT = {
 
 @dataclass(frozen=True)
 class Ggml(Layout):
-    """A tensor of one of ggml's types, by its name in the gguf package."""
+    """A tensor of one of ggml's types, by its name in the gguf package (needed for all but the exact ones)."""
 
     type: str
 
@@ -58,6 +58,42 @@ class Ggml(Layout):
         if not stored.numel():  # the package takes none
             return torch.zeros(*stored.shape[:-1], stored.shape[-1] // size * columns)
         return finite(torch.from_numpy(quants.dequantize(stored.numpy(), kind)).float(), "blocks")
+
+
+@dataclass(frozen=True)
+class GgmlExperts(Layout):
+    """A weight of all experts as a GGUF file has it, gate and up or down, each beside the number of its type."""
+
+    names = ("gate", "gate_type", "up", "up_type", "down", "down_type")
+    of_experts = True
+    format = None
+    obstacle = "gate and up are of different types"
+
+    @classmethod
+    def of_config(cls, config: dict) -> "GgmlExperts":
+        return cls()
+
+    def read(self, parts: Parts, convert: RowFormat) -> Read:
+        reads = [layout.read(blocks, convert) for layout, blocks in self._each(parts)]
+        if len({read.packed.format for read in reads}) > 1:
+            return super().read(parts, convert)
+        changed = dict.fromkeys(read.changed for read in reads if read.changed)
+        return Read(cat_rows([read.packed for read in reads]), "; ".join(changed))
+
+    def carry(self, parts: Parts) -> Read:
+        return Read(cat_rows([layout.carry(blocks).packed for layout, blocks in self._each(parts)]))
+
+    def unpack(self, parts: Parts) -> Tensor:
+        return torch.cat([layout.unpack(blocks) for layout, blocks in self._each(parts)], -2)
+
+    def _each(self, parts: Parts) -> list[tuple[Ggml, Parts]]:
+        given = [name for name in ("gate", "up", "down") if name in parts]
+        if given not in (["gate", "up"], ["down"]):
+            raise ValueError(f"parts must hold gate and up, or down, got {', '.join(parts)}")
+        types = [
+            gguf().GGMLQuantizationType(int(part(parts, f"{name}_type", (torch.int64,), ()))).name for name in given
+        ]
+        return [(Ggml(kind), {"blocks": parts[name]}) for kind, name in zip(types, given, strict=True)]
 
 
 def gguf():

@@ -1,0 +1,126 @@
+"""load_gguf: a Mixture-of-Experts model of transformers from a GGUF file, its experts on moert's packed kernels.
+
+transformers' own GGUF loading unpacks all experts, knows neither OLMoE nor Mixtral, and takes the experts' width of
+Qwen3-MoE from its defaults; so names and sizes of these three are here.
+"""
+
+import re
+from os import PathLike
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, OlmoeConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from moert.integrations.transformers.loading import foreign_, loaded
+from moert.quant.format import RowFormat
+from moert.quant.int8 import Int8
+from moert.quant.readers import GgufFile
+from moert.quant.readers.ggml import gguf
+
+SIZES = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "context_length": "max_position_embeddings",
+    "expert_used_count": "num_experts_per_tok",
+}
+# architecture: configuration, further sizes, what llama.cpp takes for granted
+FAMILIES = {
+    "qwen3moe": (
+        Qwen3MoeConfig,
+        {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
+        | {"expert_count": "num_experts"},
+        {"norm_topk_prob": True},
+    ),
+    "olmoe": (OlmoeConfig, {"expert_count": "num_experts", "feed_forward_length": "intermediate_size"}, {}),
+    "llama": (MixtralConfig, {"expert_count": "num_local_experts", "feed_forward_length": "intermediate_size"}, {}),
+}
+NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "attn_q": "self_attn.q_proj.weight",
+    "attn_k": "self_attn.k_proj.weight",
+    "attn_v": "self_attn.v_proj.weight",
+    "attn_output": "self_attn.o_proj.weight",
+    "attn_q_norm": "self_attn.q_norm.weight",
+    "attn_k_norm": "self_attn.k_norm.weight",
+    "ffn_gate_inp": "mlp.gate.weight",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj_gate",
+    "ffn_up_exps": "mlp.experts.gate_up_proj_up",
+    "ffn_down_exps": "mlp.experts.down_proj_down",
+}
+OUTER = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight", "output": "lm_head.weight"}
+
+
+def load_gguf(
+    path: str | PathLike, convert: str | RowFormat = Int8(128), precision: str = "auto", **options
+) -> PreTrainedModel:
+    """Qwen3-MoE, OLMoE or Mixtral; experts as load_quantized has them, all else unpacked to dtype (float32).
+
+    options are from_pretrained's.  The tokenizer is not read: transformers' AutoTokenizer takes gguf_file.
+    """
+    file = GgufFile(path)
+    config = config_of(file)
+    foreign_(config, {"quant_method": "gguf"}, convert, precision)
+    options = {"dtype": torch.float32} | options
+    tensors = dict(pair for name in file.tensors for pair in _tensors(file, name, config, options["dtype"]))
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return loaded(
+        path, *model_class.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **options)
+    )
+
+
+def config_of(file: GgufFile) -> PretrainedConfig:
+    """The configuration that the metadata stand for."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in FAMILIES or not file.metadata.get(f"{architecture}.expert_count"):
+        got = f"{architecture} of {file.metadata.get(f'{architecture}.expert_count', 0)} experts"
+        raise ValueError(f"general.architecture must be one of {', '.join(FAMILIES)} with experts, got {got}")
+    if (scaling := file.metadata.get(f"{architecture}.rope.scaling.type", "none")) != "none":
+        raise ValueError(f"rope.scaling.type must be none, got {scaling}")
+    kind, own, fixed = FAMILIES[architecture]
+    sizes = {}
+    for key, name in (SIZES | own).items():
+        sizes[name] = file.metadata.get(f"{architecture}.{key}")
+        if not isinstance(sizes[name], int | float) or sizes[name] <= 0:
+            raise ValueError(f"{architecture}.{key} must be a positive number, got {sizes[name]}")
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path} must hold token_embd.weight, got none")
+    return kind(
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": file.metadata.get(f"{architecture}.rope.freq_base", 1e4),
+        },
+        tie_word_embeddings="output.weight" not in file.tensors,
+        **sizes,
+        **fixed,
+    )
+
+
+def _tensors(file: GgufFile, name: str, config: PretrainedConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    """What a tensor of the file is in the state dict; experts stay as they are, with the number of their type."""
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    inner = NAMES.get(block[2]) if block else OUTER.get(name.removesuffix(".weight"))
+    if inner is None:
+        if name == "rope_freqs.weight":  # what llama.cpp computes from the configuration
+            return []
+        raise ValueError(f"{file.path} must hold tensors of {type(config).__name__} alone, got {name}")
+    whole = f"model.layers.{block[1]}.{inner}" if block else inner
+    if ".experts." in whole:
+        kind = gguf().GGMLQuantizationType[file.tensors[name].type]
+        return [(whole, file.blocks(name)), (f"{whole}_type", torch.tensor(int(kind)))]
+    value = file.unpack(name).to(dtype)
+    if isinstance(config, MixtralConfig) and block and block[2] in ("attn_q", "attn_k"):
+        value = _half_by_half(value, config.num_attention_heads if block[2] == "attn_q" else config.num_key_value_heads)
+    return [(whole, value)]
+
+
+def _half_by_half(rows: Tensor, heads: int) -> Tensor:
+    """Rows of rotary pairs side by side, as llama.cpp turns them -> the first ones of all pairs, then the second."""
+    if rows.shape[0] % (2 * heads):
+        raise ValueError(f"attention must have a multiple of {2 * heads} rows, got {rows.shape[0]}")
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,183 @@
+"""GGUF files of whole models, written by the gguf package, against the float model of the dequantised weights."""
+
+import warnings
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from foreign_checkpoint import CONFIGS, SIZES
+from transformers import AutoModelForCausalLM, OlmoeConfig
+
+from moert.integrations.transformers import InexactWarning, load_gguf
+from moert.integrations.transformers.quantized import PackedExperts
+from moert.quant import Int4, Int8, Mxfp4
+from moert.testing import row_error
+
+IDS = torch.arange(14).view(2, 7) * 5 % 96
+OLMOE = {name: size for name, size in SIZES.items() if name != "head_dim"}
+FAMILIES = {
+    "qwen3moe": CONFIGS["qwen3"],
+    "llama": CONFIGS["mixtral"],
+    "olmoe": lambda: OlmoeConfig(intermediate_size=32, num_experts=4, num_experts_per_tok=2, **OLMOE),
+}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
+}
+
+
+def numbers(config, arch):
+    width = "expert_feed_forward_length" if arch == "qwen3moe" else "feed_forward_length"
+    return {
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.hidden_size // config.num_attention_heads,
+        "context_length": config.max_position_embeddings,
+        "expert_count": 4,
+        "expert_used_count": config.num_experts_per_tok,
+        width: 32,
+    }
+
+
+def written(path, arch, kinds, skip=(), **change):
+    """A file whose gate, up, down and attention are of these types; the float model of what is in it."""
+    config = FAMILIES[arch]()
+    if arch == "qwen3moe":
+        config.norm_topk_prob = True
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in (numbers(config, arch) | change).items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
+
+    def put(name, tensor, kind):
+        kind = gguf.GGMLQuantizationType[kind]
+        data = gguf.quants.quantize(tensor.detach().float().contiguous().numpy(), kind)
+        if name not in skip:
+            writer.add_tensor(name, data, raw_dtype=kind)
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)))
+
+    body = model.model
+    put("token_embd.weight", body.embed_tokens.weight, "Q8_0")
+    put("output.weight", model.lm_head.weight, "F16")
+    put("output_norm.weight", body.norm.weight, "F32")
+    for i, layer in enumerate(body.layers):
+        for inner, name in NAMES.items():
+            weight = dict(layer.named_parameters()).get(f"{inner}.weight")
+            if weight is None:
+                continue
+            kind = kinds[3] if name in ("attn_q", "attn_k", "attn_v", "attn_output") else "F32"
+            if arch == "llama" and name in ("attn_q", "attn_k"):  # as llama.cpp turns the rows of a head
+                turned = weight.data.view(4, 2, -1, 64).transpose(1, 2).reshape(weight.shape).contiguous()
+                put(f"blk.{i}.{name}.weight", turned, kind)
+                weight.data.copy_(turned.view(4, -1, 2, 64).transpose(1, 2).reshape(weight.shape))
+            else:
+                put(f"blk.{i}.{name}.weight", weight.data, kind)
+        experts = layer.mlp.experts
+        for name, part, kind in zip(
+            ("gate", "up", "down"),
+            (*experts.gate_up_proj.data.chunk(2, 1), experts.down_proj.data),
+            kinds,
+            strict=False,
+        ):
+            put(f"blk.{i}.ffn_{name}_exps.weight", part, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits.flatten(0, 1)
+
+
+def formats(model):
+    packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    return [(module.w1_format, module.w2_format) for module in packed]
+
+
+@pytest.mark.parametrize(
+    "arch,kinds,expected",
+    [
+        ("qwen3moe", ("Q8_0", "Q8_0", "Q8_0", "Q8_0"), (Int8(32), Int8(32))),
+        ("qwen3moe", ("Q4_0", "Q4_0", "MXFP4", "Q5_0"), (Int4(32), Mxfp4())),
+        ("llama", ("Q4_0", "Q4_0", "Q4_0", "Q8_0"), (Int4(32), Int4(32))),
+        ("olmoe", ("Q8_0", "Q8_0", "Q8_0", "Q4_0"), (Int8(32), Int8(32))),
+    ],
+)
+def test_exact(arch, kinds, expected, tmp_path):
+    reference = written(tmp_path / "m.gguf", arch, kinds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InexactWarning)
+        model = load_gguf(tmp_path / "m.gguf", precision="full")
+    assert formats(model) == [expected] * 2
+    assert row_error(logits(model), logits(reference)) < 5e-6
+    if expected[0] == expected[1]:
+        model.save_pretrained(tmp_path / "packed")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+        assert row_error(logits(again), logits(load_gguf(tmp_path / "m.gguf"))) < 1e-6
+    else:
+        with pytest.raises(ValueError, match="not serializable"):
+            model.save_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    "kinds,why,expected",
+    [
+        (
+            ("Q5_0", "Q5_0", "Q8_0", "Q8_0"),
+            "2 converted to .*: no format has the numbers of Q5_0",
+            (Int8(128), Int8(32)),
+        ),
+        (
+            ("Q8_0", "Q4_0", "Q4_0", "F32"),
+            "2 converted to .*: gate and up are of different types",
+            (Int8(128), Int4(32)),
+        ),
+    ],
+)
+def test_converted_and_said(kinds, why, expected, tmp_path):
+    reference = written(tmp_path / "m.gguf", "qwen3moe", kinds)
+    with pytest.warns(InexactWarning, match=why):
+        model = load_gguf(tmp_path / "m.gguf", precision="full", dtype=torch.float32)
+    assert formats(model) == [expected] * 2
+    assert 0 < row_error(logits(model), logits(reference)) < 0.05
+
+
+def test_errors(tmp_path):
+    path, kinds = tmp_path / "m.gguf", ("Q8_0",) * 4
+    for change, skip, message in [
+        ({"expert_count": 0}, (), "must be one of qwen3moe, olmoe, llama with experts, got qwen3moe of 0 experts"),
+        ({"block_count": 0}, (), "qwen3moe.block_count must be a positive number, got 0"),
+        ({"expert_count": 5}, (), r"must have shape \[5, 64, 32\] by the config, got \[4, 64, 32\]"),
+        ({}, ("token_embd.weight",), "must hold token_embd.weight, got none"),
+        ({}, ("blk.1.ffn_up_exps.weight",), "parts must hold gate and up, or down, got gate, gate_type"),
+        ({}, ("blk.1.attn_q.weight",), "checkpoint must hold every weight, got no model.layers.1.self_attn.q_proj"),
+    ]:
+        written(path, "qwen3moe", kinds, skip, **change)
+        with pytest.raises(ValueError, match=message):
+            load_gguf(path)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("llama.expert_count", 4)
+    writer.add_string("llama.rope.scaling.type", "yarn")
+    writer.add_tensor("blk.0.x.weight", np.zeros((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="rope.scaling.type must be none, got yarn"):
+        load_gguf(path)
