@@ -118,6 +118,11 @@ FAULTS = {
     "shape": (f"{NAME}.scales", lambda t: t[:1], r"gate_up_proj: scales must have shape \[2, 32\], got \[1, 32\]"),
     "nan": (f"{NAME}.scales", lambda t: t * torch.nan, "scales must be finite, got inf or nan"),
     "dtype": (f"{NAME}.qweight", lambda t: t.long(), "qweight must be torch.int32, got torch.int64"),
+    "router": (
+        "model.layers.0.mlp.gate.weight",
+        lambda t: t[:3],
+        r"gate.weight: weight must have shape \[4, 64\] .* got \[3, 64\]",
+    ),
     "attention": ("model.layers.0.self_attn.q_proj.qzeros", lambda t: t + 1, "q_proj.weight: qzeros must stand for 8"),
 }
 

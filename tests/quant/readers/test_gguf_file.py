@@ -40,7 +40,7 @@ def test_as_the_package_reads_it(file):
     assert mine.metadata["tokenizer.ggml.tokens"] == ["a", "ö", "c"] and mine.metadata["numbers"] == [1, -2, 3]
     assert mine.metadata["half"] == 0.5 and set(mine.tensors) == {tensor.name for tensor in theirs.tensors}
     for tensor in theirs.tensors:
-        expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).float()
+        expected = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type)).float()
         assert torch.equal(mine.unpack(tensor.name), expected)
 
 

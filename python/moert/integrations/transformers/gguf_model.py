@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MixtralConfig, OlmoeConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moert.integrations.transformers.loading import foreign_, loaded
+from moert.integrations.transformers.loading import TOLD, foreign_, loaded
 from moert.quant.format import RowFormat
 from moert.quant.int8 import Int8
 from moert.quant.readers import GgufFile
@@ -68,9 +68,7 @@ def load_gguf(
     options = {"dtype": torch.float32} | options
     tensors = dict(pair for name in file.tensors for pair in _tensors(file, name, config, options["dtype"]))
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return loaded(
-        path, *model_class.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **options)
-    )
+    return loaded(path, *model_class.from_pretrained(None, config=config, state_dict=tensors, **TOLD, **options))
 
 
 def config_of(file: GgufFile) -> PretrainedConfig:

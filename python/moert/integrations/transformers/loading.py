@@ -10,6 +10,8 @@ from moert.quant.int8 import Int8
 from moert.quant.quantize import format_of
 from moert.quant.readers import layout_of
 
+TOLD = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong, for an error of our own
+
 
 class InexactWarning(UserWarning):
     """Some of a checkpoint's numbers are not as they are in its files."""
@@ -49,6 +51,8 @@ def foreign_(config: PretrainedConfig, source: dict, convert: str | RowFormat, p
 
 def loaded(where: str | PathLike, model: PreTrainedModel, info: dict) -> PreTrainedModel:
     """The model, once it is whole and what was changed is said."""
+    for name, got, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name} must have shape {list(wanted)} by the config, got {list(got)}")
     if info["missing_keys"]:
         raise ValueError(f"checkpoint must hold every weight, got no {min(info['missing_keys'])}")
     for change, count in model.hf_quantizer.changed.items():
