@@ -243,7 +243,7 @@ EXPERIMENT = Experiment(
     "none. FLOPs saved are to the worse of the two models' last losses, FLOPs those of the blocks without the routers' "
     "(which the tokens per second of a core include). The paper's 3.7 x is far: experts see few tokens each. Tried on "
     "two other seeds: 600 steps (causal loss of MoMa 1.592, with Mixture-of-Depths 1.600, dense 1.584), and 240 steps "
-    "with experts of width 16 (1.827, 1.730, 1.816).",
+    "with experts of width 16 (1.827, 1.730, 1.816); on one of these four times the batch (MoMa 1.634, dense 1.575).",
     equal="the same FLOPs per token, 8 experts or a dense network of an expert's width",
     variants={"dense": variant(dense), "mixed": variant(mixed), "MoMa": variant(moma), "MoMa + MoD": depths},
 )
