@@ -50,6 +50,8 @@ class Row:
     flop: float
     times: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    # Of a training step, beyond the weights and their gradients.
+    memory: dict[str, int] = field(default_factory=dict)
 
     def ideal(self) -> list[float]:
         """Seconds that the limits of each turn leave: the bytes or the product, whichever takes longer."""
@@ -189,6 +191,10 @@ def measure(problem: Problem, families: list[Family], options: argparse.Namespac
             row.missing[family.name] = answer["missing"]
         calls += [(family, name) for name in answer.get("providers", ())]
     check(title(row.problem), calls, row)
+    if problem.training:
+        for family, name in [call for call in calls if call[1] not in ("read", "product")]:
+            if (taken := family.ask(memory=name)["bytes"]) is not None:
+                row.memory[name] = taken - problem.weight_bytes
     for _ in range(options.turns):
         for family, name in calls:
             seconds = options.seconds if name not in ("read", "product") else options.seconds / 4
@@ -230,6 +236,10 @@ def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
         prepacked = cell(row, name) if (name := "moert prepacked") in row.times else ""
         table.add_row(title(row.problem), cell(row, "moert"), prepacked, *theirs)
     console.print(table)
+    for row in rows:
+        if row.memory:
+            taken = "; ".join(f"{name} {taken / 2**20:,.0f} MiB" for name, taken in row.memory.items())
+            console.print(f"{title(row.problem)}, memory beyond the weights and their gradients: {taken}")
     gone = absent | {name: why for row in rows for name, why in row.missing.items()}
     for name, why in gone.items():
         console.print(f"{name}: not measured everywhere, {why}", style="yellow")

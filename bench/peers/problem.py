@@ -60,6 +60,10 @@ class Problem:
         return (3 if self.training else 1) * 2.0 * self.T * self.k * 3 * self.H * self.I
 
     @property
+    def weight_bytes(self) -> int:
+        return self.E * 3 * self.H * self.I * (4 if self.dtype == "float32" else 2)
+
+    @property
     def bytes(self) -> float:
         """Of the weights of the experts in use, a mean over the routings; trained, twice and all gradients once."""
         used = float(np.mean([len(np.unique(ids)) for ids, _ in self.routings()]))

@@ -1,7 +1,8 @@
 """One family of peers in a process and an environment of its own: `worker.py FAMILY THREADS`, driven by layers.py.
 
 Reads one JSON object a line and answers with one: {"load": problem} -> {"providers": [names]} or {"missing": why},
-{"time": name, "seconds": s} -> {"times": [...]}, {"save": name, "path": file} -> {"saved": file}.
+{"time": name, "seconds": s} -> {"times": [...]}, {"save": name, "path": file} -> {"saved": file},
+{"memory": name} -> {"bytes": what one call takes beyond what was there before it; null where Linux does not say}.
 """
 
 import importlib
@@ -39,9 +40,27 @@ class Worker:
             times.append(time.perf_counter() - start)
         return {"times": times}
 
+    def memory(self, name: str) -> dict:
+        self.providers[name](0)  # what is kept from call to call
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status("VmRSS")
+            self.providers[name](0)
+            return {"bytes": _status("VmHWM") - before}
+        except (OSError, LookupError):
+            return {"bytes": None}
+
     def save(self, name: str, path: str) -> dict:
         np.save(path, np.asarray(self.providers[name](0), dtype=np.float32))
         return {"saved": path}
+
+
+def _status(field: str) -> int:
+    """Bytes of this process, as Linux counts them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise LookupError(field)
 
 
 def main() -> None:
@@ -55,6 +74,8 @@ def main() -> None:
             answer = worker.load(request["load"])
         elif "time" in request:
             answer = worker.time(request["time"], request["seconds"])
+        elif "memory" in request:
+            answer = worker.memory(request["memory"])
         else:
             answer = worker.save(request["save"], request["path"])
         answers.write(json.dumps(answer) + "\n")
