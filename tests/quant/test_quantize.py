@@ -54,3 +54,15 @@ def test_nothing_to_quantize():
         quantize_(model(), skip=["*"])
     with pytest.raises(ValueError, match="got experts without a module around them"):
         quantize_(GluExperts(2, 32, 32))
+
+
+def test_prepacked_weights_are_refused():
+    from moert import prepack_
+
+    net = nn.Sequential(MoELayer(TopKRouter(64, num_experts=4, k=2), GluExperts(4, 64, 64)))
+    assert prepack_(net) == ["0.experts"]
+    for options in ({}, {"calibration": [torch.randn(4, 64)]}):
+        with pytest.raises(
+            ValueError, match=r"0.experts must have weights of 3 dimensions \(unprepack_ first\), got 5"
+        ):
+            quantize_(net, "int8", **options)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moert.experts.calibrated import FloatGluExperts
 from moert.experts.glu import GluExperts
@@ -71,6 +71,8 @@ def quantize_(
     if not found or found == [""]:
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
         raise ValueError(f"model must hold GluExperts that skip does not name, got {got}")
+    for name in found:
+        check_laid_out(name, model.get_submodule(name).gate_up_proj)
     owners = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in found}
     if calibration is not None or isinstance(fmt, SubOneBit):
         experts = {name: FloatGluExperts(*owner, precision) for name, owner in owners.items()}
@@ -126,6 +128,12 @@ def check_options(skip: Sequence[str], precision: str) -> None:
         raise TypeError(f"skip must be a sequence of names, got {skip!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+
+
+def check_laid_out(name: str, weight: Tensor) -> None:
+    """[E, rows, columns], not the panels of prepack_."""
+    if weight.dim() != 3:
+        raise ValueError(f"{name} must have weights of 3 dimensions (unprepack_ first), got {weight.dim()}")
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:

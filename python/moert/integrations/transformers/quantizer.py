@@ -15,7 +15,7 @@ from moert.integrations.transformers.calibrated import FloatHfExperts
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
 from moert.quant.calibration import calibrate_
 from moert.quant.gptq import GPTQ
-from moert.quant.quantize import Quantized, check_options, format_of, pack_, skipped
+from moert.quant.quantize import Quantized, check_laid_out, check_options, format_of, pack_, skipped
 from moert.quant.sub1 import SubOneBit
 
 
@@ -161,4 +161,6 @@ def chosen_experts(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module
     if not chosen:
         got = f"{len(found)} of them in {type(model).__name__}, skip={list(skip)}"
         raise ValueError(f"model must have experts of transformers' interface that skip does not name, got {got}")
+    for name, module in chosen.items():
+        check_laid_out(name, getattr(module, weight_names(module)[0]))
     return chosen
