@@ -69,6 +69,8 @@ def test_errors():
         Ggml("Q6_K").read({"blocks": octets[..., :209]}, CONVERT)
     with pytest.raises(ValueError, match="type must be one of ggml's, got Q9_9"):
         Ggml("Q9_9").read({"blocks": octets}, CONVERT)
+    with pytest.raises(ValueError, match="type must be one that the gguf package dequantizes, got I8"):
+        Ggml("I8").read({"blocks": octets[..., :32]}, CONVERT)
     with pytest.raises(ValueError, match="blocks must have codes 0, 1 and 2, got 3"):
         Ggml("TQ2_0").read({"blocks": torch.full((1, 66), 255, dtype=torch.uint8)}, CONVERT)
     with pytest.raises(ValueError, match="scales must be finite"):

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moert.quant.format import PackedTensor, RowFormat
 from moert.quant.int4 import Int4Asymmetric
-from moert.quant.readers.bits import nibbles, pack_nibbles
+from moert.quant.readers.bits import nibbles, rows_of_bytes
 from moert.quant.readers.gptq import group_of
 from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
 
@@ -44,27 +45,35 @@ class Awq(Layout):
         return f"groups of {self.group}"
 
     def carry(self, parts: Parts) -> Read:
-        codes, zeros, scales = self._checked(parts)
-        columns, fmt = codes.shape[1], self.format
+        qweight, zeros, scales = self._checked(parts)
+        columns, fmt = len(qweight), self.format
         half, changed = float16(scales, "scales")
         scales, zeros = (spread(values, columns, self.group, fmt.group) for values in (half, zeros))
-        return Read(PackedTensor(fmt, columns, pack_nibbles(codes), scales, zeros), changed)
+        return Read(PackedTensor(fmt, columns, _packed(qweight), scales, zeros), changed)
 
     def unpack(self, parts: Parts) -> Tensor:
-        codes, zeros, scales = self._checked(parts)
+        qweight, zeros, scales = self._checked(parts)
+        codes = _in_order(qweight)
         groups = torch.arange(codes.shape[1]) // (codes.shape[1] if self.group == -1 else self.group)
         return (codes.float() - zeros[:, groups].float()) * finite(scales, "scales")[:, groups].float()
 
     def _checked(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
-        """codes uint8 [rows, columns], zeros uint8 and scales [rows, groups]."""
+        """qweight, zeros uint8 and scales [rows, groups]."""
         qweight = part(parts, "qweight", (torch.int32,), (None, None))
         columns, words = qweight.shape
         groups = num_groups(columns, self.group)
         qzeros = part(parts, "qzeros", (torch.int32,), (groups, words))
         scales = part(parts, "scales", FLOATS, (groups, 8 * words))
-        codes, zeros = (_in_order(nibbles(packed)).T.contiguous() for packed in (qweight, qzeros))
-        return codes, zeros, scales.T.contiguous()
+        return qweight, _in_order(qzeros), scales.T.contiguous()
 
 
-def _in_order(codes: Tensor) -> Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., PLACE].flatten(-2)
+def _in_order(words: Tensor) -> Tensor:
+    """int32 [columns, rows / 8] -> codes uint8 [rows, columns]."""
+    return nibbles(words).unflatten(-1, (-1, 8))[..., PLACE].flatten(-2).T.contiguous()
+
+
+def _packed(words: Tensor) -> Tensor:
+    """The same as bytes of two columns, without going through single codes, which takes several times as long."""
+    even, odd = (F.pad(words, (0, 0, 0, len(words) % 2))[first::2].T.contiguous() for first in (0, 1))
+    rows = [(even >> 4 * place & 15 | (odd >> 4 * place & 15) << 4).to(torch.uint8) for place in PLACE.tolist()]
+    return rows_of_bytes(torch.stack(rows, 1).flatten(0, 1))

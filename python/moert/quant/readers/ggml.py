@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,12 @@ class Ggml(Layout):
         stored = _rows(parts, size, self.type)
         if not stored.numel():  # the package takes none
             return torch.zeros(*stored.shape[:-1], stored.shape[-1] // size * columns)
-        return finite(torch.from_numpy(quants.dequantize(stored.numpy(), kind)).float(), "blocks")
+        try:
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is an error below
+                w = torch.from_numpy(quants.dequantize(stored.numpy(), kind)).float()
+        except NotImplementedError:
+            raise ValueError(f"type must be one that the gguf package dequantizes, got {self.type}") from None
+        return finite(w, "blocks")
 
 
 @dataclass(frozen=True)
