@@ -51,7 +51,6 @@ def rows(directory: Path, formats, windows: torch.Tensor, heldout: torch.Tensor,
     for fmt in formats:
         model = load(directory)
         moert.quantize_(model, fmt)
-        bits = bits_per_weight(model)
         rounded = perplexity(model, heldout)
         model, started = load(directory), time.monotonic()
         with warnings.catch_warnings():
@@ -59,6 +58,7 @@ def rows(directory: Path, formats, windows: torch.Tensor, heldout: torch.Tensor,
             names = moert.quantize_(model, fmt, calibration=windows.split(8), method=settings)
         seconds = time.monotonic() - started
         few = sum(len(layer.rounded) for layer in names.layers)
+        bits = bits_per_weight(model)  # that of the sub-1-bit code depends on the choices
         yield Row(f"`{fmt}`", bits, rounded, perplexity(model, heldout), seconds, few)
 
 
