@@ -126,6 +126,8 @@ inline Experts experts_of(const Tensor& x, const Tensor& w1, const Tensor& w2, c
   if (b2) experts.b2 = dense_rows(*b2);
   const Halves& halves = experts.halves;
   const bool panels = in_panels(w1, w2);
+  STD_TORCH_CHECK(!panels || !gated || I % w1.size(3) == 0, "w1 in panels must have its gate and up rows in panels of ",
+                  "their own, I a multiple of ", w1.dim() == 5 ? w1.size(3) : 0, ", got I=", I);
   const auto half = [&](bool up) { return panels ? panel_matrix(w1, up ? I : 0) : halves.matrix(w1, up); };
   experts.weights = {E,
                      H,

@@ -142,3 +142,12 @@ def test_errors():
     with pytest.raises(TypeError, match="PackedWeights must define packed_pair"):
         PackedWeights().packed_pair()
     assert isinstance(net[0].experts.lora_w1, ExpertLora)
+
+
+def test_an_error_leaves_no_adapter():
+    net = nn.Sequential(*[MoELayer(TopKRouter(H, num_experts=E, k=2), GluExperts(E, H, 32)) for _ in range(2)])
+    quantize_(net, "int4")
+    add_lora_(net[1], r)
+    with pytest.raises(ValueError, match="model must have no adapters yet, got some in 1.experts"):
+        add_lora_(net, r)
+    assert not any(net[0].experts.adapters) and any(net[1].experts.adapters)

@@ -127,3 +127,20 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="0.experts: calibration must give expert . finite rows, got inf or nan"):
         quantize_(net, calibration=[torch.full((50, H), 1e30)])
     assert all(isinstance(layer.experts, GluExperts) for layer in net)
+
+
+def test_new_experts_are_in_the_mode_of_the_old_ones():
+    net = model().train()
+    net[1].eval()
+    quantize_(net, "int4", calibration=batches())
+    assert [layer.experts.training for layer in net] == [True, False, True]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_that_are_not_finite_change_nothing(calibrated):
+    net = model()
+    with torch.no_grad():
+        net[2].experts.down_proj[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="2.experts must have finite weights, got inf or nan in expert 1"):
+        quantize_(net, "int4", calibration=batches() if calibrated else None)
+    assert all(isinstance(layer.experts, GluExperts) for layer in net)

@@ -114,5 +114,9 @@ def test_errors():
     w1 = module.float().gate_up_proj
     with pytest.raises(RuntimeError, match=r"w1 must be \[E, 2I, H\], got shape"):
         moert.fused_experts(x.detach(), routing, w1, torch.zeros(E, H, I))
+    half = torch.zeros(E, 3, H, moert._C.panel("float32")[0], 1)  # the up rows would begin within a panel
+    down = torch.zeros(E, H // half.shape[3], half.shape[3] * 3 // 2, half.shape[3], 1)
+    with pytest.raises(RuntimeError, match="w1 in panels must have its gate and up rows in panels of their own"):
+        moert.fused_experts(x.detach(), routing, half, down)
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16, float16 or float64, got int8"):
         moert._C.panel("int8")

@@ -81,11 +81,13 @@ class Conversion:
 
     def run(self, advance: Callable[[str, int], None]) -> None:
         """Writes OUT; advance is told what is worked on, and how many bytes of the input are done since."""
-        done = self._done()
-        whole = {p.file for p in self.parts if p.file in done and self._is_whole(p, done[p.file])}
-        self._check_space(sum(part.nbytes for part in self.parts if part.file not in whole))
+        if (self.partial.exists() or self.partial.is_symlink()) and not self.partial.is_dir():
+            raise CommandError(f"{self.partial} must come from moert quantize, got a file")
         self.partial.mkdir(exist_ok=True)
-        with _locked(self.partial):
+        with _locked(self.partial), _no_empty(self.partial):
+            done = self._done()
+            whole = {p.file for p in self.parts if p.file in done and self._is_whole(p, done[p.file])}
+            self._check_space(sum(part.nbytes for part in self.parts if part.file not in whole))
             for part in self.parts:
                 if part.file in whole:
                     advance(part.title, self.files.nbytes(part.sources))
@@ -128,10 +130,8 @@ class Conversion:
 
     def _done(self) -> dict[str, str]:
         """The files that an earlier call has finished, and their checksums."""
-        if not self.partial.exists() or (self.partial.is_dir() and not any(self.partial.iterdir())):
-            return {}
         if not (self.partial / RECORD).exists():
-            if self.partial.is_dir() and {path.suffix for path in self.partial.iterdir()} <= {".unfinished"}:
+            if {path.suffix for path in self.partial.iterdir()} <= {".unfinished"}:
                 return {}  # ended before its first file was whole
             raise CommandError(f"{self.partial} must come from moert quantize, got no {RECORD} in it")
         record = read_json(self.partial / RECORD)
@@ -212,6 +212,17 @@ def _on_disk(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+@contextlib.contextmanager
+def _no_empty(directory: Path):
+    """An error before the first file leaves nothing."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+        raise
 
 
 @contextlib.contextmanager

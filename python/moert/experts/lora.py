@@ -77,6 +77,7 @@ def add_lora_(model: nn.Module, rank: int = 8, alpha: float = 16.0, freeze: bool
     for name, module in found.items():
         if any(module.adapters):
             raise ValueError(f"model must have no adapters yet, got some in {name}")
+    for module in found.values():
         for place, weight in zip(("lora_w1", "lora_w2"), module.packed_pair(), strict=True):
             module.add_module(place, ExpertLora(weight.shape, rank, alpha))
     if freeze:

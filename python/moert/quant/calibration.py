@@ -99,7 +99,7 @@ def _calls_of(model: nn.Module, batch: Any, count: int, experts: FloatExperts) -
 def _pack(name, experts, x, ids, fmt, settings, progress) -> LayerReport:
     try:
         packed, rows = pack_experts(experts, x, ids, (fmt, fmt), settings, partial(progress.advance, text=name))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
     experts.replace(packed)
     rounded = tuple(e for e, count in enumerate(rows) if count < settings.min_rows)
@@ -135,10 +135,10 @@ def _hooked(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, and every module in its own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training = {name for name, module in model.named_modules() if module.training}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules():  # by name: experts were replaced meanwhile
+            module.training = name in training

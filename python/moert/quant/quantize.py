@@ -72,7 +72,8 @@ def quantize_(
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
         raise ValueError(f"model must hold GluExperts that skip does not name, got {got}")
     for name in found:
-        check_laid_out(name, model.get_submodule(name).gate_up_proj)
+        module = model.get_submodule(name)
+        check_weights(name, module.gate_up_proj, module.down_proj)
     owners = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in found}
     if calibration is not None or isinstance(fmt, SubOneBit):
         experts = {name: FloatGluExperts(*owner, precision) for name, owner in owners.items()}
@@ -92,8 +93,12 @@ def pack_(
     """Packs the experts, by the batches of calibration or rounded."""
     if calibration is not None:
         return calibrate_(model, experts, calibration, fmt, settings)
-    for each in experts.values():
-        each.replace(round_experts(each, (fmt, fmt)))
+    for name, each in experts.items():
+        try:
+            packed = round_experts(each, (fmt, fmt))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        each.replace(packed)
     return []
 
 
@@ -130,10 +135,14 @@ def check_options(skip: Sequence[str], precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision}")
 
 
-def check_laid_out(name: str, weight: Tensor) -> None:
-    """[E, rows, columns], not the panels of prepack_."""
-    if weight.dim() != 3:
-        raise ValueError(f"{name} must have weights of 3 dimensions (unprepack_ first), got {weight.dim()}")
+def check_weights(name: str, *weights: Tensor) -> None:
+    """[E, rows, columns], not the panels of prepack_, and finite: found before the first experts are replaced."""
+    for weight in weights:
+        if weight.dim() != 3:
+            raise ValueError(f"{name} must have weights of 3 dimensions (unprepack_ first), got {weight.dim()}")
+        for e, matrix in enumerate(weight.detach()):
+            if not matrix.isfinite().all():
+                raise ValueError(f"{name} must have finite weights, got inf or nan in expert {e}")
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:

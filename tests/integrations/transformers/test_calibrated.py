@@ -8,6 +8,7 @@ from families import families, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from moert import quantize_
+from moert.integrations.transformers.calibrated import FloatHfExperts
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules
 from moert.quant import GPTQ, SubOneBit
 from moert.quant.calibration import _run
@@ -78,3 +79,23 @@ def test_sub_one_bit_runs_and_is_not_saved(kind, tmp_path):
     assert errors[0] < 0.9 * errors[1]
     with pytest.raises(ValueError, match="serializable"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_failure_in_a_later_layer_is_not_saved(tmp_path, monkeypatch):
+    """What is packed runs; a checkpoint of some packed and some float experts would be read as neither."""
+    family = next(family for family in families() if family.id == "Qwen3Moe")
+    model = tiny_model(family)
+    whole = FloatHfExperts.replace
+    done = []
+
+    def once(self, packed):
+        if done:
+            raise RuntimeError("no memory left")
+        done.append(whole(self, packed))
+
+    monkeypatch.setattr(FloatHfExperts, "replace", once)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        quantize_(model, "int4")
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "half")
+    assert torch.isfinite(model(torch.arange(6)[None]).logits).all()

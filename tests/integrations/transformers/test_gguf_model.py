@@ -181,3 +181,28 @@ def test_errors(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="rope.scaling.type must be none, got yarn"):
         load_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_count": 1}, "block_count must be that of the tensors, 2 in a row, got 1"),
+        ({"block_count": 2_000_000_000}, "block_count must be that of the tensors"),
+        ({"expert_used_count": 9}, "expert_used_count must be at most expert_count=4, got 9"),
+        ({"rope.scale_linear": 4}, "qwen3moe.rope.scale_linear must be 1, the only one read, got 4"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count must be"),
+        ({"attention.sliding_window": 4}, "attention.sliding_window must be 0"),
+    ],
+)
+def test_metadata_that_would_change_the_model(change, message, tmp_path):
+    written(tmp_path / "m.gguf", "qwen3moe", ("Q8_0",) * 4, **change)
+    with pytest.raises(ValueError, match=message):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_a_tensor_that_the_model_has_not(tmp_path, monkeypatch):
+    """Norms of the heads' queries belong to Qwen3-MoE, not to Mixtral."""
+    monkeypatch.setitem(NAMES, "input_layernorm", "attn_q_norm")
+    written(tmp_path / "m.gguf", "llama", ("Q8_0",) * 4)
+    with pytest.raises(ValueError, match="must hold tensors of MixtralForCausalLM alone, got .*q_norm"):
+        load_gguf(tmp_path / "m.gguf")

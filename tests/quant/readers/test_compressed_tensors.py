@@ -125,3 +125,39 @@ def test_errors():
         CompressedInt(4, False, "channel").read(
             {"weight": torch.full((2, 2), -9).char(), "weight_scale": torch.ones(2, 1)}, CONVERT
         )
+
+
+def test_parts_that_the_scheme_has_no_use_for():
+    layout, parts, expected = made("pack-quantized", num_bits=4, strategy="group", group_size=32, symmetric=True)
+    order = torch.arange(256, dtype=torch.int32) // 32
+    for plain in ({"weight_g_idx": order}, {"weight_g_idx": order * 0 - 1}, {"weight_zero_point": parts_of_zeros()}):
+        assert torch.equal(layout.unpack(parts | plain), expected)
+    with pytest.raises(ValueError, match="weight_g_idx must be in order without actorder, got another order"):
+        layout.read(parts | {"weight_g_idx": order.flip(0)}, CONVERT)
+    with pytest.raises(ValueError, match="weight_zero_point must be zero in a symmetric scheme, got others"):
+        layout.read(parts | {"weight_zero_point": parts_of_zeros() + 1}, CONVERT)
+
+
+def parts_of_zeros():
+    """Packed along 16 rows, 8 groups: code 0 of 4 bits is stored as 8."""
+    return torch.full((2, 8), -0x77777778, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("order", "act"), [("Group", True), ("dynamic", True), ("static", False), (None, False)])
+def test_spellings_of_actorder(order, act):
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "actorder": order}
+    config = {"format": "pack-quantized", "config_groups": {"a": {"weights": weights}}}
+    assert CompressedInt.of_config(config).act_order == act
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ([1], "config_groups must hold schemes with a dict of weights"),
+        ({"weights": [1]}, "config_groups must hold schemes with a dict of weights"),
+        ({"weights": {"num_bits": 4, "group_size": 32, "actorder": "x"}}, "actorder must be one of None, .*, got x"),
+    ],
+)
+def test_configurations_of_other_kinds(group, message):
+    with pytest.raises(ValueError, match=message):
+        CompressedInt.of_config({"format": "pack-quantized", "config_groups": {"a": group}})

@@ -6,7 +6,7 @@ from foreign import fp8
 from readers_contract import CONVERT, check_broken, check_converted
 
 from moert.quant import Fp8
-from moert.quant.readers import Fp8Blocks
+from moert.quant.readers import Fp8Blocks, layout_of
 
 
 @pytest.mark.parametrize("rows,columns", [(128, 256), (130, 200), (1, 17)])
@@ -43,3 +43,10 @@ def test_errors():
         Fp8Blocks().read(parts | {"weight_scale_inv": torch.ones(1, 2)}, CONVERT)
     with pytest.raises(TypeError, match="weight must be torch.float8_e4m3fn, got torch.float8_e5m2"):
         Fp8Blocks().read(parts | {"weight": parts["weight"].to(torch.float8_e5m2)}, CONVERT)
+
+
+def test_a_block_size_that_is_no_list():
+    with pytest.raises(ValueError, match=r"weight_block_size must be \[128, 128\] in fp8 checkpoints, got 5"):
+        Fp8Blocks.of_config({"weight_block_size": 5})
+    with pytest.raises(ValueError, match=r"quant_method must be one of gptq, .*, got \['gptq'\]"):
+        layout_of({"quant_method": ["gptq"]})

@@ -68,7 +68,10 @@ def load_gguf(
     options = {"dtype": torch.float32} | options
     tensors = dict(pair for name in file.tensors for pair in _tensors(file, name, config, options["dtype"]))
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return loaded(path, *model_class.from_pretrained(None, config=config, state_dict=tensors, **TOLD, **options))
+    model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **TOLD, **options)
+    if unread := info["unexpected_keys"]:
+        raise ValueError(f"{path} must hold tensors of {model_class.__name__} alone, got {min(unread)}")
+    return loaded(path, model, info)
 
 
 def config_of(file: GgufFile) -> PretrainedConfig:
@@ -85,6 +88,7 @@ def config_of(file: GgufFile) -> PretrainedConfig:
         sizes[name] = file.metadata.get(f"{architecture}.{key}")
         if not isinstance(sizes[name], int | float) or sizes[name] <= 0:
             raise ValueError(f"{architecture}.{key} must be a positive number, got {sizes[name]}")
+    _check(file, architecture, sizes)
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} must hold token_embd.weight, got none")
     return kind(
@@ -97,6 +101,22 @@ def config_of(file: GgufFile) -> PretrainedConfig:
         **sizes,
         **fixed,
     )
+
+
+def _check(file: GgufFile, architecture: str, sizes: dict) -> None:
+    """Numbers that must fit each other, and those that would change the model in a way that is not read."""
+    get = lambda key: file.metadata.get(f"{architecture}.{key}")  # noqa: E731
+    blocks = {int(found[1]) for name in file.tensors if (found := re.match(r"blk\.(\d{1,6})\.", name))}
+    if get("block_count") != len(blocks) or max(blocks, default=0) >= len(blocks):
+        raise ValueError(f"block_count must be that of the tensors, {len(blocks)} in a row, got {get('block_count')}")
+    if get("expert_used_count") > get("expert_count"):
+        raise ValueError(
+            f"expert_used_count must be at most expert_count={get('expert_count')}, got {get('expert_used_count')}"
+        )
+    head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    for key, plain in (("rope.scale_linear", 1), ("rope.dimension_count", head), ("attention.sliding_window", 0)):
+        if get(key) not in (None, plain):
+            raise ValueError(f"{architecture}.{key} must be {plain}, the only one read, got {get(key)}")
 
 
 def _tensors(file: GgufFile, name: str, config: PretrainedConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:

@@ -53,6 +53,8 @@ def loaded(where: str | PathLike, model: PreTrainedModel, info: dict) -> PreTrai
     """The model, once it is whole and what was changed is said."""
     for name, got, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{name} must have shape {list(wanted)} by the config, got {list(got)}")
+    if unread := [name for name in info["unexpected_keys"] if ".experts." in name]:
+        raise ValueError(f"checkpoint must hold experts of the config alone, got {min(unread)}")
     if info["missing_keys"]:
         raise ValueError(f"checkpoint must hold every weight, got no {min(info['missing_keys'])}")
     for change, count in model.hf_quantizer.changed.items():

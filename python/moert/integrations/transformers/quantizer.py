@@ -13,9 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moert.integrations.transformers.calibrated import FloatHfExperts
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
-from moert.quant.calibration import calibrate_
+from moert.quant.format import RowFormat
 from moert.quant.gptq import GPTQ
-from moert.quant.quantize import Quantized, check_laid_out, check_options, format_of, pack_, skipped
+from moert.quant.quantize import Quantized, check_options, check_weights, format_of, pack_, skipped
 from moert.quant.sub1 import SubOneBit
 
 
@@ -110,34 +110,35 @@ def quantize_(
     packed.
     """
     fmt = format_of(config.format, config.group)
-    chosen = targets(model, config)
-    layers = ()
-    if calibration is not None:
-        experts = {name: FloatHfExperts(module, fmt, config.precision) for name, module in chosen.items()}
-        layers = calibrate_(model, experts, calibration, fmt, settings)
-    else:
-        for module in chosen.values():
-            quantized_(module, fmt, config.precision)
-            for place, weight in zip(("w1", "w2"), weight_names(module), strict=True):
-                module.pack_(place, getattr(module, weight))
+    experts = float_experts(model, config.skip, fmt, config.precision)
+    try:
+        layers = pack_(model, experts, calibration, fmt, settings)
+    except BaseException:
+        _only_in_memory_(model, config.skip)  # some of them are packed: no checkpoint says which
+        raise
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = MoertQuantizer(config, pre_quantized=True)
         model.is_quantized, model.quantization_method = True, config.quant_method
         model.config.quantization_config = config
-    return Quantized(chosen, layers)
+    return Quantized(experts, layers)
 
 
 def quantize_in_memory_(
     model: nn.Module, fmt: SubOneBit, skip: Sequence[str], calibration: Iterable[Any] | None, settings: GPTQ
 ) -> Quantized:
     """The same in a format that no checkpoint has: the model runs, and save_pretrained is an error."""
-    chosen = chosen_experts(model, skip)
-    experts = {name: FloatHfExperts(module, fmt, "full") for name, module in chosen.items()}
-    layers = pack_(model, experts, calibration, fmt, settings)
+    experts = float_experts(model, skip, fmt, "full")
+    try:
+        return Quantized(experts, pack_(model, experts, calibration, fmt, settings))
+    finally:
+        _only_in_memory_(model, skip)
+
+
+def _only_in_memory_(model: nn.Module, skip: Sequence[str]) -> None:
+    """save_pretrained is an error from here on."""
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = InMemoryQuantizer(MoertConfig(skip=list(skip)), pre_quantized=True)
         model.is_quantized = True
-    return Quantized(chosen, layers)
 
 
 class InMemoryQuantizer(MoertQuantizer):
@@ -161,6 +162,12 @@ def chosen_experts(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module
     if not chosen:
         got = f"{len(found)} of them in {type(model).__name__}, skip={list(skip)}"
         raise ValueError(f"model must have experts of transformers' interface that skip does not name, got {got}")
-    for name, module in chosen.items():
-        check_laid_out(name, getattr(module, weight_names(module)[0]))
     return chosen
+
+
+def float_experts(model: nn.Module, skip: Sequence[str], fmt: RowFormat | SubOneBit, precision: str) -> dict:
+    """The chosen experts of a loaded model as they are packed, by name, their weights checked."""
+    chosen = chosen_experts(model, skip)
+    for name, module in chosen.items():
+        check_weights(name, *(getattr(module, weight) for weight in weight_names(module)))
+    return {name: FloatHfExperts(module, fmt, precision) for name, module in chosen.items()}

@@ -42,6 +42,6 @@ def layout_of(config: dict) -> Layout:
     if not isinstance(config, dict):
         raise TypeError(f"quantization_config must be a dict, got {type(config).__name__}")
     method = config.get("quant_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"quant_method must be one of {', '.join(METHODS)}, got {method}")
     return METHODS[method].of_config(config)

@@ -12,6 +12,8 @@ from moert.quant.readers.bits import nibbles, octets, rows_of_bytes
 from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, float16, num_groups, our_group, part, spread
 
 FORMATS = ("pack-quantized", "int-quantized")
+# Whether the columns of a group are not neighbours; "dynamic" is an older name of "group".
+ORDERS = {None: False, False: False, "weight": False, "static": False, True: True, "group": True, "dynamic": True}
 STRATEGIES = ("tensor", "channel", "group")
 
 
@@ -42,7 +44,10 @@ class CompressedInt(Layout):
 
     @classmethod
     def _of_scheme(cls, scheme: dict, default: str | None) -> "CompressedInt":
-        weights, name = scheme.get("weights") or {}, scheme.get("format") or default
+        weights = (scheme.get("weights") or {}) if isinstance(scheme, dict) else None
+        if not isinstance(weights, dict):
+            raise ValueError(f"config_groups must hold schemes with a dict of weights, got {scheme}")
+        name = scheme.get("format") or default
         if name not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)} in compressed-tensors, got {name}")
         bits, strategy, packed = weights.get("num_bits"), weights.get("strategy"), name == "pack-quantized"
@@ -54,8 +59,11 @@ class CompressedInt(Layout):
         group = weights.get("group_size") if strategy == "group" else -1
         if not isinstance(group, int) or (group < 1 and group != -1):
             raise ValueError(f"group_size must be positive, got {group}")
-        act_order = weights.get("actorder") in ("group", True)
-        return cls(bits, packed, strategy, group, bool(weights.get("symmetric", True)), act_order)
+        order = weights.get("actorder")
+        order = order.lower() if isinstance(order, str) else order
+        if order not in ORDERS:
+            raise ValueError(f"actorder must be one of {', '.join(map(str, ORDERS))}, got {order}")
+        return cls(bits, packed, strategy, group, bool(weights.get("symmetric", True)), bool(ORDERS[order]))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +94,7 @@ class CompressedInt(Layout):
     def carry(self, parts: Parts) -> Read:
         stored, columns = self._codes(parts)
         scales, fmt = self._scales(parts, len(stored), columns), self.format
+        self._check_plain(parts, scales.shape, columns)
         half, changed = float16(scales, "weight_scale")
         zeros = None if self.symmetric else self._zeros(parts, scales.shape)
         if fmt.group is not None:
@@ -96,6 +105,7 @@ class CompressedInt(Layout):
     def unpack(self, parts: Parts) -> Tensor:
         stored, columns = self._codes(parts)
         scales = finite(self._scales(parts, len(stored), columns), "weight_scale")
+        self._check_plain(parts, scales.shape, columns)
         middle = 0 if self._bytes else 8
         codes = (stored.view(torch.int8) if self._bytes else nibbles(stored)[:, :columns]).float()
         zeros = torch.full(scales.shape, middle) if self.symmetric else self._zeros(parts, scales.shape)
@@ -142,6 +152,18 @@ class CompressedInt(Layout):
         words = part(parts, "weight_zero_point", (torch.int32,), (-(-rows * self.bits // 32), groups))
         zeros = nibbles(words.T) if self.bits == 4 else (octets(words.T) ^ 128).view(torch.int8)
         return zeros[:, :rows].T.contiguous()
+
+    def _check_plain(self, parts: Parts, scales: torch.Size, columns: int) -> None:
+        """Parts that the scheme has no use for must say nothing else than it does."""
+        zeros, order = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+        middle = 0 if self._bytes else 8
+        if self.symmetric and zeros is not None and zeros.any() and (self._zeros(parts, scales) != middle).any():
+            raise ValueError("weight_zero_point must be zero in a symmetric scheme, got others")
+        if self.act_order or order is None or (order == -1).all():
+            return
+        order = part(parts, "weight_g_idx", (torch.int32, torch.int64), (columns,)).long()
+        if not torch.equal(order, self._groups(parts, columns)):
+            raise ValueError("weight_g_idx must be in order without actorder, got another order")
 
     def _groups(self, parts: Parts, columns: int) -> Tensor:
         in_order = torch.arange(columns) // (max(columns, 1) if self.group == -1 else self.group)

@@ -21,8 +21,8 @@ class Fp8Blocks(Layout):
 
     @classmethod
     def of_config(cls, config: dict) -> "Fp8Blocks":
-        if list(block := config.get("weight_block_size") or ()) != [128, 128]:
-            raise ValueError(f"weight_block_size must be [128, 128] in fp8 checkpoints, got {block or None}")
+        if (block := config.get("weight_block_size")) not in ([128, 128], (128, 128)):
+            raise ValueError(f"weight_block_size must be [128, 128] in fp8 checkpoints, got {block}")
         if config.get("fmt", "e4m3") != "e4m3":
             raise ValueError(f"fmt must be e4m3 in fp8 checkpoints, got {config['fmt']}")
         return cls()

@@ -132,6 +132,8 @@ class GgufFile:
         if not 1 <= dims <= 4:
             raise ValueError(f"{name} must have 1 to 4 dimensions, got {dims}")
         sizes = [self._number("Q") for _ in range(dims)]
+        if prod(max(size, 1) for size in sizes) >= 2**63:
+            raise ValueError(f"{name} must have fewer than 2^63 numbers, got sizes {sizes}")
         return name, tuple(reversed(sizes)), self._number("I"), self._number("Q")
 
     def _tensor(self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
