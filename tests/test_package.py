@@ -146,3 +146,13 @@ def test_this_machine_configures(tmp_path):
     command = ["cmake", "-S", ROOT, "-B", tmp_path, pybind11()]
     run = subprocess.run([*command, f"-DPython_EXECUTABLE={sys.executable}"], capture_output=True, text=True)
     assert run.returncode == 0 and "CMake Warning" not in run.stderr, run.stderr
+
+
+def test_names_that_are_imported_later():
+    import moert.quant
+
+    assert all(hasattr(moert, name) for name in (*moert.__all__, "layers", "runtime")) and "MoELayer" in dir(moert)
+    assert all(hasattr(moert.quant, name) for name in moert.quant.__all__)
+    for module in (moert, moert.quant):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'nothing'"):
+            module.nothing  # noqa: B018

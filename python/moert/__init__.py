@@ -1,5 +1,6 @@
 """moert: the Mixture-of-Experts runtime for PyTorch."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 try:
@@ -14,7 +15,6 @@ torch.ops.load_library(find_spec("moert._ops").origin)
 
 from moert.experts import Experts, GluExperts, QuantizedExperts  # noqa: E402
 from moert.info import info  # noqa: E402
-from moert.layers import MoELayer  # noqa: E402
 from moert.numerics import batch_invariant, is_batch_invariant  # noqa: E402
 from moert.ops import (  # noqa: E402
     expert_choice,
@@ -28,9 +28,7 @@ from moert.ops import (  # noqa: E402
     union_experts,
     unpermute,
 )
-from moert.quant.quantize import quantize_  # noqa: E402
 from moert.routers import Router, RouterContext, TopKRouter  # noqa: E402
-from moert.runtime.prepack import prepack_, unprepack_  # noqa: E402
 from moert.types import Activation, DispatchPlan, ExpertLayout, GroupLimit, Routing  # noqa: E402
 
 __version__ = "0.1.0"
@@ -64,3 +62,24 @@ __all__ = [
     "unpermute",
     "unprepack_",
 ]
+
+# Imported when they are asked for: `import moert` shall not cost much more than `import torch`.
+_LATER = {
+    "MoELayer": "moert.layers",
+    "prepack_": "moert.runtime.prepack",
+    "quantize_": "moert.quant.quantize",
+    "unprepack_": "moert.runtime.prepack",
+}
+_PACKAGES = ("analysis", "decode", "layers", "quant", "runtime", "train")
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"moert.{name}")
+    raise AttributeError(f"module 'moert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,25 +1,26 @@
-from moert.quant.bit_nested import BitNested
-from moert.quant.format import Format, PackedTensor
-from moert.quant.fp8 import Fp8
-from moert.quant.gptq import GPTQ
-from moert.quant.int4 import Int4, Int4Asymmetric
-from moert.quant.int8 import Int8
-from moert.quant.mxfp4 import Mxfp4
-from moert.quant.sub1 import SubOneBit, SubOneBitTensor
-from moert.quant.ternary import Ternary2, Ternary5
+"""Formats of quantized weights and the ways into them, each imported when it is asked for."""
 
-__all__ = [
-    "GPTQ",
-    "BitNested",
-    "Format",
-    "Fp8",
-    "Int4",
-    "Int4Asymmetric",
-    "Int8",
-    "Mxfp4",
-    "PackedTensor",
-    "SubOneBit",
-    "SubOneBitTensor",
-    "Ternary2",
-    "Ternary5",
-]
+from importlib import import_module
+
+_LATER = {
+    "GPTQ": "gptq",
+    "BitNested": "bit_nested",
+    "Format": "format",
+    "Fp8": "fp8",
+    "Int4": "int4",
+    "Int4Asymmetric": "int4",
+    "Int8": "int8",
+    "Mxfp4": "mxfp4",
+    "PackedTensor": "format",
+    "SubOneBit": "sub1",
+    "SubOneBitTensor": "sub1",
+    "Ternary2": "ternary",
+    "Ternary5": "ternary",
+}
+__all__ = sorted(_LATER)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(import_module(f"moert.quant.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'moert.quant' has no attribute {name!r}")
