@@ -1,8 +1,11 @@
 """moert, with weights as they lie and prepacked, and the limits of the machine measured through the same process."""
 
+import functools
+from dataclasses import replace
+
 import torch
 from problem import PRODUCT_SIZE, READ_BYTES, Problem
-from torch_inputs import inputs, training
+from torch_inputs import inputs, training, weights
 
 import moert
 from moert import GluExperts
@@ -22,9 +25,7 @@ def providers(problem: Problem, threads: int) -> dict:
 
         return {"moert": training(step, x, (w1, w2), routings)} | limits
 
-    prepacked = GluExperts(problem.E, problem.H, problem.I, device="meta", dtype=w1.dtype)
-    prepacked.gate_up_proj, prepacked.down_proj = torch.nn.Parameter(w1.clone()), torch.nn.Parameter(w2.clone())
-    laid_out = moert.prepack_(prepacked)
+    prepacked, laid_out = _prepacked(replace(problem, T=0, routing="uniform"))
 
     def call(turn):
         with torch.inference_mode():
@@ -36,3 +37,10 @@ def providers(problem: Problem, threads: int) -> dict:
 
     mine = {"moert": call} | ({"moert prepacked": call_prepacked} if laid_out else {})
     return mine | limits
+
+
+@functools.lru_cache(maxsize=1)
+def _prepacked(problem: Problem) -> tuple[GluExperts, list[str]]:
+    experts = GluExperts(problem.E, problem.H, problem.I, device="meta")
+    experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w.clone()) for w in weights(problem))
+    return experts, moert.prepack_(experts)

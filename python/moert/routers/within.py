@@ -1,7 +1,7 @@
 """The routers inside a model that knows nothing of contexts and routings, as Hugging Face's: reached by hooks."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -40,12 +40,10 @@ def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Ite
     known = routers_in(model)
     if unknown := own.keys() - known.keys():
         raise ValueError(f"context must name routers of the model, {', '.join(known)}, got {', '.join(unknown)}")
-    handles = [known[name].register_forward_pre_hook(_filling(each), with_kwargs=True) for name, each in own.items()]
-    try:
+    with ExitStack() as stack:
+        for name, each in own.items():
+            stack.enter_context(known[name].register_forward_pre_hook(_filling(each), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _filling(context: Given):
@@ -72,15 +70,11 @@ def recorded_routings(model: nn.Module) -> Iterator[list[tuple[str, Routing]]]:
 
 @contextmanager
 def _each_routing(model: nn.Module, note: Callable[[str, Routing], None]) -> Iterator[None]:
-    handles = [
-        router.register_forward_hook(lambda _, args, routing, name=name: note(name, routing))
-        for name, router in routers_in(model).items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, router in routers_in(model).items():
+            hook = lambda _, args, routing, name=name: note(name, routing)  # noqa: E731
+            stack.enter_context(router.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

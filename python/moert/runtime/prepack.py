@@ -20,19 +20,15 @@ def prepack_(module: nn.Module) -> list[str]:
     values as before; load_state_dict, and unprepack_, put the weights back.  No gradients: a call that wants them is
     an error.
     """
-    return [name for name, experts in _experts(module) if _prepack(experts)]
+    forms = {name: (each, form) for name, each in module.named_modules() if (form := _form(each)) is not None}
+    if not forms:
+        raise ValueError(f"module must hold experts that fused_experts runs, got none in {type(module).__name__}")
+    return [name for name, (experts, form) in forms.items() if _prepack(experts, form)]
 
 
 def unprepack_(module: nn.Module) -> list[str]:
     """Put the weights back as they were; the names of the experts it was done for."""
-    return [name for name, experts in _experts(module) if _restore(experts)]
-
-
-def _experts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    found = [(name, each) for name, each in module.named_modules() if _form(each) is not None]
-    if not found:
-        raise ValueError(f"module must hold experts that fused_experts runs, got none in {type(module).__name__}")
-    return found
+    return [name for name, each in module.named_modules() if hasattr(each, "_unpacked_form") and _restore(each)]
 
 
 def _form(experts: nn.Module) -> tuple[str, str, ExpertLayout] | None:
@@ -47,8 +43,8 @@ def _form(experts: nn.Module) -> tuple[str, str, ExpertLayout] | None:
     return prepackable(experts)
 
 
-def _prepack(experts: nn.Module) -> bool:
-    first, second, layout = _form(experts)
+def _prepack(experts: nn.Module, form: tuple[str, str, ExpertLayout]) -> bool:
+    first, second, layout = form
     weights = [experts._parameters.get(name) for name in (first, second)]
     if not all(type(w) is nn.Parameter and w.device.type == "cpu" and w.dim() == 3 for w in weights):
         return False
@@ -61,15 +57,15 @@ def _prepack(experts: nn.Module) -> bool:
         E, N, K = matrix.shape
         panels = matrix.reshape(E, N // columns, columns, K // depth, depth).transpose(2, 3)
         weight.data = panels.contiguous()
-    if not getattr(experts, "_has_panel_hooks", False):
-        experts._has_panel_hooks = True
+    if not hasattr(experts, "_unpacked_form"):
+        experts._unpacked_form = form
         experts.register_state_dict_post_hook(_show_restored)
         experts.register_load_state_dict_pre_hook(_restore_before_load)
     return True
 
 
 def _restore(experts: nn.Module) -> bool:
-    first, second, layout = _form(experts)
+    first, second, layout = experts._unpacked_form
     done = False
     for name in (first, second):
         weight = experts._parameters.get(name)
@@ -80,7 +76,7 @@ def _restore(experts: nn.Module) -> bool:
 
 
 def _show_restored(experts: nn.Module, state_dict: dict, prefix: str, _) -> None:
-    first, second, layout = _form(experts)
+    first, second, layout = experts._unpacked_form
     for name in (first, second):
         weight = state_dict.get(prefix + name)
         if weight is not None and weight.dim() == 5:

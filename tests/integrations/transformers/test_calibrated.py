@@ -99,3 +99,13 @@ def test_a_failure_in_a_later_layer_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "half")
     assert torch.isfinite(model(torch.arange(6)[None]).logits).all()
+
+
+@pytest.mark.parametrize("fmt", ["int4", "sub1"])
+def test_a_failure_before_the_first_layer_leaves_the_model_as_it_was(fmt, tmp_path):
+    model = tiny_model(next(family for family in families() if family.id == "Qwen3Moe"))
+    with pytest.raises(ValueError, match="calibration must hold at least one batch, got none"):
+        quantize_(model, fmt, calibration=[])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())

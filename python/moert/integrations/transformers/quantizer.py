@@ -48,7 +48,7 @@ class MoertQuantizer(HfQuantizer):
     quantization_config: MoertConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        for module in targets(model, self.quantization_config).values():
+        for module in chosen_experts(model, self.quantization_config.skip).values():
             config = self.quantization_config
             quantized_(module, format_of(config.format, config.group), config.precision)
             if self.pre_quantized:
@@ -114,7 +114,7 @@ def quantize_(
     try:
         layers = pack_(model, experts, calibration, fmt, settings)
     except BaseException:
-        _only_in_memory_(model, config.skip)  # some of them are packed: no checkpoint says which
+        _only_in_memory_(model, config.skip)  # no checkpoint says which of them are packed
         raise
     if isinstance(model, PreTrainedModel):
         model.hf_quantizer = MoertQuantizer(config, pre_quantized=True)
@@ -135,8 +135,9 @@ def quantize_in_memory_(
 
 
 def _only_in_memory_(model: nn.Module, skip: Sequence[str]) -> None:
-    """save_pretrained is an error from here on."""
-    if isinstance(model, PreTrainedModel):
+    """save_pretrained is an error from here on, if any experts are packed."""
+    packed = any(isinstance(module, PackedExperts) for module in model.modules())
+    if packed and isinstance(model, PreTrainedModel):
         model.hf_quantizer = InMemoryQuantizer(MoertConfig(skip=list(skip)), pre_quantized=True)
         model.is_quantized = True
 
@@ -148,12 +149,8 @@ class InMemoryQuantizer(MoertQuantizer):
         return False
 
 
-def targets(model: nn.Module, config: MoertConfig) -> dict[str, nn.Module]:
-    """The experts modules that the configuration packs, by name."""
-    return chosen_experts(model, config.skip)
-
-
 def chosen_experts(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
+    """The experts modules that skip does not name, by name: what is packed."""
     found = experts_modules(model)
     packed = [name for name, module in found.items() if isinstance(module, PackedExperts)]
     if packed:

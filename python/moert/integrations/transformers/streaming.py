@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 )
 
 from moert.integrations.transformers.quantized import PackedExperts, quantized_, weight_names
-from moert.integrations.transformers.quantizer import MoertConfig, targets
+from moert.integrations.transformers.quantizer import MoertConfig, chosen_experts
 from moert.quant.quantize import format_of
 
 Read = Callable[[str], Tensor]
@@ -107,7 +107,7 @@ class Layer:
 
 def layers(model: PreTrainedModel, config: MoertConfig, names: Iterable[str]) -> list[Layer]:
     """The layers of the model, on the meta device, that config packs; names are those of the checkpoint's tensors."""
-    chosen = targets(model, config)
+    chosen = chosen_experts(model, config.skip)
     weights = _weights(model, names)
     fmt = format_of(config.format, config.group)
     found = []
