@@ -13,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; kernels = sum(_C.build()['kernels'].values(), ['generic']); print(*[isa for isa in _C.isas() if isa in kernels])")
 
-.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -49,6 +49,11 @@ test-asan: $(READY)
 test-tsan: $(READY)
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_STD_THREAD=ON -DMOERT_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan && $(BIN)/ctest --test-dir build/tsan --output-on-failure
+
+# The portable kernels' C++ tests as an aarch64 machine runs them.  Needs apt install g++-aarch64-linux-gnu qemu-user.
+test-aarch64: $(READY)
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
+	$(BIN)/cmake --build build/aarch64 && $(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
 test-abi: $(READY)
 	tools/test_abi.sh $(BIN)/python
