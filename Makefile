@@ -13,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; kernels = sum(_C.build()['kernels'].values(), ['generic']); print(*[isa for isa in _C.isas() if isa in kernels])")
 
-.PHONY: run test test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test cuda cuda-toolchain test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -22,7 +22,7 @@ test: lint size test-cpp test-isa bench-smoke
 	$(PYTEST) -m "not slow and not gpu"
 
 test-cpp: $(READY)
-	$(BIN)/cmake -S . -B $(CPP) -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
+	$(BIN)/cmake -S . -B $(CPP) -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_CUDA=OFF >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build $(CPP) && $(BIN)/ctest --test-dir $(CPP) --output-on-failure
 	$(BIN)/python tools/symbols.py $(CPP)
 
@@ -43,16 +43,25 @@ $(OLDER)/transformers: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDER) 'transformers==5.23.*'
 	touch $@
 
+# The CUDA half, compiled and looked at; nothing of it runs.
+cuda: $(READY)
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DMOERT_CUDA=ON -DMOERT_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
+	$(BIN)/cmake --build build/cuda
+
+# The compiler for it, from PyPI, where the machine has none.
+cuda-toolchain: $(READY)
+	$(BIN)/pip install -q 'cuda-toolkit[nvcc,cccl]==13.0.*'
+
 test-asan: $(READY)
 	tools/test_asan.sh $(BIN)/python
 
 test-tsan: $(READY)
-	$(BIN)/cmake -S . -B build/tsan -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_STD_THREAD=ON -DMOERT_SANITIZE=thread
+	$(BIN)/cmake -S . -B build/tsan -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_CUDA=OFF -DMOERT_STD_THREAD=ON -DMOERT_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan && $(BIN)/ctest --test-dir build/tsan --output-on-failure
 
 # The portable kernels' C++ tests as an aarch64 machine runs them.  Needs apt install g++-aarch64-linux-gnu qemu-user.
 test-aarch64: $(READY)
-	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DMOERT_TORCH=OFF -DMOERT_TESTS=ON -DMOERT_CUDA=OFF -DCMAKE_TOOLCHAIN_FILE=$(abspath cmake/aarch64.cmake)
 	$(BIN)/cmake --build build/aarch64 && $(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
 test-abi: $(READY)
@@ -69,7 +78,7 @@ fuzz: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	find csrc tests bench -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python tools/bans.py && $(BIN)/python tools/mirror.py
 
 size: $(READY)
@@ -92,7 +101,7 @@ bench-smoke: $(READY)
 
 # Needs Google Benchmark: apt install libbenchmark-dev.
 bench-cpp: $(READY)
-	$(BIN)/cmake -S . -B build/bench -G Ninja -DMOERT_TORCH=OFF -DMOERT_BENCH=ON >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
+	$(BIN)/cmake -S . -B build/bench -G Ninja -DMOERT_TORCH=OFF -DMOERT_BENCH=ON -DMOERT_CUDA=OFF >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build build/bench && build/bench/bench_cpp $(ARGS)
 
 # Every system's experiment (about two minutes each), then docs/systems.md from their results.

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "binding/check.h"
+#include "binding/device.h"
 
 namespace moert {
 
@@ -36,7 +36,7 @@ Tensor check_bias(const Tensor& bias, const Tensor& logits) {
   const bool fits = bias.scalar_type() == ScalarType::Float || bias.scalar_type() == accumulate_type(logits);
   STD_TORCH_CHECK(fits, "bias must have dtype Float (or Double for Double logits), got ",
                   torch::headeronly::toString(bias.scalar_type()));
-  CHECK_CPU(bias);
+  CHECK_DEVICE(bias);
   return torch::stable::contiguous(torch::stable::to(bias, accumulate_type(logits)));
 }
 
@@ -60,9 +60,9 @@ GatingOptions check_groups(int64_t E, int64_t k, int64_t num_groups, int64_t top
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> topk_gating_cpu(const Tensor& logits, int64_t k, std::string score,
-                                           std::optional<Tensor> bias, bool renormalize, double scale,
-                                           int64_t num_groups, int64_t topk_groups, std::string group_score) {
+std::tuple<Tensor, Tensor> topk_gating(const Tensor& logits, int64_t k, std::string score, std::optional<Tensor> bias,
+                                       bool renormalize, double scale, int64_t num_groups, int64_t topk_groups,
+                                       std::string group_score) {
   check_logits(logits);
   const int64_t T = logits.size(0), E = logits.size(1);
   GatingOptions options = check_groups(E, k, num_groups, topk_groups, group_score);
@@ -74,26 +74,25 @@ std::tuple<Tensor, Tensor> topk_gating_cpu(const Tensor& logits, int64_t k, std:
   const Tensor ready = dense_rows(logits);
   Tensor weights = torch::stable::new_empty(logits, {T, k}, accumulate_type(logits));
   Tensor ids = torch::stable::new_empty(logits, {T, k}, ScalarType::Int);
-  cpu::topk_gating(ready.const_data_ptr(), dtype(logits), ready.stride(0), bias ? bias->const_data_ptr() : nullptr, T,
-                   E, k, options, torch::stable::get_num_threads(), weights.mutable_data_ptr(),
-                   ids.mutable_data_ptr<int32_t>());
+  device::topk_gating(ready.const_data_ptr(), dtype(logits), ready.stride(0), bias ? bias->const_data_ptr() : nullptr,
+                      T, E, k, options, Execution(logits), weights.mutable_data_ptr(), ids.mutable_data_ptr<int32_t>());
   return {weights, ids};
 }
 
-Tensor topk_gating_backward_cpu(const Tensor& dweights, const Tensor& logits, const Tensor& ids, std::string score,
-                                bool renormalize, double scale) {
+Tensor topk_gating_backward(const Tensor& dweights, const Tensor& logits, const Tensor& ids, std::string score,
+                            bool renormalize, double scale) {
   check_logits(logits);
   const int64_t T = logits.size(0), E = logits.size(1);
   STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids must have shape [T=", T, ", k], got ", shape(ids));
   CHECK_DTYPE(ids, Int);
-  CHECK_CPU(ids);
+  CHECK_DEVICE(ids);
   const int64_t k = ids.size(1);
   STD_TORCH_CHECK(has_shape(dweights, {T, k}), "dweights must have shape [T=", T, ", k=", k, "], got ",
                   shape(dweights));
   STD_TORCH_CHECK(dweights.scalar_type() == accumulate_type(logits), "dweights must have dtype ",
                   torch::headeronly::toString(accumulate_type(logits)), ", got ",
                   torch::headeronly::toString(dweights.scalar_type()));
-  CHECK_CPU(dweights);
+  CHECK_DEVICE(dweights);
   GatingOptions options;
   options.score = parse_score(score);
   options.renormalize = renormalize;
@@ -102,15 +101,15 @@ Tensor topk_gating_backward_cpu(const Tensor& dweights, const Tensor& logits, co
   const Tensor ready = dense_rows(logits), dense_ids = torch::stable::contiguous(ids),
                dense_dweights = torch::stable::contiguous(dweights);
   Tensor dlogits = torch::stable::new_empty(logits, {T, E});
-  cpu::topk_gating_backward(dense_dweights.const_data_ptr(), ready.const_data_ptr(), dtype(logits), ready.stride(0),
-                            dense_ids.const_data_ptr<int32_t>(), T, E, k, options, torch::stable::get_num_threads(),
-                            dlogits.mutable_data_ptr());
+  device::topk_gating_backward(dense_dweights.const_data_ptr(), ready.const_data_ptr(), dtype(logits), ready.stride(0),
+                               dense_ids.const_data_ptr<int32_t>(), T, E, k, options, Execution(logits),
+                               dlogits.mutable_data_ptr());
   return dlogits;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moert, CPU, m) {
-  m.impl("topk_gating", TORCH_BOX(&topk_gating_cpu));
-  m.impl("topk_gating_backward", TORCH_BOX(&topk_gating_backward_cpu));
+STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
+  m.impl("topk_gating", TORCH_BOX(&topk_gating));
+  m.impl("topk_gating_backward", TORCH_BOX(&topk_gating_backward));
 }
 
 }  // namespace moert

@@ -38,11 +38,29 @@ MOERT_HOST_DEVICE static inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
+MOERT_HOST_DEVICE static inline double bits_to_double(uint64_t bits) {
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
+
+MOERT_HOST_DEVICE static inline uint64_t double_to_bits(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return bits;
+}
+
 MOERT_HOST_DEVICE static inline float to_float(float x) { return x; }
 
 MOERT_HOST_DEVICE static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
+// On a GPU one instruction does each of the following three; it gives the same bits but for a NaN's.
 MOERT_HOST_DEVICE static inline float to_float(f16 x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
   if (magnitude < 0x0400u) {                                                                        // subnormal
@@ -50,16 +68,28 @@ MOERT_HOST_DEVICE static inline float to_float(f16 x) {
     return sign ? -value : value;
   }
   return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+#endif
 }
 
 // Round to nearest even; NaN stays NaN.
 MOERT_HOST_DEVICE static inline bf16 to_bf16(float x) {
+#if defined(__CUDA_ARCH__)
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t(bits >> 16 | 0x40u)};
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 
 MOERT_HOST_DEVICE static inline f16 to_f16(float x) {
+#if defined(__CUDA_ARCH__)
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above round to infinity
@@ -67,6 +97,7 @@ MOERT_HOST_DEVICE static inline f16 to_f16(float x) {
     return {uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u))};
   }
   return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13))};
+#endif
 }
 
 template <typename T>

@@ -37,3 +37,17 @@ void topk_gating_backward(const void* dweights, const void* logits, DType dtype,
                           void* dlogits);
 
 }  // namespace moert::cpu
+
+// The same on the current device, ordered by `stream` (a cudaStream_t); the pointers are the device's.  E is at most
+// 1024, k and the groups at most 32.
+namespace moert::cuda {
+
+constexpr int64_t kMostExperts = 1024, kMostChoices = 32, kMostGroups = 32;
+
+void topk_gating(const void* logits, DType dtype, int64_t stride, const void* bias, int64_t T, int64_t E, int64_t k,
+                 const GatingOptions& options, void* stream, void* weights, int32_t* ids);
+
+void topk_gating_backward(const void* dweights, const void* logits, DType dtype, int64_t stride, const int32_t* ids,
+                          int64_t T, int64_t E, int64_t k, const GatingOptions& options, void* stream, void* dlogits);
+
+}  // namespace moert::cuda

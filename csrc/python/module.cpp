@@ -31,6 +31,10 @@ py::dict build() {
 #else
   facts["threads"] = "OpenMP";
 #endif
+  std::vector<std::string> archs;
+  std::istringstream words(MOERT_CUDA_ARCHS);
+  for (std::string arch; words >> arch;) archs.push_back(arch);
+  facts["cuda_archs"] = archs;
   // stem -> the instruction sets that it is compiled for, besides the portable kernels that everything has
   std::map<std::string, std::vector<std::string>> kernels;
   std::istringstream stems(MOERT_ISA_STEMS);

@@ -13,6 +13,10 @@ except ModuleNotFoundError as error:
 # find_spec, not __file__: in an editable install the library does not lie beside this file.
 torch.ops.load_library(find_spec("moert._ops").origin)
 
+from moert import cuda  # noqa: E402
+
+_refusals = cuda.load()
+
 from moert.experts import Experts, GluExperts, QuantizedExperts  # noqa: E402
 from moert.info import info  # noqa: E402
 from moert.numerics import batch_invariant, is_batch_invariant  # noqa: E402

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from moert import _C
+from moert import _C, cuda
 
 # Operator -> the stem of its kernels in csrc/cpu.
 _KERNELS = {
@@ -52,7 +52,7 @@ def info() -> dict:
             f"{name}-g{group}" if group else name: _C.default_precision(name, group) for name, group in _FORMATS
         },
         "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
-        "cuda": {"archs": [], "torch": torch.version.cuda},
+        "cuda": {"archs": _C.build()["cuda_archs"], "torch": torch.version.cuda, "gpu": _gpu()},
         "missing": _missing(),
     }
 
@@ -71,6 +71,13 @@ def _kernel(stem: str) -> str:
     return [isa for isa in allowed if isa in ("generic", *_C.build()["kernels"].get(stem, []))][-1]
 
 
+def _gpu() -> str | None:
+    """Name and compute capability of the GPU in use."""
+    if not torch.cuda.is_available():
+        return None
+    return "{} ({}.{})".format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+
+
 def _missing() -> list[str]:
     found = []
     if _C.isa() != _C.best_isa():
@@ -78,8 +85,8 @@ def _missing() -> list[str]:
     for isa, what in _ISAS.items():
         if isa not in _C.isas():
             found.append(f"the {isa} kernels: run on a CPU with {what}")
-    if torch.version.cuda:
-        found.append("CUDA kernels: this version has none, keep tensors on the CPU")
+    if not (cuda.is_built() and torch.version.cuda):
+        found.append(f"CUDA kernels: {cuda.how()}")
     for package, extra in _EXTRAS.items():
         try:
             importlib.metadata.version(package)

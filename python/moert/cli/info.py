@@ -40,6 +40,7 @@ def lines(facts: dict) -> list[str]:
         ),
         ("CUDA archs", " ".join(facts["cuda"]["archs"]) or "none"),
         ("torch's CUDA", facts["cuda"]["torch"] or "none"),
+        ("GPU", facts["cuda"]["gpu"] or "none"),
         *(("missing", text) for text in facts["missing"]),
     ]
     width = max(len(name) for name, _ in rows)

@@ -1,0 +1,55 @@
+# MOERT_CUDA=AUTO, ON or OFF: whether the CUDA half is built.  AUTO is ON where there is a compiler for it and the torch
+# that is installed sees a GPU, or, in a build without torch, a compiler alone.  Sets MOERT_BUILD_CUDA.
+set(MOERT_NVCC_MINIMUM 12.8)
+
+# MOERT_NVCC: on the PATH, in CUDA_HOME, or from the packages of PyPI beside the Python of this build.
+function(moert_find_nvcc)
+  set(hints "")
+  if(DEFINED Python_EXECUTABLE)
+    execute_process(COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('platlib'))"
+                    OUTPUT_VARIABLE platlib OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    set(hints "${platlib}/nvidia/cu13/bin")
+  endif()
+  find_program(MOERT_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin PATHS ${hints} /usr/local/cuda/bin)
+endfunction()
+
+# Whether the installed torch sees a GPU; -I as in moert_require_torch.
+function(moert_torch_sees_gpu out)
+  execute_process(COMMAND ${Python_EXECUTABLE} -I -c "import torch; print(int(torch.cuda.is_available()))"
+                  OUTPUT_VARIABLE sees OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  set(${out} "${sees}" PARENT_SCOPE)
+endfunction()
+
+macro(moert_choose_cuda)
+  set(MOERT_BUILD_CUDA OFF)
+  if(NOT MOERT_CUDA MATCHES "^(AUTO|ON|OFF)$")
+    moert_refuse("MOERT_CUDA must be AUTO, ON or OFF, got ${MOERT_CUDA}")
+  endif()
+  if(NOT MOERT_CUDA STREQUAL "OFF")
+    moert_find_nvcc()
+    if(MOERT_NVCC)
+      set(MOERT_BUILD_CUDA ON)
+      if(MOERT_CUDA STREQUAL "AUTO" AND MOERT_TORCH)
+        moert_torch_sees_gpu(MOERT_BUILD_CUDA)
+      endif()
+    elseif(MOERT_CUDA STREQUAL "ON")
+      moert_refuse("nvcc must be on the PATH, in CUDA_HOME or installed by pip for MOERT_CUDA=ON, got none: "
+                   "make cuda-toolchain, or pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'")
+    endif()
+  endif()
+endmacro()
+
+# The language CUDA, for sm_80 (which 8.6 and 8.9 run too), sm_90a, and PTX from which newer GPUs make their own code.
+macro(moert_enable_cuda)
+  set(CMAKE_CUDA_COMPILER ${MOERT_NVCC})
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+  endif()
+  set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
+  enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS ${MOERT_NVCC_MINIMUM})
+    moert_refuse("nvcc must be >= ${MOERT_NVCC_MINIMUM}, got ${CMAKE_CUDA_COMPILER_VERSION} (${MOERT_NVCC})")
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+endmacro()

@@ -1,0 +1,60 @@
+#include "cuda/gpu.h"
+
+#include <atomic>
+
+#include "cuda/launch.h"
+
+namespace moert::cuda {
+
+#if defined(__CUDACC__)
+
+namespace {
+
+constexpr int kDevices = 64;  // beyond them nothing is remembered
+
+int current_device() {
+  int device = 0;
+  MOERT_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  MOERT_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+}  // namespace
+
+void require_device() {
+  static std::atomic<bool> good[kDevices];
+  const int device = current_device();
+  if (device < kDevices && good[device].load(std::memory_order_relaxed)) return;
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  MOERT_CHECK(major >= 8, "the GPU must have compute capability >= 8.0, got ", major, ".", minor, " (device ", device,
+              ")");
+  if (device < kDevices) good[device].store(true, std::memory_order_relaxed);
+}
+
+int num_sms() {
+  static std::atomic<int> known[kDevices];
+  const int device = current_device();
+  if (device >= kDevices) return attribute(cudaDevAttrMultiProcessorCount, device);
+  int count = known[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    count = attribute(cudaDevAttrMultiProcessorCount, device);
+    known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+#else
+
+void require_device() {}
+
+int num_sms() { return 4; }
+
+#endif
+
+}  // namespace moert::cuda

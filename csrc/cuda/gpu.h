@@ -1,0 +1,14 @@
+// The GPU that the CUDA kernels run on.
+#pragma once
+
+#include <string>
+
+namespace moert::cuda {
+
+// Throws unless the current device has compute capability 8.0 or more; asks each device once.
+void require_device();
+
+// Multiprocessors of the current device.
+int num_sms();
+
+}  // namespace moert::cuda

@@ -1,0 +1,85 @@
+// Memory that kernels of csrc/cuda may read and write: the GPU's, or the host's where they are emulated.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#if !defined(MOERT_EMULATED)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace moert {
+
+#if defined(MOERT_EMULATED)
+
+inline bool has_gpu() { return true; }
+inline void* device_alloc(size_t bytes) { return std::aligned_alloc(256, (bytes + 511) / 256 * 256); }
+inline void device_free(void* p) { std::free(p); }
+inline void copy(void* to, const void* from, size_t bytes) {
+  if (bytes) std::memcpy(to, from, bytes);
+}
+
+#else
+
+inline void must(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+inline bool has_gpu() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+inline void* device_alloc(size_t bytes) {
+  void* p = nullptr;
+  must(cudaMalloc(&p, bytes + 256));
+  return p;
+}
+
+inline void device_free(void* p) { cudaFree(p); }
+
+inline void copy(void* to, const void* from, size_t bytes) { must(cudaMemcpy(to, from, bytes, cudaMemcpyDefault)); }
+
+#endif
+
+// A vector's copy on the device, `shift` elements past an aligned address.
+template <typename T>
+class OnDevice {
+ public:
+  explicit OnDevice(const std::vector<T>& values, size_t shift = 0)
+      : size_(values.size()), shift_(shift), memory_(device_alloc((size_ + shift) * sizeof(T))) {
+    copy(data(), values.data(), size_ * sizeof(T));
+  }
+  ~OnDevice() { device_free(memory_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  T* data() { return static_cast<T*>(memory_) + shift_; }
+
+  std::vector<T> read() {
+    std::vector<T> values(size_);
+    copy(values.data(), data(), size_ * sizeof(T));
+    return values;
+  }
+
+ private:
+  size_t size_, shift_;
+  void* memory_;
+};
+
+// Without a GPU a test of its kernels says so and counts as skipped.
+inline int run_tests(void (*tests)()) {
+  if (!has_gpu()) {
+    std::fprintf(stderr, "needs a CUDA device, found none\n");
+    return 77;
+  }
+  tests();
+  return 0;
+}
+
+}  // namespace moert

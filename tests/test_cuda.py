@@ -1,0 +1,50 @@
+"""The CUDA half as a machine without a GPU sees it: which operators have kernels, and what the others say."""
+
+import pytest
+import torch
+
+import moert
+from moert import cuda
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def operators():
+    return sorted(n.removeprefix("moert::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("moert::"))
+
+
+@pytest.mark.parametrize("name", operators())
+def test_every_operator_has_a_kernel_or_a_reason(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moert::{name}", "CUDA")
+
+
+@pytest.mark.skipif(bool(cuda.is_built() and torch.version.cuda), reason="needs a moert or a torch without CUDA")
+def test_without_cuda_an_operator_says_what_to_build():
+    logits = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match="^tensors of topk_gating must be on the CPU, got a GPU: "):
+        torch.ops.moert.topk_gating.default.redispatch(CUDA, logits, 2, "softmax", None, False, 1.0, 1, 1, "max")
+
+
+@pytest.mark.parametrize(
+    "built,version,message",
+    [
+        (
+            False,
+            None,
+            r"tensors of f must be .* GPU: moert is built without CUDA, pip install \. -C cmake.define.MOERT",
+        ),
+        (True, None, r"tensors of f must be on the CPU, got a GPU: torch 2\S+ has no CUDA, install one that has"),
+        (True, "13.0", "tensors of f must be on the CPU, got a GPU: this version has no CUDA kernel for it"),
+    ],
+)
+def test_reasons(monkeypatch, built, version, message):
+    monkeypatch.setattr(cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    with pytest.raises(RuntimeError, match=message):
+        cuda._refusal("f")(torch.zeros(1))
+
+
+def test_archs_are_those_of_the_build():
+    archs = moert.info()["cuda"]["archs"]
+    assert bool(archs) == cuda.is_built()
+    assert not archs or {"80", "90a-real"} <= set(archs)
