@@ -1,4 +1,4 @@
-"""The operators' CUDA kernels: loaded where this moert has them and torch has CUDA; else a line that says what to do."""
+"""The CUDA kernels: loaded where moert has them and torch has CUDA; else each operator says what brings them."""
 
 from importlib.util import find_spec
 
