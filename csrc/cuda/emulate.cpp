@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -21,6 +22,7 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr int kLanes = 32;
+constexpr size_t kMostShared = 48 * 1024;
 constexpr unsigned kMostThreads = 1024;
 
 struct Fiber {
@@ -45,6 +47,7 @@ struct Block {
   unsigned threads = 0, current = 0, alive = 0, arrived = 0;
   int64_t completed = 0;
   const std::function<void()>* kernel = nullptr;
+  std::vector<char> shared;
   jmp_buf scheduler;
   void* fake_stack = nullptr;
   const void* bottom = nullptr;
@@ -133,6 +136,7 @@ void wait(int64_t& completed, int64_t passed) {
 
 void run_block(unsigned order) {
   for (Warp& w : block.warps) w = {};
+  std::fill(block.shared.begin(), block.shared.end(), char(0xA5));
   for (unsigned i = 0; i < block.threads; ++i) block.fibers[i].done = false;
   block.alive = block.threads;
   block.arrived = 0;
@@ -179,12 +183,16 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   return values;
 }
 
-void run(Index grid, unsigned threads, const std::function<void()>& kernel) {
+void* shared_memory() { return block.shared.data(); }
+
+void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel) {
   if (threads == 0 || threads > kMostThreads || threads % kLanes)
     fail("a block must have 32 to 1024 threads in whole warps");
   block.threads = threads;
   block.warps.resize(threads / kLanes);
   block.kernel = &kernel;
+  if (shared > kMostShared) fail("a block must have at most 48 KiB of shared memory");
+  block.shared = std::vector<char>(shared);  // of its own, so that a sanitizer sees its end
   blockDim = {threads, 1, 1};
   gridDim = grid;
   unsigned order = 0;

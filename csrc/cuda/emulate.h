@@ -31,8 +31,10 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// Runs `kernel` in every thread of every block.
-void run(Index grid, unsigned threads, const std::function<void()>& kernel);
+// Runs `kernel` in every thread of every block, which has `shared` bytes of memory, at first of no use.
+void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel);
+
+void* shared_memory();
 
 [[noreturn]] void fail(const char* what);
 

@@ -18,6 +18,7 @@ MOERT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a +
 
 struct Grid {
   int64_t x, y = 1;
+  int64_t shared = 0;  // bytes of MOERT_SHARED, at most 48 KiB
 };
 
 // kernel(arguments...) in grid.x * grid.y blocks; nothing where there are none.
@@ -29,11 +30,12 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, [[maybe_unuse
               grid.x, " by ", grid.y);
 #if defined(__CUDACC__)
   const dim3 blocks(unsigned(grid.x), unsigned(grid.y));
-  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  kernel<<<blocks, threads, size_t(grid.shared), static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
   const cudaError_t error = cudaGetLastError();
   MOERT_CHECK(error == cudaSuccess, "a CUDA kernel did not start: ", cudaGetErrorString(error));
 #else
-  emulate::run({unsigned(grid.x), unsigned(grid.y), 1}, unsigned(threads), [&] { kernel(Parameters(arguments)...); });
+  emulate::run({unsigned(grid.x), unsigned(grid.y), 1}, unsigned(threads), size_t(grid.shared),
+               [&] { kernel(Parameters(arguments)...); });
 #endif
 }
 

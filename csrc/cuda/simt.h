@@ -14,6 +14,15 @@
 
 #define MOERT_DEVICE_INLINE __device__ __forceinline__
 
+// The block's memory of the size that launch() was given, as `name`, an array of T.
+#if defined(__CUDACC__)
+#define MOERT_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char moert_shared[]; \
+  T* name = reinterpret_cast<T*>(moert_shared)
+#else
+#define MOERT_SHARED(T, name) T* name = static_cast<T*>(::moert::emulate::shared_memory())
+#endif
+
 namespace moert::cuda {
 
 constexpr int kWarp = 32;

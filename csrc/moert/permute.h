@@ -39,3 +39,33 @@ void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows
                              int64_t S, int64_t H, int64_t threads, void* drows, void* dweights);
 
 }  // namespace moert::cpu
+
+// The same on the current device, ordered by `stream` (a cudaStream_t); the pointers are the device's.  Nothing is
+// thrown for what lies in the device's memory: a token or slot out of range counts as -1.
+namespace moert::cuda {
+
+constexpr int64_t kMostPlanExperts = 12288;  // E of a plan: a counter each fits a block's shared memory
+
+// Bytes of memory that permute_plan works in.
+int64_t permute_plan_workspace(int64_t T, int64_t k, int64_t E);
+
+void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t capacity, void* workspace, void* stream,
+                  int32_t* offsets, int32_t* tokens, int32_t* slots);
+
+void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* tokens, int64_t T, int64_t S, int64_t H,
+                  void* stream, void* rows);
+
+void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
+                    const void* residual, int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H,
+                    void* stream, void* y);
+
+void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows, int64_t rows_stride, DType dtype,
+                             const int32_t* tokens, const int32_t* slots, const void* weights, int64_t T, int64_t k,
+                             int64_t S, int64_t H, void* stream, void* drows, void* dweights);
+
+// ids [T, k] of integers of `bytes` bytes, rows and columns the strides apart -> out [T, k], -1 for what is outside
+// [0, E).
+void narrow_ids(const void* ids, int64_t bytes, bool is_signed, int64_t row_stride, int64_t column_stride, int64_t T,
+                int64_t k, int64_t E, void* stream, int32_t* out);
+
+}  // namespace moert::cuda
