@@ -120,6 +120,7 @@ EXPERIMENT = Experiment(
     notes="Sampled at temperature 0.8. The model is small and trained briefly, and few of its tokens are those that an "
     "n-gram model guesses: almost all of the gain is the sparsity's. Traffic follows the union of the blocks, not TLS. "
     "No dense network was trained beside it: dense runs the same weights.",
+    timed=("model", "dense", "dense, drafts", "sparse", "sparse, drafts"),
     variants={
         "model": quality,
         "dense": partial(decoded, "dense", False),

@@ -105,6 +105,7 @@ EXPERIMENT = Experiment(
         Claim("more different choices of experts", "distinct sets", "higher", "text, CoE(2,2)", "text, MoE(4)"),
     ),
     equal="rows of experts and parameters (a chain has one router more per layer); the same Adam for all",
+    seeds=4,
     variants={
         "CoE(2,4) inner": composed(two_passes),
         "CoE(2,4) outer": composed(lambda: chain(2, 4, HIDDEN, residual="outer")),

@@ -245,6 +245,7 @@ EXPERIMENT = Experiment(
     "two other seeds: 600 steps (causal loss of MoMa 1.592, with Mixture-of-Depths 1.600, dense 1.584), and 240 steps "
     "with experts of width 16 (1.827, 1.730, 1.816); on one of these four times the batch (MoMa 1.634, dense 1.575).",
     equal="the same FLOPs per token, 8 experts or a dense network of an expert's width",
+    together=True,
     variants={"dense": variant(dense), "mixed": variant(mixed), "MoMa": variant(moma), "MoMa + MoD": depths},
 )
 

@@ -107,6 +107,7 @@ EXPERIMENT = Experiment(
         Claim("rows of different depths in one batch decode faster", "speed", "higher", "DepthBatcher", 1.0),
     ),
     equal="steps, or (equal FLOPs: 1.5 times the steps) FLOPs of the blocks in training; AdamW 3e-3 for all",
+    timed=("DepthBatcher",),
     variants={
         "6 blocks": vanilla(BLOCKS * DEPTHS),
         "recursive": recursive(STEPS, False, capacity=[1.0] * DEPTHS, gating="replace", causal="none"),

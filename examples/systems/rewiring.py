@@ -115,6 +115,7 @@ EXPERIMENT = Experiment(
         Claim("a context that changes costs at most .05", "shift", "lower", "context shift", 0.05),
     ),
     equal="one model, 5 steps of Adam with rate 0.3 on 4 numbers a layer",
+    together=True,
     variants={
         "not adapted": partial(adapted, "all", 0),
         "surest half": partial(adapted, "confidence", 5),

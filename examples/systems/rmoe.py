@@ -120,6 +120,7 @@ EXPERIMENT = Experiment(
         Claim("the routers take less than 15 % of their layers' time", "router share", "lower", "cost", 0.15),
     ),
     equal="experts, data and Adam 1e-2 for 500 steps; RMoE has the small GRU besides",
+    timed=("cost",),
     variants={"RMoE": recurrent(False), "RMoE, state detached": recurrent(True), "linear router": linear, "cost": cost},
     notes="Routers of this toy start with standard deviation 0.5, not 0.02: 500 steps are few.",
 )

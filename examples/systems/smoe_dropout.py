@@ -94,6 +94,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     equal="equal parameters and steps; k 2 to 16 trains with 9/16 of the expert FLOPs",
+    timed=("half of the experts", "all experts, routed"),
     variants={
         "k 2 to 16": partial(trained, 2),
         "k 16": partial(trained, E),

@@ -1,5 +1,4 @@
 import torch
-from rich.progress import Progress as Bar
 
 from experiment import Progress
 from experiment.language import Block, LanguageModel, parameters, train
@@ -20,8 +19,7 @@ def test_trains_and_hands_each_router_the_one_before():
     model = LanguageModel([Block(16, 2, ffn) for ffn in ffns], 16, 64)
     before, seen = parameters(model), []
     start = [p.detach().clone() for p in model.parameters()]
-    with Bar(disable=True) as bar:
-        loss = train(model, 5, 0, Progress(bar, bar.add_task(""), True), after_step=seen.append)
+    loss = train(model, 5, 0, Progress(lambda *ticks: None, True), after_step=seen.append)
     assert 4 < loss < 7  # a byte at random costs 5.5
     first, second = (ffn.router.seen for ffn in ffns)
     assert first.previous is None and second.previous.num_experts == 4

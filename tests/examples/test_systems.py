@@ -1,23 +1,15 @@
 """Every system's experiment runs (one tiny step of each variant), and docs/systems.md is made from the results."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
 
-from experiment.page import PAGE, page, results
-from experiment.run import ROOT, main
+from experiment.page import PAGE, experiments, page, results
+from experiment.run import ROOT, main, said
 from moert.testing import OperatorsRan
 
-SYSTEMS = sorted((ROOT / "examples" / "systems").glob("*.py"))
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(f"system_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EXPERIMENT
+EXPERIMENTS = experiments()
 
 
 def rows():
@@ -37,10 +29,13 @@ def test_the_page_has_every_operator():
     assert sorted(listed) == sorted(name for name in every if not name.endswith(("_backward", "_wgrad")))
 
 
-@pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
-def test_runs(path, tmp_path):
-    experiment = load(path)
-    assert experiment.name == path.stem.replace("_", "-")
+def test_a_file_is_named_as_its_experiment():
+    stems = {path.stem.replace("_", "-") for path in (ROOT / "examples" / "systems").glob("*.py")}
+    assert EXPERIMENTS.keys() == stems
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
+def test_runs(experiment, tmp_path):
     with OperatorsRan() as ran:
         main(experiment, ["--quick", "--out", str(tmp_path)])
     assert {name.removesuffix("_backward").removesuffix("_wgrad") for name in ran.names} <= operators_of(experiment)
@@ -53,7 +48,11 @@ def test_page_is_that_of_the_results():
     assert PAGE.read_text() == page(results())
 
 
-def test_every_result_has_its_experiment_and_three_seeds():
-    names = {path.stem.replace("_", "-") for path in SYSTEMS}
-    for result in results():
-        assert result["name"] in names and len(result["seeds"]) >= 3
+def test_every_result_is_that_of_its_experiment():
+    """What it says of itself, and the figures of its variants over at least three seeds."""
+    found = {result["name"]: result for result in results()}
+    assert found.keys() == EXPERIMENTS.keys()
+    for name, experiment in EXPERIMENTS.items():
+        result = found[name]
+        assert result == result | json.loads(json.dumps(said(experiment)))
+        assert len(result["seeds"]) >= 3 and list(result["runs"]) == list(experiment.variants)

@@ -61,6 +61,8 @@ class Experiment:
 
     variants maps names to functions (seed, progress) -> figures; the runs of one seed are compared with each other.
     equal says in what the variants are equal (parameters, FLOPs); notes what was tried and how far a claim was missed.
+    seeds is how many fit into two minutes of two cores.  timed names the variants whose figures are times: they run
+    after the others, alone.  together: the others of a seed share a model (once), so that one process runs them.
     """
 
     name: str
@@ -72,8 +74,13 @@ class Experiment:
     equal: str
     variants: dict[str, Variant] = field(repr=False)
     notes: str = ""
+    seeds: int = 3
+    timed: tuple[str, ...] = ()
+    together: bool = False
 
     def __post_init__(self):
+        if unknown := set(self.timed) - set(self.variants):
+            raise ValueError(f"timed must be among {', '.join(self.variants)}, got {unknown}")
         for claim in self.claims:
             if claim.figure not in self.figures:
                 raise ValueError(f"figure must be one of {', '.join(self.figures)}, got {claim.figure}")

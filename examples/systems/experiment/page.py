@@ -1,5 +1,9 @@
-"""docs/systems.md from the result files: `python page.py` takes over what build/systems holds, then writes the page."""
+"""docs/systems.md from the result files: `python page.py` takes over what build/systems holds, then writes the page.
 
+Claims, notes and titles are those that the experiments have now; figures are those of their runs.
+"""
+
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -7,9 +11,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiment.declare import Claim
+from experiment.declare import Claim, Experiment
 from experiment.report import measured
-from experiment.run import BUILD, ROOT
+from experiment.run import BUILD, ROOT, said
 from moert.cli.report import write_json
 
 RESULTS = ROOT / "bench" / "results" / "systems"
@@ -17,11 +21,12 @@ PAGE = ROOT / "docs" / "systems.md"
 HEAD = """# Systems
 
 What the MoE literature builds, each a change to one part of the mechanism: a router, experts, or a layer around them.
-`make systems` runs the experiments of `examples/systems` and writes this page from their results
-(`bench/results/systems`); figures are mean ± standard deviation over the seeds. "shown" means that the claim holds in
-every seed, not only in the mean; "in the mean only" is followed by the 95 % interval of the mean difference over the
-seeds (Student's t), whose lower end is above 0 where chance alone does not explain it. The experiments are small: they
-say whether an effect shows at this size.
+`make systems` runs the experiments of `examples/systems`, each under two minutes on two cores, and writes this page
+from their results (`bench/results/systems`). Each row names the command that gave its figures, which are mean ±
+standard deviation over the seeds. "shown" means that the claim holds in every seed, not only in the mean; "in the mean
+only" is followed by the 95 % interval of the mean difference over the seeds (Student's t), whose lower end is above 0
+where chance alone does not explain it. The experiments are small: they say whether an effect shows at this size. What
+was tried where one did not show, on other seeds than the table's, is under Notes.
 
 | system | paper | class | claimed effect | measured | where it was run |
 | --- | --- | --- | --- | --- | --- |
@@ -41,12 +46,24 @@ def rows_of(result: dict) -> list[str]:
     title = f"[{result['title']}](systems/{name}.md)" if page.exists() else result["title"]
     paper = f"[{result['paper']}](https://arxiv.org/abs/{result['paper'].removeprefix('arXiv:')})"
     classes = ", ".join(f"`{each}`" for each in result["classes"])
-    where = f"{machine['processor']}, {machine['threads']} threads, commit {result['commit']}, {result['date']}"
-    where = f"{where}, {len(result['seeds'])} seeds, {result['equal']}"
+    where = f"{machine['processor']}, commit {result['commit']}, {result['date']}; `{result['command']}`, "
+    where += f"{len(result['seeds'])} seeds"
     if "cpu_seconds" in result:  # results from before it was counted have a time that neighbours lengthened
-        where = f"{where}; {sum(map(sum, result['cpu_seconds'].values())):.0f} s of a core"
+        where += f", {sum(map(sum, result['cpu_seconds'].values())):.0f} s of a core"
+    where += f"; {result['equal']}"
     claims = [Claim(**claim) for claim in result["claims"]]
     return [f"| {title} | {paper} | {classes} | {c.words} | {measured(c, result)} | {where} |\n" for c in claims]
+
+
+def experiments() -> dict[str, Experiment]:
+    """Every system's, by name."""
+    found = {}
+    for path in sorted((ROOT / "examples" / "systems").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"system_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found[module.EXPERIMENT.name] = module.EXPERIMENT
+    return found
 
 
 def results() -> list[dict]:
@@ -56,6 +73,10 @@ def results() -> list[dict]:
 def main() -> None:
     for path in sorted(BUILD.glob("*.json")):
         write_json(RESULTS / path.name, json.loads(path.read_text()))
+    for name, experiment in experiments().items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            write_json(path, json.loads(path.read_text()) | said(experiment))
     PAGE.write_text(page(results()))
 
 
