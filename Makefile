@@ -45,6 +45,7 @@ $(OLDER)/transformers: $(READY)
 
 # The CUDA half, compiled and looked at; nothing of it runs.
 cuda: $(READY)
+	$(BIN)/pip install -q --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DMOERT_CUDA=ON -DMOERT_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build build/cuda
 

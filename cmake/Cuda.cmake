@@ -1,6 +1,7 @@
 # MOERT_CUDA=AUTO, ON or OFF: whether the CUDA half is built.  AUTO is ON where there is a compiler for it and the torch
 # that is installed sees a GPU, or, in a build without torch, a compiler alone.  Sets MOERT_BUILD_CUDA.
 set(MOERT_NVCC_MINIMUM 12.8)
+include(cmake/Cutlass.cmake)
 
 # MOERT_NVCC: on the PATH, in CUDA_HOME, or from the packages of PyPI beside the Python of this build.
 function(moert_find_nvcc)
@@ -35,6 +36,16 @@ macro(moert_choose_cuda)
     elseif(MOERT_CUDA STREQUAL "ON")
       moert_refuse("nvcc must be on the PATH, in CUDA_HOME or installed by pip for MOERT_CUDA=ON, got none: "
                    "make cuda-toolchain, or pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'")
+    endif()
+  endif()
+  if(MOERT_BUILD_CUDA)
+    moert_find_cutlass()
+    if(NOT MOERT_CUTLASS_INCLUDE AND MOERT_CUDA STREQUAL "ON")
+      moert_refuse("CUTLASS must be in MOERT_CUTLASS_DIR or installed by pip for MOERT_CUDA=ON, got none: "
+                   "pip install --no-deps nvidia-cutlass==4.2.0.0")
+    elseif(NOT MOERT_CUTLASS_INCLUDE)
+      message(STATUS "moert: without CUDA, for want of CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
+      set(MOERT_BUILD_CUDA OFF)
     endif()
   endif()
 endmacro()

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   Tensor db1 = b1 ? output(4, *b1) : torch::stable::new_empty(x, {0});
   Tensor db2 = b2 ? output(5, *b2) : torch::stable::new_empty(x, {0});
 
-  cpu::ExpertGradients gradients;
+  ExpertGradients gradients;
   const bool gated = call.experts.gated;
   const Halves& halves = call.experts.halves;
   if (needs & 1) gradients.dx = dx.mutable_data_ptr();

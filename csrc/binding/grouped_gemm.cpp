@@ -73,17 +73,17 @@ Tensor grouped_gemm_cpu(const Tensor& x, const Tensor& w, const Tensor& offsets,
 
   const Tensor rows = dense_rows(x);
   Tensor y = torch::stable::new_empty(x, {S, N});
-  const cpu::GroupedGemm product{S,
-                                 E,
-                                 N,
-                                 K,
-                                 p,
-                                 rows_of(rows, index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr),
-                                 expert_matrix(w, transposed),
-                                 expert_vector(biases),
-                                 factors ? factors->const_data_ptr() : nullptr,
-                                 on,
-                                 batch_invariant};
+  const GroupedGemm product{S,
+                            E,
+                            N,
+                            K,
+                            p,
+                            rows_of(rows, index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr),
+                            expert_matrix(w, transposed),
+                            expert_vector(biases),
+                            factors ? factors->const_data_ptr() : nullptr,
+                            on,
+                            batch_invariant};
   cpu::grouped_gemm(product, torch::stable::get_num_threads(), y.mutable_data_ptr(), N);
   return y;
 }
@@ -110,7 +110,8 @@ Tensor grouped_gemm_wgrad_cpu(const Tensor& dy, const Tensor& x, const Tensor& o
   }
   const Tensor left = dense_rows(dy), right = dense_rows(x);
   Tensor dw = transposed ? torch::stable::new_empty(dy, {E, K, N}) : torch::stable::new_empty(dy, {E, N, K});
-  const cpu::GroupedGemmWgrad product{
+  const GroupedGemmWgrad product{
+      S,
       E,
       N,
       K,

@@ -151,7 +151,7 @@ struct Backward {
 
   WeightGradient<A> weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right,
                                     const ExpertMatrix& out) const {
-    return WeightGradient<A>({w.E, N, K, plan.offsets.get(), left, right}, out);
+    return WeightGradient<A>({slots, w.E, N, K, plan.offsets.get(), left, right}, out);
   }
 
   void run(const void* saved) const {

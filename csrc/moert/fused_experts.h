@@ -53,6 +53,14 @@ struct RoutedRows {
   bool batch_invariant = false;
 };
 
+// Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
+struct ExpertGradients {
+  void* dx = nullptr;                    // [T, H]
+  void* dweights = nullptr;              // [T, k], float32 (float64 where x is)
+  ExpertMatrix dgate{}, dup{}, ddown{};  // like gate, up, down
+  ExpertVector dgate_bias, dup_bias, ddown_bias;
+};
+
 namespace cpu {
 
 // Weights [E, N, K] in panels, [E, N / columns, K / depth, columns, depth], are multiplied where they lie, without
@@ -66,17 +74,27 @@ Panel panel_of(DType dtype);
 // h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype, zero for unused slots.
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64_t threads, void* y, void* h);
 
-// Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
-struct ExpertGradients {
-  void* dx = nullptr;                    // [T, H]
-  void* dweights = nullptr;              // [T, k], float32 (float64 where x is)
-  ExpertMatrix dgate{}, dup{}, ddown{};  // like gate, up, down
-  ExpertVector dgate_bias, dup_bias, ddown_bias;
-};
-
 // dy [T, H]; h as fused_experts wrote it, or null: then it is computed again.
 void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
                             int64_t threads, const ExpertGradients& gradients);
 
 }  // namespace cpu
+
+// The same on the current device, ordered by `stream` (a cudaStream_t); every pointer is the device's.  Not for weights
+// in panels.  `workspace` is as many bytes of the device as the function before says, aligned to 256.
+namespace cuda {
+
+int64_t fused_experts_workspace(const RoutedRows& tokens, const ExpertWeights& experts);
+
+void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y,
+                   void* h);
+
+int64_t fused_experts_backward_workspace(const RoutedRows& tokens, const ExpertWeights& experts, bool saved,
+                                         const ExpertGradients& gradients);
+
+// The gate and up rows of w1, and of its gradient, must lie one after the other or in turns.
+void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
+                            void* workspace, void* stream, const ExpertGradients& gradients);
+
+}  // namespace cuda
 }  // namespace moert

@@ -109,7 +109,7 @@ void panels() {
 void backward() {
   const auto dy = uniform(T * H, 5);
   std::vector<float> dx(T * H, NAN), dw1(E * 2 * I * H, NAN), dw2(E * H * I, NAN), dweights(T * k, NAN);
-  cpu::ExpertGradients gradients{};
+  ExpertGradients gradients{};
   gradients.dx = dx.data();
   gradients.dweights = dweights.data();
   gradients.dgate = {dw1.data(), DType::f32, 2 * I * H, H, 1};

@@ -71,7 +71,7 @@ void forward_and_backward(Format format, int64_t group) {
 
   std::vector<float> dx(T * H, NAN), dweights(T * k, NAN), dx_floats(T * H, NAN), dweights_floats(T * k, NAN);
   cpu::fused_experts_quantized_backward({dy.data(), DType::f32, H}, tokens, experts, 2, dx.data(), dweights.data());
-  cpu::ExpertGradients gradients{};
+  ExpertGradients gradients{};
   gradients.dx = dx_floats.data(), gradients.dweights = dweights_floats.data();
   cpu::fused_experts_backward({dy.data(), DType::f32, H}, tokens, floats, nullptr, 1, gradients);
   EXPECT(largest_difference(dx, dx_floats) <= 1e-5 * size);

@@ -51,7 +51,7 @@ void forward(int64_t N, int64_t K, bool transposed, ScaleOn scale_on, int64_t th
 void wgrad(int64_t N, int64_t K, int64_t threads) {
   const auto dy = integers(S * N, 5), x = integers(S * K, 6);
   std::vector<float> dw(E * N * K, NAN);
-  cpu::grouped_gemm_wgrad({E, N, K, kOffsets, {dy.data(), DType::f32, N}, {x.data(), DType::f32, K}}, threads,
+  cpu::grouped_gemm_wgrad({S, E, N, K, kOffsets, {dy.data(), DType::f32, N}, {x.data(), DType::f32, K}}, threads,
                           {dw.data(), DType::f32, N * K, K, 1});
   for (int64_t e = 0; e < E; ++e)
     for (int64_t n = 0; n < N; ++n)

@@ -14,7 +14,7 @@ int main() {
   const float x[T * H] = {1, 2, 4, 6, 3, 6};
   const float w[E * N * H] = {1, 0, 0, 1, 10, 0, 0, 10};  // expert 0: the identity; expert 1: ten times it
   float y[T * N];
-  moert::cpu::GroupedGemm product{};
+  moert::GroupedGemm product{};
   product.S = T * k, product.E = E, product.N = N, product.K = H;
   product.offsets = offsets;
   product.x = {x, moert::DType::f32, H, tokens};

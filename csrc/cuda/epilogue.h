@@ -1,0 +1,94 @@
+// What becomes of the sums of a grouped product: scale, bias, activation, and where they are stored.
+#pragma once
+
+#include "cuda/activation.h"
+
+namespace moert::cuda {
+
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+MOERT_HOST_DEVICE inline T stored(Sum<T> x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return to_bf16(x);
+  else if constexpr (std::is_same_v<T, f16>)
+    return to_f16(x);
+  else
+    return x;
+}
+
+MOERT_HOST_DEVICE static inline double loaded(double x) { return x; }
+template <typename T>
+MOERT_HOST_DEVICE inline float loaded(T x) {
+  return to_float(x);
+}
+
+// Neighbours of a row, stored at once.
+template <typename T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Neighbours {
+  T values[n];
+};
+
+template <typename T>
+struct Epilogue {
+  using A = Sum<T>;
+
+  T* y;              // [S, N]
+  int64_t y_stride;  // between rows
+  int64_t N;
+  const T* bias = nullptr;     // [E, N], of the gate where there is one
+  const T* up_bias = nullptr;  // [E, N]
+  int64_t bias_expert = 0, bias_step = 1;
+  const A* scale = nullptr;  // [S]
+  bool scale_input = false;
+  bool activates = false;
+  ActivationForm<A> form{};
+  T* h = nullptr;  // [S, N] or, gate then up, [S, 2N], dense: what the activation is given
+
+  // A sum of the product as the activation is given it.
+  MOERT_HOST_DEVICE A before(int32_t expert, int64_t row, int64_t column, A sum, const T* b) const {
+    if (scale && scale_input) sum *= scale[row];
+    return b ? sum + loaded(b[expert * bias_expert + column * bias_step]) : sum;
+  }
+
+  // As it is stored in y.
+  MOERT_HOST_DEVICE T after(int64_t row, A g, A u) const {
+    const A value = activates ? activate(form, g, u) : g;
+    return stored<T>(scale && !scale_input ? value * scale[row] : value);
+  }
+
+  // n columns from `column` on, which y and h must be aligned to; `up` is not looked at where there is no gate.
+  template <int n>
+  MOERT_HOST_DEVICE void store(int32_t expert, int64_t row, int64_t column, const A (&gate)[n],
+                               const A (&up)[n]) const {
+    Neighbours<T, n> out, h_gate, h_up;
+    for (int i = 0; i < n; ++i) {
+      const A g = before(expert, row, column + i, gate[i], bias);
+      const A u = form.gated ? before(expert, row, column + i, up[i], up_bias) : A(0);
+      h_gate.values[i] = stored<T>(g);
+      h_up.values[i] = stored<T>(u);
+      out.values[i] = after(row, g, u);
+    }
+    put(row, column, out, h_gate, h_up);
+  }
+
+  // A slot that no expert has.
+  MOERT_HOST_DEVICE void clear(int64_t row, int64_t column) const {
+    const Neighbours<T, 1> zero{{stored<T>(0)}};
+    put(row, column, zero, zero, zero);
+  }
+
+  template <int n>
+  MOERT_HOST_DEVICE void put(int64_t row, int64_t column, const Neighbours<T, n>& out, const Neighbours<T, n>& h_gate,
+                             const Neighbours<T, n>& h_up) const {
+    const auto at = [](T* p) -> Neighbours<T, n>& { return *reinterpret_cast<Neighbours<T, n>*>(p); };
+    at(y + row * y_stride + column) = out;
+    if (!h) return;
+    T* h_row = h + row * (form.gated ? 2 : 1) * N + column;
+    at(h_row) = h_gate;
+    if (form.gated) at(h_row + N) = h_up;
+  }
+};
+
+}  // namespace moert::cuda

@@ -1,0 +1,210 @@
+#include "moert/fused_experts.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../cpp/expect.h"
+#include "cuda/epilogue.h"
+#include "memory.h"
+#include "random.h"
+
+using namespace moert;
+
+namespace {
+
+constexpr Act kActs[] = {Act::identity,   Act::silu,  Act::gelu,           Act::gelu_tanh,
+                         Act::relu,       Act::relu2, Act::swiglu,         Act::geglu,
+                         Act::geglu_tanh, Act::reglu, Act::swiglu_clamped, Act::swiglu_oai};
+
+struct Case {
+  int64_t T, k, E, H, I;
+  Act act;
+  bool transposed = false, alternate = false, bias = false;
+  ScaleOn scale_on = ScaleOn::output;
+};
+
+template <typename T>
+using Values = std::vector<T>;
+
+// All that an expert FFN is given, as vectors.
+template <typename T>
+struct Problem {
+  using A = cuda::Sum<T>;
+  Case c;
+  int64_t width;
+  Values<T> x, w1, w2, b1, b2, dy;
+  Values<A> weights;
+  Values<int32_t> ids;
+
+  explicit Problem(const Case& c) : c(c), width(is_gated(c.act) ? 2 * c.I : c.I) {
+    Random random;
+    x = numbers<T>(random, c.T * c.H);
+    w1 = numbers<T>(random, c.E * width * c.H, 2 / std::sqrt(double(c.H)));
+    w2 = numbers<T>(random, c.E * c.H * c.I, 2 / std::sqrt(double(c.I)));
+    b1 = numbers<T>(random, c.E * width);
+    b2 = numbers<T>(random, c.E * c.H);
+    dy = numbers<T>(random, c.T * c.H);
+    weights = numbers<A>(random, c.T * c.k);
+    for (int64_t i = 0; i < c.T * c.k; ++i) {  // nobody chooses expert 1; E is the sentinel
+      const auto e = int32_t(random.below(c.E + 1));
+      ids.push_back(e == 1 ? int32_t(c.E) : e);
+    }
+  }
+
+  static constexpr DType kType = DTypeOf<T>::value;
+
+  ExpertMatrix half(const T* w, bool up) const {
+    const int64_t row = c.transposed ? 1 : c.H, column = c.transposed ? width : 1;
+    const int64_t apart = c.alternate ? row : c.I * row;
+    return {w + (up ? apart : 0), kType, width * c.H, c.alternate ? 2 * row : row, column};
+  }
+
+  ExpertMatrix down(const T* w) const { return {w, kType, c.H * c.I, c.transposed ? 1 : c.I, c.transposed ? c.H : 1}; }
+
+  ExpertVector half_bias(const T* b, bool up) const { return {b + (up ? (c.alternate ? 1 : c.I) : 0), kType, width}; }
+
+  ExpertWeights experts(const T* w1, const T* w2, const T* b1, const T* b2) const {
+    ExpertWeights w{};
+    const bool gated = is_gated(c.act);
+    w.E = c.E, w.H = c.H, w.I = c.I;
+    w.gate = half(w1, false), w.down = down(w2);
+    if (gated) w.up = half(w1, true);
+    if (c.bias) {
+      w.gate_bias = half_bias(b1, false), w.down_bias = {b2, kType, c.H};
+      if (gated) w.up_bias = half_bias(b1, true);
+    }
+    w.bias1_stride = c.alternate ? 2 : 1;
+    // Rounded to 16 bits, a pre-activation may fall on either side of a limit among them, and its gradient with it.
+    w.activation = {c.act, 1.702, sizeof(T) == 2 ? 50 : 0.5};
+    w.scale_on = c.scale_on;
+    return w;
+  }
+
+  RoutedRows tokens(const T* x, const int32_t* ids, const A* weights) const {
+    return {c.T, c.k, {x, kType, c.H}, ids, weights};
+  }
+
+  ExpertGradients gradients(T* dx, A* dweights, T* dw1, T* dw2, T* db1, T* db2) const {
+    ExpertGradients g{};
+    const bool gated = is_gated(c.act);
+    g.dx = dx, g.dweights = dweights;
+    g.dgate = half(dw1, false), g.ddown = down(dw2);
+    if (gated) g.dup = half(dw1, true);
+    if (c.bias) {
+      g.dgate_bias = half_bias(db1, false), g.ddown_bias = {db2, kType, c.H};
+      if (gated) g.dup_bias = half_bias(db1, true);
+    }
+    return g;
+  }
+};
+
+template <typename T>
+Values<T> nan(int64_t n) {
+  return Values<T>(n, cuda::stored<T>(NAN));
+}
+
+// Results of a forward and a backward.
+template <typename T>
+struct Results {
+  Values<T> y, h, dx, dw1, dw2, db1, db2;
+  Values<cuda::Sum<T>> dweights;
+};
+
+template <typename T>
+Results<T> on_cpu(const Problem<T>& p) {
+  const Case& c = p.c;
+  Results<T> r{nan<T>(c.T * c.H),       nan<T>(c.T * c.k * p.width), nan<T>(c.T * c.H), nan<T>(c.E * p.width * c.H),
+               nan<T>(c.E * c.H * c.I), nan<T>(c.E * p.width),       nan<T>(c.E * c.H), nan<cuda::Sum<T>>(c.T * c.k)};
+  const auto tokens = p.tokens(p.x.data(), p.ids.data(), p.weights.data());
+  const auto experts = p.experts(p.w1.data(), p.w2.data(), p.b1.data(), p.b2.data());
+  cpu::fused_experts(tokens, experts, 1, r.y.data(), r.h.data());
+  cpu::fused_experts_backward(
+      {p.dy.data(), p.kType, c.H}, tokens, experts, nullptr, 1,
+      p.gradients(r.dx.data(), r.dweights.data(), r.dw1.data(), r.dw2.data(), r.db1.data(), r.db2.data()));
+  return r;
+}
+
+template <typename T>
+Results<T> on_device(const Problem<T>& p, bool saved) {
+  const Case& c = p.c;
+  using A = cuda::Sum<T>;
+  OnDevice<T> x(p.x), w1(p.w1), w2(p.w2), b1(p.b1), b2(p.b2), dy(p.dy);
+  OnDevice<A> weights(p.weights), dweights(nan<A>(c.T * c.k));
+  OnDevice<int32_t> ids(p.ids);
+  OnDevice<T> y(nan<T>(c.T * c.H)), h(nan<T>(c.T * c.k * p.width)), dx(nan<T>(c.T * c.H));
+  OnDevice<T> dw1(nan<T>(c.E * p.width * c.H)), dw2(nan<T>(c.E * c.H * c.I));
+  OnDevice<T> db1(nan<T>(c.E * p.width)), db2(nan<T>(c.E * c.H));
+  const auto tokens = p.tokens(x.data(), ids.data(), weights.data());
+  const auto experts = p.experts(w1.data(), w2.data(), b1.data(), b2.data());
+  const auto gradients = p.gradients(dx.data(), dweights.data(), dw1.data(), dw2.data(), db1.data(), db2.data());
+  const auto memory = [](int64_t bytes) { return OnDevice<uint8_t>(Values<uint8_t>(bytes, 0xff)); };
+  auto forward = memory(cuda::fused_experts_workspace(tokens, experts));
+  cuda::fused_experts(tokens, experts, forward.data(), nullptr, y.data(), saved ? h.data() : nullptr);
+  auto backward = memory(cuda::fused_experts_backward_workspace(tokens, experts, saved, gradients));
+  cuda::fused_experts_backward({dy.data(), p.kType, c.H}, tokens, experts, saved ? h.data() : nullptr, backward.data(),
+                               nullptr, gradients);
+  return {y.read(), h.read(), dx.read(), dw1.read(), dw2.read(), db1.read(), db2.read(), dweights.read()};
+}
+
+// What lies between the products is rounded to T here and to float on the CPU: four times on the way to dx, half a unit
+// of the last place each, in the terms of choices that partly cancel.
+template <typename T>
+void check(const Case& c) {
+  const Problem<T> p(c);
+  const double tolerance = std::is_same_v<T, bf16>  ? 8 * 0x1p-8
+                           : std::is_same_v<T, f16> ? 8 * 0x1p-11
+                           : sizeof(T) == 4         ? 1e-5
+                                                    : 1e-12;
+  const Results<T> want = on_cpu(p);
+  for (const bool saved : {true, false}) {
+    const Results<T> got = on_device(p, saved);
+    EXPECT(rows_close(got.y, want.y, c.H, tolerance));
+    if (saved) EXPECT(rows_close(got.h, want.h, p.width, tolerance));
+    EXPECT(rows_close(got.dx, want.dx, c.H, tolerance));
+    EXPECT(rows_close(got.dweights, want.dweights, c.T * c.k, tolerance));
+    EXPECT(rows_close(got.dw1, want.dw1, c.transposed ? p.width : c.H, tolerance));
+    EXPECT(rows_close(got.dw2, want.dw2, c.transposed ? c.H : c.I, tolerance));
+    if (!c.bias) continue;
+    EXPECT(rows_close(got.db1, want.db1, p.width, tolerance));
+    EXPECT(rows_close(got.db2, want.db2, c.H, tolerance));
+  }
+}
+
+// The form of each activation against the CPU's formulas, through experts of one number.
+void test_activations() {
+  for (const Act act : kActs)
+    for (const ScaleOn scale_on : {ScaleOn::output, ScaleOn::input}) {
+      check<float>({13, 2, 3, 7, 5, act, false, false, true, scale_on});
+      check<double>({13, 2, 3, 7, 5, act, false, is_gated(act), true, scale_on});
+    }
+}
+
+void test_layouts() {
+  for (const bool transposed : {false, true})
+    for (const bool alternate : {false, true})
+      for (const bool bias : {false, true}) {
+        check<float>({9, 3, 4, 21, 11, Act::swiglu, transposed, alternate, bias});
+        check<f16>({9, 3, 4, 21, 11, Act::swiglu_oai, transposed, alternate, bias});
+        // Rows of whole 16-byte pieces: on the tensor cores where there are any.
+        check<bf16>({70, 3, 4, 72, 40, Act::swiglu, transposed, alternate, bias, ScaleOn::input});
+        check<f16>({70, 3, 4, 72, 40, Act::swiglu_oai, transposed, alternate, bias});
+      }
+  check<bf16>({70, 2, 3, 72, 40, Act::relu2, false, false, true});
+}
+
+void test_edges() {
+  check<float>({1, 1, 1, 1, 1, Act::swiglu});
+  check<float>({5, 3, 3, 8, 8, Act::geglu});             // every expert for every token
+  check<float>({0, 2, 3, 8, 8, Act::swiglu});            // no token: weights' gradients are zero
+  check<bf16>({300, 1, 1, 64, 64, Act::swiglu, false});  // one expert takes all
+}
+
+void tests() {
+  test_activations();
+  test_layouts();
+  test_edges();
+}
+
+}  // namespace
+
+int main() { return run_tests(tests); }

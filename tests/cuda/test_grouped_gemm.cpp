@@ -1,0 +1,223 @@
+#include "moert/grouped_gemm.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../cpp/expect.h"
+#include "cuda/expert_tiles.h"
+#include "cuda/grouped_gemm_mma.h"
+#include "memory.h"
+
+using namespace moert;
+
+namespace {
+
+// Small integers: every product and sum is exact in float32, so the result has one right value.
+std::vector<float> integers(int64_t n, uint32_t seed) {
+  std::vector<float> x(n);
+  for (auto& value : x) value = float(int32_t((seed = seed * 1664525u + 1013904223u) >> 24) % 7 - 3);
+  return x;
+}
+
+// Every slot is in one tile, of the expert that has it; no tile is longer than asked.
+void tiles_cover(const std::vector<int32_t>& offsets, int32_t S, int32_t tile_rows) {
+  const auto E = int32_t(offsets.size()) - 1;
+  std::vector<int32_t> seen(S, 0);
+  for (int32_t i = 0; i < cuda::num_row_tiles(S, E, tile_rows); ++i) {
+    const cuda::RowTile tile = cuda::row_tile(offsets.data(), E, S, tile_rows, i);
+    EXPECT(tile.rows >= 0 && tile.rows <= tile_rows);
+    for (int32_t r = tile.row; r < tile.row + tile.rows; ++r) {
+      EXPECT(r >= 0 && r < S);
+      EXPECT(r >= offsets[tile.expert] && r < (tile.expert < E ? offsets[tile.expert + 1] : S));
+      ++seen[r];
+    }
+  }
+  for (const int32_t count : seen) EXPECT(count == 1);
+}
+
+void test_tiles() {
+  for (const int32_t tile_rows : {1, 4, 64, 128}) {
+    tiles_cover({0, 0}, 0, tile_rows);
+    tiles_cover({0, 0, 0, 0}, 7, tile_rows);          // nothing is routed
+    tiles_cover({0, 0, 300, 300}, 300, tile_rows);    // one expert takes all
+    tiles_cover({0, 128, 256, 384}, 384, tile_rows);  // whole tiles
+    tiles_cover({0, 1, 2, 131, 131, 259, 400}, 403, tile_rows);
+    uint32_t seed = 5;
+    for (int round = 0; round < 50; ++round) {
+      std::vector<int32_t> offsets{0};
+      for (int e = 0; e < 1 + round % 9; ++e)
+        offsets.push_back(offsets.back() + int32_t((seed = seed * 1664525u + 1013904223u) >> 24) * (round % 3));
+      tiles_cover(offsets, offsets.back() + round % 5, tile_rows);
+    }
+  }
+  // Offsets that no plan makes lead to no slot outside.
+  const std::vector<int32_t> wrong{0, 500, -3, 90, 1 << 30};
+  for (int32_t i = 0; i < cuda::num_row_tiles(100, 4, 64); ++i) {
+    const cuda::RowTile tile = cuda::row_tile(wrong.data(), 4, 100, 64, i);
+    EXPECT(tile.rows == 0 || (tile.row >= 0 && tile.row + tile.rows <= 100));
+  }
+  for (int64_t e = 0; e < 4; ++e) {
+    const cuda::Slots slots = cuda::slots_of(wrong.data(), e, 100);
+    EXPECT(slots.count == 0 || (slots.begin >= 0 && slots.begin + slots.count <= 100));
+  }
+}
+
+void test_bands() {
+  for (const int64_t rows : {1, 3, 10})
+    for (const int64_t columns : {1, 7, 8, 9, 20}) {
+      std::vector<int> seen(rows * columns, 0);
+      for (int64_t i = 0; i < rows * columns; ++i) {
+        const cuda::TileIndex at = cuda::banded(i, rows, columns, 8);
+        EXPECT(at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns);
+        ++seen[at.row * columns + at.column];
+      }
+      for (const int count : seen) EXPECT(count == 1);
+    }
+}
+
+const int32_t kOffsets[] = {0, 3, 3, 120, 121};  // expert 1 is empty; slots 121 and 122 are not in use
+const int64_t S = 123, E = 4;
+
+template <typename T>
+std::vector<T> rounded(const std::vector<float>& x) {
+  std::vector<T> out;
+  for (const float value : x) out.push_back(cuda::stored<T>(value));
+  return out;
+}
+
+template <typename T>
+bool equal(const std::vector<T>& a, const std::vector<T>& b) {
+  bool same = a.size() == b.size();
+  for (size_t i = 0; i < a.size() && same; ++i) same = cuda::loaded(a[i]) == cuda::loaded(b[i]);
+  return same;
+}
+
+std::vector<int32_t> some_tokens(int64_t T) {
+  std::vector<int32_t> tokens(S, -1);
+  for (int64_t s = 0; s < kOffsets[E]; ++s) tokens[s] = int32_t(s * 5 % T);
+  return tokens;
+}
+
+// Matrices [E, rows, columns], or turned.
+template <typename T>
+ExpertMatrix matrix(T* data, int64_t rows, int64_t columns, bool transposed) {
+  return {data, DTypeOf<T>::value, rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
+}
+
+struct Case {
+  int64_t N, K;
+  bool transposed, gathered;
+  ScaleOn scale_on = ScaleOn::output;
+  bool tf32 = false;
+};
+
+// Sums are exact and rounded once, so that both give the same bits.
+template <typename T>
+void forward(const Case& c, size_t shift = 0) {
+  const int64_t T_ = 9, N = c.N, K = c.K, rows = c.gathered ? T_ : S;
+  const DType dtype = DTypeOf<T>::value;
+  const auto x = rounded<T>(integers(rows * K, 1)), w = rounded<T>(integers(E * N * K, 2));
+  const auto bias = rounded<T>(integers(E * N, 3));
+  const auto scale = rounded<cuda::Sum<T>>(integers(S, 4));
+  const std::vector<int32_t> tokens = some_tokens(T_), offsets(kOffsets, kOffsets + E + 1);
+  const std::vector<T> nan(S * N, cuda::stored<T>(NAN));
+  const auto product = [&](const int32_t* offsets, const T* x, const int32_t* tokens, T* w, const T* bias,
+                           const void* scale) {
+    return GroupedGemm{S,
+                       E,
+                       N,
+                       K,
+                       offsets,
+                       {x, dtype, K, c.gathered ? tokens : nullptr},
+                       matrix(w, N, K, c.transposed),
+                       {bias, dtype, N},
+                       scale,
+                       c.scale_on,
+                       false,
+                       c.tf32};
+  };
+  std::vector<T> expected = nan;
+  cpu::grouped_gemm(product(kOffsets, x.data(), tokens.data(), const_cast<T*>(w.data()), bias.data(), scale.data()), 1,
+                    expected.data(), N);
+  OnDevice<T> dx(x, shift), dw(w), dbias(bias), y(nan);
+  OnDevice<int32_t> doffsets(offsets), dtokens(tokens);
+  OnDevice<cuda::Sum<T>> dscale(scale);
+  cuda::grouped_gemm(product(doffsets.data(), dx.data(), dtokens.data(), dw.data(), dbias.data(), dscale.data()),
+                     nullptr, y.data(), N);
+  EXPECT(equal(y.read(), expected));
+}
+
+template <typename T>
+void weight_gradient(const Case& c) {
+  const int64_t T_ = 9, N = c.N, K = c.K, rows = c.gathered ? T_ : S;
+  const DType dtype = DTypeOf<T>::value;
+  const auto dy = rounded<T>(integers(S * N, 5)), x = rounded<T>(integers(rows * K, 6));
+  const std::vector<int32_t> tokens = some_tokens(T_), offsets(kOffsets, kOffsets + E + 1);
+  const std::vector<T> nan(E * N * K, cuda::stored<T>(NAN));
+  const auto product = [&](const int32_t* offsets, const T* dy, const T* x, const int32_t* tokens) {
+    return GroupedGemmWgrad{S, E, N, K, offsets, {dy, dtype, N}, {x, dtype, K, c.gathered ? tokens : nullptr}, c.tf32};
+  };
+  std::vector<T> expected = nan;
+  cpu::grouped_gemm_wgrad(product(kOffsets, dy.data(), x.data(), tokens.data()), 1,
+                          matrix(expected.data(), N, K, c.transposed));
+  OnDevice<T> ddy(dy), dx(x), dw(nan);
+  OnDevice<int32_t> doffsets(offsets), dtokens(tokens);
+  cuda::grouped_gemm_wgrad(product(doffsets.data(), ddy.data(), dx.data(), dtokens.data()), nullptr,
+                           matrix(dw.data(), N, K, c.transposed));
+  EXPECT(equal(dw.read(), expected));
+}
+
+// Odd sizes, and sizes that the tensor cores take where there are any.
+template <typename T>
+void test_products() {
+  for (const bool transposed : {false, true})
+    for (const bool gathered : {false, true}) {
+      for (const ScaleOn scale_on : {ScaleOn::output, ScaleOn::input}) {
+        forward<T>({65, 17, transposed, gathered, scale_on});
+        forward<T>({8, 33, transposed, gathered, scale_on});
+        forward<T>({136, 40, transposed, gathered, scale_on, true});
+      }
+      forward<T>({136, 40, transposed, gathered}, 1);  // rows between two pieces of 16 bytes
+      forward<T>({5, 0, transposed, gathered});
+      weight_gradient<T>({66, 5, transposed, gathered});
+      weight_gradient<T>({3, 70, transposed, gathered});
+      weight_gradient<T>({136, 72, transposed, gathered, ScaleOn::output, true});
+    }
+}
+
+// What would fault on a tensor core's path does not take it.
+void test_fits_tensor_cores() {
+  alignas(16) static uint16_t memory[64];
+  const auto fits = [&](int64_t N, int64_t K, int64_t x_stride, int64_t w_row, int64_t w_column, int64_t shift) {
+    GroupedGemm p{};
+    p.S = 1, p.E = 1, p.N = N, p.K = K;
+    p.x = {memory + shift, DType::bf16, x_stride};
+    p.w = {memory, DType::bf16, N * K, w_row, w_column};
+    return cuda::fits_tensor_cores(cuda::product_of<bf16>(p, memory, N));
+  };
+  EXPECT(fits(16, 24, 24, 24, 1, 0));
+  EXPECT(fits(16, 24, 24, 1, 16, 0));
+  EXPECT(!fits(16, 24, 24, 24, 1, 1));  // x begins between pieces
+  EXPECT(!fits(16, 24, 25, 24, 1, 0));  // its rows do
+  EXPECT(!fits(16, 20, 24, 24, 1, 0));  // they end so
+  EXPECT(!fits(12, 24, 24, 24, 1, 0));  // y's do
+  EXPECT(!fits(16, 24, 24, 25, 1, 0));
+  EXPECT(!fits(16, 24, 24, 1, 17, 0));
+  EXPECT(!fits(16, 24, 24, 48, 2, 0));  // neither rows nor columns of w lie side by side
+}
+
+void tests() {
+  test_products<float>();
+  test_products<double>();
+  test_products<bf16>();
+  test_products<f16>();
+}
+
+}  // namespace
+
+int main() {
+  test_tiles();
+  test_bands();
+  test_fits_tensor_cores();
+  return run_tests(tests);
+}
