@@ -1,7 +1,13 @@
 #include "moert/fused_experts_quantized.h"
 
+#include <utility>
+#include <vector>
+
+#include "binding/batch_invariant.h"
 #include "binding/expert_weights.h"
 #include "binding/ids.h"
+#include "moert/bit_nested.h"
+#include "moert/fp8.h"
 
 namespace moert {
 
@@ -18,39 +24,160 @@ Format format_of(const char* name, const std::string& format) {
 
 Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
   if (name == "auto") return default_precision(w1, w2);
-  for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32})
-    if (name == moert::name(p)) return p;
+  for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32}) {
+    if (name != moert::name(p)) continue;
+    for (const Format format : {w1.format, w2.format})
+      STD_TORCH_CHECK(p == Precision::full || int(format) < kRowFormats, "precision must be auto or full for ",
+                      cpu::name(format), ", got ", name);
+    return p;
+  }
   STD_TORCH_CHECK(false, "precision must be auto, full, int8 or int8_group32, got ", name);
 }
 
-// The arrays of one packed matrix, checked; `n` is "1" or "2".
+struct Size {
+  const char* name;
+  int64_t size;
+};
+
+// One part of a packed matrix as it must be.
+void check_part(const std::string& name, const Tensor& x, const std::vector<Size>& sizes, ScalarType type,
+                const std::string& of) {
+  bool fits = x.dim() == int64_t(sizes.size());
+  std::string wanted;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    fits = fits && x.size(int64_t(d)) == sizes[d].size;
+    wanted += (d ? ", " : "") + std::string(sizes[d].name) + "=" + std::to_string(sizes[d].size);
+  }
+  STD_TORCH_CHECK(fits, name, " must have shape [", wanted, "] for ", of, ", got ", shape(x));
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), " for ", of,
+                  ", got ", torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU like x, got another device");
+}
+
+// The arrays of one packed matrix, checked.
 struct Packed {
   Tensor codes, scales;
   std::optional<Tensor> zeros;
+  std::vector<int64_t> starts;  // of sub1
   PackedMatrix matrix;
+  int64_t E;
 };
 
-Packed packed_of(const std::string& n, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                 const std::string& format, int64_t group, int64_t columns) {
-  STD_TORCH_CHECK(codes.dim() == 3, "codes", n, " must be [E, rows, bytes], got shape ", shape(codes));
-  const Packing p{format_of(("format" + n).c_str(), format), codes.size(1), columns, group};
+struct PackedArguments {
+  const char* n;  // "1" or "2": of the matrix
+  const Tensor &codes, &scales;
+  const std::optional<Tensor>& zeros;
+  std::string format;
+  int64_t group, columns;
+
+  std::string name(const char* part) const { return part + std::string(n); }
+
+  void check_dim(int64_t dim, const char* layout) const {
+    STD_TORCH_CHECK(codes.dim() == dim, name("codes"), " must be ", layout, ", got shape ", shape(codes));
+  }
+  void check_zeros(bool wanted) const {
+    STD_TORCH_CHECK(zeros.has_value() == wanted, name("zeros"), " must be ", wanted ? "a tensor" : "None", " for ",
+                    format, ", got ", zeros ? "a tensor" : "None");
+  }
+  void check_no_group() const { STD_TORCH_CHECK(group == 0, "group", n, " must be 0 for ", format, ", got ", group); }
+  void check_part(const char* part, const Tensor& x, const std::vector<Size>& sizes, ScalarType type) const {
+    moert::check_part(name(part), x, sizes, type, std::to_string(columns) + " columns of " + format);
+  }
+  Packed taken(const Packing& p, int64_t E) const {
+    return {
+        torch::stable::contiguous(codes), torch::stable::contiguous(scales), {}, {}, {p, nullptr, nullptr, nullptr}, E};
+  }
+};
+
+// Scales of groups within a row.
+Packed packed_rows(const PackedArguments& a, Format format) {
+  a.check_dim(3, "[E, rows, bytes]");
+  const Packing p{format, a.codes.size(1), a.columns, a.group};
   cpu::check_packing(p);
-  const auto check = [&](const std::string& name, const Tensor& x, int64_t width, ScalarType type) {
-    STD_TORCH_CHECK(has_shape(x, {codes.size(0), p.rows, width}), name, " must have shape [E=", codes.size(0),
-                    ", rows=", p.rows, ", ", width, "] for ", columns, " columns of ", format, ", got ", shape(x));
-    STD_TORCH_CHECK(x.scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), " for ",
-                    format, ", got ", torch::headeronly::toString(x.scalar_type()));
-    STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU like x, got another device");
-  };
-  check("codes" + n, codes, row_bytes(p), ScalarType::Byte);
-  check("scales" + n, scales, groups(p), scale_bytes(p.format) == 1 ? ScalarType::Byte : ScalarType::Half);
-  STD_TORCH_CHECK(zeros.has_value() == has_zeros(p.format), "zeros", n, " must be ",
-                  has_zeros(p.format) ? "a tensor" : "None", " for ", format, ", got ", zeros ? "a tensor" : "None");
-  if (zeros) check("zeros" + n, *zeros, groups(p), ScalarType::Byte);
-  Packed out{torch::stable::contiguous(codes), torch::stable::contiguous(scales), {}, {}};
-  if (zeros) out.zeros = torch::stable::contiguous(*zeros);
-  out.matrix = {p, static_cast<const uint8_t*>(out.codes.const_data_ptr()), out.scales.const_data_ptr(),
-                zeros ? static_cast<const uint8_t*>(out.zeros->const_data_ptr()) : nullptr};
+  const Size E{"E", a.codes.size(0)}, rows{"rows", p.rows}, per_row{"groups", groups(p)};
+  a.check_part("codes", a.codes, {E, rows, {"bytes", row_bytes(p)}}, ScalarType::Byte);
+  const ScalarType type = scale_bytes(format) == 1 ? ScalarType::Byte : ScalarType::Half;
+  a.check_part("scales", a.scales, {E, rows, per_row}, type);
+  a.check_zeros(has_zeros(format));
+  if (a.zeros) a.check_part("zeros", *a.zeros, {E, rows, per_row}, ScalarType::Byte);
+  return a.taken(p, E.size);
+}
+
+Packed packed_fp8(const PackedArguments& a) {
+  a.check_dim(3, "[E, rows, bytes]");
+  a.check_no_group();
+  a.check_zeros(false);
+  const Packing p{Format::fp8, a.codes.size(1), a.columns, kFp8Block};
+  const Size E{"E", a.codes.size(0)};
+  a.check_part("codes", a.codes, {E, {"rows", p.rows}, {"bytes", row_bytes(p)}}, ScalarType::Byte);
+  const Size bands{"blocks of rows", fp8_blocks(p.rows)}, blocks{"blocks of columns", groups(p)};
+  a.check_part("scales", a.scales, {E, bands, blocks}, ScalarType::Float);
+  return a.taken(p, E.size);
+}
+
+// The tensor, or a copy where its matrices are not contiguous each: a prefix of the planes is taken as it lies.
+Tensor dense_matrices(const Tensor& x) {
+  int64_t dense = 1;
+  for (int64_t d = x.dim() - 1; d > 0; dense *= x.size(d--))
+    if (x.size(d) > 1 && x.stride(d) != dense) return torch::stable::contiguous(x);
+  return x;
+}
+
+Packed packed_bit_nested(const PackedArguments& a) {
+  a.check_dim(4, "[E, planes, rows, bytes]");
+  a.check_zeros(true);
+  STD_TORCH_CHECK(a.scales.dim() == 4, a.name("scales"), " must be [E, levels, rows, groups], got shape ",
+                  shape(a.scales));
+  const Size E{"E", a.codes.size(0)}, planes{"planes", a.codes.size(1)}, rows{"rows", a.codes.size(2)};
+  const Size levels{"levels", a.scales.size(1)};
+  const int64_t base = planes.size - levels.size + 1;
+  cpu::check_packing(BitNestedPacking{E.size, rows.size, a.columns, a.group, base, levels.size});
+  const Packing p{Format::bit_nested, rows.size, a.columns, a.group, base, levels.size};
+  const Size per_row{"groups", groups(p)};
+  a.check_part("codes", a.codes, {E, planes, rows, {"bytes", row_bytes(p)}}, ScalarType::Byte);
+  a.check_part("scales", a.scales, {E, levels, rows, per_row}, ScalarType::Half);
+  a.check_part("zeros", *a.zeros, {E, rows, per_row}, ScalarType::Byte);
+  Packed out{dense_matrices(a.codes), dense_matrices(a.scales), {}, {}, {p, nullptr, nullptr, nullptr}, E.size};
+  out.matrix.codes_stride = out.codes.stride(0), out.matrix.scales_stride = 2 * out.scales.stride(0);
+  return out;
+}
+
+// codes of all experts, scales minmax [E, rows, 2], zeros row_ptr [E, rows + 1].
+Packed packed_sub1(const PackedArguments& a) {
+  a.check_dim(1, "[codewords]");
+  a.check_no_group();
+  a.check_zeros(true);
+  STD_TORCH_CHECK(a.scales.dim() == 3, a.name("scales"), " must be [E, rows, 2], got shape ", shape(a.scales));
+  const Size E{"E", a.scales.size(0)}, rows{"rows", a.scales.size(1)};
+  a.check_part("codes", a.codes, {{"codewords", a.codes.size(0)}}, ScalarType::UInt16);
+  a.check_part("scales", a.scales, {E, rows, {"limits", 2}}, ScalarType::BFloat16);
+  a.check_part("zeros", *a.zeros, {E, {"rows + 1", rows.size + 1}}, ScalarType::Int);
+  Packed out = a.taken({Format::sub1, rows.size, a.columns, 0}, E.size);
+  out.zeros = torch::stable::contiguous(*a.zeros);
+  const int32_t* ends = static_cast<const int32_t*>(out.zeros->const_data_ptr());
+  int64_t end = 0;
+  out.starts.push_back(0);
+  for (int64_t e = 1; e <= E.size; ++e) {
+    const int32_t size = ends[e * (rows.size + 1) - 1];
+    STD_TORCH_CHECK(size >= 0, a.name("zeros"), " must rise from 0, got ", size, " codewords in expert ", e - 1);
+    out.starts.push_back(end += size);
+  }
+  STD_TORCH_CHECK(end == a.codes.size(0), a.name("codes"), " must hold the ", end, " codewords of ", a.name("zeros"),
+                  ", got ", a.codes.size(0));
+  out.matrix.starts = out.starts.data();  // a moved vector keeps its memory
+  return out;
+}
+
+Packed packed_of(const PackedArguments& a) {
+  const Format format = format_of(a.name("format").c_str(), a.format);
+  Packed out = format == Format::fp8          ? packed_fp8(a)
+               : format == Format::bit_nested ? packed_bit_nested(a)
+               : format == Format::sub1       ? packed_sub1(a)
+                                              : packed_rows(a, format);
+  if (a.zeros && !out.zeros) out.zeros = torch::stable::contiguous(*a.zeros);
+  out.matrix.codes = static_cast<const uint8_t*>(out.codes.const_data_ptr());
+  out.matrix.scales = out.scales.const_data_ptr();
+  out.matrix.zeros = out.zeros ? static_cast<const uint8_t*>(out.zeros->const_data_ptr()) : nullptr;
   return out;
 }
 
@@ -72,21 +199,25 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   const Activation act = activation_of(activation, alpha, limit);
   const bool gated = is_gated(act.act);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
-  Packed w1 = packed_of("1", codes1, scales1, zeros1, format1, group1, H);
-  const int64_t E = codes1.size(0), width = w1.matrix.packing.rows, I = gated ? width / 2 : width;
+  Packed w1 = packed_of({"1", codes1, scales1, zeros1, format1, group1, H});
+  const int64_t E = w1.E, width = w1.matrix.packing.rows, I = gated ? width / 2 : width;
   STD_TORCH_CHECK(!gated || width % 2 == 0, "codes1 must have an even 2I for the gated activation ", activation,
-                  ", got ", shape(codes1));
-  Packed w2 = packed_of("2", codes2, scales2, zeros2, format2, group2, I);
-  STD_TORCH_CHECK(codes2.size(0) == E && codes2.size(1) == H, "codes2 must have shape [E=", E, ", H=", H,
-                  ", bytes], got ", shape(codes2));
+                  ", got 2I = ", width);
+  Packed w2 = packed_of({"2", codes2, scales2, zeros2, format2, group2, I});
+  STD_TORCH_CHECK(w2.E == E && w2.matrix.packing.rows == H, "codes2 must be of E=", E, " experts and H=", H,
+                  " rows, got ", w2.E, " and ", w2.matrix.packing.rows);
   if (b1) check_expert_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
   if (b2) check_expert_bias("b2", *b2, x, E, H, "H");
 
-  Call call{dense_rows(x), expert_ids(ids, E), scale_values(weights, x), w1, w2, {}, {}, {}, {}};
+  Call call{dense_rows(x), expert_ids(ids, E), scale_values(weights, x), std::move(w1), std::move(w2), {}, {}, {}, {}};
   if (b1) call.b1 = dense_rows(*b1);
   if (b2) call.b2 = dense_rows(*b2);
-  call.tokens = {T, k, rows_of(call.x), static_cast<const int32_t*>(call.ids.const_data_ptr()),
-                 call.weights.const_data_ptr()};
+  call.tokens = {T,
+                 k,
+                 rows_of(call.x),
+                 static_cast<const int32_t*>(call.ids.const_data_ptr()),
+                 call.weights.const_data_ptr(),
+                 batch_invariant};
   const Halves halves{I, false, false};
   ExpertWeights floats{E,
                        H,

@@ -122,11 +122,13 @@ void dequantize_row(const Packing& p, const uint8_t* codes, const void* scales, 
 }  // namespace
 
 const char* name(Format format) {
-  constexpr const char* kNames[kFormats] = {"int8", "int4", "int4_asymmetric", "mxfp4", "ternary2", "ternary5"};
+  constexpr const char* kNames[kFormats] = {"int8",     "int4", "int4_asymmetric", "mxfp4", "ternary2",
+                                            "ternary5", "fp8",  "bit_nested",      "sub1"};
   return kNames[int(format)];
 }
 
 void check_packing(const Packing& p) {
+  MOERT_CHECK(int(p.format) < kRowFormats, "format must have scales of groups within a row, got ", name(p.format));
   const bool grouped = p.group == 32 || p.group == 64 || p.group == 128;
   if (p.format == Format::mxfp4) {
     MOERT_CHECK(p.group == 32, "group must be 32 for mxfp4, got ", p.group);

@@ -20,13 +20,13 @@ void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, 
   parallel_region(threads, [&](Team& team) {
     first.run(team, [&](const TileTask& task, const TileMemory<A>& memory) {
       const TileOperand x = operand_of(first.x, task.row, 0);
-      full_product<A>(w.w1, task, task.n, x, memory.c0, memory.scratch);
-      if (first.gated) full_product<A>(w.w1, task, floats.I + task.n, x, memory.c1, memory.scratch);
+      full_product<A>(w.w1, task, 0, x, tokens.batch_invariant, memory.c0, memory.scratch);
+      if (first.gated) full_product<A>(w.w1, task, floats.I, x, tokens.batch_invariant, memory.c1, memory.scratch);
     });
     second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
                [&](const TileTask& task, const TileMemory<A>& memory) {
                  const TileOperand x = operand_of(rows, task.row, 0);
-                 full_product<A>(w.w2, task, task.n, x, memory.c0, memory.scratch);
+                 full_product<A>(w.w2, task, 0, x, tokens.batch_invariant, memory.c0, memory.scratch);
                  return vector_of(floats.down_bias, 1, task, memory.row0);
                });
   });
@@ -36,12 +36,14 @@ void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, 
 struct Int8Activations {
   const Packing& packing;
   Precision precision;
+  bool batch_invariant;
   int64_t row_bytes;
   Memory<char> data;
 
-  Int8Activations(const PackedMatrix& w, Precision precision, int64_t rows)
+  Int8Activations(const PackedMatrix& w, Precision precision, bool batch_invariant, int64_t rows)
       : packing(w.packing),
         precision(precision),
+        batch_invariant(batch_invariant),
         row_bytes(packed_gemm_kernels().quantized_row_bytes(w.packing, precision)),
         data(allocate<char>(rows * row_bytes)) {}
 
@@ -56,7 +58,8 @@ struct Int8Activations {
 
   void multiply(const TileTask& task, const PackedMatrix& w, int64_t row, const QuantizedRows& rows, float* c) const {
     char* scratch = thread_scratch(packed_scratch(packing.columns));
-    packed_gemm_kernels().gemm({task.M, task.N, rows, rows_of(w, task.expert, row), precision, c, scratch});
+    packed_gemm_kernels().gemm(
+        {task.M, task.N, rows, rows_of(w, task.expert, row), precision, c, scratch, batch_invariant});
   }
 };
 
@@ -68,7 +71,8 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
   FirstGemm<float> first(tokens, floats, plan, threads, act.get(), nullptr);
   first.between = DType::f32;  // it becomes int8 at once
   const CombinedRows<float> second(plan, floats.H, threads);
-  const Int8Activations x(w.w1, precision, tokens.T), h(w.w2, precision, slots);
+  const Int8Activations x(w.w1, precision, tokens.batch_invariant, tokens.T),
+      h(w.w2, precision, tokens.batch_invariant, slots);
   parallel_region(threads, [&](Team& team) {
     x.quantize(team, tokens.x, tokens.T);
     first.run(team, [&](const TileTask& task, const TileMemory<float>& memory) {

@@ -75,12 +75,13 @@ struct PackedBackward {
 
   void dequantize(const PackedMatrix& matrix, int64_t first, int64_t n, A* out) const {
     const int64_t rows = matrix.packing.rows, K = matrix.packing.columns;
-    parallel_for((n * rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](int64_t task) {
-      const int64_t row = task * kRowsPerTask, N = std::min(kRowsPerTask, n * rows - row);
-      A* values = out + row * K;
+    const int64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;  // of an expert
+    parallel_for(n * tasks, threads, [&](int64_t task) {
+      const int64_t e = task / tasks, row = task % tasks * kRowsPerTask, N = std::min(kRowsPerTask, rows - row);
+      A* values = out + (e * rows + row) * K;
       float* floats =
           sizeof(A) == 8 ? reinterpret_cast<float*>(thread_scratch(N * K * 4)) : reinterpret_cast<float*>(values);
-      packed_gemm_kernels().dequantize(rows_of(matrix, first, row), N, floats, K);
+      packed_gemm_kernels().dequantize(rows_of(matrix, first + e, row), N, floats, K);
       if constexpr (sizeof(A) == 8) std::copy(floats, floats + N * K, values);
     });
   }

@@ -1,12 +1,12 @@
 // Packed rows as float32, for products with full activations.
 #pragma once
 
-#include "cpu/packed_scales.h"
+#include "cpu/packed_floats.h"
+#include "cpu/packed_sub1.h"
 
 namespace moert::cpu {
 namespace {
 
-constexpr int64_t kStep = 32;              // columns that share a scale in every format
 constexpr int64_t kChunk = 5 * kStep;      // whole bytes of every format
 constexpr int64_t kSegment = 16 * kChunk;  // columns whose scales are widened at once: whole groups
 constexpr int64_t kSegmentGroups = kSegment / kStep;
@@ -127,10 +127,31 @@ void dequantize_row(const PackedRows& b, int64_t n, float* out) {
 
 void dequantize_rows(const PackedRows& b, int64_t N, float* out, int64_t stride) {
   using Row = void (*)(const PackedRows&, int64_t, float*);
-  static constexpr Row rows[kFormats] = {
-      dequantize_row<Format::int8>,  dequantize_row<Format::int4>,     dequantize_row<Format::int4_asymmetric>,
-      dequantize_row<Format::mxfp4>, dequantize_row<Format::ternary2>, dequantize_row<Format::ternary5>};
+  static constexpr Row rows[kFormats] = {dequantize_row<Format::int8>,
+                                         dequantize_row<Format::int4>,
+                                         dequantize_row<Format::int4_asymmetric>,
+                                         dequantize_row<Format::mxfp4>,
+                                         dequantize_row<Format::ternary2>,
+                                         dequantize_row<Format::ternary5>,
+                                         float_row<Fp8Row>,
+                                         float_row<BitNestedRow>,
+                                         sub1_row};
   for (int64_t n = 0; n < N; ++n) rows[int(b.packing.format)](b, n, out + n * stride);
+}
+
+bool few_rows(const FewRows& t) {
+  switch (t.b.packing.format) {
+    case Format::fp8:
+      few_products<Fp8Row>(t);
+      return true;
+    case Format::bit_nested:
+      few_products<BitNestedRow>(t);
+      return true;
+    case Format::sub1:
+      return few_sub1(t);
+    default:
+      return false;
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "cpu/packed_gemm_isa.h"
 #include "cpu/tile_tasks.h"
+#include "moert/fp8.h"
 
 namespace moert::cpu {
 
@@ -10,9 +11,20 @@ namespace moert::cpu {
 inline PackedRows rows_of(const PackedMatrix& w, int64_t e, int64_t row) {
   const Packing& p = w.packing;
   const int64_t first = e * p.rows + row, per_row = groups(p);
-  return {p, w.codes + first * row_bytes(p),
-          static_cast<const char*>(w.scales) + first * per_row * scale_bytes(p.format),
-          w.zeros ? w.zeros + first * per_row : nullptr};
+  const char* scales = static_cast<const char*>(w.scales);
+  switch (p.format) {
+    case Format::fp8:
+      return {p, w.codes + first * row_bytes(p), scales + e * fp8_blocks(p.rows) * per_row * 4, nullptr, row};
+    case Format::bit_nested:
+      return {p, w.codes + e * w.codes_stride + row * row_bytes(p), scales + e * w.scales_stride + row * per_row * 2,
+              w.zeros + first * per_row};
+    case Format::sub1:
+      return {p,   w.codes + 2 * w.starts[e],    scales + first * 4, w.zeros + 4 * (first + e),
+              row, w.starts[e + 1] - w.starts[e]};
+    default:
+      return {p, w.codes + first * row_bytes(p), scales + first * per_row * scale_bytes(p.format),
+              w.zeros ? w.zeros + first * per_row : nullptr};
+  }
 }
 
 // Of this thread, at least so large; what it held is lost.
@@ -26,9 +38,22 @@ inline char* thread_scratch(int64_t bytes) {
 // Dequantized rows that stay in the level-2 cache while they are multiplied.
 constexpr int64_t kDequantizedValues = 64 << 10;
 
-// c [M, N], rows kTileColumns apart = x [M, columns] . w[e, n .. n + N]^T with full activations.
+// As full_product, for few rows; false where the format has no kernel for them.
+inline bool few_product(const PackedMatrix& w, const TileTask& task, int64_t row, const TileOperand& x, float* c) {
+  const int64_t K = w.packing.columns, stride = (K + 15) / 16 * 16 + kFewPadding;
+  float* values = reinterpret_cast<float*>(thread_scratch(task.M * stride * int64_t(sizeof(float))));
+  gemm_kernels().widen(x.matrix, task.M, K, values, stride);
+  for (int64_t m = 0; m < task.M; ++m) std::fill(values + m * stride + K, values + (m + 1) * stride, 0.0f);
+  return packed_gemm_kernels().few({task.M, task.N, values, stride, rows_of(w, task.expert, row + task.n), c});
+}
+
+// c [M, N], rows kTileColumns apart = x [M, columns] . w[e, row + n .. ]^T with full activations; n and N are the
+// task's.
 template <typename A>
-void full_product(const PackedMatrix& w, const TileTask& task, int64_t row, const TileOperand& x, A* c, A* scratch) {
+void full_product(const PackedMatrix& w, const TileTask& task, int64_t row, const TileOperand& x, bool batch_invariant,
+                  A* c, A* scratch) {
+  if constexpr (sizeof(A) == 4)
+    if (task.M <= kFewRows && !batch_invariant && few_product(w, task, row, x, c)) return;
   const int64_t K = w.packing.columns;
   const int64_t rows = std::clamp<int64_t>(kDequantizedValues / std::max<int64_t>(K, 1) / 4 * 4, 4, task.N + 3);
   // The doubles first: behind an odd number of floats they would not be aligned.
@@ -36,10 +61,12 @@ void full_product(const PackedMatrix& w, const TileTask& task, int64_t row, cons
   float* floats = reinterpret_cast<float*>(values + (sizeof(A) == 8 ? rows * K : 0));
   for (int64_t n = 0; n < task.N; n += rows) {
     const int64_t N = std::min(rows, task.N - n);
-    packed_gemm_kernels().dequantize(rows_of(w, task.expert, row + n), N, floats, K);
+    packed_gemm_kernels().dequantize(rows_of(w, task.expert, row + task.n + n), N, floats, K);
     if constexpr (sizeof(A) == 8) std::copy(floats, floats + N * K, values);
     const TileOperand b{{values, DTypeOf<A>::value, K, 1, nullptr}, false};
-    gemm_kernels().gemm({task.M, N, K, x, b, c + n, scratch});
+    GemmTile tile{task.M, N, K, x, b, c + n, scratch};
+    tile.batch_invariant = batch_invariant;
+    gemm_kernels().gemm(tile);
   }
 }
 

@@ -15,6 +15,8 @@ struct PackedRows {
   const uint8_t* codes;
   const void* scales;
   const uint8_t* zeros;
+  int64_t row = 0;   // of the first in its matrix; fp8: `scales` are the whole matrix's
+  int64_t size = 0;  // sub1: the codewords of the matrix, which begin at `codes`
 };
 
 // Rows as quantize_row leaves them, `stride` bytes apart, aligned to 64; row r is the stored row index[r].
@@ -30,8 +32,20 @@ struct PackedTile {
   QuantizedRows a;
   PackedRows b;
   Precision precision;
-  float* c;       // rows kTileColumns apart
-  char* scratch;  // packed_scratch(b.packing.columns) bytes, aligned to 64
+  float* c;                      // rows kTileColumns apart
+  char* scratch;                 // packed_scratch(b.packing.columns) bytes, aligned to 64
+  bool batch_invariant = false;  // the bits of a row of c are the same whatever M is
+};
+
+// c[m, n] = x[m] . w[n] for few rows of float32, the weights made floats in registers.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewPadding = 64;  // columns of zeros that a row of x has at least behind its own
+struct FewRows {
+  int64_t M, N;
+  const float* x;  // rows `stride` apart
+  int64_t stride;
+  PackedRows b;
+  float* c;  // rows kTileColumns apart
 };
 
 constexpr int64_t packed_scratch(int64_t columns) { return 32 * columns + (int64_t(512) << 10); }
@@ -44,6 +58,8 @@ struct PackedGemmKernels {
   void (*gemm)(const PackedTile&);
   // Rows [N, columns], `stride` elements apart.
   void (*dequantize)(const PackedRows&, int64_t N, float* out, int64_t stride);
+  // False, and nothing done, where the format has no such kernel.
+  bool (*few)(const FewRows&);
 };
 
 namespace generic {

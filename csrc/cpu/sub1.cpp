@@ -108,6 +108,25 @@ const Sub1Dictionary& sub1_dictionary() {
   return dictionary;
 }
 
+const Sub1Masks* sub1_masks() {
+  static const std::vector<Sub1Masks> masks = [] {
+    std::vector<Sub1Masks> made;
+    made.reserve(size_t(kSub1Size));
+    for (const Sub1Entry& entry : sub1_dictionary().entries) {
+      const int size = sub1_length(entry.data());
+      Sub1Masks mask = {uint32_t(size) << 28, 0};
+      for (int t = 0; t < 2 * size; ++t) {
+        const uint8_t digit = sub1_digit(entry.data(), t);
+        mask.low_and_size |= uint32_t(digit == 1) << t;
+        mask.high |= uint32_t(digit == 2) << t;
+      }
+      made.push_back(mask);
+    }
+    return made;
+  }();
+  return masks.data();
+}
+
 Sub1Rows sub1_encode(const uint8_t* digits, int64_t rows, int64_t columns, int threads) {
   const uint8_t* end = digits + rows * columns;
   const uint8_t* bad = std::find_if(digits, end, [](uint8_t digit) { return digit > 2; });

@@ -79,22 +79,36 @@ enum class Format : int32_t {
   mxfp4,            // Mxfp4Block; scale e8m0; groups of 32
   ternary2,         // Ternary2Block; scale f16; zero 1
   ternary5,         // Ternary5Block; scale f16; zero 1
+  // What quantized experts multiply from as well; pack, unpack, quantize and dequantize below do not know them.
+  fp8,         // fp8.h
+  bit_nested,  // bit_nested.h
+  sub1,        // sub1.h
 };
-constexpr int kFormats = 6;
+constexpr int kRowFormats = 6, kFormats = 9;
 
 // The shape of a packed matrix, and with it the size of every array.
 struct Packing {
   Format format;
   int64_t rows;
   int64_t columns;
-  int64_t group;  // columns that share a scale; 0: the whole row (int8, ternary)
+  int64_t group;                 // columns that share a scale; 0: the whole row (int8, ternary)
+  int64_t base = 0, levels = 0;  // of bit_nested
 };
 
 MOERT_HOST_DEVICE constexpr int64_t weights_per_block(Format format) {
-  return format == Format::int8       ? Int8Block::kWeights
-         : format == Format::ternary2 ? Ternary2Block::kWeights
-         : format == Format::ternary5 ? Ternary5Block::kWeights
-                                      : Int4Block::kWeights;
+  switch (format) {
+    case Format::int8:
+    case Format::fp8:
+      return Int8Block::kWeights;
+    case Format::ternary2:
+      return Ternary2Block::kWeights;
+    case Format::ternary5:
+      return Ternary5Block::kWeights;
+    case Format::bit_nested:
+      return 128;  // of one plane
+    default:
+      return Int4Block::kWeights;
+  }
 }
 MOERT_HOST_DEVICE constexpr int64_t row_bytes(int64_t columns, int64_t weights_per_block) {
   return (columns + weights_per_block - 1) / weights_per_block * 16;
@@ -128,7 +142,7 @@ namespace cpu {
 
 const char* name(Format format);
 
-// Throws unless the format has this group size.
+// Throws unless the format is one of the first kRowFormats and has this group size.
 void check_packing(const Packing& packing);
 
 // codes [rows, columns], one a byte, to packed [rows, row_bytes] and back, both bit-exact.  packing.group is not read.

@@ -17,9 +17,10 @@ constexpr const char* name(Precision precision) {
 }
 
 // int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md); the
-// weights of int8 in small groups are too exact for them.
+// weights of int8 in small groups are too exact for them, and fp8, bit_nested and sub1 have no such products.
 constexpr Precision default_precision(Format format, int64_t group) {
   if (format == Format::ternary2 || format == Format::ternary5) return Precision::int8;
+  if (int(format) >= kRowFormats) return Precision::full;
   return format == Format::int8 && (group == 32 || group == 64) ? Precision::full : Precision::int8_group32;
 }
 
@@ -32,12 +33,16 @@ constexpr Precision default_precision(const Packing& w1, const Packing& w2) {
 // Longer rows could overflow a sum of int8 products.
 constexpr int64_t kMaxInt8Columns = 1 << 17;
 
-// The matrices of all experts: expert e has the rows from e * packing.rows on.
+// The matrices of all experts.  In fp8, bit_nested and sub1 the arrays are those of their headers.
 struct PackedMatrix {
   Packing packing;
-  const uint8_t* codes;  // [E, rows, row_bytes]
-  const void* scales;    // [E, rows, groups]
-  const uint8_t* zeros;  // likewise, or null
+  const uint8_t* codes;  // [E, rows, row_bytes]; sub1: uint16_t of all experts
+  const void* scales;    // [E, rows, groups]; sub1: bfloat16 low and high [E, rows, 2]
+  const uint8_t* zeros;  // likewise, or null; sub1: int32_t row_ptr [E, rows + 1]
+  // bit_nested: bytes from the planes, and from the scales, of an expert to those of the next, which may have levels
+  // that are not read.
+  int64_t codes_stride = 0, scales_stride = 0;
+  const int64_t* starts = nullptr;  // sub1: [E + 1], the codeword at which each expert begins
 };
 
 struct QuantizedExperts {

@@ -39,6 +39,13 @@ struct Sub1Dictionary {
 // its nine extensions become candidates.  Made once, at the first call.
 const Sub1Dictionary& sub1_dictionary();
 
+// What kernels read of an entry, in 8 bytes.
+struct Sub1Masks {
+  uint32_t low_and_size;  // bits 0..27 the digits that are 1, bits 28..31 the number of symbols
+  uint32_t high;          // bits 0..27 the digits that are 2
+};
+const Sub1Masks* sub1_masks();  // [kSub1Size]
+
 // The digits [rows, columns] as codewords: row r is codes[row_ptr[r]] up to codes[row_ptr[r + 1]].  Throws on digits
 // above 2 and where row_ptr would not fit.
 struct Sub1Rows {

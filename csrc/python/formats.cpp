@@ -14,7 +14,7 @@ using moert::Format;
 using moert::Packing;
 
 Format format_of(const std::string& name) {
-  for (int i = 0; i < moert::kFormats; ++i) {
+  for (int i = 0; i < moert::kRowFormats; ++i) {
     if (name == moert::cpu::name(Format(i))) return Format(i);
   }
   moert::fail("format must be int8, int4, int4_asymmetric, mxfp4, ternary2 or ternary5, got ", name);

@@ -74,6 +74,10 @@ py::dict threads() {
 }
 
 const char* default_precision(const std::string& format, int64_t group) {
+  for (int i = moert::kRowFormats; i < moert::kFormats; ++i) {
+    const moert::Format other{i};
+    if (format == moert::cpu::name(other)) return moert::name(moert::default_precision(other, group));
+  }
   return moert::name(moert::default_precision(format_of(format), group));
 }
 

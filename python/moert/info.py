@@ -31,6 +31,7 @@ _ISAS = {
 _FORMATS = (
     *(("int8", 0), ("int8", 32), ("int8", 64), ("int8", 128)),
     *(("int4", 32), ("int4_asymmetric", 32), ("mxfp4", 32), ("ternary2", 0), ("ternary5", 0)),
+    *(("fp8", 0), ("bit_nested", 128), ("sub1", 0)),
 )
 # Optional package -> the extra that brings it.
 _EXTRAS = {"transformers": "hf", "accelerate": "hf", "typer": "cli", "rich": "cli", "matplotlib": "cli"}

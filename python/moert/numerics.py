@@ -8,7 +8,7 @@ _set.argtypes, _set.restype = [ctypes.c_bool], ctypes.c_bool
 
 
 class batch_invariant:  # noqa: N801  read as torch.set_grad_enabled is
-    """Give a token the same bits whatever tokens come with it: forward, in the float operators that this thread calls.
+    """Give a token the same bits whatever tokens come with it: forward, in the operators that this thread calls.
 
     `moert.batch_invariant(True)` turns it on until it is turned off; `with moert.batch_invariant(True):` for a block.
     Every thread has its own choice, at first False.  A compiled function does as the thread that calls it has chosen.

@@ -1,8 +1,10 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from moert import quantize_
@@ -75,6 +77,13 @@ def test_command(checkpoint, tmp_path):
     again = CliRunner().invoke(app, [*command, "--report-tokens", "100"])
     assert again.exit_code == 0 and (out / "model.safetensors.index.json").stat().st_mtime_ns == before
     assert json.loads((out / "report.json").read_text())["text"]["tokens"] == 100
+    tensors = load_file(checkpoint / "model.safetensors")
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert CliRunner().invoke(app, [command[0], str(moved), *command[2:]]).exit_code == 0
+    tensors["model.layers.1.mlp.experts.0.down_proj.weight"] *= 2
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    other = CliRunner().invoke(app, [command[0], str(moved), *command[2:]])
+    assert other.exit_code == 2 and "OUT must not exist or be packed from IN, whose fingerprint is" in other.stderr
     other = CliRunner().invoke(app, [*command, "--group", "32"])
     assert other.exit_code == 2 and "OUT must not exist or be packed with the same options, got {" in other.stderr
 

@@ -5,11 +5,11 @@ import torch
 
 from moert import ExpertLayout, GluExperts, QuantizedExperts
 from moert.ops.fused_experts_quantized import fused_experts_quantized, fused_experts_quantized_ref
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary5
+from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, Ternary5
 from moert.testing import assert_rows_close, random_routing
 
 T, E, k, H, I = 21, 6, 2, 72, 40
-PAIRS = [(Int8(), Int8()), (Int4(), Int8()), (Mxfp4(), Int4Asymmetric(64)), (Ternary5(), Mxfp4())]
+PAIRS = [(Int8(), Int8()), (Int4(), Int8()), (Mxfp4(), Int4Asymmetric(64)), (Ternary5(), Mxfp4()), (Fp8(), BitNested())]
 
 
 @pytest.mark.parametrize("formats", PAIRS, ids=str)
@@ -101,3 +101,13 @@ def test_values_that_the_format_does_not_have_are_refused():
     scales = torch.full_like(state["down_proj_scales"], float("nan"))
     with pytest.raises((ValueError, RuntimeError), match="scales must be finite for Int8.*, got inf or nan"):
         copy.deepcopy(packed).load_state_dict(state | {"down_proj_scales": scales})
+    packed = QuantizedExperts.pack(GluExperts(2, 64, 32), (Fp8(), BitNested()))
+    state = packed.state_dict()
+    for name, value, message in [
+        ("gate_up_proj_scales", torch.nan, "scales must be finite for Fp8"),
+        ("gate_up_proj_codes", 0x7F, "codes must be numbers for Fp8.*, got nan"),
+        ("down_proj_scales", torch.inf, "scales must be finite for BitNested"),
+        ("down_proj_zeros", 4, "zeros must be below 4 for BitNested.*, got 4"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            copy.deepcopy(packed).load_state_dict(state | {name: torch.full_like(state[name], value)})

@@ -21,7 +21,7 @@ from moert import Routing, fused_experts_quantized
 from moert.cli import checkpoint
 from moert.cli.errors import CommandError
 from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.format import PackedTensor
 from moert.quant.readers import layout_of
 from moert.quant.sub1 import SubOneBitTensor
 
@@ -83,9 +83,7 @@ def unpack(source: Source) -> None:
     assert w.shape == packed.shape and w.dtype == torch.float32
 
 
-@atheris.instrument_func
-def unpack_sub1(source: Source) -> None:
-    matrices, rows, columns = source.ConsumeIntInRange(0, 3), source.size(), source.size()
+def sub1(source: Source, matrices: int, rows: int, columns: int) -> SubOneBitTensor:
     parts = [
         source.tensor(torch.uint16, source.size()),
         source.tensor(torch.int32, matrices, rows + 1),
@@ -95,16 +93,26 @@ def unpack_sub1(source: Source) -> None:
     if source.ConsumeBool():  # offsets that begin and end as they should
         parts[1] = parts[1] % (source.size() + 1)
         parts[2] = torch.linspace(0, len(parts[0]), matrices + 1).long()
-    packed = SubOneBitTensor(columns, *map(source.near, parts) if source.ConsumeBool() else parts)
+        if matrices:  # no more codewords than the last rows say
+            parts[1][:, -1] = parts[2].diff()
+    return SubOneBitTensor(columns, *map(source.near, parts) if source.ConsumeBool() else parts)
+
+
+@atheris.instrument_func
+def unpack_sub1(source: Source) -> None:
+    packed = sub1(source, source.ConsumeIntInRange(0, 3), source.size(), source.size())
     assert SubOneBit().unpack(packed).shape == packed.shape
 
 
 @atheris.instrument_func
 def multiply(source: Source) -> None:
     E, H, I, T = 2, 1 + source.size(), 1 + source.size(), source.ConsumeIntInRange(0, 6)
-    formats = [fmt for fmt in FORMATS if isinstance(fmt, RowFormat)]
-    w1 = source.packed(source.pick(formats), E, 2 * I, H)
-    w2 = source.packed(source.pick(formats), E, H, I)
+    w1, w2 = (
+        sub1(source, *shape)
+        if (fmt := source.pick([SubOneBit(), *FORMATS])) == SubOneBit()
+        else source.packed(fmt, *shape)
+        for shape in ((E, 2 * I, H), (E, H, I))
+    )
     routing = Routing(source.tensor(torch.int32, T, 2), torch.ones(T, 2), E)
     precision = source.pick(["auto", "full", "int8", "int8_group32"])
     y = fused_experts_quantized(torch.ones(T, H), routing, w1, w2, precision=precision)

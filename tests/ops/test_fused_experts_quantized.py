@@ -5,12 +5,23 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.library import opcheck
 
-from moert import _C, Activation, Routing
+from moert import _C, Activation, Routing, batch_invariant
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.fused_experts_quantized import default_precision, fused_experts_quantized, fused_experts_quantized_ref
-from moert.quant import Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
+from moert.quant import (
+    BitNested,
+    Fp8,
+    Int4,
+    Int4Asymmetric,
+    Int8,
+    Mxfp4,
+    SubOneBit,
+    Ternary2,
+    Ternary5,
+)
 from moert.quant.format import PackedTensor
 from moert.testing import (
     DTYPES,
@@ -31,9 +42,12 @@ FORMATS = [
     *(Ternary2(), Ternary2(32), Ternary2(128), Ternary5(), Ternary5(64)),
 ]
 ONE_OF_EACH = [Int8(), Int4(), Int4Asymmetric(), Mxfp4(), Ternary2(), Ternary5()]
+FULL_ONLY = [Fp8(), BitNested(), BitNested(2, 3, 32), BitNested(5, 4, 64), BitNested(1, 1, 32), SubOneBit()]
+ONE_OF_FULL_ONLY = [Fp8(), BitNested(), SubOneBit()]
 PRECISIONS = ("full", "int8", "int8_group32")
 ODD = Shape("nothing is a multiple of anything, experts with 0 to 20 rows", 61, 7, 3, 37, 21, "sentinels")
 LONG = Shape("rows of more than one block of a panel and of many steps", 40, 3, 2, 1110, 650)
+FEW = Shape("one to four rows an expert", 9, 7, 2, 300, 140)
 LARGE = FUSED_EXPERTS_SHAPES[-1]
 
 
@@ -64,11 +78,12 @@ def assert_int8_close(y, run, args, precision, **options):
     assert sorted(rows)[len(rows) // 2] < 1e-5 + unit
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", [*FORMATS, *FULL_ONLY], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward(fmt, dtype):
     wide = dtype == torch.float32
-    for shape in FUSED_EXPERTS_SHAPES if wide and fmt in ONE_OF_EACH else (ODD, LONG) if wide else (ODD,):
+    every = wide and fmt in [*ONE_OF_EACH, *ONE_OF_FULL_ONLY]
+    for shape in [*FUSED_EXPERTS_SHAPES, FEW] if every else (ODD, LONG, FEW) if wide else (ODD, FEW):
         args, run = case(shape, fmt, dtype)
         assert_rows_close(
             run(fused_experts_quantized, *args), lambda *a, f=run: f(fused_experts_quantized_ref, *a), *args
@@ -83,6 +98,23 @@ def test_forward_int8(fmt, precision):
         args[0][:, ::5] *= 20  # scales differ from group to group
         y = run(fused_experts_quantized, *args, precision)
         assert_int8_close(y, run, args, precision)
+
+
+@pytest.mark.parametrize("fmt", FULL_ONLY, ids=str)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 40])
+@pytest.mark.parametrize("K", [1, 31, 129, 720])
+def test_formats_of_full_rows_hold_their_numbers(fmt, T, K):
+    """Times the identity, once as weights and once as rows: what comes out are sums of one product each."""
+    w = fmt.pack(torch.randn(1, K, K) * torch.rand(1, K, 1).exp())
+    eye = Int8().pack(torch.eye(K)[None] * 127)
+    eye = PackedTensor(eye.format, K, (eye.codes == 127).byte(), eye.scales)
+    routing = Routing(torch.zeros(T, 1).int(), torch.ones(T, 1), 1)
+    expected = fmt.unpack(w)[0]
+    rows = torch.arange(T) * (K - 1) // max(T - 1, 1)
+    x = torch.eye(K)[rows]
+    for pair in ((w, eye), (eye, w)):
+        y = fused_experts_quantized(x, routing, *pair, activation="identity")
+        assert torch.equal(y, expected[:, rows].T) or row_error(y, expected[:, rows].T) < 3e-7
 
 
 @pytest.mark.parametrize("scale_on", ["output", "input"])
@@ -127,7 +159,7 @@ def test_integer_sums_are_exact(fmt, T):
         assert torch.equal(y[:, :N], expected)
 
 
-@pytest.mark.parametrize("fmt", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("fmt", [*ONE_OF_EACH, *ONE_OF_FULL_ONLY], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward(fmt, dtype):
     for shape in FUSED_EXPERTS_SHAPES[::3] if dtype == torch.float32 else (ODD,):
@@ -191,7 +223,8 @@ def test_default_precision_is_what_auto_runs():
     by_rule = {fmt: _C.default_precision(fmt.name, group) for fmt, group in groups.items()}
     assert {fmt for fmt, p in by_rule.items() if p == "full"} == {Int8(32), Int8(64)}
     assert {fmt for fmt, p in by_rule.items() if p == "int8"} == {f for f in FORMATS if "ternary" in f.name}
-    for first, second in itertools.product((Int8(), Int8(32), Ternary2()), repeat=2):
+    assert {_C.default_precision(fmt.name, fmt.group or 0) for fmt in FULL_ONLY} == {"full"}
+    for first, second in itertools.product((Int8(), Int8(32), Ternary2(), Fp8()), repeat=2):
         args, run = case(ODD, (first, second))
         w1, w2 = first.pack(torch.ones(1, 1, 1)), second.pack(torch.ones(1, 1, 1))
         expected = run(fused_experts_quantized, *args, precision=default_precision(w1, w2))
@@ -225,10 +258,12 @@ def test_dropped_choices_add_nothing_and_get_no_gradient(precision):
     assert not weights.grad[dropped].any() and weights.grad[~dropped].all()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "fmt,precision", [*((Int8(), p) for p in PRECISIONS), *((fmt, "full") for fmt in ONE_OF_FULL_ONLY)], ids=str
+)
 @pytest.mark.parametrize("shape", [ODD, LARGE], ids=str)
-def test_nan_stays_in_the_tokens_that_hold_it(shape, precision):
-    args, run = case(shape, Int8())
+def test_nan_stays_in_the_tokens_that_hold_it(shape, fmt, precision):
+    args, run = case(shape, fmt)
     clean, dirty = run(fused_experts_quantized, *args, precision=precision), args[0].clone()
     dirty[4, 3], dirty[17] = torch.nan, torch.inf
     out = run(fused_experts_quantized, dirty, *args[1:], precision=precision)
@@ -257,7 +292,7 @@ def test_any_memory_layout(layout):
     assert torch.equal(y, fused_experts_quantized(x, routing, w1, w2))
 
 
-@pytest.mark.parametrize("fmt", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("fmt", [*ONE_OF_EACH, *ONE_OF_FULL_ONLY], ids=str)
 def test_same_bits_for_any_number_of_threads(fmt):
     before, results = torch.get_num_threads(), []
     args, run = case(LARGE, fmt, torch.bfloat16, bias=True)
@@ -265,11 +300,33 @@ def test_same_bits_for_any_number_of_threads(fmt):
         for threads in (1, 2, 3, 7, 1):
             torch.set_num_threads(threads)
             leaves = [a.detach().requires_grad_() for a in args[:2]]
-            ys = [run(fused_experts_quantized, *leaves, *args[2:], precision=p) for p in PRECISIONS]
+            precisions = PRECISIONS if fmt in ONE_OF_EACH else ("full",)
+            ys = [run(fused_experts_quantized, *leaves, *args[2:], precision=p) for p in precisions]
             results.append((*ys, *torch.autograd.grad(ys[0].float().square().sum(), leaves)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, *ONE_OF_FULL_ONLY], ids=str)
+def test_batch_invariant(fmt):
+    """A token has the same bits alone, with three others, and among all: 110 rows of one expert and few of others."""
+    T, E, k, H, I = 130, 4, 2, 200, 96
+    ids = torch.stack([torch.zeros(T), 1 + torch.arange(T) % 3], 1).int()
+    ids[::13, 0] = 3
+    weights, x = torch.rand(T, k), torch.randn(T, H)
+    w1, w2 = fmt.pack(torch.randn(E, 2 * I, H) / H**0.5), fmt.pack(torch.randn(E, H, I) / I**0.5)
+
+    def run(rows, precision):
+        routing = Routing(ids[rows], weights[rows], E)
+        return fused_experts_quantized(x[rows], routing, w1, w2, precision=precision)
+
+    for precision in PRECISIONS if fmt in FORMATS else ("full",):
+        with batch_invariant(True):
+            whole = run(slice(None), precision)
+            for rows in (slice(7, 8), slice(20, 24), slice(60, 100)):
+                assert torch.equal(run(rows, precision), whole[rows])
+        assert row_error(run(slice(None), precision), whole) < 1e-2
 
 
 def test_every_instruction_set_gives_the_same_sums():
@@ -310,14 +367,14 @@ def test_a_second_backward_is_an_error():
 def op_args(shape, fmt):
     (x, weights, b1, b2), _ = case(shape, fmt, bias=True)
     w1, w2 = fmt.pack(torch.randn(shape.E, 2 * shape.I, shape.H)), fmt.pack(torch.randn(shape.E, shape.H, shape.I))
-    parts = (w1.codes, w1.scales, w1.zeros, w2.codes, w2.scales, w2.zeros)
+    parts = (*w1.operands, *w2.operands)
     tensors = (x.requires_grad_(), shape.routing().ids, weights.requires_grad_(), *parts, b1, b2)
     return tensors, (*(fmt.name, fmt.group or 0) * 2, "swiglu", 1.7, 7.0)
 
 
-@pytest.mark.parametrize("i,shape", [*enumerate(FUSED_EXPERTS_SHAPES[:6])], ids=str)
+@pytest.mark.parametrize("i,shape", [*enumerate([*FUSED_EXPERTS_SHAPES[:6], *[ODD] * 3])], ids=str)
 def test_opcheck(i, shape):
-    tensors, options = op_args(shape, ONE_OF_EACH[i])
+    tensors, options = op_args(shape, [*ONE_OF_EACH, *ONE_OF_FULL_ONLY][i])
     opcheck(torch.ops.moert.fused_experts_quantized.default, (*tensors, *options, "full", "output"))
     tensors = [t if t is None else t.detach() for t in tensors]
     dy = torch.randn(shape.T, shape.H)
@@ -326,11 +383,12 @@ def test_opcheck(i, shape):
         opcheck(torch.ops.moert.fused_experts_quantized_backward.default, args)
 
 
-def test_compile_with_any_number_of_tokens():
+@pytest.mark.parametrize("fmt", [Int4(), *ONE_OF_FULL_ONLY], ids=str)
+def test_compile_with_any_number_of_tokens(fmt):
     torch._dynamo.reset()
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    (x, weights, *_), _ = case(LARGE, Int4())
-    w1, w2 = Int4().pack(torch.randn(8, 288, 136)), Int4().pack(torch.randn(8, 136, 144))
+    (x, weights, *_), _ = case(LARGE, fmt)
+    w1, w2 = fmt.pack(torch.randn(8, 288, 136)), fmt.pack(torch.randn(8, 136, 144))
     ids, x, weights = LARGE.routing().ids, x.requires_grad_(), weights.requires_grad_()
 
     def layer(x, ids, weights):
@@ -354,7 +412,8 @@ def test_errors():
         fused_experts_quantized(x, Routing(routing.ids, routing.weights, 5), w1, w2)
     with pytest.raises(RuntimeError, match="precision must be auto, full, int8 or int8_group32, got int4"):
         fused_experts_quantized(x, routing, w1, w2, precision="int4")
-    with pytest.raises(RuntimeError, match=r"codes1 must have shape \[E=4, rows=10, 48\] for 70 columns of int4, got"):
+    wanted = r"codes1 must have shape \[E=4, rows=10, bytes=48\] for 70 columns of int4, got \[4, 10, 16\]"
+    with pytest.raises(RuntimeError, match=wanted):
         fused_experts_quantized(
             torch.randn(3, 70), routing, PackedTensor(Int4(), 70, w1.codes[..., :16], w1.scales), w2
         )
@@ -368,8 +427,8 @@ def test_errors():
     with pytest.raises(ValueError, match="w1 must not require gradients: packed weights have none"):
         scales = w1.scales.clone().requires_grad_()
         fused_experts_quantized(x, routing, PackedTensor(w1.format, 40, w1.codes, scales), w2)
-    with pytest.raises(ValueError, match="w2 must be in int8, int4, mxfp4 or ternary, got Fp8"):
-        fused_experts_quantized(x, routing, w1, PackedTensor(Fp8(), 5, w2.codes, w2.scales))
+    with pytest.raises(TypeError, match="w2 must be of type PackedTensor or SubOneBitTensor, got Tensor"):
+        fused_experts_quantized(x, routing, w1, w2.codes)
     long = Int8().pack(torch.zeros(1, 2, 2**17 + 1))
     with pytest.raises(RuntimeError, match="H and I must be at most 131072 for int8 activations, got 131073"):
         down = Int8().pack(torch.zeros(1, 2**17 + 1, 1))

@@ -76,7 +76,7 @@ def _moert_config(packing: str):
     from moert.integrations.transformers import MoertConfig
 
     fmt = packing_format(packing)
-    return MoertConfig(fmt.name, fmt.group)
+    return MoertConfig(fmt.spelling, fmt.group)
 
 
 def _random_model(model_class, config, experts: str, dtype: str, packing: str | None):

@@ -177,7 +177,8 @@ class Conversion:
             if path.suffix in COPIED and path.is_file() and path.name not in ("config.json", INDEX, RECORD):
                 shutil.copyfile(path, self.partial / path.name)
         dtype = str(self.dtype).removeprefix("torch.")
-        self._write_json("config.json", {"dtype": dtype, **self.config, "quantization_config": self.options.to_dict()})
+        packed = {**self.options.to_dict(), "made_of": self.files.fingerprint()}
+        self._write_json("config.json", {"dtype": dtype, **self.config, "quantization_config": packed})
         weight_map = {name: part.file for part in self.parts for name in part.tensors}
         total = {"total_size": sum(part.nbytes for part in self.parts)}
         self._write_json(INDEX, {"metadata": total, "weight_map": weight_map})

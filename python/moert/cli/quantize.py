@@ -50,7 +50,7 @@ def quantize(
 
     ids = tokens_of(source, report, report_tokens or TEXT_TOKENS)
     if target.exists():
-        _check_made_with(target, options)
+        _check_made_with(source, target, options)
     else:
         _convert(source, target, options)
     quantize_report.report(source, target, report, ids, Console(highlight=False))
@@ -73,14 +73,19 @@ def _convert(source: Path, target: Path, options) -> None:
     )
 
 
-def _check_made_with(target: Path, options) -> None:
-    """A report needs no second conversion."""
+def _check_made_with(source: Path, target: Path, options) -> None:
+    """A report needs no second conversion, if OUT is what this one would make."""
     from moert.cli.checkpoint import check_files, read_json
+    from moert.cli.tensor_files import TensorFiles
 
     check_files(target)
     made_with = read_json(target / "config.json").get("quantization_config")
+    made_of = made_with.pop("made_of", None) if isinstance(made_with, dict) else None
     if made_with != options.to_dict():
         raise CommandError(f"OUT must not exist or be packed with the same options, got {made_with}")
+    check_files(source)
+    if made_of != (wanted := TensorFiles(source).fingerprint()):
+        raise CommandError(f"OUT must not exist or be packed from IN, whose fingerprint is {wanted}, got {made_of}")
 
 
 def _bar() -> progress.Progress:

@@ -19,6 +19,7 @@ from moert.cli.checkpoint import INDEX, read_json, weight_files
 from moert.cli.errors import CommandError
 
 PIECE = 1 << 22
+SAMPLE = 1 << 12  # bytes of a tensor that a fingerprint reads at a time
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -95,6 +96,21 @@ class TensorFiles:
         """The dtype that transformers takes for the model's where the configuration has none."""
         dtypes = (DTYPES.get(stored.dtype, torch.bool) for stored in self.stored.values())
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the names, types and shapes of all tensors and of the first, middle and last bytes of each.
+
+        Whatever the files are called and however the tensors are spread over them.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.stored):
+            stored, (path, start) = self.stored[name], self._places[name]
+            digest.update(json.dumps([name, stored.dtype, stored.shape]).encode())
+            with open(path, "rb", buffering=0) as file:
+                for at in sorted({0, max(0, stored.nbytes - SAMPLE) // 2, max(0, stored.nbytes - SAMPLE)}):
+                    file.seek(start + at)
+                    digest.update(file.read(min(SAMPLE, stored.nbytes)))
+        return digest.hexdigest()
 
     def identity(self) -> list[list]:
         """What tells these files from others: path, size and time of change."""

@@ -8,7 +8,7 @@ from moert.experts.glu import GluExperts
 from moert.experts.lora import PackedWeights
 from moert.ops.fused_experts import apply_activation
 from moert.ops.fused_experts_quantized import fused_experts_quantized
-from moert.quant.format import PARTS, PackedTensor, RowFormat
+from moert.quant.format import PARTS, Format, PackedTensor
 from moert.types import Activation, Routing
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -27,7 +27,7 @@ class QuantizedExperts(PackedWeights, Experts):
         num_experts: int,
         hidden: int,
         intermediate: int,
-        formats: tuple[RowFormat, RowFormat],
+        formats: tuple[Format, Format],
         activation: str | Activation = "swiglu",
         bias: bool = False,
         precision: str = "auto",
@@ -46,9 +46,7 @@ class QuantizedExperts(PackedWeights, Experts):
             self.register_buffer(f"{name}_bias", torch.zeros(shape[:2], dtype=dtype) if bias else None)
 
     @classmethod
-    def pack(
-        cls, experts: GluExperts, formats: tuple[RowFormat, RowFormat], precision: str = "auto"
-    ) -> "QuantizedExperts":
+    def pack(cls, experts: GluExperts, formats: tuple[Format, Format], precision: str = "auto") -> "QuantizedExperts":
         """The experts in (the format of gate_up_proj, that of down_proj), in Hugging Face's default layout.
 
         One expert at a time, so that no more than one is there in float32.
@@ -106,7 +104,7 @@ class QuantizedExperts(PackedWeights, Experts):
             packed.format.check_values(packed)
 
     def _format_text(self) -> str:
-        return ", ".join(f"{fmt.name} group {fmt.group or 'row'}" for fmt in self.formats)
+        return ", ".join(f"{fmt.spelling} group {fmt.group or 'row'}" for fmt in self.formats)
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         names = [f"{name}_{part}" for name in PROJECTIONS for part in PARTS]

@@ -7,14 +7,15 @@ from moert.experts.base import Experts
 from moert.experts.glu import GluExperts
 from moert.experts.lora import PackedWeights
 from moert.experts.quantized import PROJECTIONS, activated, bias_of
+from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.quant.sub1 import PARTS, SubOneBitTensor, dictionary_hash
 from moert.types import Activation, Routing
 
 
 class SubOneBitExperts(PackedWeights, Experts):
-    """QuantizedExperts in the dictionary code, for memory: no kernel multiplies from it.
+    """QuantizedExperts in the dictionary code.
 
-    A call unpacks a few experts at a time, those with tokens.  Buffers gate_up_proj_codes, _row_ptr, _matrix_base,
+    Buffers gate_up_proj_codes, _row_ptr, _matrix_base,
     _minmax (bfloat16 as int16 bits), down_proj_codes …; a state dict names its dictionary.  A new module holds no
     codes: load into it, or make it by moert.quantize_.
     """
@@ -62,10 +63,10 @@ class SubOneBitExperts(PackedWeights, Experts):
         return sum(w.nbytes for w in self.packed_pair())
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        if routing.num_experts != self.num_experts:
-            raise ValueError(f"routing must be over {self.num_experts} experts, got {routing.num_experts}")
         bias = self.gate_up_proj_bias, self.down_proj_bias
-        return self.run_unfused(x, routing, bias, lambda h: activated(h, self.activation), lambda y: y)
+        if any(self.adapters):
+            return self.run_unfused(x, routing, bias, lambda h: activated(h, self.activation), lambda y: y)
+        return fused_experts_quantized(x, routing, *self.packed_pair(), bias, self.activation)
 
     def get_extra_state(self) -> Tensor:
         """The dictionary's hash as text, in a tensor."""
@@ -74,6 +75,8 @@ class SubOneBitExperts(PackedWeights, Experts):
     def set_extra_state(self, state: Tensor) -> None:
         if (text := bytes(state.tolist()).decode()) != dictionary_hash():
             raise ValueError(f"state_dict must be coded with dictionary {dictionary_hash()}, got {text}")
+        for packed in self.packed_pair():  # loaded before this state
+            packed.format.check_values(packed)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in PROJECTIONS:  # as many codewords as there are

@@ -13,15 +13,16 @@ from moert.ops.fused_experts import apply_activation
 from moert.ops.kinds import expect, two_biases
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.format import PackedTensor
+from moert.quant.sub1 import SubOneBitTensor
 from moert.types import Activation, Routing
 
 
 def fused_experts_quantized(
     x: Tensor,
     routing: Routing,
-    w1: PackedTensor,
-    w2: PackedTensor,
+    w1: PackedTensor | SubOneBitTensor,
+    w2: PackedTensor | SubOneBitTensor,
     bias: tuple[Tensor | None, Tensor | None] = (None, None),
     activation: str | Activation = "swiglu",
     precision: str = "auto",
@@ -37,31 +38,25 @@ def fused_experts_quantized(
     activation = Activation.of(activation)
     expect(Tensor, x=x)
     expect(Routing, routing=routing)
-    expect(PackedTensor, w1=w1, w2=w2)
+    expect((PackedTensor, SubOneBitTensor), w1=w1, w2=w2)
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
     for name, w in (("w1", w1), ("w2", w2)):
-        if not isinstance(w.format, RowFormat):
-            raise ValueError(f"{name} must be in int8, int4, mxfp4 or ternary, got {w.format}")
-        if w.codes.requires_grad or w.scales.requires_grad:
+        if any(part is not None and part.requires_grad for part in w.operands):
             raise ValueError(f"{name} must not require gradients: packed weights have none")
     x, b1, b2 = autocast(x, *two_biases(bias))
     return torch.ops.moert.fused_experts_quantized(
         x,
         routing.ids,
         routing.weights,
-        w1.codes,
-        w1.scales,
-        w1.zeros,
-        w2.codes,
-        w2.scales,
-        w2.zeros,
+        *w1.operands,
+        *w2.operands,
         b1,
         b2,
         w1.format.name,
-        w1.format.group or 0,
+        _group(w1),
         w2.format.name,
-        w2.format.group or 0,
+        _group(w2),
         activation.name,
         activation.alpha,
         activation.limit,
@@ -70,10 +65,14 @@ def fused_experts_quantized(
     )
 
 
-def default_precision(w1: PackedTensor, w2: PackedTensor) -> str:
+def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | SubOneBitTensor) -> str:
     """What "auto" is: the finer one of the two matrices (docs/quantized.md says how it was measured)."""
     order = ("int8", "int8_group32", "full")
-    return max((_C.default_precision(w.format.name, w.format.group or 0) for w in (w1, w2)), key=order.index)
+    return max((_C.default_precision(w.format.name, _group(w)) for w in (w1, w2)), key=order.index)
+
+
+def _group(w: PackedTensor | SubOneBitTensor) -> int:
+    return getattr(w.format, "group", None) or 0
 
 
 def fused_experts_quantized_ref(

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 
-def expect(kind: type, **arguments) -> None:
-    """Every argument must be an instance of the class."""
+def expect(kind: type | tuple[type, ...], **arguments) -> None:
+    """Every argument must be an instance of the class, or of one of the classes."""
     for name, value in arguments.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+            kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise TypeError(f"{name} must be of type {kinds}, got {type(value).__name__}")
 
 
 def two_biases(bias: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

@@ -54,6 +54,23 @@ class BitNested(Format):
         groups = -(-columns // self.group)
         return prod(rows) * (self.planes * 16 * -(-columns // 128) + groups * (2 * self.levels + 1))
 
+    @property
+    def spelling(self) -> str:
+        return self.name if (self.base, self.levels) == (2, 3) else f"{self.name}_{self.base}_{self.levels}"
+
+    def empty(self, shape: tuple[int, ...]) -> PackedTensor:
+        *matrices, rows, columns = shape
+        codes = torch.zeros(*matrices, self.planes, rows, 16 * -(-columns // 128), dtype=torch.uint8)
+        scales = torch.zeros(*matrices, self.levels, rows, -(-columns // self.group), dtype=torch.float16)
+        zeros = torch.zeros(*matrices, rows, -(-columns // self.group), dtype=torch.uint8)
+        return PackedTensor(self, columns, codes, scales, zeros)
+
+    def check_values(self, packed: PackedTensor) -> None:
+        if not packed.scales.isfinite().all():
+            raise ValueError(f"scales must be finite for {self}, got inf or nan")
+        if (packed.zeros >= 2**self.base).any():
+            raise ValueError(f"zeros must be below {2**self.base} for {self}, got {int(packed.zeros.max())}")
+
     def pack(self, w: Tensor) -> PackedTensor:
         w = float_weights(w)
         sizes = (self.group, self.base, self.levels, torch.get_num_threads())

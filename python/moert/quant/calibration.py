@@ -83,17 +83,28 @@ def rows_of(model: nn.Module, batches: list, counts: list[int], experts: FloatEx
 
 
 def _calls_of(model: nn.Module, batch: Any, count: int, experts: FloatExperts) -> list[tuple[Tensor, Tensor]]:
-    """(x, ids) of the first calls of the experts; the pass ends with the last of them."""
-    calls = []
+    """(x, ids) of the first calls of the experts, without rows of padding; the pass ends with the last of them."""
+    calls, real = [], _real_tokens(batch)
 
     def keep(module, args, kwargs):
-        calls.append(experts.inputs(*args, **kwargs))
+        x, ids = experts.inputs(*args, **kwargs)
+        if real is not None and len(real) == len(x):
+            x, ids = x[real], ids[real]
+        calls.append((x, ids))
         if len(calls) == count:
             raise _Reached
 
     with _hooked({experts.module: keep}), suppress(_Reached):
         _run(model, batch)
     return calls
+
+
+def _real_tokens(batch: Any) -> Tensor | None:
+    """Which tokens of a batch its attention_mask [B, S] does not call padding; None where it calls none so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.bool().all():
+        return None
+    return mask.bool().flatten()
 
 
 def _pack(name, experts, x, ids, fmt, settings, progress) -> LayerReport:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.permute import permute_plan
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant.format import Format, PackedTensor
 from moert.quant.gptq import GPTQ, gptq
 from moert.quant.sub1 import SubOneBit, SubOneBitTensor
 
-PackFormat = RowFormat | SubOneBit
+PackFormat = Format | SubOneBit
 Packed = PackedTensor | SubOneBitTensor
 
 _CHUNK = 4096  # rows in float32 at once

@@ -35,6 +35,11 @@ class PackedTensor:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the operators take of it: codes, scales, zeros."""
+        return self.codes, self.scales, self.zeros
+
     def part(self, first: int, last: int) -> "PackedTensor":
         """Matrices first .. last - 1 of [E, rows, columns], as views."""
         parts = (None if (value := getattr(self, name)) is None else value[first:last] for name in PARTS)
@@ -45,7 +50,13 @@ class Format(ABC):
     """A way to store weights in few bits: a frozen dataclass whose name the kernels know."""
 
     name: str
+    group: int | None = None  # columns of a scale; None: the whole row, or what `block` says
     scale_dtype = torch.float16
+
+    @property
+    def spelling(self) -> str:
+        """What moert.quantize_ calls the format, its group apart."""
+        return self.name
 
     @property
     @abstractmethod
@@ -63,6 +74,30 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, packed: PackedTensor) -> Tensor:
         """The float32 weights [..., rows, columns] that the packed ones stand for."""
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...]) -> PackedTensor:
+        """A packed tensor of this shape, all bytes 0: to be loaded into."""
+
+    @abstractmethod
+    def check_values(self, packed: PackedTensor) -> None:
+        """What the kernels take for granted, of bytes that come from a file."""
+
+    def pack_each(self, matrices: Iterable[Tensor], shape: tuple[int, ...]) -> PackedTensor:
+        """The matrices [rows, columns] of a tensor of this shape, one after the other: float32 of one at a time."""
+        whole = self.empty(shape)
+        for i, w in enumerate(matrices):
+            packed = self.pack(w)
+            for part in PARTS:
+                if (value := getattr(packed, part)) is not None:
+                    getattr(whole, part)[i] = value
+        return whole
+
+    def join(self, pieces: Sequence[PackedTensor]) -> PackedTensor:
+        """Pieces [n, rows, columns] with the same rows and columns, one after the other."""
+        parts = ([getattr(piece, name) for piece in pieces] for name in PARTS)
+        joined = (None if values[0] is None else torch.cat(values) for values in parts)
+        return PackedTensor(self, pieces[0].columns, *joined)
 
     def shape_of(self, packed: PackedTensor) -> torch.Size:
         """The shape [..., rows, columns] of the weights that packed holds."""
@@ -104,7 +139,6 @@ class RowFormat(Format):
         return prod(rows) * row
 
     def empty(self, shape: tuple[int, ...]) -> PackedTensor:
-        """A packed tensor of this shape, all bytes 0: to be loaded into."""
         *rows, columns = shape
         groups = 1 if self.group is None else -(-columns // self.group)
         codes = torch.zeros(*rows, 16 * -(-columns // self.weights_per_block), dtype=torch.uint8)
@@ -114,7 +148,6 @@ class RowFormat(Format):
         )
 
     def check_values(self, packed: PackedTensor) -> None:
-        """What the kernels take for granted, of bytes that come from a file."""
         finite = (packed.scales != 255) if packed.scales.dtype == torch.uint8 else packed.scales.isfinite()
         if not finite.all():
             raise ValueError(f"scales must be finite for {self}, got inf or nan")
@@ -128,22 +161,6 @@ class RowFormat(Format):
             None if part is None else torch.from_numpy(part).view(*w.shape[:-1], part.shape[-1]) for part in parts
         ]
         return PackedTensor(self, w.shape[-1], *shaped)
-
-    def pack_each(self, matrices: Iterable[Tensor], shape: tuple[int, ...]) -> PackedTensor:
-        """The matrices [rows, columns] of a tensor of this shape, one after the other: float32 of one at a time."""
-        whole = self.empty(shape)
-        for i, w in enumerate(matrices):
-            packed = self.pack(w)
-            for part in PARTS:
-                if (value := getattr(packed, part)) is not None:
-                    getattr(whole, part)[i] = value
-        return whole
-
-    def join(self, pieces: Sequence[PackedTensor]) -> PackedTensor:
-        """Pieces [n, rows, columns] with the same rows and columns, one after the other."""
-        parts = ([getattr(piece, name) for piece in pieces] for name in PARTS)
-        joined = (None if values[0] is None else torch.cat(values) for values in parts)
-        return PackedTensor(self, pieces[0].columns, *joined)
 
     def unpack(self, packed: PackedTensor) -> Tensor:
         self.check(packed)

@@ -28,6 +28,17 @@ class Fp8(Format):
         *matrices, rows, columns = shape
         return prod(matrices) * (rows * 16 * -(-columns // 16) + 4 * -(-rows // 128) * -(-columns // 128))
 
+    def empty(self, shape: tuple[int, ...]) -> PackedTensor:
+        *matrices, rows, columns = shape
+        codes = torch.zeros(*matrices, rows, 16 * -(-columns // 16), dtype=torch.uint8)
+        return PackedTensor(self, columns, codes, torch.zeros(*matrices, -(-rows // 128), -(-columns // 128)))
+
+    def check_values(self, packed: PackedTensor) -> None:
+        if not packed.scales.isfinite().all():
+            raise ValueError(f"scales must be finite for {self}, got inf or nan")
+        if (packed.codes & 0x7F == 0x7F).any():
+            raise ValueError(f"codes must be numbers for {self}, got nan")
+
     def pack(self, w: Tensor) -> PackedTensor:
         w = float_weights(w)
         parts = _C.fp8_quantize(flat(w, 2).numpy(), torch.get_num_threads())

@@ -1,5 +1,6 @@
 """Experts of a model to packed weights, in place."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from moert.experts.calibrated import FloatGluExperts
 from moert.experts.glu import GluExperts
 from moert.experts.quantized import QuantizedExperts
+from moert.quant.bit_nested import BitNested
 from moert.quant.calibration import calibrate_
 from moert.quant.float_experts import FloatExperts, LayerReport, PackFormat, round_experts
-from moert.quant.format import RowFormat
+from moert.quant.format import Format, RowFormat
+from moert.quant.fp8 import Fp8
 from moert.quant.gptq import GPTQ
 from moert.quant.int4 import Int4, Int4Asymmetric
 from moert.quant.int8 import Int8
@@ -20,7 +23,7 @@ from moert.quant.sub1 import SubOneBit
 from moert.quant.ternary import Ternary2, Ternary5
 
 PRECISIONS = ("auto", "full", "int8", "int8_group32")
-FORMATS = {kind.name: kind for kind in (Int8, Int4, Int4Asymmetric, Mxfp4, Ternary2, Ternary5)}
+FORMATS = {kind.name: kind for kind in (Int8, Int4, Int4Asymmetric, Mxfp4, Ternary2, Ternary5, Fp8, BitNested)}
 
 
 class Quantized(list[str]):
@@ -33,7 +36,7 @@ class Quantized(list[str]):
 
 def quantize_(
     model: nn.Module,
-    format: str | RowFormat | SubOneBit = "int4",
+    format: str | Format | SubOneBit = "int4",
     group: int | None = None,
     skip: Sequence[str] = (),
     precision: str = "auto",
@@ -52,21 +55,21 @@ def quantize_(
     weights are rounded to nearest; with them by `method`, "gptq" or GPTQ(…), layer by layer.  An expert that sees too
     few rows is rounded: a warning and the result's `layers` say which.
 
-    "sub1", QMoE's code of under one bit, is for memory: a call unpacks the experts it needs (SubOneBitExperts), rows
-    are "full", and a transformers model in it cannot be saved.
+    "fp8" and "bit_nested" are rounded to nearest only; "bit_nested_5_4" is BitNested(5, 4).  "sub1" is QMoE's code of
+    under one bit (SubOneBitExperts).  Rows are "full" in these three.
     """
-    fmt = sub_one_bit(group) if format in ("sub1", SubOneBit()) else format_of(format, group)
+    fmt = any_format_of(format, group)
     check_options(skip, precision)
     settings = method_of(method)
+    if calibration is not None and not isinstance(fmt, RowFormat | SubOneBit):
+        raise ValueError(f"calibration must be None for {fmt}, which is rounded to nearest, got batches")
     found = [
         name for name, module in model.named_modules() if isinstance(module, GluExperts) and not skipped(name, skip)
     ]
     if not found and any(hasattr(module, "is_concatenated") for module in model.modules()):
         from moert.integrations.transformers import quantizer  # its model: transformers is there
 
-        if isinstance(fmt, SubOneBit):
-            return quantizer.quantize_in_memory_(model, fmt, skip, calibration, settings)
-        config = quantizer.MoertConfig(fmt.name, fmt.group, skip, precision)
+        config = quantizer.MoertConfig(fmt.spelling, fmt.group, skip, precision)
         return quantizer.quantize_(model, config, calibration, settings)
     if not found or found == [""]:
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
@@ -102,7 +105,10 @@ def pack_(
     return []
 
 
-def sub_one_bit(group: int | None) -> SubOneBit:
+def any_format_of(format: str | Format | SubOneBit, group: int | None = None) -> Format | SubOneBit:
+    """format_of, and "sub1"."""
+    if format not in ("sub1", SubOneBit()):
+        return format_of(format, group)
     if group is not None:
         raise ValueError(f"group must be None for sub1, whose values belong to rows, got {group}")
     return SubOneBit()
@@ -117,15 +123,20 @@ def method_of(method: str | GPTQ) -> GPTQ:
     return GPTQ()
 
 
-def format_of(format: str | RowFormat, group: int | None = None) -> RowFormat:
-    """ "int4" and 64 -> Int4(64)."""
-    if isinstance(format, RowFormat):
+def format_of(format: str | Format, group: int | None = None) -> Format:
+    """ "int4" and 64 -> Int4(64); "bit_nested_5_4" -> BitNested(5, 4)."""
+    if isinstance(format, Format):
         if group is not None:
             raise ValueError(f"group must be None with a format that has its own, {format}, got {group}")
         return format
+    options = {} if group is None else {"group": group}
+    if nested := re.fullmatch(r"bit_nested_(\d)_(\d)", format):
+        return BitNested(int(nested[1]), int(nested[2]), **options)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format}")
-    return FORMATS[format]() if group is None else FORMATS[format](group)
+    if options and FORMATS[format] is Fp8:
+        raise ValueError(f"group must be None for fp8, whose scales belong to blocks of 128 x 128, got {group}")
+    return FORMATS[format](**options)
 
 
 def check_options(skip: Sequence[str], precision: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -44,6 +44,11 @@ class SubOneBitTensor:
     def format(self) -> "SubOneBit":
         return SubOneBit()
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the operators take in the places of codes, scales and zeros; row_ptr tells where matrices begin."""
+        return self.codes, self.minmax, self.row_ptr
+
     def part(self, first: int, last: int) -> "SubOneBitTensor":
         """Matrices first .. last - 1 of [E, rows, columns]; the codes are a view."""
         base = self.matrix_base[first : last + 1]
@@ -64,6 +69,8 @@ class SubOneBit:
     """
 
     name = "sub1"
+    group = None
+    spelling = "sub1"
 
     def pack(self, w: Tensor) -> SubOneBitTensor:
         """w [..., rows, columns], float32, bfloat16 or float16 on the CPU, rounded to each row's three values."""
@@ -73,6 +80,31 @@ class SubOneBit:
         low, high = row_limits(w)
         digits = (w < low / 2).to(torch.uint8) + 2 * (w > high / 2).to(torch.uint8)
         return self.encode(digits, torch.cat([low, high], -1).bfloat16())
+
+    def empty(self, shape: tuple[int, ...], codewords: int = 0) -> SubOneBitTensor:
+        """A packed tensor [E, rows, columns] of so many codewords, all bytes 0: to be loaded into."""
+        E, rows, columns = shape
+        codes, ends = torch.zeros(codewords, dtype=torch.uint16), torch.zeros(E, rows + 1, dtype=torch.int32)
+        limits = torch.zeros(E, rows, 2, dtype=torch.bfloat16)
+        return SubOneBitTensor(columns, codes, ends, torch.zeros(E + 1, dtype=torch.int64), limits)
+
+    def pack_each(self, matrices: Iterable[Tensor], shape: tuple[int, ...]) -> SubOneBitTensor:
+        """The matrices [rows, columns] of a tensor of this shape, one after the other."""
+        pieces = [self.pack(w[None]) for w in matrices]
+        return self.join(pieces) if pieces else self.empty(shape)
+
+    def check_values(self, packed: SubOneBitTensor) -> None:
+        """What the kernels take for granted, of bytes that come from a file."""
+        _check(packed)
+        if not packed.minmax.isfinite().all():
+            raise ValueError("minmax must be finite, got inf or nan")
+        ends, sizes = packed.row_ptr, packed.row_ptr[:, -1].long()
+        if (ends[:, 0] != 0).any() or (ends.diff(dim=1) < 0).any():
+            raise ValueError("row_ptr must rise from 0 in every matrix, got others")
+        if not torch.equal(packed.matrix_base, torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])):
+            raise ValueError("matrix_base must rise by the codewords of each matrix, got others")
+        if len(packed.codes) != int(packed.matrix_base[-1]):
+            raise ValueError(f"codes must hold {int(packed.matrix_base[-1])} codewords, got {len(packed.codes)}")
 
     def join(self, pieces: Sequence[SubOneBitTensor]) -> SubOneBitTensor:
         """Pieces [n, rows, columns] with the same rows and columns, one after the other."""

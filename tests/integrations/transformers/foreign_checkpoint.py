@@ -10,6 +10,7 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 SIZES |= {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0}
 CONFIGS = {
     "qwen3": lambda: Qwen3MoeConfig(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, **SIZES),
+    "qwen3-128": lambda: Qwen3MoeConfig(moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, **SIZES),
     "mixtral": lambda: MixtralConfig(intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, **SIZES),
     "gpt-oss": lambda: GptOssConfig(
         intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2, **SIZES

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from moert.integrations.transformers import InexactWarning, load_quantized
 from moert.integrations.transformers.quantized import PackedExperts
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4
+from moert.quant import Fp8, Int4, Int4Asymmetric, Int8, Mxfp4
 from moert.testing import row_error
 
 FORMATS = {"gptq": Int4(), "gptq_v2": Int4Asymmetric(), "awq": Int4Asymmetric(), "mxfp4": Mxfp4()}
@@ -72,7 +72,27 @@ def compressed(w, source):
     return parts, compressor.decompress(parts, scheme)["weight"]
 
 
-@pytest.mark.parametrize("source,why", [("fp8", "no kernel multiplies fp8"), ("desc_act", "are not neighbours")])
+def test_fp8_is_exact_where_its_blocks_end_with_gate_and_up(tmp_path):
+    foreign, floats = write(tmp_path, "qwen3-128", "fp8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InexactWarning)
+        model = load_quantized(foreign, dtype=torch.float32)
+    assert formats(model) == [(Fp8(), Fp8())] * 2
+    assert row_error(logits(model), float_logits(floats)) < 5e-6
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert formats(again) == [(Fp8(), Fp8())] * 2 and row_error(logits(again), float_logits(floats)) < 0.03
+
+
+def test_fp8_of_gate_and_up_in_one_block_is_converted_and_said(tmp_path):
+    foreign, floats = write(tmp_path, "qwen3", "fp8")
+    with pytest.warns(InexactWarning, match="16 converted to .*group=128.: gate and up share blocks of 128 rows"):
+        model = load_quantized(foreign, precision="full", dtype=torch.float32)
+    assert formats(model) == [(Int8(128), Fp8())] * 2
+    assert 0 < row_error(logits(model), float_logits(floats)) < 0.05
+
+
+@pytest.mark.parametrize("source,why", [("desc_act", "are not neighbours")])
 def test_converted_and_said(source, why, tmp_path):
     foreign, floats = write(tmp_path, "qwen3", source)
     with pytest.warns(InexactWarning, match=f"24 converted to .*group=128.: .*{why}"):

@@ -15,6 +15,7 @@ from moert.integrations.transformers import MoertConfig
 from moert.integrations.transformers.quantized import PackedExperts
 
 FORMATS = ["int8", "int4", "int4_asymmetric", "mxfp4", "ternary2", "ternary5"]
+FORMATS += ["fp8", "bit_nested", "bit_nested_5_4", "sub1"]
 # Plain, interleaved with biases and transposed, an unknown gate, without gate, with shared experts.
 KINDS = ["Qwen3Moe", "GptOss", "Inkling2", "NemotronH", "DeepseekV3"]
 
@@ -80,7 +81,7 @@ def test_every_format_in_a_new_process(format, tmp_path):
     mine = reloaded_elsewhere(tmp_path / "packed", tiny_inputs(model)["input_ids"], tmp_path)
     assert torch.equal(mine, logits(model))
     error = (mine.float() - plain).norm() / plain.norm()
-    assert error < {"int8": 0.05, "ternary2": 0.9, "ternary5": 0.9}.get(format, 0.4)
+    assert error < {"int8": 0.05, "ternary2": 0.9, "ternary5": 0.9, "sub1": 1.5}.get(format, 0.4)
 
 
 def test_generates_and_compiles():
@@ -118,6 +119,25 @@ def test_what_is_refused(tmp_path):
         quantize_(model, "int4", skip="model")
     with pytest.raises(ValueError, match="precision must be one of auto, full, int8, int8_group32, got int9"):
         MoertConfig("int4", precision="int9")
+    with pytest.raises(
+        ValueError, match="group must be None for fp8, whose scales belong to blocks of 128 x 128, got 32"
+    ):
+        MoertConfig("fp8", group=32)
+    with pytest.raises(ValueError, match="levels must be 1 to 4 over a base of 5, got 5"):
+        MoertConfig("bit_nested_5_5")
+    with pytest.raises(
+        ValueError, match="calibration must be None for Fp8.*, which is rounded to nearest, got batches"
+    ):
+        quantize_(model, "fp8", calibration=[tiny_inputs(model)])
+    for experts, message in [
+        ([1], "experts must have two formats with their sizes for experts"),
+        ({"a": [["int8", None, None]]}, "experts must have two formats with their sizes for a"),
+        ({"a": [["int8", None, 3], ["int8", None, None]]}, "for a: got 3 codewords of int8"),
+        ({"a": [["sub1", None, None], ["int8", None, None]]}, "for a: got None codewords of sub1"),
+        ({"a": [["int3", None, None], ["int8", None, None]]}, "for a: format must be one of .*, got int3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            MoertConfig("int8", experts=experts)
     with pytest.raises(TypeError, match="grup"):
         MoertConfig("int4", grup=64)
     quantize_(model, "int4")

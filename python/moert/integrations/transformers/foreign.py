@@ -16,10 +16,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
-from moert.integrations.transformers.quantizer import MoertConfig, MoertQuantizer
+from moert.integrations.transformers.quantizer import MoertQuantizer, config_of
 from moert.quant.quantize import check_options, format_of
 from moert.quant.readers import layout_of
-from moert.quant.readers.layout import FLOATS, Parts, cat_rows, stack
+from moert.quant.readers.layout import FLOATS, Parts, cat_rows, joinable, stack
 
 
 @register_quantization_config("moert-foreign")
@@ -83,10 +83,8 @@ class ForeignQuantizer(HfQuantizer):
                 raise ValueError(
                     f"checkpoint must hold both weights of {name} quantized, got {floats[0]} in float or none"
                 )
-        formats = {getattr(module, f"{place}_format") for module in packed.values() for place in ("w1", "w2")}
-        fmt, precision = next(iter(formats)), self.quantization_config.precision
-        config = MoertConfig(fmt.name, fmt.group, [name for name in experts if name not in packed], precision)
-        model.hf_quantizer = (MoertQuantizer if len(formats) == 1 else MixedQuantizer)(config, pre_quantized=True)
+        config = config_of(model, [name for name in experts if name not in packed], self.quantization_config.precision)
+        model.hf_quantizer = MoertQuantizer(config, pre_quantized=True)
         model.hf_quantizer.changed = self.changed
         model.quantization_method, model.config.quantization_config = config.quant_method, config
         model._weight_conversions = None  # saved by the model's own
@@ -97,13 +95,6 @@ class ForeignQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
-
-
-class MixedQuantizer(MoertQuantizer):
-    """Of a model whose experts are in several formats: a configuration names one."""
-
-    def is_serializable(self) -> bool:
-        return False
 
 
 class ReadWeight(ConversionOps):
@@ -169,6 +160,8 @@ class ReadWeight(ConversionOps):
             packed.append(reads[0].packed if quantizer.layout.of_experts else stack([read.packed for read in reads]))
         if not isinstance(module, PackedExperts):
             quantized_(module, quantizer.convert, quantizer.quantization_config.precision)
+        packed, changed = joinable(packed, quantizer.convert)
+        quantizer.changed.update(changed)
         module.take_("w1" if attribute == weight_names(module)[0] else "w2", cat_rows(packed))
 
 

@@ -43,7 +43,7 @@ def foreign_(config: PretrainedConfig, source: dict, convert: str | RowFormat, p
     config.quantization_config = {
         "quant_method": "moert-foreign",
         "source": source,
-        "format": fmt.name,
+        "format": fmt.spelling,
         "group": fmt.group,
         "precision": precision,
     }

@@ -13,7 +13,7 @@ from moert.experts.lora import PackedWeights
 from moert.experts.quantized import activated, gates_first
 from moert.integrations.transformers.gates import fused_activation
 from moert.ops.fused_experts_quantized import fused_experts_quantized
-from moert.quant.format import PARTS, PackedTensor, RowFormat
+from moert.quant.format import PARTS, Format, PackedTensor
 from moert.quant.sub1 import PARTS as SUB_ONE_BIT_PARTS
 from moert.quant.sub1 import SubOneBit, SubOneBitTensor
 from moert.types import Routing
@@ -29,7 +29,7 @@ def weight_names(experts: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
-def quantized_(experts: nn.Module, fmt: RowFormat, precision: str) -> "PackedExperts":
+def quantized_(experts: nn.Module, fmt: Format | SubOneBit, precision: str) -> "PackedExperts":
     """Gives the module the class of packed experts; its weights stay as they are until pack_ or allocate_."""
     experts.__class__ = quantized_class(type(experts))
     experts.format, experts.precision = fmt, precision
@@ -40,12 +40,12 @@ def quantized_(experts: nn.Module, fmt: RowFormat, precision: str) -> "PackedExp
 class PackedExperts(PackedWeights, nn.Module):
     """The forward of experts whose two weights are packed [E, 2I, H] and [E, H, I]: buffers w1_codes, w1_scales, …
 
-    float16 scales are kept as int16 bits, so that casting the model cannot round them.  A gate that fused_experts knows
-    runs on the packed weights (gate rows first, however the class lays them); any other, and adapters, run product by
-    product, a few experts unpacked at a time.
+    Scales in float are kept as bits, int16 or int32, so that casting the model cannot round them.  A gate that
+    fused_experts knows runs on the packed weights (gate rows first, however the class lays them); any other, and
+    adapters, run product by product, a few experts unpacked at a time.
     """
 
-    format: RowFormat
+    format: Format | SubOneBit
     precision: str
 
     def pack_(self, place: str, weight: Tensor) -> None:
@@ -68,31 +68,37 @@ class PackedExperts(PackedWeights, nn.Module):
             raise ValueError(f"{name} must have shape {list(wanted)} by the config, got {list(packed.shape)}")
         fused = self._fused
         if place == "w1" and fused is not None and fused[1]:
+            if packed.format.block[0] > 1:
+                raise ValueError(
+                    f"{name} must have its gate rows before its up rows in {packed.format}, got both by turns"
+                )
             parts = (getattr(packed, part) for part in PARTS)
             parts = [None if part is None else gates_first(part, 1) for part in parts]
             packed = PackedTensor(packed.format, packed.columns, *parts)
         self.hold_(place, packed)
 
-    def allocate_(self, place: str) -> None:
-        """Buffers of the packed weight's size in place of the parameter, on the meta device."""
-        shape = getattr(self, weight_names(self)[place == "w2"]).shape
+    def allocate_(self, place: str, fmt: Format | SubOneBit | None = None, codewords: int | None = None) -> None:
+        """Buffers of the packed weight's size in place of the parameter, on the meta device; codewords are of sub1."""
+        shape, fmt = getattr(self, weight_names(self)[place == "w2"]).shape, fmt or self.format
+        size = () if codewords is None else (codewords,)
         with torch.device("meta"):
-            self.hold_(place, self.format.empty(self._rows_of(shape)))
+            self.hold_(place, fmt.empty(self._rows_of(shape), *size))
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What every part must be: bytes of another format may have the same shape."""
         empty = {place: getattr(self, f"{place}_format").empty((0, 0, 0)) for place in ("w1", "w2")}
-        parts = {f"{place}_{part}": getattr(packed, part) for place, packed in empty.items() for part in PARTS}
+        parts = {f"{at}_{part}": getattr(packed, part) for at, packed in empty.items() for part in _parts_of(packed)}
         return {name: _bits(value).dtype for name, value in parts.items() if value is not None}
 
     def packed(self, place: str) -> PackedTensor | SubOneBitTensor:
-        if isinstance(self.format, SubOneBit):
+        fmt = getattr(self, f"{place}_format")
+        if isinstance(fmt, SubOneBit):
             parts = [getattr(self, f"{place}_{part}") for part in SUB_ONE_BIT_PARTS]
             return SubOneBitTensor(getattr(self, f"{place}_columns"), *parts[:-1], parts[-1].view(torch.bfloat16))
         scales = getattr(self, f"{place}_scales")
-        scales = scales.view(torch.float16) if scales.dtype == torch.int16 else scales
+        scales = scales if scales.dtype == torch.uint8 else scales.view(fmt.scale_dtype)
         codes, zeros = getattr(self, f"{place}_codes"), getattr(self, f"{place}_zeros", None)
-        return PackedTensor(getattr(self, f"{place}_format"), getattr(self, f"{place}_columns"), codes, scales, zeros)
+        return PackedTensor(fmt, getattr(self, f"{place}_columns"), codes, scales, zeros)
 
     def packed_pair(self) -> tuple[PackedTensor, PackedTensor]:
         return self.packed("w1"), self.packed("w2")
@@ -108,7 +114,7 @@ class PackedExperts(PackedWeights, nn.Module):
             return self.run_unfused(x, routing, (b1, b2), self._own_gate, self._own_norm)
         activation, interleaved = fused
         b1 = gates_first(b1, 1) if interleaved and b1 is not None else b1
-        if any(self.adapters) or isinstance(self.format, SubOneBit):
+        if any(self.adapters):
             return self.run_unfused(x, routing, (b1, b2), lambda h: activated(h, activation), lambda y: y)
         return fused_experts_quantized(x, routing, w1, w2, (b1, b2), activation, self.precision)
 
@@ -143,7 +149,7 @@ class PackedExperts(PackedWeights, nn.Module):
 
     def hold_(self, place: str, packed: PackedTensor) -> None:
         """The parts of packed as buffers, in place of the parameter."""
-        for part in SUB_ONE_BIT_PARTS if isinstance(packed, SubOneBitTensor) else PARTS:
+        for part in _parts_of(packed):
             if (value := getattr(packed, part)) is not None:
                 self.register_buffer(f"{place}_{part}", _bits(value))
         setattr(self, f"{place}_columns", packed.columns)
@@ -168,5 +174,11 @@ def _remake(cls: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
+def _parts_of(packed: PackedTensor | SubOneBitTensor) -> tuple[str, ...]:
+    return SUB_ONE_BIT_PARTS if isinstance(packed, SubOneBitTensor) else PARTS
+
+
 def _bits(part: Tensor) -> Tensor:
-    return part.view(torch.int16) if part.dtype in (torch.float16, torch.bfloat16) else part
+    if not part.dtype.is_floating_point:
+        return part
+    return part.view(torch.int16 if part.itemsize == 2 else torch.int32)

@@ -13,17 +13,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moert.integrations.transformers.calibrated import FloatHfExperts
 from moert.integrations.transformers.quantized import PackedExperts, experts_modules, quantized_, weight_names
-from moert.quant.format import RowFormat
+from moert.quant.format import Format, PackedTensor
 from moert.quant.gptq import GPTQ
-from moert.quant.quantize import Quantized, check_options, check_weights, format_of, pack_, skipped
-from moert.quant.sub1 import SubOneBit
+from moert.quant.quantize import Quantized, any_format_of, check_options, check_weights, pack_, skipped
+from moert.quant.sub1 import SubOneBit, SubOneBitTensor
 
 
 @register_quantization_config("moert")
 class MoertConfig(QuantizationConfigMixin):
     """How moert packs experts: `from_pretrained(dir, quantization_config=MoertConfig("int4", group=32))`.
 
-    format, group, skip and precision as in moert.quantize_.
+    format, group, skip and precision as in moert.quantize_.  experts: of a saved model whose weights are in several
+    formats or of a size that the format does not tell (sub1), the format, group and codewords of both weights of every
+    module, by its name: {"model.layers.0.mlp.experts": [["sub1", None, 4711], ["int8", 32, None]]}.
+    made_of: the fingerprint of the checkpoint that `moert quantize` has read.
     """
 
     def __init__(
@@ -32,13 +35,58 @@ class MoertConfig(QuantizationConfigMixin):
         group: int | None = None,
         skip: list[str] | None = None,
         precision: str = "auto",
+        experts: dict[str, list[list]] | None = None,
+        made_of: str | None = None,
         quant_method: str = "moert",
     ):
         self.quant_method = quant_method
         self.format, self.group = format, group
         self.skip, self.precision = list(skip or ()), precision
-        format_of(format, group)
+        if experts is not None:
+            _check_experts(experts)
+            self.experts = experts
+        if made_of is not None:
+            self.made_of = made_of
+        any_format_of(format, group)
         check_options(skip or (), precision)
+
+    def formats_of(self, name: str) -> list[tuple[Format | SubOneBit, int | None]]:
+        """Format and codewords of the two weights of a module."""
+        if not hasattr(self, "experts"):
+            return [(any_format_of(self.format, self.group), None)] * 2
+        if name not in self.experts:
+            raise ValueError(f"quantization_config must say how {name} is packed, got {', '.join(self.experts)}")
+        return [(any_format_of(format, group), codewords) for format, group, codewords in self.experts[name]]
+
+
+def _check_experts(experts: dict) -> None:
+    """Of a file: names, and for both weights a format, a group and a number of codewords."""
+    for name, weights in experts.items() if isinstance(experts, dict) else [("experts", experts)]:
+        try:
+            (first, second) = weights
+            for format, group, codewords in (first, second):
+                fmt = any_format_of(format, group)
+                whole = isinstance(codewords, int) and codewords >= 0
+                if whole != isinstance(fmt, SubOneBit) or not (whole or codewords is None):
+                    raise ValueError(f"got {codewords} codewords of {format}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"experts must have two formats with their sizes for {name}: {error}") from error
+
+
+def config_of(model: nn.Module, skip: Sequence[str], precision: str) -> MoertConfig:
+    """What a checkpoint of the model says of its packed experts."""
+    packed = {name: module for name, module in experts_modules(model).items() if isinstance(module, PackedExperts)}
+    weights = {name: module.packed_pair() for name, module in packed.items()}
+    formats = list(dict.fromkeys(w.format for pair in weights.values() for w in pair))
+    main = formats[0]
+    if len(formats) == 1 and not isinstance(main, SubOneBit):
+        return MoertConfig(main.spelling, main.group, skip, precision)
+    experts = {name: [_entry(w) for w in pair] for name, pair in weights.items()}
+    return MoertConfig(main.spelling, main.group, skip, precision, experts)
+
+
+def _entry(w: PackedTensor | SubOneBitTensor) -> list:
+    return [w.format.spelling, w.format.group, len(w.codes) if isinstance(w, SubOneBitTensor) else None]
 
 
 @register_quantizer("moert")
@@ -48,12 +96,13 @@ class MoertQuantizer(HfQuantizer):
     quantization_config: MoertConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        for module in chosen_experts(model, self.quantization_config.skip).values():
-            config = self.quantization_config
-            quantized_(module, format_of(config.format, config.group), config.precision)
+        config = self.quantization_config
+        for name, module in chosen_experts(model, config.skip).items():
+            formats = config.formats_of(name)
+            quantized_(module, formats[0][0], config.precision)
             if self.pre_quantized:
-                module.allocate_("w1")
-                module.allocate_("w2")
+                for place, (fmt, codewords) in zip(("w1", "w2"), formats, strict=True):
+                    module.allocate_(place, fmt, codewords)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         """transformers fills what a checkpoint lacks with memory as it comes: here that is an error."""
@@ -109,7 +158,7 @@ def quantize_(
     calibration and settings as in moert.quantize_.  save_pretrained then writes a checkpoint that from_pretrained loads
     packed.
     """
-    fmt = format_of(config.format, config.group)
+    fmt = any_format_of(config.format, config.group)
     experts = float_experts(model, config.skip, fmt, config.precision)
     try:
         layers = pack_(model, experts, calibration, fmt, settings)
@@ -117,21 +166,11 @@ def quantize_(
         _only_in_memory_(model, config.skip)  # no checkpoint says which of them are packed
         raise
     if isinstance(model, PreTrainedModel):
+        config = config_of(model, config.skip, config.precision)
         model.hf_quantizer = MoertQuantizer(config, pre_quantized=True)
         model.is_quantized, model.quantization_method = True, config.quant_method
         model.config.quantization_config = config
     return Quantized(experts, layers)
-
-
-def quantize_in_memory_(
-    model: nn.Module, fmt: SubOneBit, skip: Sequence[str], calibration: Iterable[Any] | None, settings: GPTQ
-) -> Quantized:
-    """The same in a format that no checkpoint has: the model runs, and save_pretrained is an error."""
-    experts = float_experts(model, skip, fmt, "full")
-    try:
-        return Quantized(experts, pack_(model, experts, calibration, fmt, settings))
-    finally:
-        _only_in_memory_(model, skip)
 
 
 def _only_in_memory_(model: nn.Module, skip: Sequence[str]) -> None:
@@ -143,7 +182,7 @@ def _only_in_memory_(model: nn.Module, skip: Sequence[str]) -> None:
 
 
 class InMemoryQuantizer(MoertQuantizer):
-    """Of a model whose experts are in a format that checkpoints do not have."""
+    """Of a model that was left half packed."""
 
     def is_serializable(self) -> bool:
         return False
@@ -162,7 +201,7 @@ def chosen_experts(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module
     return chosen
 
 
-def float_experts(model: nn.Module, skip: Sequence[str], fmt: RowFormat | SubOneBit, precision: str) -> dict:
+def float_experts(model: nn.Module, skip: Sequence[str], fmt: Format | SubOneBit, precision: str) -> dict:
     """The chosen experts of a loaded model as they are packed, by name, their weights checked."""
     chosen = chosen_experts(model, skip)
     for name, module in chosen.items():

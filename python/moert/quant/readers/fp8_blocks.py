@@ -13,11 +13,11 @@ from moert.quant.readers.layout import FLOATS, Layout, Parts, Read, finite, part
 
 @dataclass(frozen=True)
 class Fp8Blocks(Layout):
-    """The bits of moert.quant.Fp8 exactly; no kernel multiplies them yet."""
+    """The bits of moert.quant.Fp8 exactly."""
 
     names = ("weight", "weight_scale_inv")
-    format = None
-    obstacle = "no kernel multiplies fp8"
+    format = Fp8()
+    obstacle = ""
 
     @classmethod
     def of_config(cls, config: dict) -> "Fp8Blocks":

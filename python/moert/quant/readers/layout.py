@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moert.quant.format import PARTS, PackedTensor, RowFormat
+from moert.quant.format import PARTS, Format, PackedTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 Parts = dict[str, Tensor]  # the tensors that stand for one weight, by the last part of their names
@@ -29,7 +29,7 @@ class Layout(ABC):
 
     @property
     @abstractmethod
-    def format(self) -> RowFormat | None:
+    def format(self) -> Format | None:
         """The format that holds the same numbers; None where there is none with a kernel."""
 
     @property
@@ -45,7 +45,7 @@ class Layout(ABC):
     def unpack(self, parts: Parts) -> Tensor:
         """The float32 weights that the parts stand for."""
 
-    def read(self, parts: Parts, convert: RowFormat) -> Read:
+    def read(self, parts: Parts, convert: Format) -> Read:
         """The matrix in `format`, or rounded to the nearest of `convert` where there is none."""
         if self.format is None:
             return Read(convert.pack(self.unpack(parts)), f"converted to {convert}: {self.obstacle}")
@@ -99,6 +99,16 @@ def float16(scales: Tensor, name: str) -> tuple[Tensor, str]:
     if not half.isfinite().all():
         raise ValueError(f"{name} must be at most 65504, got {float(scales.abs().max())}")
     return half, "" if torch.equal(half.to(scales.dtype), scales) else "scales rounded to float16"
+
+
+def joinable(matrices: list[PackedTensor], convert: Format) -> tuple[list[PackedTensor], list[str]]:
+    """What cat_rows can join, and what that changed: where blocks of rows do not end with a matrix, it is converted."""
+    block = matrices[0].format.block[0]
+    if all(m.shape[-2] % block == 0 for m in matrices[:-1]):
+        return matrices, []
+    why = f"converted to {convert}: gate and up share blocks of {block} rows"
+    packed = [convert.pack(m.format.unpack(m)) for m in matrices]
+    return packed, [why] * sum(m.shape[:-2].numel() for m in matrices)
 
 
 def cat_rows(matrices: list[PackedTensor]) -> PackedTensor:

@@ -1,0 +1,87 @@
+"""Formats whose parts are not rows of codes and scales: fp8 in blocks, planes of bits, codewords."""
+
+import pytest
+import torch
+
+from moert import Routing
+from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.fused_experts_quantized import fused_experts_quantized
+from moert.quant import BitNested, Fp8, SubOneBit, SubOneBitTensor
+from moert.quant.format import PackedTensor
+from moert.testing import Shape
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_lower_levels_are_read_where_they_lie(levels):
+    fmt = BitNested(2, 3, 64)
+    w1, w2 = torch.randn(4, 2 * 96, 200) / 14, torch.randn(4, 200, 96) / 10
+    routing = Shape("few", 9, 4, 2, 200, 96).routing()
+    x = torch.randn(9, 200)
+    whole = fmt.pack(w1), fmt.pack(w2)
+    lower = [fmt.lower(w, levels) for w in whole]
+    direct = [BitNested(2, levels, 64).pack(w) for w in (w1, w2)]
+    assert levels == 3 or not lower[0].codes.is_contiguous()
+    y = fused_experts_quantized(x, routing, *lower)
+    assert torch.equal(y, fused_experts_quantized(x, routing, *direct))
+    exact = fused_experts_ref(x, routing, w1, w2)
+    assert (y - exact).norm() / exact.norm() < (1.1, 0.5, 0.25)[levels - 1]
+
+
+def test_errors_of_other_layouts():
+    x, routing = torch.randn(3, 40), Routing(torch.zeros(3, 2).int(), torch.ones(3, 2), 4)
+    shapes = torch.randn(4, 10, 40), torch.randn(4, 40, 5)
+    for fmt in (Fp8(), BitNested(), BitNested(5, 4, 32), SubOneBit()):
+        w1, w2 = map(fmt.pack, shapes)
+        for precision in ("int8", "int8_group32"):
+            with pytest.raises(RuntimeError, match=f"precision must be auto or full for {fmt.name}, got {precision}"):
+                fused_experts_quantized(x, routing, w1, w2, precision=precision)
+    fp8, down = map(Fp8().pack, shapes)
+    for codes, scales, message in [
+        (fp8.codes, fp8.scales.half(), "scales1 must have dtype Float for 40 columns of fp8, got Half"),
+        (fp8.codes[0], fp8.scales, r"codes1 must be \[E, rows, bytes\], got shape \[10, 48\]"),
+        (
+            fp8.codes,
+            fp8.scales[:, :0],
+            r"scales1 must have .*blocks of rows=1, blocks of columns=1\] .*got \[4, 0, 1\]",
+        ),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            fused_experts_quantized(x, routing, PackedTensor(Fp8(), 40, codes, scales), down)
+    nested, down = map(BitNested().pack, shapes)
+    for codes, scales, zeros, message in [
+        (nested.codes, nested.scales, None, "zeros1 must be a tensor for bit_nested, got None"),
+        (nested.codes[:, :1], nested.scales, nested.zeros, "base must be 1 to 8, got -1"),
+        (nested.codes, nested.scales[..., 0], nested.zeros, r"scales1 must be \[E, levels, rows, groups\], got shape"),
+        (nested.codes, nested.scales, nested.zeros[:3], r"zeros1 must have shape \[E=4, rows=10, groups=1\]"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            fused_experts_quantized(x, routing, PackedTensor(BitNested(), 40, codes, scales, zeros), down)
+    sub1, down = map(SubOneBit().pack, shapes)
+    ends = sub1.row_ptr.clone()
+    ends[2, -1] = -1
+    for codes, row_ptr, minmax, message in [
+        (sub1.codes[1:], sub1.row_ptr, sub1.minmax, "codes1 must hold the .* codewords of zeros1, got"),
+        (sub1.codes, ends, sub1.minmax, "zeros1 must rise from 0, got -1 codewords in expert 2"),
+        (sub1.codes, sub1.row_ptr[:, 1:], sub1.minmax, r"zeros1 must have shape \[E=4, rows \+ 1=11\]"),
+        (sub1.codes.view(torch.int16), sub1.row_ptr, sub1.minmax, "codes1 must have dtype UInt16"),
+    ]:
+        packed = SubOneBitTensor(40, codes, row_ptr, sub1.matrix_base, minmax)
+        with pytest.raises(RuntimeError, match=message):
+            fused_experts_quantized(x, routing, packed, down)
+
+
+def test_broken_row_tables_read_nothing_outside():
+    """Of bytes that no file reader has checked: some numbers, and no crash (the sanitizers look closer)."""
+    sub1 = SubOneBit().pack(torch.randn(2, 24, 70))
+    down = SubOneBit().pack(torch.randn(2, 70, 12))
+    routing = Routing(torch.tensor([[0, 1], [1, 0]]).int(), torch.ones(2, 2), 2)
+    ends = sub1.row_ptr.clone()
+    ends[:, 1:-1] = torch.randint(-(2**31), 2**31 - 1, ends[:, 1:-1].shape, dtype=torch.int64).int()
+    codes = torch.full_like(sub1.codes.view(torch.int16), -1).view(torch.uint16)
+    for packed in (
+        SubOneBitTensor(70, sub1.codes, ends, sub1.matrix_base, sub1.minmax),
+        SubOneBitTensor(70, codes, sub1.row_ptr, sub1.matrix_base, sub1.minmax),
+    ):
+        for T in (1, 2):
+            r = Routing(routing.ids[:T], routing.weights[:T], 2)
+            assert fused_experts_quantized(torch.randn(T, 70), r, packed, down).shape == (T, 70)
