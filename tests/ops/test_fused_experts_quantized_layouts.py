@@ -38,7 +38,6 @@ def test_errors_of_other_layouts():
     fp8, down = map(Fp8().pack, shapes)
     for codes, scales, message in [
         (fp8.codes, fp8.scales.half(), "scales1 must have dtype Float for 40 columns of fp8, got Half"),
-        (fp8.codes[0], fp8.scales, r"codes1 must be \[E, rows, bytes\], got shape \[10, 48\]"),
         (
             fp8.codes,
             fp8.scales[:, :0],
