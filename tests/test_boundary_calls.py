@@ -23,6 +23,7 @@ def ints(*values):
 
 
 PLAN = {"tokens": TOKENS, "slots": SLOTS}
+WHOLE_PLAN = {"offsets": OFFSETS, **PLAN}
 GEMM = {"x": ones(S, H), "w": ones(E, I, H), "offsets": OFFSETS, "bias": ones(E, I), "tokens": None, "scale": ones(S)}
 EXPERTS = {
     "x": ones(T, H),
@@ -74,6 +75,7 @@ VALID = {
         "segments": torch.zeros(T, dtype=torch.int64),
         "capacity": torch.ones(1, E, dtype=torch.int64),
         "max_choices": E,
+        "max_slots": T * E,
     },
     "permute_plan": {"ids": IDS, "num_experts": E, "capacity": None},
     "permute": {"x": ones(T, H), **PLAN},
@@ -87,13 +89,13 @@ VALID = {
         "tokens": None,
         "transposed": False,
     },
-    "fused_experts": {**EXPERTS, "save": False},
+    "fused_experts": {**EXPERTS, "save": False, **WHOLE_PLAN},
     "union_experts": {
         **{name: value for name, value in EXPERTS.items() if name not in ("weights", "scale_on")},
         "ids": ints(3, 0, 4),
         "gains": ones(T, E),
     },
-    "fused_experts_backward": {"dy": ones(T, H), **EXPERTS, "h": ones(S, 2 * I), "needs": 63},
+    "fused_experts_backward": {"dy": ones(T, H), **EXPERTS, "h": ones(S, 2 * I), "needs": 63, **WHOLE_PLAN},
     "fused_experts_quantized": QUANTIZED,
     "fused_experts_quantized_backward": {
         "dy": ones(T, H),
@@ -136,6 +138,8 @@ BAD = {
         ("max_choices", 5, r"max_choices must be in \[0, E=4\], got 5"),
         ("max_choices", -1, r"max_choices must be in \[0, E=4\], got -1"),
         ("max_choices", 2, "max_choices must be at least the 4 experts that took a token, got 2"),
+        ("max_slots", 3, "max_slots must be at least the 4 choices of all experts, got 3"),
+        ("max_slots", 2**31, r"max_slots must be in \[0, 2\^31\), got 2147483648"),
     ],
     "permute_plan": [
         ("ids", IDS[0], r"ids must be \[T, k\], got shape \[2\]"),
@@ -244,6 +248,18 @@ BAD = {
         ("activation", "silu", r"w2 must have shape \[E=4, H=6, I=10\], got \[4, 6, 5\]"),
         ("transposed", True, r"w1 must have shape \[E, H=6, 2I\], got \[4, 10, 6\]"),
         ("scale_on", "", "scale_on must be output or input, got "),
+        ("offsets", None, "offsets, tokens and slots must be given together, got some of them"),
+        ("offsets", OFFSETS[1:], r"offsets must have shape \[E \+ 1=5\], got \[4\]"),
+        ("offsets", OFFSETS.long(), "offsets must have dtype Int, got Long"),
+        ("offsets", OFFSETS * 2, "offsets must ascend from 0 to at most S=6, got others"),
+        ("offsets", OFFSETS.flip(0), "offsets must ascend from 0 to at most S=6, got others"),
+        ("tokens", TOKENS[None], r"tokens must be \[S\], got shape \[1, 6\]"),
+        ("tokens", TOKENS.long(), "tokens must have dtype Int, got Long"),
+        ("tokens", TOKENS + 1, r"slots must be those of the plan of ids \(permute_plan\), got others"),
+        ("slots", SLOTS[1:], r"slots must have shape \[T=3, k=2\], got \[2, 2\]"),
+        ("slots", SLOTS.float(), "slots must have dtype Int, got Float"),
+        ("slots", SLOTS.flip(0), r"slots must be those of the plan of ids \(permute_plan\), got others"),
+        ("ids", IDS.flip(0), r"slots must be those of the plan of ids \(permute_plan\), got others"),
     ],
     "union_experts": [
         ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
@@ -258,7 +274,7 @@ BAD = {
     "fused_experts_backward": [
         ("dy", ones(T, H + 1), r"dy must have shape \[T=3, H=6\], got \[3, 7\]"),
         ("dy", ones(T, H).double(), "dy must have the dtype of x, Float, got Double"),
-        ("h", ones(S, I), r"h must be what fused_experts returned, \[T\*k, 2I\] or \[0, 2I\], got \[6, 5\]"),
+        ("h", ones(S, I), r"h must be what fused_experts returned, \[S=6, 2I\] or \[0, 2I\], got \[6, 5\]"),
         ("h", ones(S, 2 * I).half(), "h must have the dtype of x, Float, got Half"),
     ],
     "fused_experts_quantized": [

@@ -85,7 +85,8 @@ def expert_choice_calls(draw):
     scores = floats(draw, T, E, dtype=draw(st.sampled_from(FLOATS)))
     segments = integers(draw, T, low=-1, high=D + 1, dtype=torch.int64)
     capacity = integers(draw, D, E, low=0, high=4, dtype=torch.int64)
-    return *some_changed(draw, scores, segments, capacity), draw(st.sampled_from((E, E, E, 1, -1, 99)))
+    room = draw(st.sampled_from((None, T * E, T * E + 3, 1, -1, 2**40)))
+    return *some_changed(draw, scores, segments, capacity), draw(st.sampled_from((E, E, E, 1, -1, 99))), room
 
 
 @st.composite
@@ -154,12 +155,19 @@ def fused_experts_calls(draw):
     b1, b2 = (floats(draw, E, n, dtype=dtype) if biased else None for n in (wide, H))
     tensors = some_changed(draw, floats(draw, T, H, dtype=dtype), ids, weights, w1, w2, b1, b2)
     scale_on = draw(st.sampled_from(("output", "input")))
-    return *tensors, activation, 1.702, 7.0, transposed, interleaved, scale_on, draw(st.booleans())
+    call = *tensors, activation, 1.702, 7.0, transposed, interleaved, scale_on, draw(st.booleans())
+    if tensors[1].dim() != 2 or draw(st.booleans()):
+        return call
+    try:
+        whole = torch.ops.moert.permute_plan(tensors[1], E)
+    except RuntimeError:
+        return call  # ids that no plan is made of are refused by this operator too
+    return *call, *some_changed(draw, *whole)
 
 
 @st.composite
 def union_experts_calls(draw):
-    x, ids, _, w1, w2, b1, b2, *gate, transposed, interleaved, _, _ = draw(fused_experts_calls())
+    x, ids, _, w1, w2, b1, b2, *gate, transposed, interleaved, _, _ = draw(fused_experts_calls())[:14]
     gains = floats(draw, len(x) if x.dim() else 0, len(w1) if w1.dim() else 0, dtype=torch.float32)
     return *some_changed(draw, x, gains, ids.flatten(), w1, w2, b1, b2), *gate, transposed, interleaved
 
@@ -168,9 +176,9 @@ def plan(tokens, slots):
     return DispatchPlan(None, tokens, slots)
 
 
-def check_expert_choice(got, scores, segments, capacity, max_choices):
-    weights, ids = expert_choice_ref(scores, segments.long(), capacity.long(), max_choices)
-    assert torch.equal(got[1], ids) and torch.equal(got[0], weights)
+def check_expert_choice(got, scores, segments, capacity, *room):
+    weights, ids, plan = expert_choice_ref(scores, segments.long(), capacity.long(), *room)
+    assert all(map(torch.equal, got, (weights, ids, plan.offsets, plan.tokens, plan.slots)))
 
 
 def check_topk_gating(got, logits, k, score, bias, renormalize, scale, *limit):
@@ -221,7 +229,9 @@ def check_grouped_gemm(got, x, w, offsets, bias, tokens, scale, scale_on, transp
     assert_rows_close(got, ref, x, w, bias, scale, floor=1e-5)
 
 
-def check_fused_experts(got, x, ids, weights, w1, w2, b1, b2, activation, _, __, transposed, interleaved, on, save):
+def check_fused_experts(
+    got, x, ids, weights, w1, w2, b1, b2, activation, _, __, transposed, interleaved, on, save, *plan
+):
     def ref(x, weights, w1, w2, b1, b2):
         layout = ExpertLayout(transposed, interleaved)
         return fused_experts_ref(x, Routing(ids, weights, len(w1)), w1, w2, (b1, b2), activation, layout, on)

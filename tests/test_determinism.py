@@ -42,7 +42,7 @@ def choosing(dtype, routing):
     scores, capacity = leaf(SHAPE.T, 67, dtype=dtype), torch.full((2, 67), 9)
 
     def run():
-        weights, ids = expert_choice(scores, torch.arange(SHAPE.T) % 2, capacity)
+        weights, ids, _ = expert_choice(scores, torch.arange(SHAPE.T) % 2, capacity)
         return ids, *gradients(weights, scores)
 
     return run

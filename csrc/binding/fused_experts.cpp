@@ -14,15 +14,46 @@ namespace {
 // The arguments that forward and backward share, checked; holds the tensors that the pointers of `tokens` belong to.
 struct Call {
   Tensor x, ids, weights;
-  int64_t T, H, k;
+  int64_t T, H, k, S;  // S slots
   RoutedRows tokens;
   Experts experts;
+  Tensor offsets, slot_tokens, slots;  // of the plan, where there is one
 };
+
+// A plan that the caller has of the ids: all of it, or nothing.
+struct GivenPlan {
+  const std::optional<Tensor>&offsets, &tokens, &slots;
+};
+
+void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
+  if (!plan.offsets && !plan.tokens && !plan.slots) return;
+  STD_TORCH_CHECK(plan.offsets && plan.tokens && plan.slots,
+                  "offsets, tokens and slots must be given together, got some of them");
+  const Tensor &offsets = *plan.offsets, &tokens = *plan.tokens, &slots = *plan.slots;
+  CHECK_DTYPE(offsets, Int);
+  CHECK_DTYPE(tokens, Int);
+  CHECK_DTYPE(slots, Int);
+  CHECK_CPU(offsets);
+  CHECK_CPU(tokens);
+  CHECK_CPU(slots);
+  STD_TORCH_CHECK(has_shape(offsets, {E + 1}), "offsets must have shape [E + 1=", E + 1, "], got ", shape(offsets));
+  CHECK_DIM(tokens, 1, "[S]");
+  STD_TORCH_CHECK(has_shape(slots, {call.T, call.k}), "slots must have shape [T=", call.T, ", k=", call.k, "], got ",
+                  shape(slots));
+  call.offsets = torch::stable::contiguous(offsets);
+  call.slot_tokens = torch::stable::contiguous(tokens);
+  call.slots = torch::stable::contiguous(slots);
+  call.S = tokens.size(0);
+  call.tokens.offsets = call.offsets.const_data_ptr<int32_t>();
+  call.tokens.tokens = call.slot_tokens.const_data_ptr<int32_t>();
+  call.tokens.slots = call.slots.const_data_ptr<int32_t>();
+  call.tokens.S = call.S;
+}
 
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
            const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const std::string& activation,
            double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on,
-           bool panels = false) {
+           const GivenPlan& plan, bool panels = false) {
   check_routed(x, ids, weights);
   if (panels && in_panels(w1, w2)) {
     CHECK_SAME_DTYPE(w1, x);
@@ -37,13 +68,14 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   Experts experts = experts_of(x, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved);
   experts.weights.scale_on = scale_on_of(scale_on);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
-  Call call{dense_rows(x), expert_ids(ids, w1.size(0)), scale_values(weights, x), T, H, k, {}, std::move(experts)};
+  Call call{dense_rows(x), expert_ids(ids, w1.size(0)), scale_values(weights, x), T, H, k, T * k, {}, std::move(experts)};
   call.tokens = {T,
                  k,
                  rows_of(call.x),
                  static_cast<const int32_t*>(call.ids.const_data_ptr()),
                  call.weights.const_data_ptr(),
                  batch_invariant};
+  take_plan(plan, w1.size(0), call);
   return call;
 }
 
@@ -53,12 +85,13 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
                                              const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1,
                                              const std::optional<Tensor>& b2, std::string activation, double alpha,
                                              double limit, bool transposed, bool interleaved, std::string scale_on,
-                                             bool save) {
-  const Call call =
-      check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, true);
+                                             bool save, std::optional<Tensor> offsets, std::optional<Tensor> tokens,
+                                             std::optional<Tensor> slots) {
+  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
+                          {offsets, tokens, slots}, true);
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
   const int64_t width = call.experts.width;
-  Tensor h = torch::stable::new_empty(x, {save ? call.T * call.k : 0, width});
+  Tensor h = torch::stable::new_empty(x, {save ? call.S : 0, width});
   cpu::fused_experts(call.tokens, call.experts.weights, torch::stable::get_num_threads(), y.mutable_data_ptr(),
                      save ? h.mutable_data_ptr() : nullptr);
   return {y, h};
@@ -67,16 +100,18 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backward_cpu(
     const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
     const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const Tensor& h, std::string activation,
-    double alpha, double limit, bool transposed, bool interleaved, std::string scale_on, int64_t needs) {
-  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on);
+    double alpha, double limit, bool transposed, bool interleaved, std::string scale_on, int64_t needs,
+    std::optional<Tensor> offsets, std::optional<Tensor> tokens, std::optional<Tensor> slots) {
+  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
+                          {offsets, tokens, slots});
   CHECK_CPU(dy);
   CHECK_SAME_DTYPE(dy, x);
   STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",
                   shape(dy));
   CHECK_SAME_DTYPE(h, x);
   const int64_t width = call.experts.width;
-  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.T * call.k, width}) || has_shape(h, {0, width})),
-                  "h must be what fused_experts returned, [T*k, 2I] or [0, 2I], got ", shape(h));
+  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.S, width}) || has_shape(h, {0, width})),
+                  "h must be what fused_experts returned, [S=", call.S, ", 2I] or [0, 2I], got ", shape(h));
 
   // needs has one bit per output, in order; what is not needed comes back empty.
   const auto output = [&](int64_t bit, const Tensor& like) {

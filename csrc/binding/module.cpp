@@ -20,8 +20,8 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "-> Tensor dlogits");
 
   m.def(
-      "expert_choice(Tensor scores, Tensor segments, Tensor capacity, int max_choices) -> (Tensor weights, Tensor "
-      "ids)");
+      "expert_choice(Tensor scores, Tensor segments, Tensor capacity, int max_choices, SymInt? max_slots=None) "
+      "-> (Tensor weights, Tensor ids, Tensor offsets, Tensor tokens, Tensor slots)");
 
   m.def(
       "permute_plan(Tensor ids, int num_experts, SymInt? capacity=None) -> (Tensor offsets, Tensor tokens, Tensor "
@@ -39,12 +39,13 @@ STABLE_TORCH_LIBRARY(moert, m) {
 
   m.def(
       "fused_experts(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "
-      "str activation, float alpha, float limit, bool transposed, bool interleaved, str scale_on, bool save) "
-      "-> (Tensor y, Tensor h)");
+      "str activation, float alpha, float limit, bool transposed, bool interleaved, str scale_on, bool save, "
+      "Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None) -> (Tensor y, Tensor h)");
   m.def(
       "fused_experts_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, "
       "Tensor? b2, Tensor h, str activation, float alpha, float limit, bool transposed, bool interleaved, "
-      "str scale_on, int needs) -> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
+      "str scale_on, int needs, Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None) "
+      "-> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
 
   m.def(
       "fused_experts_quantized(Tensor x, Tensor ids, Tensor weights, Tensor codes1, Tensor scales1, Tensor? zeros1, "

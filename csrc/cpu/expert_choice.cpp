@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -21,8 +22,8 @@ struct Problem {
   int64_t stride;
   const int64_t* segments;
   const int64_t* capacity;
-  int64_t T, E, D, k, threads;
-  int32_t* ids;
+  int64_t T, E, D, k, S, threads;
+  int32_t *ids, *offsets, *tokens, *slots;
 };
 
 template <typename Real>
@@ -93,48 +94,84 @@ bool take(const Problem& p, const Segments& segments, std::vector<uint8_t>& take
   return good;
 }
 
-// ids and weights from taken; the largest number of experts that took one token.
+constexpr int64_t kBlock = 256;  // tokens
+
+// What a block of tokens is about to fill: [blocks, E] choices of each expert, then the first slot of each.
+struct Counts {
+  int64_t E, blocks;
+  std::vector<int32_t> of;
+  std::vector<int64_t> most;  // [blocks] the largest number of experts that took one token
+
+  Counts(const Problem& p, const std::vector<uint8_t>& taken)
+      : E(p.E), blocks((p.T + kBlock - 1) / kBlock), of(blocks * p.E), most(blocks) {
+    parallel_for(blocks, p.threads, [&](int64_t block) {
+      for (int64_t t = block * kBlock, end = std::min(p.T, t + kBlock); t < end; ++t) {
+        int64_t n = 0;
+        for (int64_t e = 0; e < E; ++e) {
+          n += taken[e * p.T + t];
+          of[block * E + e] += taken[e * p.T + t];
+        }
+        most[block] = std::max(most[block], n);
+      }
+    });
+  }
+
+  // Counts become slots; offsets of the plan.
+  void to_slots(int32_t* offsets) {
+    int32_t slot = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      offsets[e] = slot;
+      for (int64_t block = 0; block < blocks; ++block) slot += std::exchange(of[block * E + e], slot);
+    }
+    offsets[E] = slot;
+  }
+};
+
+// ids, weights, tokens and slots from taken.
 template <typename Real>
-int64_t fill(const Problem& p, const std::vector<uint8_t>& taken, Real* weights) {
-  constexpr int64_t step = 256;
-  const int64_t blocks = (p.T + step - 1) / step;
-  std::vector<int64_t> most(blocks);
-  parallel_for(blocks, p.threads, [&](int64_t block) {
-    for (int64_t t = block * step, end = std::min(p.T, t + step); t < end; ++t) {
-      int64_t j = 0;
+void fill(const Problem& p, const std::vector<uint8_t>& taken, Counts& next, Real* weights) {
+  parallel_for(next.blocks, p.threads, [&](int64_t block) {
+    for (int64_t t = block * kBlock, end = std::min(p.T, t + kBlock); t < end; ++t) {
+      int64_t i = t * p.k;
       for (int64_t e = 0; e < p.E; ++e) {
         if (!taken[e * p.T + t]) continue;
-        if (j < p.k) {
-          p.ids[t * p.k + j] = int32_t(e);
-          weights[t * p.k + j] = score_at<Real>(p, t, e);
-        }
-        ++j;
+        const int32_t slot = next.of[block * p.E + e]++;
+        p.tokens[slot] = int32_t(t);
+        p.slots[i] = slot;
+        p.ids[i] = int32_t(e);
+        weights[i++] = score_at<Real>(p, t, e);
       }
-      most[block] = std::max(most[block], j);
-      for (; j < p.k; ++j) {
-        p.ids[t * p.k + j] = int32_t(p.E);
-        weights[t * p.k + j] = 0;
+      for (; i < (t + 1) * p.k; ++i) {
+        p.slots[i] = -1;
+        p.ids[i] = int32_t(p.E);
+        weights[i] = 0;
       }
     }
   });
-  return *std::max_element(most.begin(), most.end());
 }
 
 template <typename Real>
 void choose(const Problem& p, void* weights) {
   std::vector<uint8_t> taken(p.E * p.T);
   MOERT_CHECK(take<Real>(p, Segments(p), taken), "scores must be numbers, got NaN");
-  const int64_t most = fill(p, taken, static_cast<Real*>(weights));
+  Counts counts(p, taken);
+  int64_t most = 0, total = 0;
+  for (int64_t n : counts.most) most = std::max(most, n);
+  for (int32_t n : counts.of) total += n;
   MOERT_CHECK(most <= p.k, "max_choices must be at least the ", most, " experts that took a token, got ", p.k);
+  MOERT_CHECK(total <= p.S, "max_slots must be at least the ", total, " choices of all experts, got ", p.S);
+  counts.to_slots(p.offsets);
+  std::fill(p.tokens + total, p.tokens + p.S, -1);
+  fill(p, taken, counts, static_cast<Real*>(weights));
 }
 
 }  // namespace
 
 void expert_choice(const void* scores, DType dtype, int64_t stride, const int64_t* segments, const int64_t* capacity,
-                   int64_t T, int64_t E, int64_t D, int64_t k, int64_t threads, void* weights, int32_t* ids) {
+                   int64_t T, int64_t E, int64_t D, int64_t k, int64_t S, int64_t threads, void* weights, int32_t* ids,
+                   int32_t* offsets, int32_t* tokens, int32_t* slots) {
   for (int64_t i = 0; i < D * E; ++i) MOERT_CHECK(capacity[i] >= 0, "capacity must be at least 0, got ", capacity[i]);
-  if (T == 0) return;
-  const Problem p{scores, dtype, stride, segments, capacity, T, E, D, k, threads, ids};
+  const Problem p{scores, dtype, stride, segments, capacity, T, E, D, k, S, threads, ids, offsets, tokens, slots};
   dtype == DType::f64 ? choose<double>(p, weights) : choose<float>(p, weights);
 }
 

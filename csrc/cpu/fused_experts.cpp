@@ -18,7 +18,7 @@ void forward(const RoutedRows& tokens, const ExpertWeights& w, int64_t threads, 
   const Rows rows{act.get(), between, w.I};
   if (h) {
     const int64_t row = (is_gated(w.activation.act) ? 2 : 1) * w.I * size_of(tokens.x.dtype);
-    const int64_t rows = tokens.T * tokens.k, used = plan.slots_used();
+    const int64_t rows = plan.S, used = plan.slots_used();
     advise_huge_pages(h, size_t(rows * row));
     std::memset(static_cast<char*>(h) + used * row, 0, (rows - used) * row);
   }

@@ -151,7 +151,7 @@ struct Backward {
 
   WeightGradient<A> weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right,
                                     const ExpertMatrix& out) const {
-    return WeightGradient<A>({slots, w.E, N, K, plan.offsets.get(), left, right}, out);
+    return WeightGradient<A>({slots, w.E, N, K, plan.offsets, left, right}, out);
   }
 
   void run(const void* saved) const {
@@ -162,7 +162,7 @@ struct Backward {
     const Memory<char> dh = allocate<char>(slots * h_width * size_of(between));
     const Memory<char> act = gradients.ddown.data ? allocate<char>(slots * w.I * size_of(between)) : nullptr;
     const Rows dgate{dh.get(), between, h_width}, dup{at(dh.get(), between, w.I), between, h_width};
-    const auto h_tasks = tile_tasks(plan.offsets.get(), w.E, 0, w.I, kTileColumns, 1);
+    const auto h_tasks = tile_tasks(plan.offsets, w.E, 0, w.I, kTileColumns, 1);
     const bool row_weights = gradients.dweights && !scale_output;
     const CombinedRows<A> rows(plan, gradients.dx || row_weights ? w.H : 0, threads, row_weights);
     const auto ddown = weight_gradient(w.H, w.I, dy_slots, {act.get(), between, w.I}, gradients.ddown);

@@ -76,7 +76,7 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
   parallel_region(threads, [&](Team& team) {
     x.quantize(team, tokens.x, tokens.T);
     first.run(team, [&](const TileTask& task, const TileMemory<float>& memory) {
-      const QuantizedRows rows{x.data.get(), x.row_bytes, plan.tokens.get() + task.row};
+      const QuantizedRows rows{x.data.get(), x.row_bytes, plan.tokens + task.row};
       x.multiply(task, w.w1, task.n, rows, memory.c0);
       if (first.gated) x.multiply(task, w.w1, floats.I + task.n, rows, memory.c1);
     });

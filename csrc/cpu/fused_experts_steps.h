@@ -21,21 +21,24 @@ constexpr int64_t kSliceValues = 8 << 20;
 // The routing in slot order.
 template <typename A>
 struct Plan {
-  int64_t T, k, E;
-  Memory<int32_t> offsets, tokens, slots;  // as permute_plan gives them
-  Memory<A> scale;                         // [slots used]: routing weight of each slot
-  const A* weights;                        // [T, k]
+  int64_t T, k, E, S;
+  Memory<int32_t> own;                              // all three, unless the caller has a plan
+  const int32_t *offsets, *tokens, *slots;          // as permute_plan gives them
+  Memory<A> scale;                                  // [slots used]: routing weight of each slot
+  const A* weights;                                 // [T, k]
 
   Plan(const RoutedRows& r, int64_t E, int64_t threads)
-      : T(r.T),
-        k(r.k),
-        E(E),
-        offsets(allocate<int32_t>(E + 1)),
-        tokens(allocate<int32_t>(r.T * r.k)),
-        slots(allocate<int32_t>(r.T * r.k)),
-        scale(allocate<A>(r.T * r.k)),
-        weights(static_cast<const A*>(r.weights)) {
-    permute_plan(r.ids, T, k, E, -1, threads, offsets.get(), tokens.get(), slots.get());
+      : T(r.T), k(r.k), E(E), S(r.offsets ? r.S : T * k), weights(static_cast<const A*>(r.weights)) {
+    if (r.offsets) {
+      offsets = r.offsets, tokens = r.tokens, slots = r.slots;
+      check_plan(r.ids, T, k, E, S, offsets, tokens, slots);
+    } else {
+      own = allocate<int32_t>(E + 1 + 2 * T * k);
+      int32_t *first = own.get(), *token = first + E + 1, *slot = token + T * k;
+      permute_plan(r.ids, T, k, E, -1, threads, first, token, slot);
+      offsets = first, tokens = token, slots = slot;
+    }
+    scale = allocate<A>(slots_used());
     for (int64_t i = 0; i < T * k; ++i)
       if (slots[i] >= 0) scale[slots[i]] = weights[i];
   }
@@ -46,7 +49,7 @@ struct Plan {
 // The rows of x in slot order.
 template <typename A>
 Rows gathered(const Rows& x, const Plan<A>& plan) {
-  return {x.data, x.dtype, x.stride, plan.tokens.get()};
+  return {x.data, x.dtype, x.stride, plan.tokens};
 }
 
 // Elements [n, n + N) of an expert's vector as values in `row`, or null where there is none.
@@ -79,7 +82,7 @@ struct FirstGemm {
         gated(is_gated(w.activation.act)),
         batch_invariant(tokens.batch_invariant),
         between(between_gemms(x.dtype)),
-        tasks(tile_tasks(plan.offsets.get(), w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
+        tasks(tile_tasks(plan.offsets, w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
 
   void run(Team& team) const {
     run(team, [&](const TileTask& task, const TileMemory<A>& memory) {
@@ -138,7 +141,7 @@ struct CombinedRows {
     width = whole ? H : std::min(H, tiles * kTileColumns);
     rows = allocate<A>(slots * width);
     for (int64_t n = 0; n < H; n += width)
-      slices.push_back(tile_tasks(plan.offsets.get(), plan.E, n, std::min(H, n + width), kTileColumns, threads));
+      slices.push_back(tile_tasks(plan.offsets, plan.E, n, std::min(H, n + width), kTileColumns, threads));
   }
 
   // gemm(task, memory) leaves a tile in memory.c0 and may return a bias for it.
@@ -162,7 +165,7 @@ struct CombinedRows {
       const int64_t end = std::min(plan.T, (task + 1) * kCombineTokens);
       for (int64_t t = task * kCombineTokens; t < end; ++t) {
         void* out = const_cast<char*>(at(y, dtype, t * H + n));
-        gemm_kernels().combine({plan.k, std::min(width, H - n), rows.get(), width, plan.slots.get() + t * plan.k,
+        gemm_kernels().combine({plan.k, std::min(width, H - n), rows.get(), width, plan.slots + t * plan.k,
                                 weighted ? plan.weights + t * plan.k : nullptr, out, dtype});
       }
     });

@@ -91,6 +91,22 @@ void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t c
   });
 }
 
+void check_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t S, const int32_t* offsets,
+                const int32_t* tokens, const int32_t* slots) {
+  bool good = offsets[0] == 0 && offsets[E] <= S;
+  for (int64_t e = 0; e < E; ++e) good &= offsets[e] <= offsets[e + 1];
+  MOERT_CHECK(good, "offsets must ascend from 0 to at most S=", S, ", got others");
+  // The same walk as that of the sort, so that nothing else passes.
+  std::vector<int32_t> next(offsets, offsets + E);
+  for (int64_t i = 0; i < T * k && good; ++i) {
+    const bool kept = ids[i] >= 0 && ids[i] < E;
+    const int32_t slot = kept ? next[ids[i]]++ : -1;
+    good = slots[i] == slot && (!kept || (slot < offsets[ids[i] + 1] && tokens[slot] == i / k));
+  }
+  for (int64_t e = 0; e < E; ++e) good &= next[e] == offsets[e + 1];
+  MOERT_CHECK(good, "slots must be those of the plan of ids (permute_plan), got others");
+}
+
 void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* tokens, int64_t T, int64_t S, int64_t H,
                   int64_t threads, void* rows) {
   check_range("tokens", tokens, S, "T", T);

@@ -51,6 +51,10 @@ struct RoutedRows {
   const void* weights;  // [T, k], float32 (float64 where x is)
   // The bits of a row of y do not depend on the other rows.
   bool batch_invariant = false;
+  // What permute_plan makes of the ids, but for the number S of slots, which may be any that is enough; null: it is made
+  // here, of T*k slots.
+  const int32_t *offsets = nullptr, *tokens = nullptr, *slots = nullptr;
+  int64_t S = 0;
 };
 
 // Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
@@ -71,7 +75,8 @@ struct Panel {
 Panel panel_of(DType dtype);
 
 // y [T, H] (dense, dtype of x): y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order.
-// h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype, zero for unused slots.
+// h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype, zero for unused slots; [S, 2I]
+// with a plan.  Throws, before it writes, where the plan is not that of the ids.
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64_t threads, void* y, void* h);
 
 // dy [T, H]; h as fused_experts wrote it, or null: then it is computed again.

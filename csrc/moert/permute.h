@@ -19,6 +19,11 @@ namespace moert::cpu {
 void permute_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t capacity, int64_t threads,
                   int32_t* offsets, int32_t* tokens, int32_t* slots);
 
+// Throws where offsets, tokens [S] and slots [T, k] are not what permute_plan makes of the ids, but for the number S of
+// slots, which may be any that is enough.
+void check_plan(const int32_t* ids, int64_t T, int64_t k, int64_t E, int64_t S, const int32_t* offsets,
+                const int32_t* tokens, const int32_t* slots);
+
 // rows[s] = x[tokens[s]], zero where tokens[s] is -1.  x [T, H], tokens [S] -> rows [S, H].
 // Throws, before it writes, where a token is outside [-1, T).
 void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* tokens, int64_t T, int64_t S, int64_t H,

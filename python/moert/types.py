@@ -12,7 +12,9 @@ class Routing:
     """Where each token goes: ids [T, k] of any integer dtype, weights [T, k]; ids outside [0, num_experts) are dropped.
 
     logits [T, E] are kept where a loss needs them; losses maps names to scalars that training adds to its loss; state
-    is what the router of the next layer, or this one at the next token, wants to know.
+    is what the router of the next layer, or this one at the next token, wants to know.  plan is the ids' DispatchPlan
+    where the router has it already, as expert choice does: experts then read their tokens without a sort, and what they
+    keep for the backward pass has plan.tokens' number of rows, not T * k.
     """
 
     ids: Tensor
@@ -21,6 +23,7 @@ class Routing:
     logits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     state: Any = None
+    plan: "DispatchPlan | None" = None
 
     def dense_weights(self) -> Tensor:
         """[T, E]: the weight that each expert has for each token, 0 where it was not chosen; weights of repeats add."""
@@ -43,7 +46,8 @@ class DispatchPlan:
     """Rows in expert order (S slots): offsets [E+1], tokens [S], slots [T, k], all int32.
 
     Expert e owns slots offsets[e] .. offsets[e+1]-1, in token order; tokens[s] is the token of slot s, -1 where it has
-    none; slots[t, j] is the slot of choice j of token t, -1 where the choice was dropped.  S is T*k, or E*capacity.
+    none; slots[t, j] is the slot of choice j of token t, -1 where the choice was dropped.  S is T*k, a bound on the
+    choices that are kept, or E*capacity.
     """
 
     offsets: Tensor

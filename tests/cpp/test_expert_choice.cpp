@@ -11,15 +11,19 @@ using moert::DType;
 
 struct Chosen {
   std::vector<float> weights;
-  std::vector<int32_t> ids;
+  std::vector<int32_t> ids, offsets, tokens, slots;
 };
 
 Chosen choose(const std::vector<float>& scores, const std::vector<int64_t>& segments,
-              const std::vector<int64_t>& capacity, int64_t E, int64_t k, int64_t threads = 1) {
+              const std::vector<int64_t>& capacity, int64_t E, int64_t k, int64_t threads = 1,
+              int64_t S = -1) {
   const int64_t T = int64_t(segments.size());
-  Chosen out{std::vector<float>(T * k, -7), std::vector<int32_t>(T * k, -7)};
+  S = S < 0 ? T * k : S;
+  const auto ints = [](int64_t n) { return std::vector<int32_t>(n, -7); };
+  Chosen out{std::vector<float>(T * k, -7), ints(T * k), ints(E + 1), ints(S), ints(T * k)};
   moert::cpu::expert_choice(scores.data(), DType::f32, E, segments.data(), capacity.data(), T, E,
-                            int64_t(capacity.size()) / E, k, threads, out.weights.data(), out.ids.data());
+                            int64_t(capacity.size()) / E, k, S, threads, out.weights.data(), out.ids.data(),
+                            out.offsets.data(), out.tokens.data(), out.slots.data());
   return out;
 }
 
@@ -27,6 +31,13 @@ void each_expert_takes_its_best_tokens() {
   const Chosen out = choose({3, 1, 2, 5, 1, 4}, {0, 0, 0}, {2, 1}, 2, 2);
   EXPECT((out.ids == std::vector<int32_t>{0, 2, 0, 1, 2, 2}));
   EXPECT((out.weights == std::vector<float>{3, 0, 2, 5, 0, 0}));
+}
+
+void the_plan_lists_the_tokens_of_each_expert() {
+  const Chosen out = choose({3, 1, 2, 5, 1, 4}, {0, 0, 0}, {2, 1}, 2, 2, 1, 4);
+  EXPECT((out.offsets == std::vector<int32_t>{0, 2, 3}));
+  EXPECT((out.tokens == std::vector<int32_t>{0, 1, 1, -1}));
+  EXPECT((out.slots == std::vector<int32_t>{0, -1, 1, 2, -1, -1}));
 }
 
 void ties_go_to_the_earlier_token_and_zeros_are_equal() {
@@ -47,6 +58,7 @@ void threads_change_nothing() {
   for (int64_t t = 0; t < T; ++t) segments[t] = t % 3;
   const Chosen one = choose(scores, segments, capacity, E, E), three = choose(scores, segments, capacity, E, E, 3);
   EXPECT(one.ids == three.ids && one.weights == three.weights);
+  EXPECT(one.offsets == three.offsets && one.tokens == three.tokens && one.slots == three.slots);
   int64_t count = 0;
   for (int32_t id : one.ids) count += id < E;
   EXPECT(count == 3 * E * 100);
@@ -65,10 +77,12 @@ void throws(const F& f, const char* words) {
 
 int main() {
   each_expert_takes_its_best_tokens();
+  the_plan_lists_the_tokens_of_each_expert();
   ties_go_to_the_earlier_token_and_zeros_are_equal();
   segments_compete_apart();
   threads_change_nothing();
   throws([] { choose({NAN}, {0}, {1}, 1, 1); }, "scores must be numbers, got NaN");
   throws([] { choose({1}, {0}, {-1}, 1, 1); }, "capacity must be at least 0, got -1");
   throws([] { choose({1, 1}, {0}, {1, 1}, 2, 1); }, "max_choices must be at least the 2 experts");
+  throws([] { choose({1, 1}, {0}, {1, 1}, 2, 2, 1, 1); }, "max_slots must be at least the 2 choices");
 }

@@ -3,7 +3,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from moert import expert_choice
+from moert import expert_choice, permute_plan
 from moert.ops.expert_choice import expert_choice_ref
 from moert.testing import DTYPES, LAYOUTS, strided
 
@@ -20,6 +20,10 @@ SIZES = (
 )
 
 
+def same(plan, other):
+    return all(torch.equal(getattr(plan, name), getattr(other, name)) for name in ("offsets", "tokens", "slots"))
+
+
 def problem(T, E, D, most, dtype=torch.float32):
     """Scores with many ties, segments of which some take no part, capacities from 0."""
     scores = (torch.randint(-50, 50, (T, E)) / 8).to(dtype)
@@ -30,10 +34,13 @@ def problem(T, E, D, most, dtype=torch.float32):
 @pytest.mark.parametrize("T,E,D,most", SIZES)
 def test_forward(T, E, D, most, dtype):
     scores, segments, capacity = problem(T, E, D, most, dtype)
-    weights, ids = expert_choice(scores, segments, capacity)
-    ref_weights, ref_ids = expert_choice_ref(scores, segments, capacity)
+    weights, ids, plan = expert_choice(scores, segments, capacity)
+    ref_weights, ref_ids, ref_plan = expert_choice_ref(scores, segments, capacity)
     assert (weights.dtype, ids.dtype) == (torch.float64 if dtype == torch.float64 else torch.float32, torch.int32)
     assert torch.equal(ids, ref_ids) and torch.equal(weights, ref_weights)
+    assert same(plan, ref_plan) and same(plan, permute_plan(ids, E))
+    room = int(plan.offsets[-1]) + 3
+    assert same(*(fn(scores, segments, capacity, E, room)[2] for fn in (expert_choice, expert_choice_ref)))
 
 
 def test_backward():
@@ -87,7 +94,8 @@ def test_special_scores(value):
 def test_any_strides(layout):
     scores, segments, capacity = problem(40, 8, 3, 9)
     got = expert_choice(strided(scores, layout), strided(segments[None], layout)[0], strided(capacity, layout))
-    assert all(map(torch.equal, got, expert_choice(scores, segments, capacity)))
+    expected = expert_choice(scores, segments, capacity)
+    assert all(map(torch.equal, got[:2], expected[:2])) and same(got[2], expected[2])
     row = scores[:1].expand(7, 8)
     assert (
         expert_choice(row, torch.zeros(7, dtype=torch.int64), torch.ones(1, 8).int())[1][0] == torch.arange(8)
@@ -109,7 +117,8 @@ def test_same_bits_for_every_number_of_threads(threads):
         expected = expert_choice(scores, segments, capacity)
         torch.set_num_threads(threads)
         for _ in range(3):
-            assert all(map(torch.equal, expert_choice(scores, segments, capacity), expected))
+            got = expert_choice(scores, segments, capacity)
+            assert all(map(torch.equal, got[:2], expected[:2])) and same(got[2], expected[2])
     finally:
         torch.set_num_threads(before)
 
@@ -121,15 +130,16 @@ def test_compile():
         scores, segments, capacity = problem(T, 6, 2, 5)
         scores.requires_grad_()
         got, expected = compiled(scores, segments, capacity), expert_choice(scores, segments, capacity)
-        assert all(map(torch.equal, got, expected))
-        assert torch.equal(*(torch.autograd.grad(w.square().sum(), scores)[0] for w, _ in (got, expected)))
+        assert all(map(torch.equal, got[:2], expected[:2])) and same(got[2], expected[2])
+        assert torch.equal(*(torch.autograd.grad(w.square().sum(), scores)[0] for w, *_ in (got, expected)))
     assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("T,E,D,most", [p for p in SIZES if p.id != "several-threads"])
 def test_opcheck(T, E, D, most):
     scores, segments, capacity = problem(T, E, D, most)
-    opcheck(OPS.expert_choice.default, (scores.requires_grad_(), segments, capacity, E))
+    for room in ((), (T * E + 2,)):
+        opcheck(OPS.expert_choice.default, (scores.requires_grad_(), segments, capacity, E, *room))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +151,8 @@ def test_opcheck(T, E, D, most):
         ({"capacity": torch.zeros(2).int()}, r"capacity must have shape \[D, E=2\], got \[2\]"),
         ({"capacity": torch.full((1, 2), -3)}, "capacity must be at least 0, got -3"),
         ({"max_choices": 3}, r"max_choices must be in \[0, E=2\], got 3"),
+        ({"max_slots": 1}, "max_slots must be at least the 2 choices of all experts, got 1"),
+        ({"max_slots": -1}, r"max_slots must be in \[0, 2\^31\), got -1"),
         ({"max_choices": 1}, "max_choices must be at least the 2 experts that took a token, got 1"),
     ],
 )

@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from moert import Activation, ExpertLayout, Routing
+from moert import Activation, ExpertLayout, Routing, permute_plan
 from moert.ops.fused_experts import fused_experts, fused_experts_ref
 from moert.testing import (
     DTYPES,
@@ -15,10 +16,11 @@ from moert.testing import (
     Shape,
     assert_grads_close,
     assert_rows_close,
+    random_routing,
     row_error,
     strided,
 )
-from moert.types import ACTIVATIONS
+from moert.types import ACTIVATIONS, DispatchPlan
 
 EXPERT_LAYOUTS = [ExpertLayout(t, i) for t, i in itertools.product((False, True), repeat=2)]
 ODD = Shape("nothing is a multiple of anything, experts with 0 to 20 rows", 61, 7, 3, 37, 21, "sentinels")
@@ -239,6 +241,35 @@ def test_opcheck(i, shape):
     dy = torch.randn(shape.T, shape.H)
     opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *tensors, h, *options, 0b111111))
     opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *tensors, h, *options, 0b000101))
+    plan = torch.ops.moert.permute_plan(tensors[1], shape.E)
+    opcheck(torch.ops.moert.fused_experts.default, (*tensors, *options, True, *plan))
+    opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *tensors, h, *options, 0b111111, *plan))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
+def test_a_given_plan_changes_no_bit_and_bounds_what_is_kept(shape, dtype):
+    (x, weights, w1, w2, *_), _ = case(shape, dtype)
+    ids, leaves = shape.routing().ids, [t.requires_grad_() for t in (x, weights, w1, w2)]
+    offsets, tokens, slots = torch.ops.moert.permute_plan(ids, shape.E)
+    used = int(offsets[-1])
+    results = []
+    for plan in (None, DispatchPlan(offsets, tokens, slots), DispatchPlan(offsets, tokens[:used], slots)):
+        routing = Routing(ids, weights, shape.E, plan=plan)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = fused_experts(x, routing, w1, w2)
+        assert kept[7].shape == (len(tokens) if plan is None else len(plan.tokens), w1.shape[1])
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_a_plan_of_other_ids_is_an_error():
+    routing = random_routing(6, 4, 2)
+    plan = permute_plan(routing.ids.flip(0), 4)
+    with pytest.raises(RuntimeError, match=r"slots must be those of the plan of ids \(permute_plan\), got others"):
+        fused_experts(torch.randn(6, 8), replace(routing, plan=plan), torch.randn(4, 10, 8), torch.randn(4, 8, 5))
 
 
 def test_compile_with_any_number_of_tokens():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moert import GluExperts, MoELayer, RouterContext
+from moert import GluExperts, MoELayer, RouterContext, permute_plan
 from moert.routers import AuxiliaryRouter, ExpertChoiceRouter
 from moert.testing import OperatorsRan
 
@@ -45,6 +45,26 @@ def test_tokens_compete_within_their_sequence():
     for rows in (slice(0, 8), slice(8, 40)):
         assert torch.equal(together.ids[rows], router(x[rows]).ids)
     assert chosen(together)[:8].sum(0).tolist() == [2] * E
+
+
+@pytest.mark.parametrize("per", ("batch", "sequence"))
+@pytest.mark.parametrize("capacity", (None, 0.01, 0.3, 1.0))
+@pytest.mark.parametrize("T", (0, 1, 7, 40))
+def test_experts_read_their_tokens_without_a_sort(T, capacity, per):
+    router, x = ExpertChoiceRouter(H, E, capacity, per=per), torch.randn(T, H)
+    for ends in ([0, T], [0, 0, T // 3, T]):
+        for mask in (None, torch.rand(T) < 0.7):
+            routing = router(x, RouterContext(cu_seqlens=torch.tensor(ends), mask=mask))
+            plan, sorted_ids = routing.plan, permute_plan(routing.ids, E)
+            used = int(plan.offsets[-1])
+            assert torch.equal(plan.offsets, sorted_ids.offsets) and torch.equal(plan.slots, sorted_ids.slots)
+            assert torch.equal(plan.tokens[:used], sorted_ids.tokens[:used]) and (plan.tokens[used:] == -1).all()
+            # Room for the share of all tokens, and one more of each document.
+            share = T / E if capacity is None else capacity * T
+            assert used <= len(plan.tokens) <= min(E * T, E * (share + len(ends)))
+    with OperatorsRan() as ran:
+        MoELayer(router, GluExperts(E, H, 8))(x)
+    assert ran.names == ["expert_choice", "fused_experts"]
 
 
 def test_noise_only_in_training():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moert import RouterContext, TopKRouter
+from moert import RouterContext, TopKRouter, permute_plan
 from moert.routers import DeepSeekRouter, ExpertChoiceRouter, ModalityRouter
 
 H = 16
@@ -20,6 +20,19 @@ def test_each_router_routes_its_own_tokens_to_its_own_experts():
         assert torch.equal(routing.ids[rows], ids)
         torch.testing.assert_close(routing.weights[rows][ids < 9], alone.weights[alone.ids < routers[g].num_experts])
     assert (routing.weights[routing.ids == 9] == 0).all()
+
+
+def test_plans_become_one():
+    router = ModalityRouter([ExpertChoiceRouter(H, 1), ExpertChoiceRouter(H, 2), ExpertChoiceRouter(H, 4, 0.5)])
+    for modality in (torch.randint(0, 3, (30,)), torch.zeros(30).long(), torch.full((30,), 2), torch.zeros(0).long()):
+        routing = router(torch.randn(len(modality), H), RouterContext(modality=modality))
+        plan, expected = routing.plan, permute_plan(routing.ids, 7)
+        used = int(plan.offsets[-1])
+        assert torch.equal(plan.offsets, expected.offsets) and torch.equal(plan.slots, expected.slots)
+        assert torch.equal(plan.tokens[:used], expected.tokens[:used]) and (plan.tokens[used:] == -1).all()
+        assert (plan.offsets.dtype, plan.tokens.dtype, plan.slots.dtype) == (torch.int32,) * 3
+    both = ModalityRouter([ExpertChoiceRouter(H, 2), TopKRouter(H, 4, 2)])
+    assert both(torch.randn(9, H), RouterContext(modality=torch.arange(9) % 2)).plan is None
 
 
 def test_losses_are_named_by_modality():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moert.experts.packed_linear import packed_linear
 from moert.ops.grouped_gemm import grouped_gemm
-from moert.ops.permute import permute_plan, unpermute
+from moert.ops.permute import plan_of, unpermute
 from moert.quant.format import PackedTensor
 from moert.types import Routing
 
@@ -52,7 +52,7 @@ class PackedWeights:
         self, x: Tensor, routing: Routing, bias: tuple[Tensor | None, Tensor | None], gate: Callable, last: Callable
     ) -> Tensor:
         """gate: [S, 2I] -> [S, I] between the products, last: [S, H] before the weighted sum.  Full precision."""
-        plan = permute_plan(routing.ids, routing.num_experts)
+        plan = plan_of(routing)
         first, second = self.adapters
         w1, w2 = self.packed_pair()
         h_SI = packed_linear(x, w1, plan.offsets, bias[0], plan.tokens)

@@ -5,7 +5,7 @@ from moert.ops.fused_experts import fused_experts
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.ops.gating import topk_gating
 from moert.ops.grouped_gemm import grouped_gemm
-from moert.ops.permute import permute, permute_plan, unpermute
+from moert.ops.permute import permute, permute_plan, plan_of, unpermute
 from moert.ops.union_experts import experts_in_use, union_experts
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "grouped_gemm",
     "permute",
     "permute_plan",
+    "plan_of",
     "topk_gating",
     "union_experts",
     "unpermute",

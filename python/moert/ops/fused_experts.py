@@ -28,7 +28,8 @@ def fused_experts(
 
     x [T, H], w1 [E, 2I, H], w2 [E, H, I] (see ExpertLayout), bias ([E, 2I], [E, H]) -> y [T, H] in x's dtype.
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
-    Ids outside [0, E) are dropped: they add nothing and get no gradient.  w1 and w2 may lie in panels, as
+    Ids outside [0, E) are dropped: they add nothing and get no gradient.  routing.plan, where there is one, must be that
+    of the ids.  w1 and w2 may lie in panels, as
     moert.prepack_ leaves them; then there are no gradients.
     """
     activation = Activation.of(activation)
@@ -57,7 +58,13 @@ def fused_experts(
         layout.interleaved,
         scale_on,
         save,
+        *_plan_tensors(routing),
     )[0]
+
+
+def _plan_tensors(routing: Routing) -> tuple[Tensor, ...]:
+    plan = routing.plan
+    return () if plan is None else (plan.offsets, plan.tokens, plan.slots)
 
 
 def apply_activation(h: Tensor, activation: Activation, interleaved: bool = False) -> Tensor:
@@ -105,16 +112,27 @@ def fused_experts_ref(
 
 
 @torch.library.register_fake("moert::fused_experts")
-def _(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save):
-    same_device(x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2)
-    slots = ids.shape[0] * ids.shape[1] if save else 0
+def _(
+    x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save,
+    offsets=None, tokens=None, slots=None,
+):  # fmt: skip
+    same_device(
+        x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, offsets=offsets, tokens=tokens, slots=slots
+    )
+    rows = ids.shape[0] * ids.shape[1] if tokens is None else tokens.shape[0]
     width = w1.shape[1] * w1.shape[3] if w1.dim() == 5 else w1.shape[2] if transposed else w1.shape[1]
-    return x.new_empty(x.shape), x.new_empty(slots, width)
+    return x.new_empty(x.shape), x.new_empty(rows if save else 0, width)
 
 
 @torch.library.register_fake("moert::fused_experts_backward")
-def _(dy, x, ids, weights, w1, w2, b1, b2, h, activation, alpha, limit, transposed, interleaved, scale_on, needs):
-    same_device(dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h)
+def _(
+    dy, x, ids, weights, w1, w2, b1, b2, h, activation, alpha, limit, transposed, interleaved, scale_on, needs,
+    offsets=None, tokens=None, slots=None,
+):  # fmt: skip
+    same_device(
+        dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h,
+        offsets=offsets, tokens=tokens, slots=slots,
+    )  # fmt: skip
     like = (x, weights, w1, w2, b1, b2)
     shapes = [() if t is None else t.shape for t in like]
     out = []
@@ -126,21 +144,21 @@ def _(dy, x, ids, weights, w1, w2, b1, b2, h, activation, alpha, limit, transpos
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs[:14]
+    ctx.save_for_backward(*tensors, output[1], *inputs[14:])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, _):
-    x, ids, weights, w1, w2, b1, b2, h = ctx.saved_tensors
+    x, ids, weights, w1, w2, b1, b2, h, *plan = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
-    nothing = (None,) * 7
+    nothing = (None,) * 10
     if dy is None or not any(wanted):
         return (None,) * 7 + nothing
     needs = sum(1 << bit for bit, want in enumerate(wanted) if want)
     choices = (ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on)
-    out = torch.ops.moert.fused_experts_backward(dy, x, ids, weights, w1, w2, b1, b2, h, *choices, needs)
+    out = torch.ops.moert.fused_experts_backward(dy, x, ids, weights, w1, w2, b1, b2, h, *choices, needs, *plan)
     dx, dweights, dw1, dw2, db1, db2 = (g if want else None for g, want in zip(out, wanted, strict=True))
     return dx, None, dweights, dw1, dw2, db1, db2, *nothing
 

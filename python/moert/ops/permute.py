@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moert.ops.kinds import expect
 from moert.ops.same_device import same_device
-from moert.types import DispatchPlan
+from moert.types import DispatchPlan, Routing
 
 
 def permute_plan(ids: Tensor, num_experts: int, capacity: int | None = None) -> DispatchPlan:
@@ -21,6 +21,11 @@ def permute_plan(ids: Tensor, num_experts: int, capacity: int | None = None) -> 
     does not need have no token: a rectangle, whose sizes do not depend on the ids.
     """
     return DispatchPlan(*torch.ops.moert.permute_plan(ids, num_experts, capacity))
+
+
+def plan_of(routing: Routing) -> DispatchPlan:
+    """The plan that a routing brings along, else that of its ids."""
+    return permute_plan(routing.ids, routing.num_experts) if routing.plan is None else routing.plan
 
 
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:

@@ -1,5 +1,7 @@
 """Expert choice routing (arXiv:2202.09368), with the auxiliary router that makes it causal (MoMa, arXiv:2407.21770)."""
 
+import math
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -97,8 +99,18 @@ class ExpertChoiceRouter(LinearRouter):
             return Routing(ids, torch.where(taken, scores_TE, 0), self.num_experts, logits_TE)
         segment, D = document_of_token(context.cu_seqlens if self.per == "sequence" else None, len(x), x.device)
         segment = segment if mask is None else torch.where(mask, segment, D)
-        weights, ids = expert_choice(scores_TE, segment, self._tokens_per_expert(segment, D))
-        return Routing(ids, weights, self.num_experts, logits_TE)
+        capacity = self._tokens_per_expert(segment, D)
+        weights, ids, plan = expert_choice(scores_TE, segment, capacity, max_slots=self._max_slots(len(x), D))
+        return Routing(ids, weights, self.num_experts, logits_TE, plan=plan)
+
+    def _max_slots(self, T: int, D: int) -> int | None:
+        """A bound on the choices of T tokens in D segments that depends on nothing else: a masked token lowers them."""
+        if self.scope == "world":
+            return None  # a rank with few tokens may take them all
+        E = self.num_experts
+        # Whole numbers alone, lest a symbolic T meets a fraction: at least the share of T, and one more per segment.
+        share = T // E if self.capacity is None else T * math.ceil(self.capacity * 2**20) // 2**20
+        return torch.sym_min(share + D, T) * E
 
     def _tokens_per_expert(self, segment: Tensor, D: int) -> Tensor:
         """[D, E], from the number of tokens in each segment; segment D is no segment."""

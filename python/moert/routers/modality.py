@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.routers.base import Router, RouterContext
-from moert.types import Routing
+from moert.types import DispatchPlan, Routing
 
 
 class ModalityRouter(Router):
@@ -43,10 +43,13 @@ class ModalityRouter(Router):
             real = (routing.ids >= 0) & (routing.ids < routing.num_experts) & (modality == g)[:, None]
             ids = torch.where(F.pad(real, pad), F.pad(routing.ids, pad) + first[g], ids)
             weights = torch.where(F.pad(real, pad), F.pad(routing.weights, pad), weights)
+        plan = None
+        if all(routing.plan is not None for routing in routings):
+            plan = _joined([routing.plan for routing in routings], modality, k)
         logits = [routing.logits for routing in routings]
         losses = {f"{g}.{name}": loss for g, each in enumerate(routings) for name, loss in each.losses.items()}
         together = None if any(each is None for each in logits) else torch.cat(logits, -1)
-        return Routing(ids, weights, self.num_experts, together, losses)
+        return Routing(ids, weights, self.num_experts, together, losses, plan=plan)
 
     def _modality(self, x: Tensor, context: RouterContext | None) -> Tensor:
         if context is None or context.modality is None:
@@ -60,3 +63,19 @@ class ModalityRouter(Router):
         else:
             torch._assert_async(good.all(), "context.modality must be in [0, number of routers)")
         return modality
+
+
+def _joined(plans: list[DispatchPlan], modality: Tensor, k: int) -> DispatchPlan:
+    """One plan of all experts from those of each modality's, whose tokens no other has; slots in use move together."""
+    S, start = sum(len(plan.tokens) for plan in plans), plans[0].offsets.new_zeros(1)
+    tokens = start.new_full((S + 1,), -1)  # what is not in use goes to the last place, and away
+    slots, offsets = start.new_full((len(modality), k), -1), []
+    for g, plan in enumerate(plans):
+        at = torch.arange(len(plan.tokens), device=start.device)
+        used = at < plan.offsets[-1]
+        tokens = tokens.scatter(0, torch.where(used, at + start, S), torch.where(used, plan.tokens, -1))
+        padded = F.pad(plan.slots, (0, k - plan.slots.shape[1]), value=-1)
+        slots = torch.where((padded >= 0) & (modality == g)[:, None], padded + start, slots)
+        offsets.append(plan.offsets[:-1] + start)
+        start = start + plan.offsets[-1:]
+    return DispatchPlan(torch.cat([*offsets, start]), tokens[:S], slots)

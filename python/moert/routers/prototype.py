@@ -102,7 +102,7 @@ class PrototypeRouter(Router):
         """Expert choice: each expert takes the share k / N of every sample's tokens, at least one."""
         capacity = (tokens_per_document(sample, D) * self.k // self.num_routed).clamp_min(1)
         capacity = capacity[:, None].expand(D, self.num_routed)
-        return expert_choice(SCORES[self.score](cosine_TN), sample, capacity)
+        return expert_choice(SCORES[self.score](cosine_TN), sample, capacity)[:2]
 
     def _contrast(self, x: Tensor, members: Tensor, sample: Tensor, D: int) -> Tensor:
         """Cross entropy between prototypes and their members' mean, by sample; ids from N on are no members."""

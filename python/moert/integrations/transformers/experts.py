@@ -8,7 +8,7 @@ from moert.integrations.transformers.gates import fused_activation
 from moert.ops.autocast import autocast_dtype
 from moert.ops.fused_experts import fused_experts
 from moert.ops.grouped_gemm import grouped_gemm
-from moert.ops.permute import permute_plan, unpermute
+from moert.ops.permute import plan_of, unpermute
 from moert.types import ExpertLayout, Routing
 
 
@@ -52,7 +52,7 @@ def fp8_experts_forward(self: nn.Module, *args, **kwargs) -> Tensor:
 def _unfused(self: nn.Module, hidden_states: Tensor, routing: Routing, w1: str) -> Tensor:
     """Each step on its own, in slots: GEMM, the class's gate, GEMM, the class's norm, weighted sum over the choices."""
     b1, b2 = _biases(self, w1)
-    plan = permute_plan(routing.ids, routing.num_experts)
+    plan = plan_of(routing)
     h_SI = _linear(self, w1, hidden_states, plan.offsets, b1, tokens=plan.tokens)
     h_SI = self._apply_gate(h_SI) if self.has_gate else self.act_fn(h_SI)
     y_SH = _linear(self, "down_proj", h_SI, plan.offsets, b2)

@@ -12,7 +12,7 @@ from moert.integrations.transformers.gates import activation_name, untouched
 from moert.integrations.transformers.stacked import Stacked, stack
 from moert.ops.fused_experts import fused_experts
 from moert.ops.grouped_gemm import grouped_gemm
-from moert.ops.permute import permute_plan, unpermute
+from moert.ops.permute import plan_of, unpermute
 from moert.types import DispatchPlan, Routing
 
 
@@ -84,7 +84,7 @@ class SwitchTransformersExperts(MlpExperts):
 
     def _with_dropout(self, hidden_states: Tensor, routing: Routing, chosen: Sequence[int]) -> Tensor:
         w1, w2 = self.weights(chosen)
-        plan = permute_plan(routing.ids, routing.num_experts)
+        plan = plan_of(routing)
         act = self.expert(chosen[0]).act
         h_SI = act(grouped_gemm(hidden_states, w1, plan.offsets, tokens=plan.tokens))
         y_SH = grouped_gemm(h_SI * self._noise(h_SI, plan), w2, plan.offsets)
