@@ -6,6 +6,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from moert.decode import RouterAdapter, rewire
+from moert.decode.cached import holding
 from moert.integrations.transformers.routers import use_routers_
 from moert.routers import routers_in
 from moert.testing import OperatorsRan
@@ -66,7 +67,7 @@ def test_a_prefix_stays_as_it_was():
     moe = model()
     prefix = DynamicCache(config=moe.config)
     with torch.no_grad():
-        moe(PROMPT[:, :3], past_key_values=prefix)
+        moe(PROMPT[:, :3], **holding(moe, prefix))
         logits = moe(PROMPT, use_cache=False).logits[:, 3:-1].float()
     keys = [layer.keys.clone() for layer in prefix.layers]
     report = adapter(moe).adapt(PROMPT[:, 3:], cache=prefix)

@@ -1,4 +1,4 @@
-"""Decoding rules for language models with transformers' interface (logits and past_key_values)."""
+"""Decoding rules for language models with transformers' interface (logits and a key-value cache)."""
 
 from moert.decode.draft import ModelDraft, NGramDraft
 from moert.decode.rewire import Rewired, rewire

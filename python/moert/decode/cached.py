@@ -1,6 +1,7 @@
 """A language model with its key-value cache, which can be rolled back."""
 
 import copy
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,15 @@ class CachedModel:
         if known < len(self.tokens):
             self.cache.crop(known - len(self.tokens))  # minus the number of tokens to drop
         new = torch.tensor([tokens[known:]], device=self.model.device)
-        out = self.model(input_ids=new, past_key_values=self.cache, use_cache=True)
+        out = self.model(input_ids=new, **holding(self.model, self.cache))
         self.tokens = list(tokens)
         return out.logits[0, -last:].float()
+
+
+def holding(model: nn.Module, cache: DynamicCache) -> dict:
+    """The arguments that have the model use this cache, under the name that its transformers has for it."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
 
 
 def forked(cache: DynamicCache) -> DynamicCache:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from moert.decode.cached import holding
 from moert.decode.router_adapter import AdaptReport, RouterAdapter
 
 
@@ -45,7 +46,7 @@ def rewire(
                 new = tokens[:, cache.get_seq_length() :]
                 report = adapter.adapt(new, cache=cache)
                 reports += [] if report is None else [report]
-            logits = adapter.model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1].float()
+            logits = adapter.model(input_ids=new, **holding(adapter.model, cache)).logits[:, -1].float()
             chosen = logits.argmax(-1) if temperature == 0 else _drawn(logits / temperature, generator)
             chosen = torch.where(done, pad, chosen)
             tokens = torch.cat([tokens, chosen[:, None]], 1)
@@ -65,7 +66,7 @@ def _before_the_context(adapter: RouterAdapter, tokens: Tensor, cache: DynamicCa
         return cache
     cache = DynamicCache(config=adapter.model.config)
     if length:
-        adapter.model(input_ids=tokens[:, :length], past_key_values=cache, use_cache=True)
+        adapter.model(input_ids=tokens[:, :length], **holding(adapter.model, cache))
     return cache
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from moert.decode.cached import forked
+from moert.decode.cached import forked, holding
 from moert.routers.base import Router, RouterContext
 from moert.routers.within import given_context, recorded_routings, routers_in
 
@@ -135,7 +135,7 @@ class RouterAdapter:
 
     def _losses(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
         """Next-token loss [B]: the mean over each sequence's tokens that count and have one before them."""
-        after = {} if cache is None else {"past_key_values": forked(cache), "use_cache": True}
+        after = {} if cache is None else holding(self.model, forked(cache))
         with self._applied():
             logits = self.model(input_ids=ids, **after).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from moert.decode.cached import holding
 from moert.routers.base import RouterContext
 from moert.routers.within import given_context, routers_in
 
@@ -70,8 +71,7 @@ class TwoRoutings:
                 input_ids=ids.repeat(2, 1),
                 attention_mask=mask.repeat(2, 1),
                 position_ids=positions.repeat(2, 1),
-                past_key_values=cache,
-                use_cache=True,
+                **holding(self.model, cache),
             )
         strong, weak = out.logits[:, -1].float().chunk(2)
         return strong, weak
