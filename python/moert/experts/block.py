@@ -1,10 +1,13 @@
 """One feed-forward network cut into blocks that are its experts (BlockFFN, arXiv:2507.08771; arXiv:2303.01610)."""
 
+from math import log2
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.experts.base import Experts
+from moert.ops.autocast import autocast_dtype
 from moert.ops.fused_experts import apply_activation, fused_experts
 from moert.ops.union_experts import experts_in_use, union_experts
 from moert.types import Activation, Routing
@@ -23,9 +26,9 @@ class BlockExperts(Experts):
     union   union_experts: what any of the tokens uses, for all of them; for few tokens, without gradient
 
     auto takes union for up to union_tokens tokens; else token where fewer than a share sparse_below of all (token,
-    expert) pairs are used, else dense.  (Measured on two cores with AVX-512: token is faster up to a share of about
-    .4 in bfloat16 and of .6 in float32, forward and backward alike.)  Under torch.compile the share is not counted: it
-    is k / E.
+    expert) pairs are used, else dense.  sparse_below None is where the two were as fast, forward and backward together,
+    measured on one core with AVX-512 for blocks of 64, 128, 256: .8, .9, 1 in float32, .6, .75, .9 in lower precision
+    (wider blocks make better rows).  Under torch.compile the share is not counted: it is k / E.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class BlockExperts(Experts):
         bias: bool = False,
         mode: str = "auto",
         union_tokens: int = 64,
-        sparse_below: float = 0.55,
+        sparse_below: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -79,7 +82,8 @@ class BlockExperts(Experts):
             return self.mode
         if not torch.is_grad_enabled() and x.shape[0] <= self.union_tokens:
             return "union"
-        return "token" if self._share(routing) < self.sparse_below else "dense"
+        below = _sparse_below(self.block, autocast_dtype(x)) if self.sparse_below is None else self.sparse_below
+        return "token" if self._share(routing) < below else "dense"
 
     def _share(self, routing: Routing) -> float:
         """Of all (token, expert) pairs, those in use; under torch.compile those that could be."""
@@ -114,3 +118,8 @@ class BlockExperts(Experts):
             f"hidden={self.hidden}, num_experts={self.num_experts}, block={self.block}, "
             f"act={self.activation.name}, mode={self.mode}"
         )
+
+
+def _sparse_below(block: int, dtype: torch.dtype) -> float:
+    at_64, per_doubling = (0.8, 0.1) if dtype.itemsize >= 4 else (0.6, 0.15)
+    return min(1.0, max(0.3, at_64 + per_doubling * log2(block / 64)))
