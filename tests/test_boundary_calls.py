@@ -24,6 +24,7 @@ def ints(*values):
 
 PLAN = {"tokens": TOKENS, "slots": SLOTS}
 WHOLE_PLAN = {"offsets": OFFSETS, **PLAN}
+ADDED = {"onto_rows": ones(T, H), "onto_scale": ones(T), "mix": ones(T, 2), "constants": ones(2, H)}
 GEMM = {"x": ones(S, H), "w": ones(E, I, H), "offsets": OFFSETS, "bias": ones(E, I), "tokens": None, "scale": ones(S)}
 EXPERTS = {
     "x": ones(T, H),
@@ -89,7 +90,7 @@ VALID = {
         "tokens": None,
         "transposed": False,
     },
-    "fused_experts": {**EXPERTS, "save": False, **WHOLE_PLAN},
+    "fused_experts": {**EXPERTS, "save": False, **WHOLE_PLAN, **ADDED},
     "union_experts": {
         **{name: value for name, value in EXPERTS.items() if name not in ("weights", "scale_on")},
         "ids": ints(3, 0, 4),
@@ -259,6 +260,16 @@ BAD = {
         ("slots", SLOTS[1:], r"slots must have shape \[T=3, k=2\], got \[2, 2\]"),
         ("slots", SLOTS.float(), "slots must have dtype Int, got Float"),
         ("slots", SLOTS.flip(0), r"slots must be those of the plan of ids \(permute_plan\), got others"),
+        ("onto_rows", ones(T, H).half(), "onto_rows must have the dtype of x, Float, got Half"),
+        ("onto_rows", ones(T, k), r"onto_rows must have shape \[T=3, H=6\], got \[3, 2\]"),
+        ("onto_rows", None, r"onto_scale must have shape \[T=3\], and onto_rows be given, got \[3\]"),
+        ("onto_scale", ones(T, 1), r"onto_scale must have shape \[T=3\], and onto_rows be given, got \[3, 1\]"),
+        ("onto_scale", ones(T).half(), "onto_scale must have dtype Float or that of x, got Half"),
+        ("mix", None, "mix and constants must be given together, got one of them"),
+        ("mix", ones(T, 3), r"mix must have shape \[T=3, C=2\], got \[3, 3\]"),
+        ("mix", ones(T, 2).double(), "mix must have dtype Float or that of x, got Double"),
+        ("constants", ones(2, I), r"constants must have shape \[C, H=6\], got \[2, 5\]"),
+        ("constants", ones(2, H).bfloat16(), "constants must have the dtype of x, Float, got BFloat16"),
         ("ids", IDS.flip(0), r"slots must be those of the plan of ids \(permute_plan\), got others"),
     ],
     "union_experts": [

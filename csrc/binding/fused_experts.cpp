@@ -18,6 +18,7 @@ struct Call {
   RoutedRows tokens;
   Experts experts;
   Tensor offsets, slot_tokens, slots;  // of the plan, where there is one
+  Tensor onto_rows, onto_scale, mix, constants;
 };
 
 // A plan that the caller has of the ids: all of it, or nothing.
@@ -50,6 +51,48 @@ void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
   call.tokens.S = call.S;
 }
 
+struct GivenOnto {
+  const std::optional<Tensor>&rows, &scale, &mix, &constants;
+};
+
+void take_onto(const GivenOnto& onto, Call& call) {
+  if (onto.rows) {
+    const Tensor &onto_rows = *onto.rows, &x = call.x;
+    CHECK_CPU(onto_rows);
+    CHECK_SAME_DTYPE(onto_rows, x);
+    STD_TORCH_CHECK(has_shape(onto_rows, {call.T, call.H}), "onto_rows must have shape [T=", call.T, ", H=", call.H,
+                    "], got ", shape(onto_rows));
+    call.onto_rows = dense_rows(onto_rows);
+    call.tokens.onto.rows = rows_of(call.onto_rows);
+  }
+  if (onto.scale) {
+    const Tensor &onto_scale = *onto.scale, &x = call.x;
+    CHECK_CPU(onto_scale);
+    CHECK_SCALE_DTYPE(onto_scale, x);
+    STD_TORCH_CHECK(onto.rows && has_shape(onto_scale, {call.T}), "onto_scale must have shape [T=", call.T,
+                    "], and onto_rows be given, got ", shape(onto_scale));
+    call.onto_scale = scale_values(onto_scale, x);
+    call.tokens.onto.scale = call.onto_scale.const_data_ptr();
+  }
+  STD_TORCH_CHECK(onto.mix.has_value() == onto.constants.has_value(),
+                  "mix and constants must be given together, got one of them");
+  if (!onto.mix) return;
+  const Tensor &mix = *onto.mix, &constants = *onto.constants, &x = call.x;
+  CHECK_CPU(mix);
+  CHECK_CPU(constants);
+  CHECK_SCALE_DTYPE(mix, x);
+  CHECK_SAME_DTYPE(constants, x);
+  STD_TORCH_CHECK(constants.dim() == 2 && constants.size(1) == call.H, "constants must have shape [C, H=", call.H,
+                  "], got ", shape(constants));
+  const int64_t C = constants.size(0);
+  STD_TORCH_CHECK(has_shape(mix, {call.T, C}), "mix must have shape [T=", call.T, ", C=", C, "], got ", shape(mix));
+  call.mix = scale_values(mix, x);
+  call.constants = torch::stable::contiguous(constants);
+  call.tokens.onto.C = C;
+  call.tokens.onto.mix = call.mix.const_data_ptr();
+  call.tokens.onto.constants = call.constants.const_data_ptr();
+}
+
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
            const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const std::string& activation,
            double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on,
@@ -68,7 +111,8 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   Experts experts = experts_of(x, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved);
   experts.weights.scale_on = scale_on_of(scale_on);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
-  Call call{dense_rows(x), expert_ids(ids, w1.size(0)), scale_values(weights, x), T, H, k, T * k, {}, std::move(experts)};
+  Call call{dense_rows(x),     expert_ids(ids, w1.size(0)), scale_values(weights, x), T, H, k, T * k, {},
+            std::move(experts)};
   call.tokens = {T,
                  k,
                  rows_of(call.x),
@@ -86,9 +130,12 @@ std::tuple<Tensor, Tensor> fused_experts_cpu(const Tensor& x, const Tensor& ids,
                                              const std::optional<Tensor>& b2, std::string activation, double alpha,
                                              double limit, bool transposed, bool interleaved, std::string scale_on,
                                              bool save, std::optional<Tensor> offsets, std::optional<Tensor> tokens,
-                                             std::optional<Tensor> slots) {
-  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
-                          {offsets, tokens, slots}, true);
+                                             std::optional<Tensor> slots, std::optional<Tensor> onto_rows,
+                                             std::optional<Tensor> onto_scale, std::optional<Tensor> mix,
+                                             std::optional<Tensor> constants) {
+  Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
+                    {offsets, tokens, slots}, true);
+  take_onto({onto_rows, onto_scale, mix, constants}, call);
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
   const int64_t width = call.experts.width;
   Tensor h = torch::stable::new_empty(x, {save ? call.S : 0, width});

@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY(moert, m) {
   m.def(
       "fused_experts(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "
       "str activation, float alpha, float limit, bool transposed, bool interleaved, str scale_on, bool save, "
-      "Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None) -> (Tensor y, Tensor h)");
+      "Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None, Tensor? onto_rows=None, Tensor? onto_scale=None, "
+      "Tensor? mix=None, Tensor? constants=None) -> (Tensor y, Tensor h)");
   m.def(
       "fused_experts_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, "
       "Tensor? b2, Tensor h, str activation, float alpha, float limit, bool transposed, bool interleaved, "

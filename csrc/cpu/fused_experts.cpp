@@ -24,14 +24,16 @@ void forward(const RoutedRows& tokens, const ExpertWeights& w, int64_t threads, 
   }
   parallel_region(threads, [&](Team& team) {
     first.run(team);
-    second.run(team, w.scale_on == ScaleOn::output, y, tokens.x.dtype,
-               [&](const TileTask& task, const TileMemory<A>& memory) {
-                 const TileOperand down = operand_of(w.down, task.expert, task.n, 0, true);
-                 GemmTile tile{task.M, task.N, w.I, operand_of(rows, task.row, 0), down, memory.c0, memory.scratch};
-                 tile.batch_invariant = tokens.batch_invariant;
-                 gemm_kernels().gemm(tile);
-                 return vector_of(w.down_bias, 1, task, memory.row0);
-               });
+    second.run(
+        team, w.scale_on == ScaleOn::output, y, tokens.x.dtype,
+        [&](const TileTask& task, const TileMemory<A>& memory) {
+          const TileOperand down = operand_of(w.down, task.expert, task.n, 0, true);
+          GemmTile tile{task.M, task.N, w.I, operand_of(rows, task.row, 0), down, memory.c0, memory.scratch};
+          tile.batch_invariant = tokens.batch_invariant;
+          gemm_kernels().gemm(tile);
+          return vector_of(w.down_bias, 1, task, memory.row0);
+        },
+        tokens.onto);
   });
 }
 

@@ -22,10 +22,10 @@ constexpr int64_t kSliceValues = 8 << 20;
 template <typename A>
 struct Plan {
   int64_t T, k, E, S;
-  Memory<int32_t> own;                              // all three, unless the caller has a plan
-  const int32_t *offsets, *tokens, *slots;          // as permute_plan gives them
-  Memory<A> scale;                                  // [slots used]: routing weight of each slot
-  const A* weights;                                 // [T, k]
+  Memory<int32_t> own;                      // all three, unless the caller has a plan
+  const int32_t *offsets, *tokens, *slots;  // as permute_plan gives them
+  Memory<A> scale;                          // [slots used]: routing weight of each slot
+  const A* weights;                         // [T, k]
 
   Plan(const RoutedRows& r, int64_t E, int64_t threads)
       : T(r.T), k(r.k), E(E), S(r.offsets ? r.S : T * k), weights(static_cast<const A*>(r.weights)) {
@@ -146,7 +146,7 @@ struct CombinedRows {
 
   // gemm(task, memory) leaves a tile in memory.c0 and may return a bias for it.
   template <typename F>
-  void run(Team& team, bool weighted, void* y, DType dtype, const F& gemm) const {
+  void run(Team& team, bool weighted, void* y, DType dtype, const F& gemm, const Onto& onto = {}) const {
     for (int64_t n = 0; n < H; n += width) {
       const std::vector<TileTask>& tasks = slices[n / width];
       team.for_each(int64_t(tasks.size()), [&](int64_t i) {
@@ -156,17 +156,31 @@ struct CombinedRows {
         gemm_kernels().store({task.M, task.N, memory.c0, bias, nullptr, ScaleOn::output,
                               rows.get() + task.row * width + task.n - n, DTypeOf<A>::value, width, 1});
       });
-      if (y) combine(team, weighted, n, y, dtype);
+      if (y) combine(team, weighted, n, y, dtype, onto);
     }
   }
 
-  void combine(Team& team, bool weighted, int64_t n, void* y, DType dtype) const {
+  void combine(Team& team, bool weighted, int64_t n, void* y, DType dtype, const Onto& onto) const {
+    const A *scale = static_cast<const A*>(onto.scale), *mix = static_cast<const A*>(onto.mix);
     team.for_each((plan.T + kCombineTokens - 1) / kCombineTokens, [&](int64_t task) {
       const int64_t end = std::min(plan.T, (task + 1) * kCombineTokens);
       for (int64_t t = task * kCombineTokens; t < end; ++t) {
         void* out = const_cast<char*>(at(y, dtype, t * H + n));
-        gemm_kernels().combine({plan.k, std::min(width, H - n), rows.get(), width, plan.slots + t * plan.k,
-                                weighted ? plan.weights + t * plan.k : nullptr, out, dtype});
+        CombineRow row{plan.k,
+                       std::min(width, H - n),
+                       rows.get(),
+                       width,
+                       plan.slots + t * plan.k,
+                       weighted ? plan.weights + t * plan.k : nullptr,
+                       out,
+                       dtype};
+        if (onto.rows.data) row.onto = at(onto.rows.data, dtype, t * onto.rows.stride + n);
+        if (onto.rows.data && scale) row.onto_scale = scale + t;
+        if (onto.C > 0) {
+          row.C = onto.C, row.mix = mix + t * onto.C;
+          row.constants = at(onto.constants, dtype, n), row.constants_stride = H;
+        }
+        gemm_kernels().combine(row);
       }
     });
   }

@@ -143,6 +143,14 @@ void combine_rows(const CombineRow& c) {
       const Vec<A> x = load(static_cast<const A*>(c.rows) + c.slots[j] * c.row_stride + h, count);
       y += c.weights ? x * static_cast<const A*>(c.weights)[j] : x;
     }
+    if (c.onto) {
+      const Vec<A> x = load(static_cast<const T*>(c.onto) + h, count);
+      y += c.onto_scale ? x * *static_cast<const A*>(c.onto_scale) : x;
+    }
+    for (int64_t i = 0; i < c.C; ++i) {
+      const T* constant = static_cast<const T*>(c.constants) + i * c.constants_stride + h;
+      y += load(constant, count) * static_cast<const A*>(c.mix)[i];
+    }
     store(static_cast<T*>(c.out) + h, y, count);
   });
 }

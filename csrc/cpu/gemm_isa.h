@@ -96,7 +96,8 @@ struct ActivateBackwardTile {
   void* sums;  // values [M]
 };
 
-// out [N] = sum over j of weights[j] * rows[slots[j]], in order, slots below 0 left out; out of any dtype.
+// out [N] = sum over j of weights[j] * rows[slots[j]], in order, slots below 0 left out, + onto_scale * onto + sum over
+// c of mix[c] * constants[c]; out, onto and constants of any dtype.
 struct CombineRow {
   int64_t k, N;
   const void* rows;  // values
@@ -105,6 +106,12 @@ struct CombineRow {
   const void* weights;  // null or values [k]
   void* out;
   DType dtype;
+  const void* onto = nullptr;        // null or [N]
+  const void* onto_scale = nullptr;  // null (one) or a value
+  int64_t C = 0;
+  const void* mix = nullptr;        // values [C]
+  const void* constants = nullptr;  // [C, N], rows constants_stride apart
+  int64_t constants_stride = 0;
 };
 
 struct GemmKernels {

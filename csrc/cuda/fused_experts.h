@@ -3,6 +3,7 @@
 
 #include "cuda/grouped_gemm_product.h"
 #include "cuda/memory.h"
+#include "moert/check.h"
 #include "moert/fused_experts.h"
 #include "moert/permute.h"
 
@@ -20,7 +21,9 @@ struct SlotPlan {
         tokens(memory.take<int32_t>(r.T * r.k)),
         slots(memory.take<int32_t>(r.T * r.k)),
         scale(scaled ? memory.take<Sum<T>>(r.T * r.k) : nullptr),
-        workspace(memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {}
+        workspace(memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {
+    MOERT_CHECK(!r.offsets && !r.onto.rows.data && r.onto.C == 0, "offsets, onto_rows and mix must be None on a GPU");
+  }
 
   void run(const RoutedRows& r, int64_t E, void* stream) const;
 };

@@ -43,6 +43,16 @@ struct ExpertWeights {
   ScaleOn scale_on = ScaleOn::output;
 };
 
+// What is added to the sum over a token's choices, before it is rounded: scale[t] * rows[t] + sum over c of mix[t, c] *
+// constants[c].
+struct Onto {
+  Rows rows{};                      // [T, H], or no data: nothing
+  const void* scale = nullptr;      // [T], null: all one
+  int64_t C = 0;                    // constants
+  const void* mix = nullptr;        // [T, C]
+  const void* constants = nullptr;  // [C, H], dense; scale and mix are float32 (float64 where x is), the rest is like x
+};
+
 // The routed tokens.
 struct RoutedRows {
   int64_t T, k;
@@ -51,10 +61,11 @@ struct RoutedRows {
   const void* weights;  // [T, k], float32 (float64 where x is)
   // The bits of a row of y do not depend on the other rows.
   bool batch_invariant = false;
-  // What permute_plan makes of the ids, but for the number S of slots, which may be any that is enough; null: it is made
-  // here, of T*k slots.
+  // What permute_plan makes of the ids, but for the number S of slots, which may be any that is enough; null: it is
+  // made here, of T*k slots.
   const int32_t *offsets = nullptr, *tokens = nullptr, *slots = nullptr;
   int64_t S = 0;
+  Onto onto{};  // for the forward
 };
 
 // Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
@@ -74,7 +85,7 @@ struct Panel {
 };
 Panel panel_of(DType dtype);
 
-// y [T, H] (dense, dtype of x): y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order.
+// y [T, H] (dense, dtype of x): y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order, + onto[t].
 // h: null, or the pre-activations [T*k, 2I] in slot order, gate then up, in x's dtype, zero for unused slots; [S, 2I]
 // with a plan.  Throws, before it writes, where the plan is not that of the ids.
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, int64_t threads, void* y, void* h);

@@ -55,6 +55,26 @@ class DispatchPlan:
     slots: Tensor
 
 
+@dataclass(frozen=True)
+class Onto:
+    """What is added to the sum over a token's choices: scale[t] * rows[t] + sum over c of mix[t, c] * constants[c].
+
+    rows [T, H] and constants [C, H] have the dtype of the experts' x, scale [T] and mix [T, C] that or float32 (float64
+    for float64); all are optional, a scale goes with rows and is one by default, mix and constants go together.
+    """
+
+    rows: Tensor | None = None
+    scale: Tensor | None = None
+    mix: Tensor | None = None
+    constants: Tensor | None = None
+
+    def added_to(self, y: Tensor) -> Tensor:
+        """y [T, H] plus all this, for experts that do not add it themselves."""
+        if self.rows is not None:
+            y = y + (self.rows if self.scale is None else self.scale[:, None].to(y.dtype) * self.rows)
+        return y if self.mix is None else y + self.mix.to(y.dtype) @ self.constants.to(y.dtype)
+
+
 ACTIVATIONS = (
     *("swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped", "swiglu_oai"),
     *("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"),

@@ -15,8 +15,7 @@ struct Chosen {
 };
 
 Chosen choose(const std::vector<float>& scores, const std::vector<int64_t>& segments,
-              const std::vector<int64_t>& capacity, int64_t E, int64_t k, int64_t threads = 1,
-              int64_t S = -1) {
+              const std::vector<int64_t>& capacity, int64_t E, int64_t k, int64_t threads = 1, int64_t S = -1) {
   const int64_t T = int64_t(segments.size());
   S = S < 0 ? T * k : S;
   const auto ints = [](int64_t n) { return std::vector<int32_t>(n, -7); };

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moert import GluExperts, MoELayer, Routing, permute_plan
-from moert.experts import HeteroExperts
+from moert import GluExperts, MoELayer, Routing, permute_plan, quantize_
+from moert.experts import HeteroExperts, QuantizedExperts
 from moert.routers import GatingResidualRouter
 from moert.testing import OperatorsRan, random_routing
 
@@ -54,6 +54,37 @@ def test_layer_against_a_loop_over_tokens(T, renorm):
     for one, other in zip(got, torch.autograd.grad(expected, parameters, dy, allow_unused=True), strict=True):
         other = torch.zeros_like(one) if other is None else other
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-9
+
+
+@pytest.mark.parametrize("kinds", (KINDS, ["ffn", "copy"], ["ffn", "ffn", "const"], ["ffn", "zero"]), ids=str)
+def test_free_experts_are_added_in_the_combine(kinds):
+    layer, x = experts(kinds), torch.randn(50, H, requires_grad=True)
+    routing = random_routing(50, len(kinds), 2 if len(kinds) > 2 else 1)
+    with OperatorsRan() as ran:
+        y = layer(x, routing)
+    assert ran.names == ["fused_experts"]
+    want = [x, *layer.parameters()]
+    got = torch.autograd.grad(y.square().sum(), want, allow_unused=True)
+    layer.ffn.fuses_onto = False
+    apart = layer(x, routing)
+    torch.testing.assert_close(y, apart)
+    for one, other in zip(got, torch.autograd.grad(apart.square().sum(), want, allow_unused=True), strict=True):
+        torch.testing.assert_close(one, other)
+    # One rounding instead of three: closer to the sum in float32.
+    layer, small = layer.bfloat16(), x.detach().bfloat16()
+    exact = layer.float()(small.float(), routing)
+    layer.bfloat16()
+    error = (layer(small, routing) - exact).norm()
+    layer.ffn.fuses_onto = True
+    assert (layer(small, routing) - exact).norm() <= error
+
+
+def test_other_experts_add_what_is_free():
+    layer, x, routing = experts(), torch.randn(40, H), random_routing(40, 8, 2)
+    expected = layer(x, routing)
+    quantize_(layer, "int8")
+    assert isinstance(layer.ffn, QuantizedExperts)
+    torch.testing.assert_close(layer(x, routing), expected, rtol=0, atol=0.02)
 
 
 def test_dropped_choices_add_nothing():

@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +8,12 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from moert import Activation, ExpertLayout, Routing, permute_plan
-from moert.ops.fused_experts import fused_experts, fused_experts_ref
+from moert.ops.fused_experts import (
+    fused_experts,
+    fused_experts_onto,
+    fused_experts_onto_ref,
+    fused_experts_ref,
+)
 from moert.testing import (
     DTYPES,
     FUSED_EXPERTS_SHAPES,
@@ -20,7 +26,7 @@ from moert.testing import (
     row_error,
     strided,
 )
-from moert.types import ACTIVATIONS, DispatchPlan
+from moert.types import ACTIVATIONS, DispatchPlan, Onto
 
 EXPERT_LAYOUTS = [ExpertLayout(t, i) for t, i in itertools.product((False, True), repeat=2)]
 ODD = Shape("nothing is a multiple of anything, experts with 0 to 20 rows", 61, 7, 3, 37, 21, "sentinels")
@@ -259,10 +265,70 @@ def test_a_given_plan_changes_no_bit_and_bounds_what_is_kept(shape, dtype):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             y = fused_experts(x, routing, w1, w2)
-        assert kept[7].shape == (len(tokens) if plan is None else len(plan.tokens), w1.shape[1])
+        assert kept[5].shape == (len(tokens) if plan is None else len(plan.tokens), w1.shape[1])
         results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+def added(shape, dtype, C=3):
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, constants = torch.randn(shape.T, shape.H).to(dtype), torch.randn(C, shape.H).to(dtype)
+    return rows, torch.randn(shape.T, dtype=wide), torch.randn(shape.T, C, dtype=wide), constants
+
+
+# rows, scale, mix and constants: which of them are given
+ADDED = (
+    pytest.param((1, 0, 0, 0), id="rows"),
+    pytest.param((1, 1, 0, 0), id="scaled-rows"),
+    pytest.param((0, 0, 1, 1), id="constants"),
+    pytest.param((1, 1, 1, 1), id="both"),
+)
+
+
+@pytest.mark.parametrize("given", ADDED)
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES[:8], ids=str)
+def test_rows_and_constants_are_added(shape, dtype, given):
+    (x, weights, w1, w2, *_), _ = case(shape, dtype)
+    parts = [t if here else None for t, here in zip(added(shape, dtype), given, strict=True)]
+    ids = shape.routing().ids
+
+    def run(fn, x, weights, w1, w2, *parts):
+        return fn(x, Routing(ids, weights, shape.E), w1, w2, Onto(*parts))
+
+    args = (x, weights, w1, w2, *parts)
+    assert_rows_close(run(fused_experts_onto, *args), lambda *a: run(fused_experts_onto_ref, *a), *args)
+    dy = torch.randn(shape.T, shape.H)
+    assert_grads_close(partial(run, fused_experts_onto), partial(run, fused_experts_onto_ref), dy, *args)
+
+
+def test_what_is_added_has_any_strides_under_autocast_and_compiled():
+    (x, weights, w1, w2, *_), _ = case(ODD)
+    rows, scale, mix, constants = added(ODD, torch.float32)
+    routing = Routing(ODD.routing().ids, weights, ODD.E)
+    expected = fused_experts_onto(x, routing, w1, w2, Onto(rows, scale, mix, constants))
+    for layout in LAYOUTS:
+        parts = (
+            strided(rows, layout),
+            strided(scale[None], layout)[0],
+            strided(mix, layout),
+            strided(constants, layout),
+        )
+        assert torch.equal(fused_experts_onto(x, routing, w1, w2, Onto(*parts)), expected)
+    compiled = torch.compile(fused_experts_onto, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, routing, w1, w2, Onto(rows, scale, mix, constants)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = fused_experts_onto(x, routing, w1, w2, Onto(rows, scale, mix, constants))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.2)
+
+
+def test_opcheck_of_what_is_added():
+    shape = FUSED_EXPERTS_SHAPES[2]
+    tensors, options = op_args(shape, ExpertLayout(), "swiglu")
+    parts = [t.requires_grad_() for t in added(shape, torch.float32)]
+    opcheck(torch.ops.moert.fused_experts.default, (*tensors, *options, True, None, None, None, *parts))
 
 
 def test_a_plan_of_other_ids_is_an_error():

@@ -2,11 +2,20 @@
 
 from torch import Tensor, nn
 
-from moert.types import Routing
+from moert.types import Onto, Routing
 
 
 class Experts(nn.Module):
-    """A set of experts; y[t] is the weighted sum of what the experts chosen for token t make of x[t]."""
+    """A set of experts; y[t] is the weighted sum of what the experts chosen for token t make of x[t].
+
+    Where fuses_onto is True, forward takes an Onto as its third argument and adds it before the sums are rounded.
+    """
+
+    fuses_onto = False
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define forward(x, routing)")
+
+    def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
+        """self(x, routing) + onto, in one step where these experts can."""
+        return self(x, routing, onto) if self.fuses_onto else onto.added_to(self(x, routing))

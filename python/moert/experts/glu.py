@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from moert.experts.base import Experts
-from moert.ops.fused_experts import fused_experts
-from moert.types import Activation, ExpertLayout, Routing
+from moert.ops.fused_experts import fused_experts, fused_experts_onto
+from moert.types import Activation, ExpertLayout, Onto, Routing
 
 
 class GluExperts(Experts):
@@ -14,6 +14,8 @@ class GluExperts(Experts):
     gate_up_proj [E, 2I, H], down_proj [E, H, I] (see ExpertLayout; I rows where the activation is not gated), and
     with bias gate_up_proj_bias [E, 2I], down_proj_bias [E, H].  Initialised like nn.Linear.
     """
+
+    fuses_onto = True
 
     def __init__(
         self,
@@ -54,9 +56,11 @@ class GluExperts(Experts):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        bias = (self.gate_up_proj_bias, self.down_proj_bias)
-        return fused_experts(x, routing, self.gate_up_proj, self.down_proj, bias, self.activation, self.layout)
+    def forward(self, x: Tensor, routing: Routing, onto: Onto | None = None) -> Tensor:
+        weights, bias = (self.gate_up_proj, self.down_proj), (self.gate_up_proj_bias, self.down_proj_bias)
+        if onto is None:
+            return fused_experts(x, routing, *weights, bias, self.activation, self.layout)
+        return fused_experts_onto(x, routing, *weights, onto, bias, self.activation, self.layout)
 
     def extra_repr(self) -> str:
         return (

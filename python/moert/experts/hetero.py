@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.experts.base import Experts
-from moert.types import Routing, check_kinds
+from moert.types import Onto, Routing, check_kinds
 
 
 class HeteroExperts(Experts):
     """The experts of ffn, then free ones: zero gives 0, copy x, const a1 x + a2 v with [a1, a2] = softmax(W_c x).
 
-    Only choices of feed-forward experts reach ffn (and with it the plan and the GEMMs).  input_scale multiplies what
-    all experts are given (released MoE++ weights were trained with 2, the number of choices).
+    Only choices of feed-forward experts reach ffn (and with it the plan and the GEMMs); its combine adds what the
+    free ones give, where it can (GluExperts).  input_scale multiplies what all experts are given (released MoE++
+    weights were trained with 2, the number of choices).
     """
 
     def __init__(
@@ -51,25 +52,26 @@ class HeteroExperts(Experts):
         if self.input_scale != 1:
             x = x * self.input_scale
         # An id from num_ffn on is a sentinel for ffn.
-        y = self.ffn(x, Routing(routing.ids, routing.weights, self.num_ffn))
-        return y if self.num_ffn == self.num_experts else y + self._free(x, routing)
+        routed = Routing(routing.ids, routing.weights, self.num_ffn)
+        if not {"copy", "const"} & set(self.kinds):
+            return self.ffn(x, routed)
+        return self.ffn.onto(x, routed, self._free(x, routing))
 
-    def _free(self, x: Tensor, routing: Routing) -> Tensor:
-        """scale of x plus a mixture of the constants, for every token: two thin products, no dispatch."""
-        weights = routing.weights.to(x.dtype)
+    def _free(self, x: Tensor, routing: Routing) -> Onto:
+        """A multiple of x and a mixture of the constants, for every token: no dispatch, and no pass of their own."""
+        weights = routing.weights.to(torch.promote_types(x.dtype, torch.float32))
 
         def weight_of(kind):
             return [
                 torch.where(routing.ids == e, weights, 0).sum(-1) for e, each in enumerate(self.kinds) if each == kind
             ]
 
-        scale_T = sum(weight_of("copy"), x.new_zeros(len(x)))
+        scale_T = sum(weight_of("copy"), weights.new_zeros(len(x)))
         if self.constant is None:
-            return scale_T[:, None] * x
+            return Onto(x, scale_T)
         w_TC = torch.stack(weight_of("const"), -1)
-        a_TC2 = F.linear(x, self.mix_weight.flatten(0, 1)).unflatten(-1, (-1, 2)).softmax(-1).to(x.dtype)
-        scale_T = scale_T + (w_TC * a_TC2[..., 0]).sum(-1)
-        return scale_T[:, None] * x + (w_TC * a_TC2[..., 1]) @ self.constant
+        a_TC2 = F.linear(x, self.mix_weight.flatten(0, 1)).unflatten(-1, (-1, 2)).softmax(-1, weights.dtype)
+        return Onto(x, scale_T + (w_TC * a_TC2[..., 0]).sum(-1), w_TC * a_TC2[..., 1], self.constant)
 
     def extra_repr(self) -> str:
         return f"kinds={self.kinds}"

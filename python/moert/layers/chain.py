@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moert.experts.base import Experts
 from moert.routers.base import Router, RouterContext
-from moert.types import Routing
+from moert.types import Onto, Routing
 
 LAYOUTS = ("renorm", "released", "prenorm")
 
@@ -58,12 +58,10 @@ class ChainMoELayer(nn.Module):
         renorm = self.norm is not None and self.layout == "renorm"
         start_TH = y_TH = h_TH if self.norm is None or renorm else self.norm(h_TH)
         for t in range(self.iterations):
-            step = (t, self.norm(y_TH) if renorm else y_TH, context)
+            residual = y_TH if self.residual == "inner" else None
+            step = (t, self.norm(y_TH) if renorm else y_TH, residual, context)
             again = self.checkpoint and torch.is_grad_enabled()
-            moe_TH, routing = (
-                checkpoint(self._iteration, *step, use_reentrant=False) if again else self._iteration(*step)
-            )
-            y_TH = moe_TH + y_TH if self.residual == "inner" else moe_TH
+            y_TH, routing = checkpoint(self._iteration, *step, use_reentrant=False) if again else self._iteration(*step)
             routings.append(routing)
         if self.residual == "outer":
             y_TH = y_TH + start_TH
@@ -73,10 +71,13 @@ class ChainMoELayer(nn.Module):
             y_TH = y_TH - h_TH
         return y_TH.view(x.shape), routings
 
-    def _iteration(self, t: int, x_TH: Tensor, context: RouterContext | None) -> tuple[Tensor, Routing]:
+    def _iteration(
+        self, t: int, x_TH: Tensor, residual: Tensor | None, context: RouterContext | None
+    ) -> tuple[Tensor, Routing]:
         routing = self.routers[t if len(self.routers) > 1 else 0](x_TH, context)
-        y_TH = self.experts(x_TH, routing)
-        return y_TH if self.shared_experts is None else y_TH + self.shared_experts(x_TH), routing
+        added = residual if self.shared_experts is None else self.shared_experts(x_TH)
+        y_TH = self.experts(x_TH, routing) if added is None else self.experts.onto(x_TH, routing, Onto(added))
+        return y_TH if residual is None or self.shared_experts is None else y_TH + residual, routing
 
 
 def losses_of(routings: Sequence[Routing]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from moert.experts.base import Experts
 from moert.ops.kinds import expect
 from moert.routers.base import Router, RouterContext
-from moert.types import Routing
+from moert.types import Onto, Routing
 
 
 class MoELayer(nn.Module):
@@ -27,7 +27,6 @@ class MoELayer(nn.Module):
         """y, and the routing of the flattened tokens: its losses and logits are for the caller to use."""
         x_TH = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TH, context)
-        y_TH = self.experts(x_TH, routing)
-        if self.shared_experts is not None:
-            y_TH = y_TH + self.shared_experts(x_TH)
-        return y_TH.view(x.shape), routing
+        if self.shared_experts is None:
+            return self.experts(x_TH, routing).view(x.shape), routing
+        return self.experts.onto(x_TH, routing, Onto(self.shared_experts(x_TH))).view(x.shape), routing

@@ -57,7 +57,9 @@ def _(scores, segments, capacity, max_choices, max_slots=None):
     torch._check(scores.dim() == 2, lambda: f"scores must be [T, E], got shape {list(scores.shape)}")
     T, E = scores.shape
     S = T * max_choices if max_slots is None else max_slots
-    ints = (scores.new_empty(shape, dtype=torch.int32) for shape in ((T, max_choices), (E + 1,), (S,), (T, max_choices)))
+    ints = (
+        scores.new_empty(shape, dtype=torch.int32) for shape in ((T, max_choices), (E + 1,), (S,), (T, max_choices))
+    )
     return scores.new_empty(T, max_choices, dtype=weights_dtype(scores)), *ints
 
 

@@ -3,6 +3,8 @@
 Letters: T tokens, H hidden, I intermediate, E experts, k choices per token; 2I is I where the activation is not gated.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,7 @@ from moert.ops.autocast import autocast
 from moert.ops.kinds import expect, two_biases
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
-from moert.types import Activation, ExpertLayout, Routing
+from moert.types import Activation, ExpertLayout, Onto, Routing
 
 
 def fused_experts(
@@ -28,43 +30,50 @@ def fused_experts(
 
     x [T, H], w1 [E, 2I, H], w2 [E, H, I] (see ExpertLayout), bias ([E, 2I], [E, H]) -> y [T, H] in x's dtype.
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
-    Ids outside [0, E) are dropped: they add nothing and get no gradient.  routing.plan, where there is one, must be that
-    of the ids.  w1 and w2 may lie in panels, as
-    moert.prepack_ leaves them; then there are no gradients.
+    Ids outside [0, E) are dropped: they add nothing and get no gradient.  A routing.plan must be that of the ids.
+    w1 and w2 may lie in panels, as moert.prepack_ leaves them; then there are no gradients.
     """
+    return _fused_experts(x, routing, w1, w2, Onto(), bias, activation, layout, scale_on)
+
+
+def fused_experts_onto(
+    x: Tensor,
+    routing: Routing,
+    w1: Tensor,
+    w2: Tensor,
+    onto: Onto,
+    bias: tuple[Tensor | None, Tensor | None] = (None, None),
+    activation: str | Activation = "swiglu",
+    layout: ExpertLayout = ExpertLayout(),
+) -> Tensor:
+    """fused_experts plus rows of the tokens and constants (see Onto), added in its combine and rounded once with it."""
+    return _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, "output")
+
+
+def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on):
     activation = Activation.of(activation)
     expect(Tensor, x=x, w1=w1, w2=w2)
     expect(Routing, routing=routing)
+    expect(Onto, onto=onto)
     expect(ExpertLayout, layout=layout)
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
-    x, w1, w2, b1, b2 = autocast(x, w1, w2, *two_biases(bias))
-    tensors = (x, routing.weights, w1, w2, b1, b2)
+    x, w1, w2, b1, b2, rows, constants = autocast(x, w1, w2, *two_biases(bias), onto.rows, onto.constants)
+    onto = replace(onto, rows=rows, constants=constants)
+    # Kernels of other devices sort the ids themselves, and what is to be added comes after them.
+    plan, fused = (routing.plan, onto) if x.device.type == "cpu" else (None, Onto())
+    added = (fused.rows, fused.scale, fused.mix, fused.constants)
+    tensors = (x, routing.weights, w1, w2, b1, b2, *added)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if save and w1.dim() == 5:
         raise ValueError("w1 must not lie in panels where gradients are wanted, got prepacked weights (unprepack_)")
-    return torch.ops.moert.fused_experts(
-        x,
-        routing.ids,
-        routing.weights,
-        w1,
-        w2,
-        b1,
-        b2,
-        activation.name,
-        activation.alpha,
-        activation.limit,
-        layout.transposed,
-        layout.interleaved,
-        scale_on,
-        save,
-        *_plan_tensors(routing),
-    )[0]
-
-
-def _plan_tensors(routing: Routing) -> tuple[Tensor, ...]:
-    plan = routing.plan
-    return () if plan is None else (plan.offsets, plan.tokens, plan.slots)
+    gate = (activation.name, activation.alpha, activation.limit, layout.transposed, layout.interleaved)
+    routed = (x, routing.ids, routing.weights, w1, w2, b1, b2)
+    plan = (None, None, None) if plan is None else (plan.offsets, plan.tokens, plan.slots)
+    # For one token every argument counts: what nobody gave is left out.
+    rest = (*plan, *added) if any(t is not None for t in (*plan, *added)) else ()
+    y = torch.ops.moert.fused_experts(*routed, *gate, scale_on, save, *rest)[0]
+    return y if fused is onto else onto.added_to(y)
 
 
 def apply_activation(h: Tensor, activation: Activation, interleaved: bool = False) -> Tensor:
@@ -111,14 +120,27 @@ def fused_experts_ref(
     return y
 
 
+def fused_experts_onto_ref(x, routing, w1, w2, onto, bias=(None, None), activation="swiglu", layout=ExpertLayout()):
+    y = fused_experts_ref(x, routing, w1, w2, bias, activation, layout)
+    for t in range(len(x)):
+        start = torch.zeros_like(y[t])
+        if onto.rows is not None:
+            start = onto.rows[t] if onto.scale is None else onto.rows[t] * onto.scale[t].to(x.dtype)
+        for c in range(0 if onto.mix is None else onto.mix.shape[1]):
+            start = start + onto.mix[t, c].to(x.dtype) * onto.constants[c]
+        y = y.index_add(0, torch.tensor([t]), start[None])
+    return y
+
+
 @torch.library.register_fake("moert::fused_experts")
 def _(
     x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save,
-    offsets=None, tokens=None, slots=None,
+    offsets=None, tokens=None, slots=None, onto_rows=None, onto_scale=None, mix=None, constants=None,
 ):  # fmt: skip
     same_device(
-        x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, offsets=offsets, tokens=tokens, slots=slots
-    )
+        x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, offsets=offsets, tokens=tokens, slots=slots,
+        onto_rows=onto_rows, onto_scale=onto_scale, mix=mix, constants=constants,
+    )  # fmt: skip
     rows = ids.shape[0] * ids.shape[1] if tokens is None else tokens.shape[0]
     width = w1.shape[1] * w1.shape[3] if w1.dim() == 5 else w1.shape[2] if transposed else w1.shape[1]
     return x.new_empty(x.shape), x.new_empty(rows if save else 0, width)
@@ -145,22 +167,41 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs[:14]
-    ctx.save_for_backward(*tensors, output[1], *inputs[14:])
+    absent = (None,) * (21 - len(inputs))  # arguments at the end that were left out
+    ctx.save_for_backward(*tensors, output[1], *inputs[14:], *absent)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, _):
-    x, ids, weights, w1, w2, b1, b2, h, *plan = ctx.saved_tensors
+    x, ids, weights, w1, w2, b1, b2, h, *plan, rows, scale, mix, constants = ctx.saved_tensors
+    given = len(ctx.needs_input_grad)
+    if dy is None:
+        return (None,) * given
     wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
-    nothing = (None,) * 10
-    if dy is None or not any(wanted):
-        return (None,) * 7 + nothing
+    donto = _onto_gradients(dy, rows, scale, mix, constants, (*ctx.needs_input_grad[17:], *(False,) * (21 - given)))
+    if not any(wanted):
+        return ((None,) * 17 + donto)[:given]
     needs = sum(1 << bit for bit, want in enumerate(wanted) if want)
     choices = (ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on)
     out = torch.ops.moert.fused_experts_backward(dy, x, ids, weights, w1, w2, b1, b2, h, *choices, needs, *plan)
     dx, dweights, dw1, dw2, db1, db2 = (g if want else None for g, want in zip(out, wanted, strict=True))
-    return dx, None, dweights, dw1, dw2, db1, db2, *nothing
+    return (dx, None, dweights, dw1, dw2, db1, db2, *(None,) * 10, *donto)[:given]
+
+
+def _onto_gradients(dy, rows, scale, mix, constants, needs):
+    """Those of onto_rows, onto_scale, mix and constants, in the type of sums before they are rounded."""
+    drows = dscale = dmix = dconstants = None
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    if needs[0]:
+        drows = dy if scale is None else (dy * scale[:, None].to(wide)).to(rows.dtype)
+    if needs[1]:
+        dscale = (dy.to(wide) * rows).sum(-1).to(scale.dtype)
+    if needs[2]:
+        dmix = (dy.to(wide) @ constants.T.to(wide)).to(mix.dtype)
+    if needs[3]:
+        dconstants = (mix.T.to(wide) @ dy.to(wide)).to(constants.dtype)
+    return drows, dscale, dmix, dconstants
 
 
 torch.library.register_autograd("moert::fused_experts", _backward, setup_context=_setup_context)
