@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moert import RouterContext, Routing, TopKRouter
-from moert.routers import GatingResidualRouter
+from moert.routers import GatingResidualRouter, linked_routers
 
 KINDS = ["ffn"] * 8 + ["const"] * 2 + ["copy", "zero"]
 
@@ -127,6 +127,17 @@ def test_gradients_and_no_tokens():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         router(**options)
+
+
+def test_layers_of_different_size_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="previous must have num_experts=12, got 4"):
+        router(previous=TopKRouter(16, 4, 2))
+    assert router(previous=router()).num_experts == 12
+    model = torch.nn.ModuleList([router(), GatingResidualRouter(16, 4), GatingResidualRouter(16, 4)])
+    with pytest.raises(ValueError, match="previous must have num_experts=4, got 12"), linked_routers(model):
+        pass
+    with linked_routers(model[1:]):
+        assert model[2](torch.randn(3, 16)).ids.shape == (3, 2)
 
 
 @pytest.mark.parametrize("logits,got", [(None, "None"), (torch.zeros(3, 4), r"\[3, 4\]")])

@@ -4,9 +4,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
+from moert.layers import MoDBlock, PackedBlock, RecursiveStack
 from moert.routers import (
     DepthRouter,
     ExpertChoiceRouter,
+    ModalityRouter,
     RecurrentRouter,
     RecurrentState,
     SimilarityRouter,
@@ -74,6 +76,30 @@ def test_given_context_by_name_and_beside_a_passed_one():
     with given_context(model, given), recorded_routings(model) as calls:
         model(x, passed)
     assert [routing.ids[0].tolist() for _, routing in calls] == [[3, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("root", (True, False))
+@pytest.mark.parametrize("make", (
+    lambda block: MoDBlock(block, DepthRouter(8, 0.5)),
+    lambda block: RecursiveStack([block], 2, 8),
+), ids=("mod", "mor"))  # fmt: skip
+def test_a_block_hands_on_what_is_known_of_its_rows(make, root):
+    """Routers within are not given the context of all tokens, but that of the ones that enter."""
+    moe = MoELayer(ModalityRouter([ExpertChoiceRouter(8, 2) for _ in range(2)]), GluExperts(4, 8, 6))
+    layer, x, modality = make(PackedBlock(8, 2, moe)), torch.randn(2, 6, 8), torch.arange(12) % 2
+    model = layer if root else nn.ModuleDict({"layer": layer, "after": TopKRouter(8, 4, 2)})
+    with recorded_routings(layer) as calls:
+        expected = layer(x, RouterContext(modality=modality))[0]
+    seen = []
+    for context in (
+        RouterContext(modality=modality),
+        lambda x: seen.append(x.shape) or RouterContext(modality=modality),
+    ):
+        with given_context(model, context), recorded_routings(layer) as got:
+            assert torch.equal(layer(x)[0], expected)
+            assert torch.equal(layer(x, None)[0], expected)
+        assert [name for name, _ in got] == 2 * [name for name, _ in calls]
+    assert seen == [(12, 8)] * 2
 
 
 def test_given_context_of_a_call():

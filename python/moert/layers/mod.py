@@ -18,6 +18,8 @@ class MoDBlock(nn.Module):
     x [B, S, H] -> y, Routing of the B*S tokens.  kv (SkippableKV) needs a causal router: skipped tokens write none.
     """
 
+    hands_context = True  # to the routers within, of the rows that reach them
+
     def __init__(self, block: nn.Module, router: DepthRouter | TokenDepthRouter):
         super().__init__()
         self.block, self.router = block, router

@@ -42,6 +42,8 @@ class RecursiveStack(nn.Module):
     order names the blocks of each depth, where these are not all blocks every time.
     """
 
+    hands_context = True  # to the routers within, of the rows that reach them
+
     def __init__(
         self,
         blocks: Sequence[nn.Module],

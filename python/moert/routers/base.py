@@ -108,6 +108,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         raise TypeError(f"{type(self).__name__} must define forward(x, context)")
 
+    def check_previous(self, before: "Router") -> None:
+        """Raises a ValueError where the routings of `before` are none that this router can have as context.previous."""
+
     def biased(self, logits: Tensor, context: RouterContext | None) -> Tensor:
         """logits [T, E] plus what is added to them before any rule of selection: logit_bias and the context's."""
         if self.logit_bias is not None:

@@ -26,6 +26,7 @@ class GatingResidualRouter(Router):
     The logits of the Routing, residual included, are what the next layer is given.  renorm "paper": softmax over all,
     not renormalised; "released": the zero experts' weights are dropped and the others divided by their sum;
     "mixtral": softmax over the k chosen logits.  target_std rescales the logits of a token to that deviation.
+    previous is the router of the layer before, if it is known: its number of experts must be the same.
     In training losses["balance"] = beta * sum of eta_e f_e P_e, where eta is 1 for feed-forward experts and tau for the
     others, and with a capacity_factor each expert keeps the first of its tokens.
     """
@@ -44,6 +45,7 @@ class GatingResidualRouter(Router):
         beta: float = 0.01,
         capacity_factor: float | None = None,
         target_std: float | None = None,
+        previous: Router | None = None,
         logit_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -58,6 +60,8 @@ class GatingResidualRouter(Router):
             raise ValueError(f"k must be in [1, num_experts={num_experts}], got {k}")
         if renorm not in RENORMS:
             raise ValueError(f"renorm must be one of {', '.join(RENORMS)}, got {renorm}")
+        if previous is not None:
+            self.check_previous(previous)
         if not tau > 0:
             raise ValueError(f"tau must be above 0, got {tau}")
         self.hidden, self.k, self.kinds, self.renorm = hidden, k, tuple(kinds), renorm
@@ -97,6 +101,10 @@ class GatingResidualRouter(Router):
         if self.capacity_factor is not None:
             ids = within_capacity(ids, self.capacity(len(x)))
         return Routing(ids, weights, self.num_experts, logits_TE, losses)
+
+    def check_previous(self, before: Router) -> None:
+        if before.num_experts != self.num_experts:
+            raise ValueError(f"previous must have num_experts={self.num_experts}, got {before.num_experts}")
 
     def capacity(self, T: int) -> Tensor:
         """How many of T tokens each expert takes [E]: tau times as many for a feed-forward expert as for another."""

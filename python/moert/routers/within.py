@@ -34,23 +34,42 @@ def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Ite
     """Inside, the model's routers are called with this context, or with their own from a mapping by name.
 
     A function of a router's x [T, H] gives the context of that call.  What a caller passes itself counts before it,
-    field by field.
+    field by field.  Routers in a block that only some tokens pass (a module whose hands_context is True: MoDBlock,
+    RecursiveStack) have what it says of these: the block is called with the context, in their place.
     """
-    own = context if isinstance(context, Mapping) else dict.fromkeys(routers_in(model), context)
-    known = routers_in(model)
-    if unknown := own.keys() - known.keys():
-        raise ValueError(f"context must name routers of the model, {', '.join(known)}, got {', '.join(unknown)}")
+    if isinstance(context, Mapping):
+        known = routers_in(model)
+        if unknown := context.keys() - known.keys():
+            raise ValueError(f"context must name routers of the model, {', '.join(known)}, got {', '.join(unknown)}")
+        given = [(known[name], each) for name, each in context.items()]
+    else:
+        given = [(taker, context) for taker in _takers(model)]
     with ExitStack() as stack:
-        for name, each in own.items():
-            stack.enter_context(known[name].register_forward_pre_hook(_filling(each), with_kwargs=True))
+        for taker, each in given:
+            stack.enter_context(taker.register_forward_pre_hook(_filling(each), with_kwargs=True))
         yield
 
 
+def _takers(model: nn.Module) -> Iterator[nn.Module]:
+    """Routers, but those within a module that hands the context on: that module."""
+    within: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in within):
+            continue
+        if getattr(module, "hands_context", False):
+            within.append(f"{name}." if name else "")
+            yield module
+        elif isinstance(module, Router):
+            yield module
+
+
 def _filling(context: Given):
-    def fill(router, args, kwargs):
-        given = context(args[0]) if callable(context) else context
-        passed = args[1] if len(args) > 1 else kwargs.get("context")
-        return args[:1], {**kwargs, "context": given if passed is None else _merged(given, passed)}
+    def fill(module, args, kwargs):
+        given = context(args[0].flatten(0, -2)) if callable(context) else context
+        if len(args) > 1:
+            return (args[0], given if args[1] is None else _merged(given, args[1]), *args[2:]), kwargs
+        passed = kwargs.get("context")
+        return args, {**kwargs, "context": given if passed is None else _merged(given, passed)}
 
     return fill
 
@@ -82,9 +101,12 @@ def linked_routers(model: nn.Module) -> Iterator[None]:
     """Inside, each router is given as context.previous the routing of the router before it; the first is given none.
 
     For what goes from layer to layer (RecurrentRouter, GatingResidualRouter).  Before is before among the modules of
-    the model, so every forward begins anew, and a layer that is checkpointed is given the same when it runs again.
+    the model, so every forward begins anew, and a layer that is checkpointed is given the same when it runs again.  A
+    router that cannot take what the one before it gives is an error here.
     """
     latest: dict[str, Routing] = {}
+    for (_, before), (_, router) in pairwise(routers_in(model).items()):
+        router.check_previous(before)
 
     def after(before: str | None) -> Given:
         return lambda x: RouterContext(previous=latest.get(before))

@@ -2,11 +2,13 @@ import copy
 
 import pytest
 import torch
-from tests.decode.models import greedy, llama, mixtral
+from tests.decode.models import SIZES, greedy, llama, mixtral
 from torch import nn
-from transformers import DynamicCache
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration, DynamicCache
 
+from moert.decode.cached import holding
 from moert.integrations.transformers.depth import DepthLayer, SkippableLayer, causal_, to_mod, to_recursive
+from moert.layers import MoMaLayer, train_auxiliary
 from moert.routers import given_context, recorded_routings, routers_in
 from moert.routers.base import RouterContext
 
@@ -15,7 +17,7 @@ IDS = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(0))
 
 def undecided(model):
     """Routers that let about half of the tokens through."""
-    for router in routers_in(model).values():
+    for router in (each for each in routers_in(model).values() if hasattr(each, "weight")):
         nn.init.normal_(router.weight, std=0.5)
         if getattr(router, "predictor", None) is not None:
             nn.init.normal_(router.predictor.down.weight, std=0.5)
@@ -96,8 +98,8 @@ def test_generation_is_what_recomputing_gives(make):
     model = causal_(make())
     expected = greedy(model, IDS, 5)
     cache = DynamicCache(config=model.config)
-    out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, pad_token_id=0,
-                         past_key_values=cache)  # fmt: skip
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(IDS, **options, **holding(model, cache))
     assert torch.equal(out, expected)
     places = [place for place in cache.layers if isinstance(place, SkippableLayer)]
     assert places
@@ -168,13 +170,72 @@ def test_state_dict_and_context():
     assert len(calls) == 2
 
 
+def moma_and_mod(**sizes):
+    """Chameleon with MoMa layers, every second one entered by half of the tokens; what it is given as its context."""
+    images = {f"IMGIMG{chr(65 + i)}Z": 40 + i for i in range(8)}
+    quantizer = {"embed_dim": 8, "latent_channels": 8, "num_embeddings": 8, "base_channels": 32, "resolution": 32}
+    config = ChameleonConfig(**SIZES | sizes, vocabulary_map={"<image>": 4} | images, vq_config=quantizer)
+    torch.manual_seed(0)
+    model, seen = ChameleonForConditionalGeneration(config).eval(), {}
+    for layer in model.model.layers:
+        layer.mlp = MoMaLayer(64, 16, (2, 3), gumbel=False)
+    undecided(to_mod(model.model, (0, 2), 0.5))
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, output: seen.update(ids=inputs[0]))
+    return model, lambda x: RouterContext(modality=(seen["ids"].flatten() >= 40).long())
+
+
+@torch.no_grad()
+def test_experts_of_a_modality_within_the_layers_that_some_tokens_enter():
+    """Every expert takes its share of the tokens of its modality that entered the layer, and no others."""
+    model, of_ids = moma_and_mod(num_hidden_layers=4)
+    text = IDS.flatten() < 40
+    with given_context(model, of_ids), recorded_routings(model) as calls:
+        model(IDS)
+    own = {name: r for name, r in calls if name.endswith("mlp.router")}
+    assert [len(r.ids) for r in own.values()] == [10, 22, 10, 22]
+    depths = [r for name, r in calls if name.endswith("run.router")]
+    for depth, inner in zip(depths, [r for r in own.values() if len(r.ids) == 10], strict=True):
+        of_rows = text[depth.ids[:, 0] == 0]
+        for experts, rows, n in ((range(2), of_rows, 2), (range(2, 5), ~of_rows, 3)):
+            for e in experts:
+                members = (inner.ids == e).any(1)
+                assert members.sum() == -(-int(rows.sum()) // n) and not members[~rows].any()
+
+
+def test_experts_and_depths_learn_to_decide_alone_and_generate():
+    model, of_ids = moma_and_mod(num_hidden_layers=4)
+    with given_context(model, of_ids):
+        model.train()
+        with recorded_routings(model) as calls:
+            loss = model(IDS, labels=IDS).loss
+        sum([each for _, r in calls for each in r.losses.values()], loss).backward()
+        trained = [p for name, p in model.named_parameters() if "auxiliary" not in name and "vqmodel" not in name]
+        grads = [p.grad.clone() for p in trained]
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        with recorded_routings(model) as calls:
+            loss = model(IDS, labels=IDS).loss
+    # Outside, as a training loop may do it: what runs again has the context that it had.
+    with given_context(model, of_ids):
+        sum([each for _, r in calls for each in r.losses.values()], loss).backward()
+    for parameter, expected in zip(trained, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+    model.gradient_checkpointing_disable()
+    with given_context(model, of_ids):
+        assert len(train_auxiliary(model.eval(), [(IDS,)], 5)) == 8
+        causal_(model)
+        options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(IDS, **options), model.generate(IDS, use_cache=False, **options))
+
+
 def test_errors():
     model = mod()
-    cache = model(IDS, use_cache=True).past_key_values
+    cache = DynamicCache(config=model.config)
+    model(IDS, **holding(model, cache))
     with pytest.raises(
         ValueError, match=r"cache must be None unless tokens decide for themselves \(causal_\), got one"
     ):
-        model(IDS[:, :1], past_key_values=cache)
+        model(IDS[:, :1], **holding(model, cache))
     place = SkippableLayer(None)
     for call in (lambda: place.crop(-1), lambda: place.reorder_cache(None), lambda: place.update(None, None)):
         with pytest.raises(ValueError, match="cache must stay as it is in a model of variable depth, got a change"):

@@ -58,14 +58,16 @@ class DepthLayer(nn.Module):
         cache=None,
         past_key_values=None,
         **_,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor]:
         B, S, _ = hidden_states.shape
         cache = past_key_values if cache is None else cache
         if position_ids is None:
             position_ids = torch.arange(S, device=hidden_states.device)[None]
         context = RouterContext(mask=_tokens(attention_mask, B, S))
         kv = None if cache is None else self._kv(cache, B, S)
-        return self.run(hidden_states, context, position_ids.expand(B, S), kv)[0]
+        y = self.run(hidden_states, context, position_ids.expand(B, S), kv)[0]
+        block = self.run.block if isinstance(self.run, MoDBlock) else self.run.blocks[0]
+        return (y,) if block.gives_tuple else y  # as the layer that was here before
 
     def _kv(self, cache, B: int, S: int):
         causal = self.run.router.causal if isinstance(self.run, MoDBlock) else self.run.causal

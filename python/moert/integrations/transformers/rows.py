@@ -1,26 +1,33 @@
 """A decoder layer of transformers on packed rows, so that moert's layers over depth take it as a block."""
 
 import inspect
+from contextlib import contextmanager
+from typing import get_origin
 
 import torch
 from torch import Tensor, nn
 
 from moert.layers.packed import Rows
+from moert.routers.base import RouterContext
+from moert.routers.within import given_context, routers_in
 
 
 class DecoderRows(nn.Module):
     """x [N, H], rows -> [N, H]: the layer's own code, with rotary positions and a mask made from the rows.
 
-    delta is what the layer adds to its input.  rotary is the model's; kv as for PackedAttention.  Rows that are not a
-    rectangle, and those with kv, are one row of a batch whose mask keeps the sequences apart.
+    delta is what the layer adds to its input; routers in it are given the rows' context.  rotary is the model's; kv as
+    for PackedAttention.  Rows that are not a rectangle, and those with kv, are one row of a batch whose mask keeps the
+    sequences apart.
     """
 
     def __init__(self, layer: nn.Module, rotary: nn.Module):
         super().__init__()
         self.layer = layer
         self._rotary = (rotary,)  # in a tuple: it is the model's
-        names = inspect.signature(layer.forward).parameters
-        self._cache = "cache" if "cache" in names else "past_key_values"
+        signature = inspect.signature(layer.forward)
+        self._cache = "cache" if "cache" in signature.parameters else "past_key_values"
+        # What the layer says that it returns, until it has returned something.
+        self.gives_tuple = get_origin(signature.return_annotation) is tuple
         attention = layer.self_attn.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"attn_implementation must be sdpa or eager, got {attention}")
@@ -40,8 +47,23 @@ class DecoderRows(nn.Module):
         options = {"position_ids": positions, "position_embeddings": self._rotary[0](x_BNH, positions)}
         if kv is not None:
             options[self._cache] = _Cache(kv, rows)
-        y = self.layer(x_BNH, attention_mask=mask, **options)
-        return (y[0] if isinstance(y, tuple) else y).view_as(x)
+        y = self._run(x_BNH, rows.context, attention_mask=mask, **options)
+        self.gives_tuple = isinstance(y, tuple)
+        return (y[0] if self.gives_tuple else y).view_as(x)
+
+    def _run(self, x: Tensor, context: RouterContext | None, **options):
+        """The layer, whose routers are given the rows' context, also when checkpointing runs it again."""
+        layer = self.layer
+        if context is None or not routers_in(layer):
+            return layer(x, **options)
+        again = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+
+        def run(x):
+            with given_context(layer, context), _not_checkpointed(layer):
+                return layer(x, **options)
+
+        # What runs again must find the context, so it is what is checkpointed, and not the layer inside it.
+        return layer._gradient_checkpointing_func(run, x) if again and self._cache not in options else run(x)
 
     def _mask(self, x: Tensor, rows: Rows, kv, B: int) -> Tensor | None:
         attention = self.layer.self_attn
@@ -64,6 +86,16 @@ class DecoderRows(nn.Module):
         if window is not None:
             visible = visible & (at[:, :, None] - keys[:, None] < window)
         return torch.where(visible, 0.0, torch.finfo(x.dtype).min).to(x.dtype)[:, None]
+
+
+@contextmanager
+def _not_checkpointed(layer: nn.Module):
+    was = getattr(layer, "gradient_checkpointing", False)
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = was
 
 
 class _Cache:
