@@ -3,7 +3,7 @@
 Letters: N tokens of one sequence, D hidden, h heads.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from moert.ops.gating import topk_gating
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter
-from moert.routers.losses import load_balance_loss
 from moert.types import Routing
 
 ROWS = 512  # of the similarity matrix at a time
@@ -88,9 +87,7 @@ class MixedRouter(LinearRouter):
         logits = r_TE.clamp_min(torch.finfo(r_TE.dtype).tiny).log()
         weights, ids = topk_gating(logits, self.k, "softmax", renormalize=self.renorm)
         routing = Routing(ids, weights, self.num_experts, logits, state=tokens)
-        if self.training and self.balance_coef:
-            routing = replace(routing, losses={"balance": self.balance_coef * load_balance_loss(routing, context.mask)})
-        return routing
+        return self.balanced(routing, context)
 
 
 class SimilarityRouter(MixedRouter):

@@ -1,10 +1,14 @@
 """What routers share whose logits are a linear layer of x."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.routers.base import Router, RouterContext
+from moert.routers.losses import load_balance_loss
+from moert.types import Routing
 
 
 def wide_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -17,6 +21,8 @@ class LinearRouter(Router):
 
     inner is the width of a layer with GELU before it: logits = gelu(x @ inner_weight.T) @ weight.T, weight [E, inner].
     """
+
+    balance_coef = 0.0
 
     def __init__(
         self,
@@ -57,6 +63,12 @@ class LinearRouter(Router):
     def logits(self, x: Tensor, context: RouterContext | None) -> Tensor:
         """x [T, H] -> logits [T, E], biases included."""
         return self.biased(self.unbiased_logits(x), context)
+
+    def balanced(self, routing: Routing, context: RouterContext) -> Routing:
+        """In training with losses["balance"], balance_coef times the Switch loss, unless balance_coef is 0."""
+        if not (self.training and self.balance_coef):
+            return routing
+        return replace(routing, losses={"balance": self.balance_coef * load_balance_loss(routing, context.mask)})
 
     def _linear(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)

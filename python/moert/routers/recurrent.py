@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from moert.ops.gating import topk_gating
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter
-from moert.routers.losses import load_balance_loss
 from moert.types import Routing
 
 
@@ -91,9 +90,7 @@ class RecurrentRouter(LinearRouter):
         logits_TE = self.logits(h_Tp, context)
         weights, ids = topk_gating(logits_TE, self.k, "softmax", renormalize=self.renorm)
         routing = Routing(ids, weights, self.num_experts, logits_TE, state=h_Tp)
-        if self.training and self.balance_coef:
-            routing = replace(routing, losses={"balance": self.balance_coef * load_balance_loss(routing, context.mask)})
-        return routing
+        return self.balanced(routing, context)
 
     def _before(self, x: Tensor, context: RouterContext, dtype: torch.dtype) -> Tensor:
         before = None if context.previous is None else context.previous.state
