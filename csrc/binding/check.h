@@ -76,5 +76,3 @@ inline Tensor dense_rows(const Tensor& x) {
   STD_TORCH_CHECK((x).scalar_type() == (y).scalar_type(), #x " must have the dtype of " #y ", ", \
                   torch::headeronly::toString((y).scalar_type()), ", got ",                      \
                   torch::headeronly::toString((x).scalar_type()))
-#define CHECK_CPU(x) \
-  STD_TORCH_CHECK((x).is_cpu(), #x " must be on the CPU like the other arguments, got another device")

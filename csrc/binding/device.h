@@ -35,6 +35,11 @@ class Execution {
 
 inline bool is_here(const Tensor& x) { return x.is_cuda(); }
 
+// Memory for kernels to work in, on the device of x.
+inline Tensor bytes_beside(const Tensor& x, int64_t bytes) {
+  return torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+}
+
 }  // namespace moert
 
 #define MOERT_DISPATCH_KEY CUDA

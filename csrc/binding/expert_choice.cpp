@@ -22,12 +22,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_choice_cpu(const Tenso
   STD_TORCH_CHECK(has_shape(segments, {T}), "segments must have shape [T=", T, "], got ", shape(segments));
   STD_TORCH_CHECK(is_integer(segments.scalar_type()), "segments must have an integer dtype, got ",
                   torch::headeronly::toString(segments.scalar_type()));
-  CHECK_CPU(segments);
+  CHECK_DEVICE(segments);
   STD_TORCH_CHECK(capacity.dim() == 2 && capacity.size(1) == E, "capacity must have shape [D, E=", E, "], got ",
                   shape(capacity));
   STD_TORCH_CHECK(is_integer(capacity.scalar_type()), "capacity must have an integer dtype, got ",
                   torch::headeronly::toString(capacity.scalar_type()));
-  CHECK_CPU(capacity);
+  CHECK_DEVICE(capacity);
   STD_TORCH_CHECK(0 <= max_choices && max_choices <= E, "max_choices must be in [0, E=", E, "], got ", max_choices);
   STD_TORCH_CHECK(T <= limit / std::max<int64_t>(1, max_choices),
                   "scores must have fewer than 2^31 / max_choices tokens, got shape ", shape(scores));

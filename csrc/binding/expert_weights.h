@@ -67,7 +67,7 @@ inline void check_expert_bias(const char* name, const Tensor& bias, const Tensor
   STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ",
                   torch::headeronly::toString(x.scalar_type()), ", got ",
                   torch::headeronly::toString(bias.scalar_type()));
-  STD_TORCH_CHECK(bias.is_cpu(), name, " must be on the CPU like x, got another device");
+  STD_TORCH_CHECK(is_here(bias), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
 }
 
 // Whether the weights lie in panels, as moert.prepack_ leaves them; then both do.
@@ -96,10 +96,10 @@ inline ExpertMatrix panel_matrix(const Tensor& w, int64_t first) {
 // w1 and w2 are matrices of experts of x's dtype; their sizes are checked by experts_of.
 inline void check_expert_matrices(const Tensor& x, const Tensor& w1, const Tensor& w2) {
   CHECK_DIM(w1, 3, "[E, 2I, H]");
-  CHECK_CPU(w1);
+  CHECK_DEVICE(w1);
   CHECK_SAME_DTYPE(w1, x);
   CHECK_DIM(w2, 3, "[E, H, I]");
-  CHECK_CPU(w2);
+  CHECK_DEVICE(w2);
   CHECK_SAME_DTYPE(w2, x);
 }
 

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "binding/check.h"
+#include "binding/device.h"
 #include "moert/fused_experts.h"
 
 namespace moert {
@@ -51,10 +51,10 @@ namespace moert {
 inline void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weights) {
   CHECK_DIM(x, 2, "[T, H]");
   CHECK_FLOAT(x);
-  CHECK_CPU(x);
+  CHECK_DEVICE(x);
   CHECK_DIM(ids, 2, "[T, k]");
   CHECK_DIM(weights, 2, "[T, k]");
-  CHECK_CPU(weights);
+  CHECK_DEVICE(weights);
   STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
   STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
                   ", got ", shape(weights));

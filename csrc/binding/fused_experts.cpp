@@ -34,9 +34,9 @@ void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
   CHECK_DTYPE(offsets, Int);
   CHECK_DTYPE(tokens, Int);
   CHECK_DTYPE(slots, Int);
-  CHECK_CPU(offsets);
-  CHECK_CPU(tokens);
-  CHECK_CPU(slots);
+  CHECK_DEVICE(offsets);
+  CHECK_DEVICE(tokens);
+  CHECK_DEVICE(slots);
   STD_TORCH_CHECK(has_shape(offsets, {E + 1}), "offsets must have shape [E + 1=", E + 1, "], got ", shape(offsets));
   CHECK_DIM(tokens, 1, "[S]");
   STD_TORCH_CHECK(has_shape(slots, {call.T, call.k}), "slots must have shape [T=", call.T, ", k=", call.k, "], got ",
@@ -58,7 +58,7 @@ struct GivenOnto {
 void take_onto(const GivenOnto& onto, Call& call) {
   if (onto.rows) {
     const Tensor &onto_rows = *onto.rows, &x = call.x;
-    CHECK_CPU(onto_rows);
+    CHECK_DEVICE(onto_rows);
     CHECK_SAME_DTYPE(onto_rows, x);
     STD_TORCH_CHECK(has_shape(onto_rows, {call.T, call.H}), "onto_rows must have shape [T=", call.T, ", H=", call.H,
                     "], got ", shape(onto_rows));
@@ -67,7 +67,7 @@ void take_onto(const GivenOnto& onto, Call& call) {
   }
   if (onto.scale) {
     const Tensor &onto_scale = *onto.scale, &x = call.x;
-    CHECK_CPU(onto_scale);
+    CHECK_DEVICE(onto_scale);
     CHECK_SCALE_DTYPE(onto_scale, x);
     STD_TORCH_CHECK(onto.rows && has_shape(onto_scale, {call.T}), "onto_scale must have shape [T=", call.T,
                     "], and onto_rows be given, got ", shape(onto_scale));
@@ -78,8 +78,8 @@ void take_onto(const GivenOnto& onto, Call& call) {
                   "mix and constants must be given together, got one of them");
   if (!onto.mix) return;
   const Tensor &mix = *onto.mix, &constants = *onto.constants, &x = call.x;
-  CHECK_CPU(mix);
-  CHECK_CPU(constants);
+  CHECK_DEVICE(mix);
+  CHECK_DEVICE(constants);
   CHECK_SCALE_DTYPE(mix, x);
   CHECK_SAME_DTYPE(constants, x);
   STD_TORCH_CHECK(constants.dim() == 2 && constants.size(1) == call.H, "constants must have shape [C, H=", call.H,
@@ -101,8 +101,8 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   if (panels && in_panels(w1, w2)) {
     CHECK_SAME_DTYPE(w1, x);
     CHECK_SAME_DTYPE(w2, x);
-    CHECK_CPU(w1);
-    CHECK_CPU(w2);
+    CHECK_DEVICE(w1);
+    CHECK_DEVICE(w2);
     check_panels("w1", w1, "[E, 2I / columns, H / depth");
     check_panels("w2", w2, "[E, H / columns, I / depth");
   } else {
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     std::optional<Tensor> offsets, std::optional<Tensor> tokens, std::optional<Tensor> slots) {
   const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
                           {offsets, tokens, slots});
-  CHECK_CPU(dy);
+  CHECK_DEVICE(dy);
   CHECK_SAME_DTYPE(dy, x);
   STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",
                   shape(dy));

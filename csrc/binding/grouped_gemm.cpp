@@ -10,7 +10,7 @@ namespace {
 // offsets [E+1]: ascending from 0, at most S.
 void check_offsets(const Tensor& offsets, int64_t S) {
   CHECK_DIM(offsets, 1, "[E+1]");
-  CHECK_CPU(offsets);
+  CHECK_DEVICE(offsets);
   CHECK_DTYPE(offsets, Int);
   STD_TORCH_CHECK(offsets.numel() >= 2, "offsets must have shape [E+1] with E >= 1, got ", shape(offsets));
   const auto* p = static_cast<const int32_t*>(offsets.const_data_ptr());
@@ -24,7 +24,7 @@ void check_offsets(const Tensor& offsets, int64_t S) {
 // tokens [S]: a row of x for every slot in use.
 void check_tokens(const Tensor& tokens, int64_t used, int64_t T) {
   CHECK_DIM(tokens, 1, "[S]");
-  CHECK_CPU(tokens);
+  CHECK_DEVICE(tokens);
   CHECK_DTYPE(tokens, Int);
   const auto* p = static_cast<const int32_t*>(tokens.const_data_ptr());
   for (int64_t s = 0; s < used; ++s)
@@ -38,9 +38,9 @@ Tensor grouped_gemm_cpu(const Tensor& x, const Tensor& w, const Tensor& offsets,
                         bool transposed) {
   CHECK_DIM(x, 2, "[S, K]");
   CHECK_FLOAT(x);
-  CHECK_CPU(x);
+  CHECK_DEVICE(x);
   CHECK_DIM(w, 3, "[E, N, K]");
-  CHECK_CPU(w);
+  CHECK_DEVICE(w);
   CHECK_SAME_DTYPE(w, x);
   const int64_t S = tokens ? tokens->numel() : x.size(0), K = x.size(1), E = w.size(0);
   const int64_t N = w.size(transposed ? 2 : 1);
@@ -57,7 +57,7 @@ Tensor grouped_gemm_cpu(const Tensor& x, const Tensor& w, const Tensor& offsets,
   }
   if (bias) {
     STD_TORCH_CHECK(has_shape(*bias, {E, N}), "bias must have shape [E=", E, ", N=", N, "], got ", shape(*bias));
-    CHECK_CPU(*bias);
+    CHECK_DEVICE(*bias);
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x, ",
                     torch::headeronly::toString(x.scalar_type()), ", got ",
                     torch::headeronly::toString(bias->scalar_type()));
@@ -65,7 +65,7 @@ Tensor grouped_gemm_cpu(const Tensor& x, const Tensor& w, const Tensor& offsets,
   }
   if (scale) {
     STD_TORCH_CHECK(has_shape(*scale, {S}), "scale must have shape [S=", S, "], got ", shape(*scale));
-    CHECK_CPU(*scale);
+    CHECK_DEVICE(*scale);
     CHECK_SCALE_DTYPE(*scale, x);
     factors = scale_values(*scale, x);
   }
@@ -92,9 +92,9 @@ Tensor grouped_gemm_wgrad_cpu(const Tensor& dy, const Tensor& x, const Tensor& o
                               const std::optional<Tensor>& tokens, bool transposed) {
   CHECK_DIM(dy, 2, "[S, N]");
   CHECK_FLOAT(dy);
-  CHECK_CPU(dy);
+  CHECK_DEVICE(dy);
   CHECK_DIM(x, 2, "[S, K]");
-  CHECK_CPU(x);
+  CHECK_DEVICE(x);
   CHECK_SAME_DTYPE(x, dy);
   const int64_t S = dy.size(0), N = dy.size(1), K = x.size(1), E = offsets.numel() - 1;
   check_offsets(offsets, S);

@@ -3,7 +3,8 @@
 
 #include <limits>
 
-#include "binding/check.h"
+#include "binding/device.h"
+#include "moert/permute.h"
 
 namespace moert {
 
@@ -25,6 +26,27 @@ inline bool is_integer(ScalarType t) {
          t == ScalarType::Byte || t == ScalarType::UInt16 || t == ScalarType::UInt32 || t == ScalarType::UInt64;
 }
 
+#if defined(MOERT_CUDA)
+
+// Kernels drop what lies outside [0, E) themselves.
+inline bool ids_are_ready(const Tensor& ids, int64_t) {
+  return ids.scalar_type() == ScalarType::Int && ids.is_contiguous();
+}
+
+inline void narrow_ids(const Tensor& ids, int64_t E, Tensor& out) {
+  const ScalarType t = ids.scalar_type();
+  const bool is_signed =
+      t == ScalarType::Char || t == ScalarType::Short || t == ScalarType::Int || t == ScalarType::Long;
+  const int64_t bytes = t == ScalarType::Char || t == ScalarType::Byte      ? 1
+                        : t == ScalarType::Short || t == ScalarType::UInt16 ? 2
+                        : t == ScalarType::Int || t == ScalarType::UInt32   ? 4
+                                                                            : 8;
+  cuda::narrow_ids(ids.const_data_ptr(), bytes, is_signed, ids.stride(0), ids.stride(1), ids.size(0), ids.size(1), E,
+                   Execution(ids), out.mutable_data_ptr<int32_t>());
+}
+
+#else
+
 inline bool ids_are_ready(const Tensor& ids, int64_t E) {
   if (ids.scalar_type() != ScalarType::Int || !ids.is_contiguous()) return false;
   const auto* id = static_cast<const int32_t*>(ids.const_data_ptr());
@@ -33,20 +55,7 @@ inline bool ids_are_ready(const Tensor& ids, int64_t E) {
   return ready;
 }
 
-// ids [T, k] of any integer dtype -> the same as contiguous int32, -1 for every id outside [0, num_experts);
-// ids itself where it is that already.
-inline Tensor expert_ids(const Tensor& ids, int64_t num_experts) {
-  CHECK_DIM(ids, 2, "[T, k]");
-  CHECK_CPU(ids);
-  STD_TORCH_CHECK(is_integer(ids.scalar_type()), "ids must have an integer dtype, got ",
-                  torch::headeronly::toString(ids.scalar_type()));
-  STD_TORCH_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(),
-                  "num_experts must be in [1, 2^31 - 2], got ", num_experts);
-  STD_TORCH_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(),
-                  "ids must have fewer than 2^31 elements, got shape ", shape(ids));
-  if (ids_are_ready(ids, num_experts)) return ids;
-
-  Tensor out = torch::stable::new_empty(ids, {ids.size(0), ids.size(1)}, ScalarType::Int);
+inline void narrow_ids(const Tensor& ids, int64_t num_experts, Tensor& out) {
   int32_t* p = out.mutable_data_ptr<int32_t>();
   switch (ids.scalar_type()) {
     case ScalarType::Char:
@@ -73,6 +82,25 @@ inline Tensor expert_ids(const Tensor& ids, int64_t num_experts) {
     default:
       narrow_ids<uint64_t>(ids, num_experts, p);
   }
+}
+
+#endif
+
+// ids [T, k] of any integer dtype -> the same as contiguous int32, -1 for every id outside [0, num_experts);
+// ids itself where it is that already.
+inline Tensor expert_ids(const Tensor& ids, int64_t num_experts) {
+  CHECK_DIM(ids, 2, "[T, k]");
+  CHECK_DEVICE(ids);
+  STD_TORCH_CHECK(is_integer(ids.scalar_type()), "ids must have an integer dtype, got ",
+                  torch::headeronly::toString(ids.scalar_type()));
+  STD_TORCH_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(),
+                  "num_experts must be in [1, 2^31 - 2], got ", num_experts);
+  STD_TORCH_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(),
+                  "ids must have fewer than 2^31 elements, got shape ", shape(ids));
+  if (ids_are_ready(ids, num_experts)) return ids;
+
+  Tensor out = torch::stable::new_empty(ids, {ids.size(0), ids.size(1)}, ScalarType::Int);
+  narrow_ids(ids, num_experts, out);
   return out;
 }
 

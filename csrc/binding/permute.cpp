@@ -16,8 +16,8 @@ struct Plan {
 };
 
 Plan check_plan(const Tensor& tokens, const Tensor& slots) {
-  CHECK_CPU(tokens);
-  CHECK_CPU(slots);
+  CHECK_DEVICE(tokens);
+  CHECK_DEVICE(slots);
   CHECK_DIM(slots, 2, "[T, k]");
   CHECK_DTYPE(slots, Int);
   CHECK_DTYPE(tokens, Int);
@@ -30,7 +30,7 @@ Plan check_plan(const Tensor& tokens, const Tensor& slots) {
 }
 
 void check_rows(const Tensor& rows, const Plan& plan) {
-  CHECK_CPU(rows);
+  CHECK_DEVICE(rows);
   CHECK_FLOAT(rows);
   CHECK_DIM(rows, 2, "[S, H]");
   STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [S=", plan.S, ", H], got ", shape(rows));
@@ -38,7 +38,7 @@ void check_rows(const Tensor& rows, const Plan& plan) {
 
 // weights [T, k] in the type that sums are kept in.
 Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan) {
-  CHECK_CPU(weights);
+  CHECK_DEVICE(weights);
   CHECK_SCALE_DTYPE(weights, rows);
   STD_TORCH_CHECK(has_shape(weights, {plan.T, plan.k}), "weights must have shape [T=", plan.T, ", k=", plan.k,
                   "], got ", shape(weights));
@@ -47,17 +47,33 @@ Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan
 
 // residual [T, H] with the elements of a row side by side.
 Tensor check_residual(const Tensor& residual, const Tensor& rows, const Plan& plan) {
-  CHECK_CPU(residual);
+  CHECK_DEVICE(residual);
   CHECK_SAME_DTYPE(residual, rows);
   STD_TORCH_CHECK(has_shape(residual, {plan.T, rows.size(1)}), "residual must have shape [T=", plan.T,
                   ", H=", rows.size(1), "], got ", shape(residual));
   return dense_rows(residual);
 }
 
+// What permute_plan writes, of a GPU with the memory that it works in.
+void sort_choices(const Tensor& ids, int64_t num_experts, int64_t capacity, Tensor& offsets, Tensor& tokens,
+                  Tensor& slots) {
+  const int64_t T = ids.size(0), k = ids.size(1);
+#if defined(MOERT_CUDA)
+  Tensor workspace = bytes_beside(ids, cuda::permute_plan_workspace(T, k, num_experts));
+  cuda::permute_plan(ids.const_data_ptr<int32_t>(), T, k, num_experts, capacity, workspace.mutable_data_ptr(),
+                     Execution(ids), offsets.mutable_data_ptr<int32_t>(), tokens.mutable_data_ptr<int32_t>(),
+                     slots.mutable_data_ptr<int32_t>());
+#else
+  cpu::permute_plan(ids.const_data_ptr<int32_t>(), T, k, num_experts, capacity, Execution(ids),
+                    offsets.mutable_data_ptr<int32_t>(), tokens.mutable_data_ptr<int32_t>(),
+                    slots.mutable_data_ptr<int32_t>());
+#endif
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> permute_plan_cpu(const Tensor& ids, int64_t num_experts,
-                                                    std::optional<int64_t> capacity) {
+std::tuple<Tensor, Tensor, Tensor> permute_plan(const Tensor& ids, int64_t num_experts,
+                                                std::optional<int64_t> capacity) {
   const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, num_experts);
   STD_TORCH_CHECK(!capacity || (*capacity >= 0 && *capacity <= most),
                   "capacity must be in [0, 2^31 / num_experts), got ", *capacity);
@@ -66,28 +82,26 @@ std::tuple<Tensor, Tensor, Tensor> permute_plan_cpu(const Tensor& ids, int64_t n
   Tensor offsets = torch::stable::new_empty(ids, {num_experts + 1}, ScalarType::Int);
   Tensor tokens = torch::stable::new_empty(ids, {capacity ? num_experts * *capacity : T * k}, ScalarType::Int);
   Tensor slots = torch::stable::new_empty(ids, {T, k}, ScalarType::Int);
-  cpu::permute_plan(ready.const_data_ptr<int32_t>(), T, k, num_experts, capacity.value_or(-1),
-                    torch::stable::get_num_threads(), offsets.mutable_data_ptr<int32_t>(),
-                    tokens.mutable_data_ptr<int32_t>(), slots.mutable_data_ptr<int32_t>());
+  sort_choices(ready, num_experts, capacity.value_or(-1), offsets, tokens, slots);
   return {offsets, tokens, slots};
 }
 
-Tensor permute_cpu(const Tensor& x, const Tensor& tokens, const Tensor& slots) {
+Tensor permute(const Tensor& x, const Tensor& tokens, const Tensor& slots) {
   const Plan plan = check_plan(tokens, slots);
-  CHECK_CPU(x);
+  CHECK_DEVICE(x);
   CHECK_FLOAT(x);
   CHECK_DIM(x, 2, "[T, H]");
   STD_TORCH_CHECK(x.size(0) == plan.T, "x must have shape [T=", plan.T, ", H], got ", shape(x));
   const int64_t H = x.size(1);
   const Tensor from = dense_rows(x);
   Tensor rows = torch::stable::new_empty(x, {plan.S, H});
-  cpu::permute_rows(from.const_data_ptr(), from.stride(0), dtype(x), plan.tokens.const_data_ptr<int32_t>(), plan.T,
-                    plan.S, H, torch::stable::get_num_threads(), rows.mutable_data_ptr());
+  device::permute_rows(from.const_data_ptr(), from.stride(0), dtype(x), plan.tokens.const_data_ptr<int32_t>(), plan.T,
+                       plan.S, H, Execution(x), rows.mutable_data_ptr());
   return rows;
 }
 
-Tensor unpermute_cpu(const Tensor& rows, const Tensor& tokens, const Tensor& slots,
-                     const std::optional<Tensor>& weights, const std::optional<Tensor>& residual) {
+Tensor unpermute(const Tensor& rows, const Tensor& tokens, const Tensor& slots, const std::optional<Tensor>& weights,
+                 const std::optional<Tensor>& residual) {
   const Plan plan = check_plan(tokens, slots);
   check_rows(rows, plan);
   const std::optional<Tensor> w = weights ? std::optional(check_weights(*weights, rows, plan)) : std::nullopt;
@@ -95,37 +109,37 @@ Tensor unpermute_cpu(const Tensor& rows, const Tensor& tokens, const Tensor& slo
   const std::optional<Tensor> start = residual ? std::optional(check_residual(*residual, rows, plan)) : std::nullopt;
   const Tensor from = dense_rows(rows);
   Tensor y = torch::stable::new_empty(rows, {plan.T, H});
-  cpu::unpermute_rows(from.const_data_ptr(), from.stride(0), dtype(rows), plan.slots.const_data_ptr<int32_t>(),
-                      w ? w->const_data_ptr() : nullptr, start ? start->const_data_ptr() : nullptr,
-                      start ? start->stride(0) : 0, plan.T, plan.k, plan.S, H, torch::stable::get_num_threads(),
-                      y.mutable_data_ptr());
+  device::unpermute_rows(from.const_data_ptr(), from.stride(0), dtype(rows), plan.slots.const_data_ptr<int32_t>(),
+                         w ? w->const_data_ptr() : nullptr, start ? start->const_data_ptr() : nullptr,
+                         start ? start->stride(0) : 0, plan.T, plan.k, plan.S, H, Execution(rows),
+                         y.mutable_data_ptr());
   return y;
 }
 
-std::tuple<Tensor, Tensor> unpermute_backward_cpu(const Tensor& dy, const Tensor& rows, const Tensor& tokens,
-                                                  const Tensor& slots, const Tensor& weights) {
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& rows, const Tensor& tokens,
+                                              const Tensor& slots, const Tensor& weights) {
   const Plan plan = check_plan(tokens, slots);
   check_rows(rows, plan);
   const Tensor w = check_weights(weights, rows, plan);
   const int64_t H = rows.size(1);
-  CHECK_CPU(dy);
+  CHECK_DEVICE(dy);
   CHECK_SAME_DTYPE(dy, rows);
   STD_TORCH_CHECK(has_shape(dy, {plan.T, H}), "dy must have shape [T=", plan.T, ", H=", H, "], got ", shape(dy));
   const Tensor from = dense_rows(rows), dfrom = dense_rows(dy);
   Tensor drows = torch::stable::new_empty(rows, {plan.S, H});
   Tensor dweights = torch::stable::new_empty(w, {plan.T, plan.k});
-  cpu::unpermute_rows_backward(dfrom.const_data_ptr(), dfrom.stride(0), from.const_data_ptr(), from.stride(0),
-                               dtype(rows), plan.tokens.const_data_ptr<int32_t>(), plan.slots.const_data_ptr<int32_t>(),
-                               w.const_data_ptr(), plan.T, plan.k, plan.S, H, torch::stable::get_num_threads(),
-                               drows.mutable_data_ptr(), dweights.mutable_data_ptr());
+  device::unpermute_rows_backward(dfrom.const_data_ptr(), dfrom.stride(0), from.const_data_ptr(), from.stride(0),
+                                  dtype(rows), plan.tokens.const_data_ptr<int32_t>(),
+                                  plan.slots.const_data_ptr<int32_t>(), w.const_data_ptr(), plan.T, plan.k, plan.S, H,
+                                  Execution(rows), drows.mutable_data_ptr(), dweights.mutable_data_ptr());
   return {drows, torch::stable::to(dweights, weights.scalar_type())};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moert, CPU, m) {
-  m.impl("permute_plan", TORCH_BOX(&permute_plan_cpu));
-  m.impl("permute", TORCH_BOX(&permute_cpu));
-  m.impl("unpermute", TORCH_BOX(&unpermute_cpu));
-  m.impl("unpermute_backward", TORCH_BOX(&unpermute_backward_cpu));
+STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
+  m.impl("permute_plan", TORCH_BOX(&permute_plan));
+  m.impl("permute", TORCH_BOX(&permute));
+  m.impl("unpermute", TORCH_BOX(&unpermute));
+  m.impl("unpermute_backward", TORCH_BOX(&unpermute_backward));
 }
 
 }  // namespace moert

@@ -11,9 +11,9 @@ Tensor union_experts_cpu(const Tensor& x, const Tensor& gains, const Tensor& ids
                          double alpha, double limit, bool transposed, bool interleaved) {
   CHECK_DIM(x, 2, "[T, H]");
   CHECK_FLOAT(x);
-  CHECK_CPU(x);
+  CHECK_DEVICE(x);
   CHECK_DIM(ids, 1, "[n]");
-  CHECK_CPU(gains);
+  CHECK_DEVICE(gains);
   check_expert_matrices(x, w1, w2);
   const int64_t T = x.size(0), E = w1.size(0);
   STD_TORCH_CHECK(has_shape(gains, {T, E}), "gains must have shape [T=", T, ", E=", E, "], got ", shape(gains));
