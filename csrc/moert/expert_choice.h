@@ -19,3 +19,17 @@ void expert_choice(const void* scores, DType dtype, int64_t stride, const int64_
                    int32_t* offsets, int32_t* tokens, int32_t* slots);
 
 }  // namespace moert::cpu
+
+// ids and weights of the same, without the plan, on the current device, ordered by `stream` (a cudaStream_t); the
+// pointers are the device's.  Nothing is thrown for what lies in the device's memory: a NaN is taken last, a negative
+// capacity is none, and of more than k experts that take a token the first k are kept.
+namespace moert::cuda {
+
+// Bytes of memory that expert_choice works in.
+int64_t expert_choice_workspace(int64_t E, int64_t D);
+
+void expert_choice(const void* scores, DType dtype, int64_t stride, const int64_t* segments, const int64_t* capacity,
+                   int64_t T, int64_t E, int64_t D, int64_t k, void* workspace, void* stream, void* weights,
+                   int32_t* ids);
+
+}  // namespace moert::cuda

@@ -6,7 +6,7 @@
 
 #include "moert/fused_experts.h"
 
-namespace moert::cpu {
+namespace moert {
 
 // The tokens and the list of experts.
 struct UnionRows {
@@ -18,8 +18,22 @@ struct UnionRows {
   bool batch_invariant = false;
 };
 
+namespace cpu {
+
 // y [T, H] (dense, dtype of x): y[t] = sum over e in ids of gains[t, e] * FFN_e(x[t]), in the order of ids.
 // The activations of all listed experts are one matrix [T, n*I], so that their second product is one sum.
 void union_experts(const UnionRows& tokens, const ExpertWeights& experts, int64_t threads, void* y);
 
-}  // namespace moert::cpu
+}  // namespace cpu
+
+// The same on the current device, ordered by `stream` (a cudaStream_t); the pointers are the device's.  A row's bits
+// never depend on the other rows.  For few tokens: experts are read again for each.
+namespace cuda {
+
+// Bytes of memory that union_experts works in.
+int64_t union_experts_workspace(const UnionRows& tokens, const ExpertWeights& experts);
+
+void union_experts(const UnionRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y);
+
+}  // namespace cuda
+}  // namespace moert

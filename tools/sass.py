@@ -1,0 +1,107 @@
+"""Machine code of the CUDA kernels: what must be in it and what must not, by kernel and architecture.
+
+Reads a fatbinary with cuobjdump (on the PATH, or beside nvcc): registers and local memory of every kernel, and the
+instructions of those that a rule names.  usage: sass.py build/cuda/_cuda.so
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """Kernels whose mangled name matches; their code for architectures that match must have what `has` matches."""
+
+    kernel: str
+    archs: str
+    has: tuple[str, ...]
+    why: str
+
+
+LOAD_128 = r"\bLDG\.E(?:\.\w+)*\.128"
+STORE_128 = r"\bSTG\.E(?:\.\w+)*\.128"
+# Kernels that memory bounds, in their aligned variants; tensor-core kernels of one architecture.
+RULES = (
+    Rule(r"permute_kernel\w*Chunk", ".*", (LOAD_128, STORE_128), "rows are copied 16 bytes at a time"),
+    Rule(r"unpermute_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are summed 16 bytes at a time"),
+    Rule(r"unpermute_backward_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are read 16 bytes at a time"),
+    Rule(r"gating_kernelIfLi(?:8|16|32)E", ".*", (LOAD_128,), "logits are read 16 bytes at a time"),
+)
+# Kernels that may spill, and why.
+SPILLS = ((r"gating_kernelId", "float64 is for checking gradients"),)
+WANTED_ARCHS = ("sm_80", "sm_90a")
+
+
+class Kernel(NamedTuple):
+    name: str
+    arch: str
+    registers: int
+    local: int  # bytes of local memory: a stack or spilled registers
+
+
+def kernels(text: str) -> list[Kernel]:
+    """What `cuobjdump -res-usage` says."""
+    found, arch = [], ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+?):?$", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", line):
+            found.append(Kernel(name, arch, int(match[1]), max(int(match[2]), int(match[3]))))
+    return found
+
+
+def code(text: str) -> dict[tuple[str, str], str]:
+    """What `cuobjdump -sass` says: (kernel, architecture) -> its instructions."""
+    found, arch = {}, ""
+    for part in re.split(r"(?=arch = sm_\w+|\bFunction : \S+)", text):
+        if match := re.match(r"arch = (sm_\w+)", part):
+            arch = match[1]
+        elif match := re.match(r"Function : (\S+)", part):
+            found[match[1], arch] = part
+    return found
+
+
+def complaints(usage: list[Kernel], sass: dict[tuple[str, str], str]) -> list[str]:
+    """What is wrong, a line each."""
+    said = [f"{arch}: no kernel" for arch in WANTED_ARCHS if not any(k.arch == arch for k in usage)]
+    for k in usage:
+        if k.local and not any(re.search(kernel, k.name) for kernel, _ in SPILLS):
+            said.append(f"{k.arch} {k.name}: {k.local} bytes of local memory")
+    for rule in RULES:
+        hit = {key: text for key, text in sass.items() if re.search(rule.kernel, key[0]) and re.fullmatch(rule.archs, key[1])}
+        if not hit:
+            said.append(f"no kernel matches {rule.kernel} on {rule.archs}")
+        for (name, arch), text in hit.items():
+            said += [f"{arch} {name}: no {wanted}: {rule.why}" for wanted in rule.has if not re.search(wanted, text)]
+    return said
+
+
+def tool(name: str) -> str:
+    """The path of a CUDA tool: on the PATH or from PyPI's packages."""
+    beside = Path(sys.prefix).glob(f"lib/python3*/site-packages/nvidia/cu*/bin/{name}")
+    found = shutil.which(name) or next((str(path) for path in sorted(beside)), None)
+    if not found:
+        sys.exit(f"{name} must be on the PATH, got none: make cuda-toolchain")
+    return found
+
+
+def main(path: str) -> None:
+    def run(*options: str) -> str:
+        return subprocess.run([tool("cuobjdump"), *options, path], capture_output=True, text=True, check=True).stdout
+
+    usage = kernels(run("-res-usage"))
+    said = complaints(usage, code(run("-sass")))
+    if not re.search(r"arch = sm_\w+", run("-lptx") or "") and ".ptx" not in run("-lptx"):
+        said.append("no PTX for GPUs that are newer than the code")
+    if said:
+        sys.exit("\n".join(said))
+    print(f"{len(usage)} kernels for {', '.join(sorted({k.arch for k in usage}))}, {len(RULES)} rules kept")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
