@@ -1,5 +1,8 @@
 #include "cuda/fused_experts.cuh"
 
+#include <algorithm>
+
+#include "cuda/few_tokens.h"
 #include "cuda/fused_experts.h"
 #include "cuda/launch.h"
 
@@ -55,18 +58,24 @@ struct Forward {
   }
 };
 
+// Whether the tokens are so few that sorting them does not pay.  A row's bits depend on how many there are, then.
+bool are_few(const RoutedRows& tokens, const void* h) {
+  return tokens.T <= kFewTokens && !h && !tokens.batch_invariant;
+}
+
 }  // namespace
 
 int64_t fused_experts_workspace(const RoutedRows& tokens, const ExpertWeights& experts) {
   int64_t bytes = 0;
   with_dtype(tokens.x.dtype,
              [&](auto type) { bytes = Forward<decltype(type)>(tokens, experts, nullptr).memory.used(); });
-  return bytes;
+  return std::max(bytes, few_tokens_workspace(tokens.x.dtype, tokens.T * tokens.k, experts.I));
 }
 
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y,
                    void* h) {
   if (tokens.T == 0) return;
+  if (are_few(tokens, h)) return fused_experts_few(tokens, experts, workspace, stream, y);
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
     Forward<T>(tokens, experts, workspace).run(stream, static_cast<T*>(y), static_cast<T*>(h));
