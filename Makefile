@@ -13,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; kernels = sum(_C.build()['kernels'].values(), ['generic']); print(*[isa for isa in _C.isas() if isa in kernels])")
 
-.PHONY: run test cuda cuda-toolchain test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test cuda cuda-sass cuda-toolchain test-gpu test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -43,15 +43,23 @@ $(OLDER)/transformers: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDER) 'transformers==5.23.*'
 	touch $@
 
-# The CUDA half, compiled and looked at; nothing of it runs.
+# The CUDA half, compiled; nothing of it runs.
 cuda: $(READY)
 	$(BIN)/pip install -q --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DMOERT_CUDA=ON -DMOERT_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build build/cuda
 
-# The compiler for it, from PyPI, where the machine has none.
+# Its machine code: registers that were spilled, loads of 16 bytes.
+cuda-sass: cuda
+	$(BIN)/python tools/sass.py build/cuda/_cuda.so
+
+# The compiler for it and what reads its machine code, from PyPI, where the machine has none.
 cuda-toolchain: $(READY)
-	$(BIN)/pip install -q 'cuda-toolkit[nvcc,cccl]==13.0.*'
+	$(BIN)/pip install -q 'cuda-toolkit[nvcc,cccl]==13.0.*' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+
+# Needs a GPU and a torch built for CUDA: TORCH="torch --index-url https://download.pytorch.org/whl/cu130".
+test-gpu: $(READY)
+	tools/test_gpu.sh $(BIN)/python
 
 test-asan: $(READY)
 	tools/test_asan.sh $(BIN)/python
