@@ -10,6 +10,7 @@ namespace moert::cpu {
 namespace {
 
 constexpr int64_t kStep = 32;  // columns that share a scale in every format
+constexpr int kFewBlock = 4;   // weight rows that are multiplied at a time
 constexpr int kStepVectors = int(kStep) / kLanes<float>;
 
 MOERT_INLINE float widen_scale(f16 x) {
@@ -53,6 +54,7 @@ struct Fp8Row {
 
   MOERT_INLINE float step(int64_t s, VecF* v) {
     const uint8_t* from = codes + s * kStep;
+    __builtin_prefetch(from + kFewBlock * bytes, 0, 2);
     uint8_t last[kStep];
     if (bytes - s * kStep < kStep) {  // the row ends, and perhaps the memory
       std::memset(last, 0, kStep);
@@ -186,8 +188,6 @@ void float_row(const PackedRows& b, int64_t n, float* out) {
     }
   }
 }
-
-constexpr int kFewBlock = 4;  // weight rows at a time
 
 // c [M, kFewBlock] of the weight rows from n on; those past the last repeat it.
 template <typename Row, int M>

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from moert import GluExperts, Routing
+from moert import GluExperts, QuantizedExperts, Routing
+from moert.quant import Fp8, Int4
 from moert.runtime import huge_pages_
 from moert.runtime.huge_pages import HUGE
 
@@ -41,6 +42,17 @@ def test_same_results_forward_and_backward():
     before = run()
     huge_pages_(module, smallest=0)
     assert all(torch.equal(a, b) for a, b in zip(run(), before, strict=True))
+
+
+def test_packed_experts():
+    float_experts, x = GluExperts(8, 96, 80), torch.randn(5, 96)
+    routing = Routing(torch.randint(0, 8, (5, 2)), torch.rand(5, 2), 8)
+    for fmt in (Int4(), Fp8()):
+        module = QuantizedExperts.pack(float_experts, (fmt, fmt))
+        before = module(x, routing)
+        assert huge_pages_(module, smallest=0) == sum(buffer.nbytes for buffer in module.buffers()) >= module.nbytes
+        assert all(buffer.data_ptr() % HUGE == 0 for buffer in module.buffers())
+        assert torch.equal(module(x, routing), before)
 
 
 def test_views_and_shared_memory_stay_so():

@@ -9,26 +9,26 @@ HUGE = 2 << 20  # bytes of a large page on x86-64 and, as Linux is usually built
 
 
 def huge_pages_(module: nn.Module, smallest: int = 4 * HUGE) -> int:
-    """Move the parameters on the CPU of at least `smallest` bytes into pages of 2 MiB; the bytes that were moved.
+    """Move parameters and buffers on the CPU of at least `smallest` bytes into pages of 2 MiB; the bytes moved.
 
-    The parameters stay what they are (names, shapes, strides, values, the objects themselves), so optimizers and
-    state_dict see no difference, and a copy made by `.to()` or `deepcopy` is an ordinary one.  Parameters that share
-    memory share it afterwards.  Peak memory is that of the largest parameter more.  Where the system has no such
-    pages, or grants none, the values move all the same.
+    Buffers are what packed experts consist of.  All stay what they are (names, shapes, strides, values, the objects
+    themselves), so optimizers and state_dict see no difference, and a copy made by `.to()` or `deepcopy` is an
+    ordinary one.  Those that share memory share it afterwards.  Peak memory is that of the largest one more.  Where
+    the system has no such pages, or grants none, the values move all the same.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         raise RuntimeError("huge_pages_ must run on Linux, got a system without MADV_HUGEPAGE")
     moved: dict[int, Tensor] = {}
     total = 0
-    for parameter in module.parameters():
-        storage = parameter.untyped_storage()
-        if parameter.device.type != "cpu" or storage.nbytes() < smallest:
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        if tensor.device.type != "cpu" or storage.nbytes() < max(smallest, 1):
             continue
         if storage.data_ptr() not in moved:
             moved[storage.data_ptr()] = _copy(storage)
             total += storage.nbytes()
-        flat = moved[storage.data_ptr()].view(parameter.dtype)
-        parameter.data = flat.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+        flat = moved[storage.data_ptr()].view(tensor.dtype)
+        tensor.data = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return total
 
 
