@@ -17,19 +17,13 @@
 
 namespace moert::cuda {
 
-inline char* dynamic_shared() {
-  alignas(128) static char memory[64 * 1024];
-  return memory;
-}
-
-// Copies in flight.  They arrive as late as they may, or, where `at_once`, as early: the first finds a read without its
-// wait, the second a copy into a buffer that is still read.
+// Copies in flight.  Of every other block they arrive as late as they may, else as early: the first finds a read
+// without its wait, the second a copy into a buffer that is still read.
 struct AsyncCopies {
   struct Copy {
     void* to;
     const void* from;
   };
-  static inline bool at_once = false;
   static inline std::vector<std::vector<Copy>> groups[1024];  // of each thread; the last is open
 
   static void arrive(const Copy& c) {
@@ -44,7 +38,7 @@ struct AsyncCopies {
 
 inline void copy_async(void* to, const void* from, bool inside) {
   const AsyncCopies::Copy copy{to, inside ? from : nullptr};
-  if (AsyncCopies::at_once) return AsyncCopies::arrive(copy);
+  if (blockIdx.x % 2) return AsyncCopies::arrive(copy);
   auto& groups = AsyncCopies::groups[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(copy);

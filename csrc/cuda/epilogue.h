@@ -30,6 +30,20 @@ struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Neighbours {
   T values[n];
 };
 
+// In words of 16 bytes where they fill some: of elements the compiler would store one after the other.
+template <typename T, int n>
+MOERT_HOST_DEVICE inline void put(T* to, const Neighbours<T, n>& from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(from) % sizeof(uint4) == 0) {
+    uint4 words[sizeof(from) / sizeof(uint4)];
+    memcpy(words, &from, sizeof(from));
+    for (int i = 0; i < int(sizeof(from) / sizeof(uint4)); ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
+    return;
+  }
+#endif
+  *reinterpret_cast<Neighbours<T, n>*>(to) = from;
+}
+
 template <typename T>
 struct Epilogue {
   using A = Sum<T>;
@@ -70,24 +84,23 @@ struct Epilogue {
       h_up.values[i] = stored<T>(u);
       out.values[i] = after(row, g, u);
     }
-    put(row, column, out, h_gate, h_up);
+    put_row(row, column, out, h_gate, h_up);
   }
 
   // A slot that no expert has.
   MOERT_HOST_DEVICE void clear(int64_t row, int64_t column) const {
     const Neighbours<T, 1> zero{{stored<T>(0)}};
-    put(row, column, zero, zero, zero);
+    put_row(row, column, zero, zero, zero);
   }
 
   template <int n>
-  MOERT_HOST_DEVICE void put(int64_t row, int64_t column, const Neighbours<T, n>& out, const Neighbours<T, n>& h_gate,
-                             const Neighbours<T, n>& h_up) const {
-    const auto at = [](T* p) -> Neighbours<T, n>& { return *reinterpret_cast<Neighbours<T, n>*>(p); };
-    at(y + row * y_stride + column) = out;
+  MOERT_HOST_DEVICE void put_row(int64_t row, int64_t column, const Neighbours<T, n>& out,
+                                 const Neighbours<T, n>& h_gate, const Neighbours<T, n>& h_up) const {
+    put(y + row * y_stride + column, out);
     if (!h) return;
     T* h_row = h + row * (form.gated ? 2 : 1) * N + column;
-    at(h_row) = h_gate;
-    if (form.gated) at(h_row + N) = h_up;
+    put(h_row, h_gate);
+    if (form.gated) put(h_row + N, h_up);
   }
 };
 

@@ -24,8 +24,7 @@ struct ElementOf<float> {
 };
 
 template <typename P>
-void start(void (*kernel)(P), int64_t blocks, int threads, [[maybe_unused]] int shared, [[maybe_unused]] void* stream,
-           const P& p) {
+void start(void (*kernel)(P), int64_t blocks, int threads, int shared, [[maybe_unused]] void* stream, const P& p) {
   if (blocks == 0) return;
   MOERT_CHECK(blocks <= 0x7fffffff, "a grouped product must have at most 2^31 - 1 tiles, got ", blocks);
 #if defined(__CUDACC__)
@@ -34,7 +33,7 @@ void start(void (*kernel)(P), int64_t blocks, int threads, [[maybe_unused]] int 
   kernel<<<unsigned(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
   MOERT_CUDA_CHECK(cudaGetLastError());
 #else
-  emulate::run({unsigned(blocks), 1, 1}, unsigned(threads), [&] { kernel(p); });
+  emulate::run({unsigned(blocks), 1, 1}, unsigned(threads), size_t(shared), [&] { kernel(p); });
 #endif
 }
 

@@ -114,13 +114,13 @@ struct Loader<Element, Major::mn> {
   static constexpr int kPieces = T::kM / T::kPiece, kRows = T::kThreads / kPieces, kCopies = T::kK / kRows;
   const Element* from;
   const int32_t* index;
-  int64_t stride;
+  int64_t stride, count;
   int piece, row, K;
   int32_t stored[kCopies];  // of the next slice: an index is read one slice before the row that it names
 
   template <class Begin>
-  __device__ Loader(int K, int64_t stride, const int32_t* index, const Begin& begin)
-      : index(index), stride(stride), row(threadIdx.x / kPieces), K(K) {
+  __device__ Loader(int K, int64_t stride, const int32_t* index, int64_t count, const Begin& begin)
+      : index(index), stride(stride), count(count), row(threadIdx.x / kPieces), K(K) {
     piece = threadIdx.x % kPieces;
     from = begin(piece);
     find(0);
@@ -138,7 +138,7 @@ struct Loader<Element, Major::mn> {
   __device__ void load(int k, const Slice& to) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const bool here = from && stored[i] >= 0 && k + row + i * kRows < K;
+      const bool here = from && uint64_t(stored[i]) < uint64_t(count) && k + row + i * kRows < K;
       copy_async(&to(piece * T::kPiece, row + i * kRows), here ? from + stored[i] * stride : nullptr, here);
     }
     find(k + T::kK);
@@ -312,7 +312,7 @@ __device__ void store_tile(const Product<T>& p, const RowTile& rows, int64_t fir
 
 template <class Element, Major kMajorW, Gates kGates, class T>
 __global__ void __launch_bounds__(Tile<Element>::kThreads, 2) grouped_gemm_mma(const __grid_constant__ Product<T> p) {
-  char* shared = dynamic_shared();
+  MOERT_SHARED(char, shared);
   constexpr int kColumns = kGates == Gates::none ? kMmaTile : kMmaTile / 2;
   const int64_t columns = (p.N + kColumns - 1) / kColumns;
   const TileIndex tile = banded(blockIdx.x, num_row_tiles(p.S, p.E, kMmaTile), columns, kBand);
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2) grouped_gemm_mma(c
     if constexpr (kMajorW == Major::k)
       return Loader<Element, Major::k>(int(p.K), w_row);
     else
-      return Loader<Element, Major::mn>(int(p.K), p.w.column, nullptr, w_piece);
+      return Loader<Element, Major::mn>(int(p.K), p.w.column, nullptr, p.K, w_piece);
   }();
   auto c = accumulator<Element>();
   multiply_tile(load_x, load_w, int(p.K), shared, c);
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2) grouped_gemm_mma(c
 template <class Element, class T>
 __global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
     grouped_gemm_wgrad_mma(const __grid_constant__ Gradient<T> p) {
-  char* shared = dynamic_shared();
+  MOERT_SHARED(char, shared);
   const int64_t rows = (p.N + kMmaTile - 1) / kMmaTile, columns = (p.K + kMmaTile - 1) / kMmaTile;
   const int64_t e = blockIdx.x / (rows * columns);
   const TileIndex tile = banded(blockIdx.x % (rows * columns), rows, columns, kBand);
@@ -357,7 +357,8 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
       const int at = i * Tile<Element>::kPiece;
       return first + at < size ? reinterpret_cast<const Element*>(row0 + at) : nullptr;
     };
-    return Loader<Element, Major::mn>(slots.count, from.stride, from.index ? from.index + slots.begin : nullptr, piece);
+    return Loader<Element, Major::mn>(slots.count, from.stride, from.index ? from.index + slots.begin : nullptr,
+                                      from.count, piece);
   };
   auto load_dy = loader(p.dy, n0, p.N);
   auto load_x = loader(p.x, k0, p.K);
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
     sums.read(i / kGroups, i % kGroups, values);
     Neighbours<T, kStored> out;
     for (int j = 0; j < kStored; ++j) out.values[j] = stored<T>(values[j]);
-    *reinterpret_cast<Neighbours<T, kStored>*>(p.dw.at(e, row, column)) = out;
+    put(p.dw.at(e, row, column), out);
   }
 }
 

@@ -6,19 +6,20 @@
 
 namespace moert::cuda {
 
-// Rows of a matrix; row r is the stored row index[r] where there is an index, and without a place, null, where that is
-// negative.
+// Rows of a matrix; row r is the stored row index[r] where there is an index, and null where that is none.
 template <typename T>
 struct RowsOf {
   const T* data;
   int64_t stride;
   const int32_t* index;
+  int64_t count;
 
-  explicit RowsOf(const Rows& rows) : data(static_cast<const T*>(rows.data)), stride(rows.stride), index(rows.index) {}
+  explicit RowsOf(const Rows& rows)
+      : data(static_cast<const T*>(rows.data)), stride(rows.stride), index(rows.index), count(rows.count) {}
 
   MOERT_HOST_DEVICE const T* row(int64_t r) const {
     const int64_t stored = index ? index[r] : r;
-    return stored < 0 ? nullptr : data + stored * stride;
+    return uint64_t(stored) < uint64_t(count) ? data + stored * stride : nullptr;
   }
 };
 

@@ -28,6 +28,7 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, [[maybe_unuse
   if (grid.x == 0 || grid.y == 0) return;
   MOERT_CHECK(grid.x <= 0x7fffffff && grid.y <= 0xffff, "a grid must have at most 2^31 - 1 by 65535 blocks, got ",
               grid.x, " by ", grid.y);
+  MOERT_CHECK(grid.shared <= 48 * 1024, "a block must have at most 48 KiB of MOERT_SHARED, got ", grid.shared);
 #if defined(__CUDACC__)
   const dim3 blocks(unsigned(grid.x), unsigned(grid.y));
   kernel<<<blocks, threads, size_t(grid.shared), static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);

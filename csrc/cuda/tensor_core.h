@@ -20,11 +20,6 @@ using MmaBf16 = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 using MmaF16 = cute::SM80_16x8x16_F32F16F16F32_TN;
 using MmaTf32 = cute::SM80_16x8x8_F32TF32TF32F32_TN;
 
-MOERT_DEVICE_INLINE char* dynamic_shared() {
-  extern __shared__ __align__(128) char memory[];
-  return memory;
-}
-
 // 16 bytes from global to shared memory; zeros where `inside` is false, and then nothing is read.
 MOERT_DEVICE_INLINE void copy_async(void* to, const void* from, bool inside) {
   const uint32_t address = cute::cast_smem_ptr_to_uint(to);

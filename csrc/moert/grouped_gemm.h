@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "moert/dtype.h"
 
@@ -13,6 +14,7 @@ struct Rows {
   DType dtype;
   int64_t stride;  // elements from one stored row to the next; the elements of a row lie side by side
   const int32_t* index = nullptr;
+  int64_t count = std::numeric_limits<int64_t>::max();  // of stored rows; a GPU takes a row outside for zeros
 };
 
 // One matrix per expert, of any layout: element (e, r, c) is data[e * expert_stride + r * row_stride + c * col_stride].
