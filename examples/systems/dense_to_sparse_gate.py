@@ -12,6 +12,7 @@ from experiment import Claim, Experiment, main
 from moert.analysis.gaussian_moe import GaussianMoE, fit, matched
 
 SIZES, REPEATS = (1000, 4000, 16_000), 16
+NAMED = (("tanh", "tanh"), ("GELU", "gelu"), ("sigmoid", "sigmoid"))
 
 
 def truth(act):
@@ -99,11 +100,15 @@ EXPERIMENT = Experiment(
             "linear",
             -0.25,
         ),
-        Claim("An activation (tanh) restores a polynomial rate", "gate slope", "lower", "tanh", -0.4),
-        Claim("An activation (GELU) restores a polynomial rate", "gate slope", "lower", "gelu", -0.4),
-        Claim("An activation (sigmoid) restores a polynomial rate", "gate slope", "lower", "sigmoid", -0.4),
+        *(
+            Claim(f"An activation ({name}) restores a polynomial rate", "gate slope", "lower", act, -0.4)
+            for name, act in NAMED
+        ),
         Claim("Experts are estimated at a polynomial rate either way", "expert slope", "lower", "linear", -0.3),
-        Claim("Experts are estimated at a polynomial rate either way (tanh)", "expert slope", "lower", "tanh", -0.3),
+        *(
+            Claim(f"Experts are estimated at a polynomial rate either way ({name})", "expert slope", "lower", act, -0.3)
+            for name, act in NAMED
+        ),
         Claim(
             "A linear gate and its temperature have a ray without information",
             "least information",
@@ -111,9 +116,23 @@ EXPERIMENT = Experiment(
             "linear",
             -10.0,
         ),
-        Claim("An activation gate has information in every direction", "least information", "higher", "tanh", -5.0),
+        *(
+            Claim(
+                f"An activation gate ({name}) has information in every direction",
+                "least information",
+                "higher",
+                act,
+                -5.0,
+            )
+            for name, act in NAMED
+        ),
     ),
     equal="the same experts and samples",
+    notes="A run of 16 samples of each size knows a slope to about 0.1, which is as much as the claims leave: the "
+    "means keep their sides, single seeds do not. More samples were tried, n from 2,000 to 32,000 on two other "
+    "seeds: slopes of the gate -0.20 and -0.24 (linear), -0.41 and -0.68 (tanh), -0.55 and -0.61 (GELU), -0.39 "
+    "and -0.57 (sigmoid). Every fit converged.",
+    seeds=9,
     variants={
         name: variant("identity" if name == "linear" else name) for name in ("linear", "tanh", "gelu", "sigmoid")
     },

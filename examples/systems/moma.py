@@ -239,11 +239,14 @@ EXPERIMENT = Experiment(
         Claim("A lower loss than dense in causal inference", "causal loss", "lower", "MoMa", "dense"),
     ),
     notes="The regression has Gumbel noise in training, in both expert-choice models; without it each was better and "
-    "MoMa's error 0.76 of the mixed one's in the mean of three seeds, below 0.8 in two of four. The byte model has "
-    "none. FLOPs saved are to the worse of the two models' last losses, FLOPs those of the blocks without the routers' "
-    "(which the tokens per second of a core include). The paper's 3.7 x is far: experts see few tokens each. Tried on "
-    "two other seeds: 600 steps (causal loss of MoMa 1.592, with Mixture-of-Depths 1.600, dense 1.584), and 240 steps "
-    "with experts of width 16 (1.827, 1.730, 1.816); on one of these four times the batch (MoMa 1.634, dense 1.575).",
+    "MoMa's error 0.76 of the mixed one's in the mean of three seeds, below 0.8 in two of four. The byte model "
+    "has none. FLOPs saved are to the worse of the two models' last losses, FLOPs those of the blocks without "
+    "the routers' (which the tokens per second of a core include). The paper's 3.7 x is far: experts see few "
+    "tokens each. Tried on two other seeds: 600 steps (causal loss of MoMa 1.592, with Mixture-of-Depths 1.600, "
+    "dense 1.584), and 240 steps with experts of width 16 (1.827, 1.730, 1.816); on one of these four times the "
+    "batch (MoMa 1.634, dense 1.575), and 480 steps with experts of width 64 (1.626, 1.615, 1.626). There MoMa "
+    "saved nothing (1.00) and with Mixture-of-Depths 1.06; deciding causally cost 0.0005, with "
+    "Mixture-of-Depths -0.0016: it was not dearer.",
     equal="the same FLOPs per token, 8 experts or a dense network of an expert's width",
     together=True,
     variants={"dense": variant(dense), "mixed": variant(mixed), "MoMa": variant(moma), "MoMa + MoD": depths},

@@ -9,7 +9,7 @@ from moert.experts import Experts
 from moert.ops import grouped_gemm, permute, permute_plan, unpermute
 from moert.routers import RecurrentRouter, RecurrentState, follow
 
-DOMAINS, WIDTH, P, STEPS, TOKENS, RATE = 4, 8, 8, 500, 256, 1e-2
+DOMAINS, WIDTH, P, STEPS, TOKENS, RATE = 4, 8, 8, 1000, 256, 1e-2
 
 
 class LinearExperts(Experts):
@@ -119,10 +119,14 @@ EXPERIMENT = Experiment(
         Claim("a router on the layer's own input cannot", "error", "higher", "linear router", 0.5),
         Claim("the routers take less than 15 % of their layers' time", "router share", "lower", "cost", 0.15),
     ),
-    equal="experts, data and Adam 1e-2 for 500 steps; RMoE has the small GRU besides",
+    equal="experts, data and Adam 1e-2 for 1,000 steps; RMoE has the small GRU besides",
     timed=("cost",),
     variants={"RMoE": recurrent(False), "RMoE, state detached": recurrent(True), "linear router": linear, "cost": cost},
-    notes="Routers of this toy start with standard deviation 0.5, not 0.02: 500 steps are few.",
+    seeds=6,
+    notes="Routers of this toy start with standard deviation 0.5, not 0.02: few steps. Where the first claim fails, "
+    "more steps do not mend it: on ten other seeds the error was above 0.05 in three "
+    "after 500 steps, in one after 1,000 and in one after 2,000; with standard deviation 1 in four and in three after "
+    "500 and 1,000.",
 )
 
 if __name__ == "__main__":

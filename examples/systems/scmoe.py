@@ -123,7 +123,7 @@ EXPERIMENT = Experiment(
         Claim("a token takes at most 1.7 times as long as greedy's", "time", "lower", "latency", 1.7),
     ),
     equal="one model, trained once per seed",
-    seeds=6,
+    seeds=12,
     timed=("latency",),
     together=True,
     variants={
