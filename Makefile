@@ -113,7 +113,7 @@ bench-cpp: $(READY)
 	$(BIN)/cmake -S . -B build/bench -G Ninja -DMOERT_TORCH=OFF -DMOERT_BENCH=ON -DMOERT_CUDA=OFF >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build build/bench && build/bench/bench_cpp $(ARGS)
 
-# Every system's experiment (under two minutes each on two cores), then docs/systems.md from their results.
+# Every system's experiment (about two minutes each on two cores, less for most), then docs/systems.md from their results.
 systems: $(READY)
 	set -e; for system in examples/systems/*.py; do $(BIN)/python $$system; done
 	$(BIN)/python examples/systems/experiment/page.py

@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "systems.md"
 HEAD = """# Systems
 
 What the MoE literature builds, each a change to one part of the mechanism: a router, experts, or a layer around them.
-`make systems` runs the experiments of `examples/systems`, each under two minutes on two cores, and writes this page
+`make systems` runs the experiments of `examples/systems`, each about two minutes on two cores, and writes this page
 from their results (`bench/results/systems`). Each row names the command that gave its figures, which are mean ±
 standard deviation over the seeds. "shown" means that the claim holds in every seed, not only in the mean; "in the mean
 only" is followed by the 95 % interval of the mean difference over the seeds (Student's t), whose lower end is above 0
