@@ -55,6 +55,9 @@ def test_errors_of_other_layouts():
     ]:
         with pytest.raises(RuntimeError, match=message):
             fused_experts_quantized(x, routing, PackedTensor(BitNested(), 40, codes, scales, zeros), down)
+    with pytest.raises(ValueError, match=r"codes must be \[..., planes, rows, bytes\] for BitNested.*, got \[16\]"):
+        packed = PackedTensor(BitNested(), 40, nested.codes[0, 0, 0], nested.scales, nested.zeros)
+        fused_experts_quantized(x, routing, packed, down)
     sub1, down = map(SubOneBit().pack, shapes)
     ends = sub1.row_ptr.clone()
     ends[2, -1] = -1

@@ -46,6 +46,8 @@ class BitNested(Format):
         return 1, self.group
 
     def shape_of(self, packed: PackedTensor) -> torch.Size:
+        if packed.codes.dim() < 3:
+            raise ValueError(f"codes must be [..., planes, rows, bytes] for {self}, got {list(packed.codes.shape)}")
         *lead, _planes, rows, _bytes = packed.codes.shape
         return torch.Size([*lead, rows, packed.columns])
 
