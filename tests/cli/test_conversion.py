@@ -18,7 +18,7 @@ import moert.cli.conversion as conversion_module
 from moert import quantize_
 from moert.cli.conversion import RECORD, Conversion
 from moert.cli.errors import CommandError
-from moert.cli.tensor_files import sha256
+from moert.cli.tensor_files import TensorFiles, sha256
 from moert.integrations.transformers import MoertConfig
 
 SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 64}
@@ -80,6 +80,8 @@ def test_the_same_as_a_loaded_model_that_is_saved(kind, elsewhere, tmp_path):
     assert made.keys() == expected.keys()
     assert not [name for name in made if not torch.equal(made[name], expected[name])]
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (elsewhere / f"{kind}.out", tmp_path))
+    made_of = ours["quantization_config"].pop("made_of")
+    assert made_of == TensorFiles(elsewhere / kind).fingerprint()
     assert ours == theirs and ours["quantization_config"]["quant_method"] == "moert"
     with torch.no_grad():
         assert torch.equal(torch.load(elsewhere / f"{kind}.logits"), model(IDS).logits)
