@@ -108,3 +108,9 @@ def test_errors():
     _, mine = packed()
     with pytest.raises(ValueError, match="w1 must have E=routing.num_experts=4 experts, got 5"):
         mine(torch.randn(T, H), random_routing(T, 4, k))
+    with pytest.raises(RuntimeError, match="SubOneBitExperts must hold codes, got none: load a state_dict"):
+        SubOneBitExperts(2, 64, 32)(torch.randn(T, 64), random_routing(T, 2, 1))
+    state = mine.state_dict()
+    state["gate_up_proj_codes"] = torch.full_like(state["gate_up_proj_codes"].view(torch.int16), -1).view(torch.uint16)
+    with pytest.raises(ValueError, match=rf"codes must hold {H} columns a row, got others in row 0 of 0"):
+        mine.load_state_dict(state)

@@ -86,4 +86,4 @@ def test_broken_row_tables_read_nothing_outside():
     ):
         for T in (1, 2):
             r = Routing(routing.ids[:T], routing.weights[:T], 2)
-            assert fused_experts_quantized(torch.randn(T, 70), r, packed, down).shape == (T, 70)
+            assert fused_experts_quantized(torch.randn(T, 70), r, packed, down).isfinite().all()

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from moert import GluExperts, MoELayer, QuantizedExperts, TopKRouter, quantize_
+from moert.experts import HeteroExperts
 from moert.experts.calibrated import FloatGluExperts
+from moert.layers import ChainMoELayer
 from moert.quant import GPTQ, Int4
 from moert.quant.calibration import calibrate_, called, evaluating, rows_of
 from moert.quant.float_experts import pack_experts
@@ -144,3 +146,24 @@ def test_weights_that_are_not_finite_change_nothing(calibrated):
     with pytest.raises(ValueError, match="2.experts must have finite weights, got inf or nan in expert 1"):
         quantize_(net, "int4", calibration=batches() if calibrated else None)
     assert all(isinstance(layer.experts, GluExperts) for layer in net)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MoELayer(TopKRouter(H, num_experts=E, k=2), GluExperts(E, H, 32), nn.Linear(H, H)),
+        ChainMoELayer([TopKRouter(H, num_experts=E, k=2)], GluExperts(E, H, 32)),
+        MoELayer(
+            TopKRouter(H, num_experts=E + 2, k=2),
+            HeteroExperts(GluExperts(E, H, 32), ["ffn"] * E + ["copy", "const"], H),
+        ),
+    ],
+    ids=["shared", "chain", "free"],
+)
+def test_experts_whose_combine_adds_more(layer):
+    x = torch.randn(200, H)
+    with torch.no_grad():
+        y = layer(x)
+        quantize_(layer, "int8", calibration=[x])
+        assert any(isinstance(module, QuantizedExperts) for module in layer.modules())
+        assert (layer(x) - y).norm() < 0.05 * y.norm()

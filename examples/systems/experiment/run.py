@@ -140,6 +140,7 @@ def command(experiment: Experiment, options) -> str:
     parts += ["--quick"] if options.quick else []
     parts += [f"--seeds {options.seeds}"] if options.seeds != experiment.seeds else []
     parts += [f"--first-seed {options.first_seed}"] if options.first_seed else []
+    parts += [f"--threads {options.threads}"] if options.threads else []
     return " ".join(parts)
 
 

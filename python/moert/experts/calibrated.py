@@ -8,7 +8,7 @@ from moert.experts.sub_one_bit import SubOneBitExperts
 from moert.ops.fused_experts import apply_activation
 from moert.quant.float_experts import FloatExperts, Packed
 from moert.quant.sub1 import SubOneBitTensor
-from moert.types import Routing
+from moert.types import Onto, Routing
 
 
 class FloatGluExperts(FloatExperts):
@@ -20,7 +20,7 @@ class FloatGluExperts(FloatExperts):
         self.bias = bias_of(self.module, "gate_up_proj")
         self.shapes = tuple(shape_of(self.module, name) for name in PROJECTIONS)
 
-    def inputs(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def inputs(self, x: Tensor, routing: Routing, onto: Onto | None = None) -> tuple[Tensor, Tensor]:
         return x, routing.ids
 
     def matrix(self, place: int, e: int) -> Tensor:

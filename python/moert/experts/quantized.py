@@ -104,7 +104,7 @@ class QuantizedExperts(PackedWeights, Experts):
             packed.format.check_values(packed)
 
     def _format_text(self) -> str:
-        return ", ".join(f"{fmt.spelling} group {fmt.group or 'row'}" for fmt in self.formats)
+        return ", ".join(map(_format_text, self.formats))
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         names = [f"{name}_{part}" for name in PROJECTIONS for part in PARTS]
@@ -121,6 +121,10 @@ class QuantizedExperts(PackedWeights, Experts):
             f"activation={self.activation.name}, bias={self.down_proj_bias is not None}, "
             f"formats=({self._format_text()}), precision={self.precision}"
         )
+
+
+def _format_text(fmt: Format) -> str:
+    return fmt.spelling if fmt.spelling == "fp8" else f"{fmt.spelling} group {fmt.group or 'row'}"
 
 
 def shape_of(experts: GluExperts, name: str) -> torch.Size:

@@ -63,6 +63,8 @@ class SubOneBitExperts(PackedWeights, Experts):
         return sum(w.nbytes for w in self.packed_pair())
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        if not len(self.gate_up_proj_codes) and self.num_experts * self.intermediate * self.hidden:
+            raise RuntimeError("SubOneBitExperts must hold codes, got none: load a state_dict into them first")
         bias = self.gate_up_proj_bias, self.down_proj_bias
         if any(self.adapters):
             return self.run_unfused(x, routing, bias, lambda h: activated(h, self.activation), lambda y: y)

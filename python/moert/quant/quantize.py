@@ -129,6 +129,8 @@ def format_of(format: str | Format, group: int | None = None) -> Format:
         if group is not None:
             raise ValueError(f"group must be None with a format that has its own, {format}, got {group}")
         return format
+    if not isinstance(format, str):
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     options = {} if group is None else {"group": group}
     if nested := re.fullmatch(r"bit_nested_(\d)_(\d)", format):
         return BitNested(int(nested[1]), int(nested[2]), **options)

@@ -105,6 +105,11 @@ class SubOneBit:
             raise ValueError("matrix_base must rise by the codewords of each matrix, got others")
         if len(packed.codes) != int(packed.matrix_base[-1]):
             raise ValueError(f"codes must hold {int(packed.matrix_base[-1])} codewords, got {len(packed.codes)}")
+        symbols, base = -(-packed.columns // 2), packed.matrix_base.tolist()
+        for m, (codes, ptr) in enumerate(zip(np.split(packed.codes.numpy(), base[1:-1]), ends.numpy(), strict=True)):
+            reached = np.concatenate([[0], np.cumsum(_lengths()[codes], dtype=np.int64)])[ptr]
+            if (wrong := np.flatnonzero(np.diff(reached) != symbols)).size:
+                raise ValueError(f"codes must hold {packed.columns} columns a row, got others in row {wrong[0]} of {m}")
 
     def join(self, pieces: Sequence[SubOneBitTensor]) -> SubOneBitTensor:
         """Pieces [n, rows, columns] with the same rows and columns, one after the other."""
@@ -176,6 +181,12 @@ def extremes(w: Tensor) -> tuple[Tensor, Tensor]:
     if w.shape[-1] == 0:
         return w.new_zeros(*w.shape[:-1], 1), w.new_zeros(*w.shape[:-1], 1)
     return w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+
+
+@cache
+def _lengths() -> np.ndarray:
+    """How many pairs of columns each codeword stands for, uint8 [65536]."""
+    return (_C.sub1_table()[:, 0] & 15).astype(np.uint8)
 
 
 @cache
