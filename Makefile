@@ -43,11 +43,12 @@ $(OLDER)/transformers: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDER) 'transformers==5.23.*'
 	touch $@
 
-# The CUDA half, compiled; nothing of it runs.
+# The CUDA half, compiled, and its kernels over tensor cores with their instructions imitated; nothing needs a GPU.
 cuda: $(READY)
 	$(BIN)/pip install -q --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DMOERT_CUDA=ON -DMOERT_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build build/cuda
+	$(BIN)/ctest --test-dir build/cuda -R emulated_mma --no-tests=error --output-on-failure
 
 # Its machine code: registers that were spilled, loads of 16 bytes.
 cuda-sass: cuda

@@ -88,12 +88,18 @@ MOERT_HOST_DEVICE inline A between(A x, A most) {
   return x > most ? most : x < -most ? -most : x;
 }
 
+// What g is times in the sigmoid.  Without the cubic nothing is squared: 0 * inf is a NaN.
+template <typename A>
+MOERT_HOST_DEVICE inline A steepness(const ActivationForm<A>& form, A g, A times) {
+  return form.cubic == 0 ? form.linear : form.linear + times * form.cubic * g * g;
+}
+
 // f(g)
 template <typename A>
 MOERT_HOST_DEVICE inline A factor_of(const ActivationForm<A>& form, A g) {
   switch (form.factor) {
     case Factor::sigmoid:
-      return 1 / (1 + exp_of(-g * (form.linear + form.cubic * g * g)));
+      return 1 / (1 + exp_of(-g * steepness(form, g, A(1))));
     case Factor::normal:
       return A(0.5) * erfc_of(g * A(-0.70710678118654752440));
     case Factor::step:
@@ -110,7 +116,7 @@ template <typename A>
 MOERT_HOST_DEVICE inline A slope_of(const ActivationForm<A>& form, A g, A f) {
   switch (form.factor) {
     case Factor::sigmoid:
-      return f + g * f * (1 - f) * (form.linear + 3 * form.cubic * g * g);
+      return f + g * f * (1 - f) * steepness(form, g, A(3));
     case Factor::normal:
       return f + g * exp_of(g * g * A(-0.5)) * A(0.39894228040143267794);
     case Factor::ramp:

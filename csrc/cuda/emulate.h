@@ -1,8 +1,9 @@
 // A thread block on the host: CUDA's words for plain SIMT kernels, over one fiber a thread.  A wrong index, a missing
-// barrier or a collective that not every lane reaches is found here, before a GPU is.
+// barrier or a collective that not every lane reaches can be found here, before a GPU is.
 //
-// Blocks run one after another, the threads of a block in an order that changes from block to block; a thread runs
-// until it waits.  Shared memory is static, one copy for the block at work.
+// Blocks run one after another.  A thread runs until it waits, the threads of a block in ascending order, of every
+// other block in descending: a race that needs another order stays hidden.  Shared memory is static, one copy for the
+// block at work.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -35,6 +36,9 @@ struct Index {
 void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel);
 
 void* shared_memory();
+
+// Whether asynchronous copies arrive when they are asked for, else when they are waited for.
+inline bool copies_at_once = false;
 
 [[noreturn]] void fail(const char* what);
 

@@ -17,8 +17,8 @@
 
 namespace moert::cuda {
 
-// Copies in flight.  Of every other block they arrive as late as they may, else as early: the first finds a read
-// without its wait, the second a copy into a buffer that is still read.
+// Copies in flight.  They arrive as late as they may or, `at_once`, as early: the first finds a read without its wait,
+// the second a copy into a buffer that is still read.
 struct AsyncCopies {
   struct Copy {
     void* to;
@@ -38,7 +38,7 @@ struct AsyncCopies {
 
 inline void copy_async(void* to, const void* from, bool inside) {
   const AsyncCopies::Copy copy{to, inside ? from : nullptr};
-  if (blockIdx.x % 2) return AsyncCopies::arrive(copy);
+  if (emulate::copies_at_once) return AsyncCopies::arrive(copy);
   auto& groups = AsyncCopies::groups[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(copy);

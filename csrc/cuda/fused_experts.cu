@@ -74,6 +74,7 @@ int64_t fused_experts_workspace(const RoutedRows& tokens, const ExpertWeights& e
 
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y,
                    void* h) {
+  check_alone(tokens);
   if (tokens.T == 0) return;
   if (are_few(tokens, h)) return fused_experts_few(tokens, experts, workspace, stream, y);
   with_dtype(tokens.x.dtype, [&](auto type) {

@@ -9,6 +9,11 @@
 
 namespace moert::cuda {
 
+// These kernels sort the ids themselves and add nothing to the sums.
+inline void check_alone(const RoutedRows& r) {
+  MOERT_CHECK(!r.offsets && !r.onto.rows.data && r.onto.C == 0, "offsets, onto_rows and mix must be None on a GPU");
+}
+
 // The routing in slot order.
 template <typename T>
 struct SlotPlan {
@@ -21,9 +26,7 @@ struct SlotPlan {
         tokens(memory.take<int32_t>(r.T * r.k)),
         slots(memory.take<int32_t>(r.T * r.k)),
         scale(scaled ? memory.take<Sum<T>>(r.T * r.k) : nullptr),
-        workspace(memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {
-    MOERT_CHECK(!r.offsets && !r.onto.rows.data && r.onto.C == 0, "offsets, onto_rows and mix must be None on a GPU");
-  }
+        workspace(memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {}
 
   void run(const RoutedRows& r, int64_t E, void* stream) const;
 };
@@ -42,7 +45,7 @@ Product<T> first_product(const RoutedRows& tokens, const ExpertWeights& w, const
   to.activates = true;
   to.form = activation_form<Sum<T>>(w.activation);
   to.h = h;
-  const Rows x{tokens.x.data, tokens.x.dtype, tokens.x.stride, plan.tokens};
+  const Rows x{tokens.x.data, tokens.x.dtype, tokens.x.stride, plan.tokens, tokens.T};
   return {int32_t(tokens.T * tokens.k),
           int32_t(w.E),
           w.I,

@@ -144,6 +144,7 @@ int64_t fused_experts_backward_workspace(const RoutedRows& tokens, const ExpertW
 
 void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
                             void* workspace, void* stream, const ExpertGradients& gradients) {
+  check_alone(tokens);
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
     Backward<T>(dy, tokens, experts, gradients, h, workspace).run(static_cast<const T*>(h), stream);

@@ -24,12 +24,16 @@ void run_in(const GatingCall& call, void* stream) {
 
 template <bool Forward>
 void run(GatingCall call, void* stream) {
-  MOERT_CHECK(call.E <= kMostExperts, "logits must have at most ", kMostExperts, " experts on a GPU, got E=", call.E);
   MOERT_CHECK(call.options.num_groups <= kMostGroups, "num_groups must be at most ", kMostGroups, " on a GPU, got ",
               call.options.num_groups);
-  MOERT_CHECK(call.k <= kMostChoices, "k must be at most ", kMostChoices, " on a GPU, got ", call.k);
   call.aligned = is_aligned(call.logits, call.stride * size_of(call.dtype));
   (call.dtype == DType::f64 ? run_in<double, Forward> : run_in<float, Forward>)(call, stream);
+}
+
+// Before they are made 32 bits wide.
+void check_sizes(int64_t E, int64_t k) {
+  MOERT_CHECK(E <= kMostExperts, "logits must have at most ", kMostExperts, " experts on a GPU, got E=", E);
+  MOERT_CHECK(k <= kMostChoices, "k must be at most ", kMostChoices, " on a GPU, got ", k);
 }
 
 }  // namespace
@@ -37,12 +41,14 @@ void run(GatingCall call, void* stream) {
 void topk_gating(const void* logits, DType dtype, int64_t stride, const void* bias, int64_t T, int64_t E, int64_t k,
                  const GatingOptions& options, void* stream, void* weights, int32_t* ids) {
   if (T == 0 || k == 0) return;
+  check_sizes(E, k);
   run<true>({logits, dtype, stride, bias, T, int(E), int(k), options, false, weights, ids, nullptr}, stream);
 }
 
 void topk_gating_backward(const void* dweights, const void* logits, DType dtype, int64_t stride, const int32_t* ids,
                           int64_t T, int64_t E, int64_t k, const GatingOptions& options, void* stream, void* dlogits) {
   if (T == 0 || E == 0) return;
+  check_sizes(E, k);
   run<false>({logits, dtype, stride, nullptr, T, int(E), int(k), options, false, const_cast<void*>(dweights),
               const_cast<int32_t*>(ids), dlogits},
              stream);

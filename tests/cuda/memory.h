@@ -1,6 +1,7 @@
 // Memory that kernels of csrc/cuda may read and write: the GPU's, or the host's where they are emulated.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +17,7 @@ namespace moert {
 #if defined(MOERT_EMULATED)
 
 inline bool has_gpu() { return true; }
-inline void* device_alloc(size_t bytes) { return std::aligned_alloc(256, (bytes + 511) / 256 * 256); }
+inline void* device_alloc(size_t bytes) { return std::aligned_alloc(256, std::max<size_t>(bytes, 1)); }
 inline void device_free(void* p) { std::free(p); }
 inline void copy(void* to, const void* from, size_t bytes) {
   if (bytes) std::memcpy(to, from, bytes);
@@ -37,7 +38,7 @@ inline bool has_gpu() {
 
 inline void* device_alloc(size_t bytes) {
   void* p = nullptr;
-  must(cudaMalloc(&p, bytes + 256));
+  must(cudaMalloc(&p, std::max<size_t>(bytes, 1)));
   return p;
 }
 

@@ -8,6 +8,10 @@
 #include "memory.h"
 #include "random.h"
 
+#if defined(MOERT_EMULATED)
+#include "cuda/emulate.h"
+#endif
+
 using namespace moert;
 
 namespace {
@@ -179,6 +183,15 @@ void test_activations() {
     }
 }
 
+// Without bounds an infinite gate stays one.
+void test_infinity() {
+  for (const Act act : kActs)
+    if (act != Act::swiglu_clamped && act != Act::swiglu_oai) {
+      const auto form = cuda::activation_form<float>({act, 1.702, 0.5});
+      EXPECT(cuda::activate(form, INFINITY, 1.0f) == INFINITY);
+    }
+}
+
 void test_layouts() {
   for (const bool transposed : {false, true})
     for (const bool alternate : {false, true})
@@ -203,8 +216,15 @@ void tests() {
   test_activations();
   test_layouts();
   test_edges();
+#if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
+  emulate::copies_at_once = true;
+  test_layouts();
+#endif
 }
 
 }  // namespace
 
-int main() { return run_tests(tests); }
+int main() {
+  test_infinity();
+  return run_tests(tests);
+}

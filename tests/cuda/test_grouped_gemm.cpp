@@ -8,6 +8,10 @@
 #include "cuda/grouped_gemm_mma.h"
 #include "memory.h"
 
+#if defined(MOERT_EMULATED)
+#include "cuda/emulate.h"
+#endif
+
 using namespace moert;
 
 namespace {
@@ -75,8 +79,10 @@ void test_bands() {
     }
 }
 
-const int32_t kOffsets[] = {0, 3, 3, 120, 121};  // expert 1 is empty; slots 121 and 122 are not in use
-const int64_t S = 123, E = 4;
+// Expert 1 is empty; expert 2 has two tiles of rows, and more slots than a ring of shared memory holds; slots 171 and
+// 172 are not in use.
+const int32_t kOffsets[] = {0, 3, 3, 170, 171};
+const int64_t S = 173, E = 4;
 
 template <typename T>
 std::vector<T> rounded(const std::vector<float>& x) {
@@ -167,6 +173,37 @@ void weight_gradient(const Case& c) {
   EXPECT(equal(dw.read(), expected));
 }
 
+// Nothing but the product, of many experts: with the workspace of the kernel over pointer arrays where there is one.
+// Where `repeated`, the rows are one and the same.
+template <typename T>
+void plain(bool transposed, bool repeated) {
+#if defined(MOERT_EMULATED)
+  const int64_t N = 136, K = 72, E = 6;
+#else
+  const int64_t N = 520, K = 648, E = 40;
+#endif
+  std::vector<int32_t> offsets{0};
+  for (int64_t e = 0; e < E; ++e)
+    offsets.push_back(offsets.back() + (e == 0 || e == E - 1 ? 0 : e == 3 ? 130 : int32_t(e) % 7));
+  const int64_t S = offsets.back() + 3, stride = repeated ? 0 : K;
+  const DType dtype = DTypeOf<T>::value;
+  const auto x = rounded<T>(integers(repeated ? K : S * K, 7)), w = rounded<T>(integers(E * N * K, 8));
+  const std::vector<T> nan(S * N, cuda::stored<T>(NAN));
+  const auto product = [&](const int32_t* offsets, const T* x, T* w) {
+    return GroupedGemm{S, E, N, K, offsets, {x, dtype, stride}, matrix(w, N, K, transposed), {}};
+  };
+  std::vector<T> expected = nan;
+  cpu::grouped_gemm(product(offsets.data(), x.data(), const_cast<T*>(w.data())), 1, expected.data(), N);
+  OnDevice<T> dx(x), dw(w), y(nan);
+  OnDevice<int32_t> doffsets(offsets);
+  const std::vector<uint8_t> bytes(cuda::grouped_gemm_workspace(E), 0xff);
+  OnDevice<uint8_t> workspace(bytes);
+  GroupedGemm p = product(doffsets.data(), dx.data(), dw.data());
+  if (!bytes.empty()) p.workspace = workspace.data();
+  cuda::grouped_gemm(p, nullptr, y.data(), N);
+  EXPECT(equal(y.read(), expected));
+}
+
 // Odd sizes, and sizes that the tensor cores take where there are any.
 template <typename T>
 void test_products() {
@@ -177,11 +214,13 @@ void test_products() {
         forward<T>({8, 33, transposed, gathered, scale_on});
         forward<T>({136, 40, transposed, gathered, scale_on, true});
       }
+      forward<T>({136, 328, transposed, gathered});    // more depth than a ring of shared memory holds
       forward<T>({136, 40, transposed, gathered}, 1);  // rows between two pieces of 16 bytes
       forward<T>({5, 0, transposed, gathered});
       weight_gradient<T>({66, 5, transposed, gathered});
       weight_gradient<T>({3, 70, transposed, gathered});
       weight_gradient<T>({136, 72, transposed, gathered, ScaleOn::output, true});
+      plain<T>(transposed, gathered);
     }
 }
 
@@ -211,6 +250,12 @@ void tests() {
   test_products<double>();
   test_products<bf16>();
   test_products<f16>();
+#if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
+  emulate::copies_at_once = true;
+  test_products<float>();
+  test_products<bf16>();
+  test_products<f16>();
+#endif
 }
 
 }  // namespace
