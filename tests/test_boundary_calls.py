@@ -370,6 +370,17 @@ def test_one_device(op):
                 call(op, **{name: value.to("meta")})
 
 
+@pytest.mark.parametrize("op", VALID)
+def test_a_tensor_elsewhere_reaches_no_kernel(op):
+    operator, cpu = getattr(torch.ops.moert, op).default, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    for argument in operator._schema.arguments:
+        value = VALID[op].get(argument.name)
+        if torch.is_tensor(value):
+            elsewhere = {**VALID[op], argument.name: value.to("meta")}
+            with pytest.raises(RuntimeError, match=f"{argument.name} must be on the CPU like .*, got another device"):
+                operator.redispatch(cpu, **elsewhere)
+
+
 @pytest.mark.parametrize("layout", ("sparse", "quantized"))
 def test_tensors_without_strides_are_refused(layout):
     x = ones(T, H)

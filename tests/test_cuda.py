@@ -1,11 +1,25 @@
 """The CUDA half as a machine without a GPU sees it: which operators have kernels, and what the others say."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import moert
 from moert import cuda
 
+BINDINGS = sorted(Path("csrc/binding").glob("*.cpp"))
+# C++ types of a binding -> types of its schema.
+TYPES = {
+    "Tensor": "Tensor",
+    "std::optional<Tensor>": "Optional[Tensor]",
+    "int64_t": "int",
+    "std::optional<int64_t>": "Optional[int]",
+    "double": "float",
+    "bool": "bool",
+    "std::string": "str",
+}
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -43,6 +57,40 @@ def test_reasons(monkeypatch, built, version, message):
     monkeypatch.setattr(torch.version, "cuda", version)
     with pytest.raises(RuntimeError, match=message):
         cuda._refusal("f")(torch.zeros(1))
+
+
+def bound():
+    """What each binding's source registers: operator -> (file, types and names of its arguments, number of results)."""
+    found = {}
+    for path in BINDINGS:
+        text = path.read_text()
+        for name, function in re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&(\w+)\)\)', text):
+            results, arguments = re.search(rf"^([\w:<>, ]+?)\s+{function}\((.*?)\) {{", text, re.M | re.S).groups()
+            typed = [a.replace("const ", "").replace("&", "").split() for a in arguments.split(",")]
+            found[name] = (path.name, [(TYPES[kind], name) for kind, name in typed], results.count("Tensor"))
+    return found
+
+
+def cuda_sources():
+    """The bindings that are compiled for _cuda."""
+    cmake = Path("CMakeLists.txt").read_text()
+    listed = re.search(r"moert_operators\(moert_cuda_ops _cuda moert_cuda(.*?)\)", cmake, re.S)
+    return {Path(source).name for source in listed[1].split()}
+
+
+@pytest.mark.parametrize("name", cuda.OPERATORS)
+def test_a_binding_takes_what_its_schema_says(name):
+    schema = getattr(torch.ops.moert, name).default._schema
+    _, arguments, results = bound()[name]
+    assert arguments == [(str(a.type), a.name) for a in schema.arguments]
+    assert results == len(schema.returns)
+
+
+def test_bindings_of_both_devices_are_compiled_for_both():
+    for path in BINDINGS:
+        text = path.read_text()
+        assert ("MOERT_DISPATCH_KEY, m" in text) == (path.name in cuda_sources()), path.name
+    assert cuda_sources() == {file for file, *_ in bound().values()} - {"fused_experts_quantized.cpp"}
 
 
 def test_archs_are_those_of_the_build():

@@ -4,11 +4,25 @@ import pytest
 import torch
 
 import moert
-from moert import cuda
+from moert import ExpertLayout, Routing, cuda
+from moert.ops.expert_choice import expert_choice_ref
+from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
+from moert.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
 from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
-from moert.testing import DTYPES, GATING_SHAPES, PERMUTE_SHAPES, assert_rows_close
+from moert.ops.union_experts import union_experts, union_experts_ref
+from moert.testing import (
+    DTYPES,
+    FUSED_EXPERTS_SHAPES,
+    GATING_SHAPES,
+    GROUPED_GEMM_SHAPES,
+    PERMUTE_SHAPES,
+    assert_grads_close,
+    assert_rows_close,
+)
+from moert.types import DispatchPlan
 
+DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
@@ -16,11 +30,22 @@ pytestmark = [
 ]
 
 
-def on_gpu(x):
+def there(x):
     """x with every tensor in it on the GPU."""
     if torch.is_tensor(x):
-        return x.cuda()
-    return type(x)(*map(on_gpu, (x.offsets, x.tokens, x.slots)))
+        return x.to(DEVICE)
+    if isinstance(x, DispatchPlan):
+        return DispatchPlan(there(x.offsets), there(x.tokens), there(x.slots))
+    return x
+
+
+def by_gpu(fn):
+    """fn of tensors on the CPU, computed on the GPU."""
+    return lambda *args: fn(*map(there, args)).cpu()
+
+
+def same(plan, other):
+    return all(torch.equal(getattr(plan, name).cpu(), getattr(other, name)) for name in ("offsets", "tokens", "slots"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,18 +53,43 @@ def on_gpu(x):
 @pytest.mark.parametrize("score", ("softmax", "softmax_over_topk", "sigmoid", "relu", "identity"))
 def test_topk_gating(shape, score, dtype):
     logits = torch.randn(shape.T, shape.E).to(dtype)
-    weights, ids = moert.topk_gating(logits.cuda(), shape.k, score)
+    weights, ids = moert.topk_gating(there(logits), shape.k, score)
     assert torch.equal(ids.cpu(), topk_gating_ref(logits, shape.k, score)[1])
     assert_rows_close(weights.cpu(), lambda x: topk_gating_ref(x, shape.k, score)[0], logits)
+    dweights = torch.randn(shape.T, shape.k)
+    assert_grads_close(
+        by_gpu(lambda x: moert.topk_gating(x, shape.k, score)[0]),
+        lambda x: topk_gating_ref(x, shape.k, score)[0],
+        dweights,
+        logits,
+    )
+
+
+@pytest.mark.parametrize("limit", (moert.GroupLimit(8, 3, "top2"), moert.GroupLimit(4, 2, "max")), ids=str)
+def test_topk_gating_with_bias_and_groups(limit):
+    logits, bias = torch.randn(50, 64), torch.randn(64)
+    weights, ids = moert.topk_gating(there(logits), 6, "sigmoid", there(bias), True, 2.5, limit)
+    ref_weights, ref_ids = topk_gating_ref(logits, 6, "sigmoid", bias, True, 2.5, limit)
+    assert torch.equal(ids.cpu(), ref_ids)
+    assert torch.allclose(weights.cpu(), ref_weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_slots", (None, 64, 400))
+def test_expert_choice(max_slots):
+    scores, segments = torch.randint(-50, 50, (61, 5)) / 8, torch.randint(-1, 8, (61,))
+    args = scores, segments, torch.randint(0, 3, (7, 5)), 5, max_slots
+    capacity = args[2] if max_slots != 64 else args[2].clamp_max(1)  # at most 35 choices
+    args = (*args[:2], capacity, *args[3:])
+    weights, ids, plan = moert.expert_choice(*map(there, args))
+    ref_weights, ref_ids, ref_plan = expert_choice_ref(*args)
+    assert torch.equal(ids.cpu(), ref_ids) and torch.equal(weights.cpu(), ref_weights) and same(plan, ref_plan)
 
 
 @pytest.mark.parametrize("capacity", (None, 5))
 @pytest.mark.parametrize("shape", PERMUTE_SHAPES, ids=str)
 def test_permute_plan(shape, capacity):
     ids = shape.routing().ids
-    plan, ref = moert.permute_plan(ids.cuda(), shape.E, capacity), permute_plan_ref(ids, shape.E, capacity)
-    for name in ("offsets", "tokens", "slots"):
-        assert torch.equal(getattr(plan, name).cpu(), getattr(ref, name)), name
+    assert same(moert.permute_plan(there(ids), shape.E, capacity), permute_plan_ref(ids, shape.E, capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,9 +98,68 @@ def test_rows_there_and_back(shape, dtype):
     routing = shape.routing()
     plan = permute_plan_ref(routing.ids, shape.E)
     x, rows = torch.randn(shape.T, shape.H).to(dtype), torch.randn(plan.tokens.numel(), shape.H).to(dtype)
-    assert torch.equal(moert.permute(x.cuda(), on_gpu(plan)).cpu(), permute_ref(x, plan))
-    y = moert.unpermute(rows.cuda(), on_gpu(plan), routing.weights.cuda())
-    assert_rows_close(y.cpu(), lambda r, w: unpermute_ref(r, plan, w), rows, routing.weights)
+    assert torch.equal(moert.permute(there(x), there(plan)).cpu(), permute_ref(x, plan))
+    args = rows, routing.weights
+    y = moert.unpermute(there(rows), there(plan), there(routing.weights))
+    assert_rows_close(y.cpu(), lambda r, w: unpermute_ref(r, plan, w), *args)
+    fn = by_gpu(lambda r, w: moert.unpermute(r, there(plan), w))
+    assert_grads_close(fn, lambda r, w: unpermute_ref(r, plan, w), torch.randn(shape.T, shape.H).to(dtype), *args)
+
+
+@pytest.mark.parametrize("gathered", (False, True), ids=("", "gathered"))
+@pytest.mark.parametrize("biased", (False, True), ids=("plain", "bias"))
+@pytest.mark.parametrize("transposed", (False, True), ids=("ENK", "EKN"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", GROUPED_GEMM_SHAPES, ids=str)
+def test_grouped_gemm(shape, dtype, transposed, biased, gathered):
+    E, N, K = shape.E, shape.I, shape.H
+    plan = permute_plan_ref(shape.routing().ids, E)
+    w = torch.randn((E, K, N) if transposed else (E, N, K)) / K**0.5
+    bias = torch.randn(E, N).to(dtype) if biased else None
+    x, tokens = torch.randn(shape.T, K).to(dtype), plan.tokens
+    if not gathered:
+        x, tokens = x[tokens.clamp_min(0).long()], None
+
+    def run(fn, x, w, bias):
+        offsets, index = (plan.offsets, tokens) if fn is grouped_gemm_ref else (there(plan.offsets), there(tokens))
+        return fn(x, w, offsets, bias, index, None, "output", transposed)
+
+    args = x, w.to(dtype), bias
+    op, ref = by_gpu(lambda *a: run(grouped_gemm, *a)), lambda *a: run(grouped_gemm_ref, *a)
+    assert_rows_close(op(*args), ref, *args)
+    assert_grads_close(op, ref, torch.randn(len(plan.tokens), N).to(dtype), *args)
+
+
+@pytest.mark.parametrize("layout", (ExpertLayout(), ExpertLayout(True, True)), ids=("ENK", "EKN-interleaved"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
+def test_fused_experts(shape, dtype, layout):
+    E, H, I = shape.E, shape.H, shape.I
+    routing = shape.routing()
+    w1, w2 = torch.randn(E, 2 * I, H) / H**0.5, torch.randn(E, H, I) / I**0.5
+    if layout.transposed:
+        w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
+    b1, b2, x = torch.randn(E, 2 * I), torch.randn(E, H), torch.randn(shape.T, H)
+
+    def run(fn, x, weights, w1, w2, b1, b2):
+        return fn(x, Routing(routing.ids.to(x.device), weights, E), w1, w2, (b1, b2), "swiglu", layout)
+
+    args = x.to(dtype), routing.weights, *(t.to(dtype) for t in (w1, w2, b1, b2))
+    op, ref = by_gpu(lambda *a: run(moert.fused_experts, *a)), lambda *a: run(fused_experts_ref, *a)
+    assert_rows_close(op(*args), ref, *args)
+    # What lies between the products is rounded to dtype, four times on the way to dx.
+    assert_grads_close(op, ref, torch.randn(shape.T, H).to(dtype), *args, factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T,n,H,I", ((1, 3, 64, 48), (7, 9, 33, 19), (40, 4, 136, 300)))
+def test_union_experts(T, n, H, I, dtype):
+    E = 12
+    ids, gains = torch.randperm(E)[:n].int(), torch.rand(T, E) + 0.1
+    args = torch.randn(T, H), gains, torch.randn(E, I, H) / H**0.5, torch.randn(E, H, I) / I**0.5
+    args = [a.to(dtype) if i != 1 else a for i, a in enumerate(args)]
+    ref = lambda x, g, w1, w2: union_experts_ref(x, g, ids, w1, w2)  # noqa: E731
+    assert_rows_close(by_gpu(lambda x, g, w1, w2: union_experts(x, g, there(ids), w1, w2))(*args), ref, *args)
 
 
 def test_a_captured_plan_can_be_replayed():
@@ -65,12 +174,35 @@ def test_a_captured_plan_can_be_replayed():
 
 
 def test_a_tensor_on_the_cpu_is_refused():
-    logits = torch.randn(3, 8, device="cuda")
-    with pytest.raises(RuntimeError, match="bias must be on a GPU like the other arguments, got another device"):
+    logits, message = (
+        torch.randn(3, 8, device="cuda"),
+        "must be on the GPU like the other arguments, got another device",
+    )
+    with pytest.raises(RuntimeError, match=f"bias {message}"):
         moert.topk_gating(logits, 2, bias=torch.zeros(8))
+    with pytest.raises(RuntimeError, match=f"logits {message}"):
+        moert.topk_gating(logits.cpu(), 2, bias=torch.zeros(8, device="cuda"))
 
 
 @pytest.mark.parametrize("E,k,message", [(2000, 2, "at most 1024 experts"), (64, 40, "k must be at most 32 on a GPU")])
 def test_too_large(E, k, message):
     with pytest.raises(RuntimeError, match=message):
         moert.topk_gating(torch.randn(3, E, device="cuda"), k)
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        ({"offsets": 5, "tokens": 6, "slots": (3, 2)}, "offsets, tokens and slots must be None on a GPU"),
+        ({"onto_rows": (3, 8)}, "onto_rows, onto_scale, mix and constants must be None on a GPU"),
+    ],
+)
+def test_what_the_kernel_does_not_do_is_refused(given, message):
+    def zeros(*shape, **options):
+        return torch.zeros(*shape, device="cuda", **options)
+
+    ints = {"dtype": torch.int32}
+    tensors = {name: zeros(size, **({} if name == "onto_rows" else ints)) for name, size in given.items()}
+    args = zeros(3, 8), zeros(3, 2, **ints), zeros(3, 2), zeros(4, 10, 8), zeros(4, 8, 5), None, None
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.moert.fused_experts(*args, "swiglu", 1.0, 1.0, False, False, "output", False, **tensors)

@@ -35,6 +35,11 @@ class Execution {
 
 inline bool is_here(const Tensor& x) { return x.is_cuda(); }
 
+// Whether x is on the GPU of `first`.
+inline bool is_beside(const Tensor& x, const Tensor& first) {
+  return x.is_cuda() && x.get_device_index() == first.get_device_index();
+}
+
 // Memory for kernels to work in, on the device of x.
 inline Tensor bytes_beside(const Tensor& x, int64_t bytes) {
   return torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
@@ -43,7 +48,7 @@ inline Tensor bytes_beside(const Tensor& x, int64_t bytes) {
 }  // namespace moert
 
 #define MOERT_DISPATCH_KEY CUDA
-#define MOERT_DEVICE_NAME "a GPU"
+#define MOERT_DEVICE_NAME "the GPU"
 
 #else
 
@@ -60,6 +65,7 @@ class Execution {
 };
 
 inline bool is_here(const Tensor& x) { return x.is_cpu(); }
+inline bool is_beside(const Tensor& x, const Tensor&) { return x.is_cpu(); }
 
 }  // namespace moert
 
@@ -68,6 +74,10 @@ inline bool is_here(const Tensor& x) { return x.is_cpu(); }
 
 #endif
 
+// Of the first tensor of a call; the others are compared with it.
 #define CHECK_DEVICE(x)                \
   STD_TORCH_CHECK(::moert::is_here(x), \
+                  #x " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device")
+#define CHECK_SAME_DEVICE(x, first)             \
+  STD_TORCH_CHECK(::moert::is_beside(x, first), \
                   #x " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device")

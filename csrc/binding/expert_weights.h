@@ -67,11 +67,19 @@ inline void check_expert_bias(const char* name, const Tensor& bias, const Tensor
   STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ",
                   torch::headeronly::toString(x.scalar_type()), ", got ",
                   torch::headeronly::toString(bias.scalar_type()));
-  STD_TORCH_CHECK(is_here(bias), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
+  STD_TORCH_CHECK(is_beside(bias, x), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
 }
 
 // Whether the weights lie in panels, as moert.prepack_ leaves them; then both do.
 inline bool in_panels(const Tensor& w1, const Tensor& w2) { return w1.dim() == 5 && w2.dim() == 5; }
+
+#if defined(MOERT_CUDA)
+
+inline void check_expert_panels(const Tensor&, const Tensor& w1, const Tensor&) {
+  STD_TORCH_CHECK(false, "w1 must not lie in panels on a GPU, got prepacked weights (unprepack_) of shape ", shape(w1));
+}
+
+#else
 
 inline void check_panels(const char* name, const Tensor& w, const char* layout) {
   const cpu::Panel panel = cpu::panel_of(dtype(w));
@@ -79,6 +87,17 @@ inline void check_panels(const char* name, const Tensor& w, const char* layout) 
                   " in panels must be contiguous and have shape ", layout, ", columns=", panel.columns,
                   ", depth=", panel.depth, "], got ", shape(w));
 }
+
+inline void check_expert_panels(const Tensor& x, const Tensor& w1, const Tensor& w2) {
+  CHECK_SAME_DTYPE(w1, x);
+  CHECK_SAME_DTYPE(w2, x);
+  CHECK_SAME_DEVICE(w1, x);
+  CHECK_SAME_DEVICE(w2, x);
+  check_panels("w1", w1, "[E, 2I / columns, H / depth");
+  check_panels("w2", w2, "[E, H / columns, I / depth");
+}
+
+#endif
 
 // Rows and columns of the matrix of each expert.
 inline std::pair<int64_t, int64_t> matrix_sizes(const Tensor& w, bool transposed) {
@@ -96,10 +115,10 @@ inline ExpertMatrix panel_matrix(const Tensor& w, int64_t first) {
 // w1 and w2 are matrices of experts of x's dtype; their sizes are checked by experts_of.
 inline void check_expert_matrices(const Tensor& x, const Tensor& w1, const Tensor& w2) {
   CHECK_DIM(w1, 3, "[E, 2I, H]");
-  CHECK_DEVICE(w1);
+  CHECK_SAME_DEVICE(w1, x);
   CHECK_SAME_DTYPE(w1, x);
   CHECK_DIM(w2, 3, "[E, H, I]");
-  CHECK_DEVICE(w2);
+  CHECK_SAME_DEVICE(w2, x);
   CHECK_SAME_DTYPE(w2, x);
 }
 

@@ -10,7 +10,7 @@ namespace moert {
 
 // x [rows, columns] with the elements of a row side by side.
 inline Rows rows_of(const Tensor& x, const int32_t* index = nullptr) {
-  return {x.const_data_ptr(), dtype(x), x.stride(0), index};
+  return {x.const_data_ptr(), dtype(x), x.stride(0), index, x.size(0)};
 }
 
 // w [E, R, C] of any strides, or [E, C, R] if transposed.
@@ -53,8 +53,9 @@ inline void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weigh
   CHECK_FLOAT(x);
   CHECK_DEVICE(x);
   CHECK_DIM(ids, 2, "[T, k]");
+  CHECK_SAME_DEVICE(ids, x);
   CHECK_DIM(weights, 2, "[T, k]");
-  CHECK_DEVICE(weights);
+  CHECK_SAME_DEVICE(weights, x);
   STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
   STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
                   ", got ", shape(weights));

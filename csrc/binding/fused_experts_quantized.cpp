@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor> fused_experts_quantized_backward_cpu(
     double limit, std::string scale_on, int64_t needs) {
   const Call call = check(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, format1, group1,
                           format2, group2, activation, alpha, limit, scale_on);
-  CHECK_DEVICE(dy);
+  CHECK_SAME_DEVICE(dy, x);
   CHECK_SAME_DTYPE(dy, x);
   const int64_t T = call.tokens.T, H = call.experts.floats.H;
   STD_TORCH_CHECK(has_shape(dy, {T, H}), "dy must have shape [T=", T, ", H=", H, "], got ", shape(dy));

@@ -27,6 +27,7 @@ GroupScore parse_group_score(const std::string& group_score) {
 void check_logits(const Tensor& logits) {
   CHECK_DIM(logits, 2, "[T, E]");
   CHECK_FLOAT(logits);
+  CHECK_DEVICE(logits);
 }
 
 // The bias in the type of the arithmetic, dense.
@@ -36,7 +37,7 @@ Tensor check_bias(const Tensor& bias, const Tensor& logits) {
   const bool fits = bias.scalar_type() == ScalarType::Float || bias.scalar_type() == accumulate_type(logits);
   STD_TORCH_CHECK(fits, "bias must have dtype Float (or Double for Double logits), got ",
                   torch::headeronly::toString(bias.scalar_type()));
-  CHECK_DEVICE(bias);
+  CHECK_SAME_DEVICE(bias, logits);
   return torch::stable::contiguous(torch::stable::to(bias, accumulate_type(logits)));
 }
 
@@ -85,14 +86,14 @@ Tensor topk_gating_backward(const Tensor& dweights, const Tensor& logits, const 
   const int64_t T = logits.size(0), E = logits.size(1);
   STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids must have shape [T=", T, ", k], got ", shape(ids));
   CHECK_DTYPE(ids, Int);
-  CHECK_DEVICE(ids);
+  CHECK_SAME_DEVICE(ids, logits);
   const int64_t k = ids.size(1);
   STD_TORCH_CHECK(has_shape(dweights, {T, k}), "dweights must have shape [T=", T, ", k=", k, "], got ",
                   shape(dweights));
   STD_TORCH_CHECK(dweights.scalar_type() == accumulate_type(logits), "dweights must have dtype ",
                   torch::headeronly::toString(accumulate_type(logits)), ", got ",
                   torch::headeronly::toString(dweights.scalar_type()));
-  CHECK_DEVICE(dweights);
+  CHECK_SAME_DEVICE(dweights, logits);
   GatingOptions options;
   options.score = parse_score(score);
   options.renormalize = renormalize;

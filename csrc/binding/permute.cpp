@@ -4,6 +4,7 @@
 
 #include "binding/experts.h"
 #include "binding/ids.h"
+#include "binding/plan.h"
 
 namespace moert {
 
@@ -17,7 +18,7 @@ struct Plan {
 
 Plan check_plan(const Tensor& tokens, const Tensor& slots) {
   CHECK_DEVICE(tokens);
-  CHECK_DEVICE(slots);
+  CHECK_SAME_DEVICE(slots, tokens);
   CHECK_DIM(slots, 2, "[T, k]");
   CHECK_DTYPE(slots, Int);
   CHECK_DTYPE(tokens, Int);
@@ -30,7 +31,7 @@ Plan check_plan(const Tensor& tokens, const Tensor& slots) {
 }
 
 void check_rows(const Tensor& rows, const Plan& plan) {
-  CHECK_DEVICE(rows);
+  CHECK_SAME_DEVICE(rows, plan.tokens);
   CHECK_FLOAT(rows);
   CHECK_DIM(rows, 2, "[S, H]");
   STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [S=", plan.S, ", H], got ", shape(rows));
@@ -38,7 +39,7 @@ void check_rows(const Tensor& rows, const Plan& plan) {
 
 // weights [T, k] in the type that sums are kept in.
 Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan) {
-  CHECK_DEVICE(weights);
+  CHECK_SAME_DEVICE(weights, rows);
   CHECK_SCALE_DTYPE(weights, rows);
   STD_TORCH_CHECK(has_shape(weights, {plan.T, plan.k}), "weights must have shape [T=", plan.T, ", k=", plan.k,
                   "], got ", shape(weights));
@@ -47,27 +48,11 @@ Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan
 
 // residual [T, H] with the elements of a row side by side.
 Tensor check_residual(const Tensor& residual, const Tensor& rows, const Plan& plan) {
-  CHECK_DEVICE(residual);
+  CHECK_SAME_DEVICE(residual, rows);
   CHECK_SAME_DTYPE(residual, rows);
   STD_TORCH_CHECK(has_shape(residual, {plan.T, rows.size(1)}), "residual must have shape [T=", plan.T,
                   ", H=", rows.size(1), "], got ", shape(residual));
   return dense_rows(residual);
-}
-
-// What permute_plan writes, of a GPU with the memory that it works in.
-void sort_choices(const Tensor& ids, int64_t num_experts, int64_t capacity, Tensor& offsets, Tensor& tokens,
-                  Tensor& slots) {
-  const int64_t T = ids.size(0), k = ids.size(1);
-#if defined(MOERT_CUDA)
-  Tensor workspace = bytes_beside(ids, cuda::permute_plan_workspace(T, k, num_experts));
-  cuda::permute_plan(ids.const_data_ptr<int32_t>(), T, k, num_experts, capacity, workspace.mutable_data_ptr(),
-                     Execution(ids), offsets.mutable_data_ptr<int32_t>(), tokens.mutable_data_ptr<int32_t>(),
-                     slots.mutable_data_ptr<int32_t>());
-#else
-  cpu::permute_plan(ids.const_data_ptr<int32_t>(), T, k, num_experts, capacity, Execution(ids),
-                    offsets.mutable_data_ptr<int32_t>(), tokens.mutable_data_ptr<int32_t>(),
-                    slots.mutable_data_ptr<int32_t>());
-#endif
 }
 
 }  // namespace
@@ -88,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> permute_plan(const Tensor& ids, int64_t num_e
 
 Tensor permute(const Tensor& x, const Tensor& tokens, const Tensor& slots) {
   const Plan plan = check_plan(tokens, slots);
-  CHECK_DEVICE(x);
+  CHECK_SAME_DEVICE(x, plan.tokens);
   CHECK_FLOAT(x);
   CHECK_DIM(x, 2, "[T, H]");
   STD_TORCH_CHECK(x.size(0) == plan.T, "x must have shape [T=", plan.T, ", H], got ", shape(x));
@@ -122,7 +107,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
   check_rows(rows, plan);
   const Tensor w = check_weights(weights, rows, plan);
   const int64_t H = rows.size(1);
-  CHECK_DEVICE(dy);
+  CHECK_SAME_DEVICE(dy, rows);
   CHECK_SAME_DTYPE(dy, rows);
   STD_TORCH_CHECK(has_shape(dy, {plan.T, H}), "dy must have shape [T=", plan.T, ", H=", H, "], got ", shape(dy));
   const Tensor from = dense_rows(rows), dfrom = dense_rows(dy);

@@ -13,7 +13,8 @@ Tensor union_experts(const Tensor& x, const Tensor& gains, const Tensor& ids, co
   CHECK_FLOAT(x);
   CHECK_DEVICE(x);
   CHECK_DIM(ids, 1, "[n]");
-  CHECK_DEVICE(gains);
+  CHECK_SAME_DEVICE(ids, x);
+  CHECK_SAME_DEVICE(gains, x);
   check_expert_matrices(x, w1, w2);
   const int64_t T = x.size(0), E = w1.size(0);
   STD_TORCH_CHECK(has_shape(gains, {T, E}), "gains must have shape [T=", T, ", E=", E, "], got ", shape(gains));
