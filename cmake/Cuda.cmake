@@ -3,7 +3,7 @@
 set(MOERT_NVCC_MINIMUM 12.8)
 include(cmake/Cutlass.cmake)
 
-# MOERT_NVCC: on the PATH, in CUDA_HOME, or from the packages of PyPI beside the Python of this build.
+# MOERT_NVCC: what CUDACXX names, on the PATH, in CUDA_HOME, or from the packages of PyPI beside the Python of this build.
 function(moert_find_nvcc)
   set(hints "")
   if(DEFINED Python_EXECUTABLE)
@@ -11,7 +11,7 @@ function(moert_find_nvcc)
                     OUTPUT_VARIABLE platlib OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     set(hints "${platlib}/nvidia/cu13/bin")
   endif()
-  find_program(MOERT_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin PATHS ${hints} /usr/local/cuda/bin)
+  find_program(MOERT_NVCC NAMES $ENV{CUDACXX} nvcc HINTS $ENV{CUDA_HOME}/bin PATHS ${hints} /usr/local/cuda/bin)
 endfunction()
 
 # Whether the installed torch sees a GPU; -I as in moert_require_torch.
@@ -34,7 +34,7 @@ macro(moert_choose_cuda)
         moert_torch_sees_gpu(MOERT_BUILD_CUDA)
       endif()
     elseif(MOERT_CUDA STREQUAL "ON")
-      moert_refuse("nvcc must be on the PATH, in CUDA_HOME or installed by pip for MOERT_CUDA=ON, got none: "
+      moert_refuse("nvcc must be on the PATH, in CUDACXX, in CUDA_HOME or installed by pip for MOERT_CUDA=ON, got none: "
                    "make cuda-toolchain, or pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'")
     endif()
   endif()

@@ -30,6 +30,7 @@ RULES = (
     Rule(r"unpermute_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are summed 16 bytes at a time"),
     Rule(r"unpermute_backward_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are read 16 bytes at a time"),
     Rule(r"gating_kernelIfLi(?:8|16|32)E", ".*", (LOAD_128,), "logits are read 16 bytes at a time"),
+    Rule(r"GemmUniversal", "sm_90a", (r"\bHGMMA\b", r"\bUTMALDG\b"), "Hopper's tensor cores, fed by its copy engine"),
 )
 # Kernels that may spill, and why.
 SPILLS = ((r"gating_kernelId", "float64 is for checking gradients"),)
@@ -79,8 +80,9 @@ def complaints(usage: list[Kernel], sass: dict[tuple[str, str], str]) -> list[st
             for key, text in sass.items()
             if re.search(rule.kernel, key[0]) and re.fullmatch(rule.archs, key[1])
         }
-        if not hit:
-            said.append(f"no kernel matches {rule.kernel} on {rule.archs}")
+        for arch in WANTED_ARCHS:
+            if re.fullmatch(rule.archs, arch) and not any(key[1] == arch for key in hit):
+                said.append(f"no kernel matches {rule.kernel} on {arch}")
         for (name, arch), text in hit.items():
             said += [f"{arch} {name}: no {wanted}: {rule.why}" for wanted in rule.has if not re.search(wanted, text)]
     return said

@@ -1,3 +1,5 @@
+import re
+
 from tools import sass
 
 USAGE = """
@@ -39,7 +41,9 @@ def test_says_what_is_wrong():
     assert "gating_kernelIdLi8ELb1EEEv: 16 bytes" not in said  # float64 may spill
     assert "gating_kernelIfLi8ELb1EEEv: no \\bLDG" in said and "logits are read 16 bytes at a time" in said
     assert "permute_kernelINS0_5ChunkEEEv: no \\bSTG" in said and "permute_kernelINS0_5ChunkEEEv: no \\bLDG" not in said
-    assert "no kernel matches unpermute_kernel" in said
+    for arch in sass.WANTED_ARCHS:
+        assert re.search(rf"no kernel matches unpermute_kernel\S* on {arch}\n", said), arch
+    assert "no kernel matches GemmUniversal on sm_90a" in said and "GemmUniversal on sm_80" not in said
 
 
 def test_an_architecture_that_is_missing_is_said():
