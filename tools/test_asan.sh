@@ -2,6 +2,7 @@
 # The C++ tests and the operator tests under the address and undefined-behaviour sanitizers.  usage: test_asan.sh PYTHON
 set -euo pipefail
 python=$1 build=build/asan sanitize=address,undefined
+mkdir -p build
 tests=${TESTS:-tests/ops tests/routers}
 
 cmake -S . -B $build -G Ninja -DMOERT_TESTS=ON -DMOERT_SANITIZE=$sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
