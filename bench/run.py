@@ -13,6 +13,7 @@ import sys
 import tempfile
 from datetime import datetime, timezone
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", default=ops, choices=ops)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--shapes", type=int, default=len(BENCH_SHAPES), help="only the first so many")
+    parser.add_argument("--shapes", type=int, default=99, help="only the first so many")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each provider of each row")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--base", metavar="REV", help="also build and time that commit, in turns with this one")
@@ -82,14 +83,15 @@ def run_tests(ops: list[str]) -> None:
 def bench(op: str, options: argparse.Namespace, bounds: dict) -> list[dict]:
     """The rows of one operator."""
     module = import_module(f"bench_{op}")
+    shapes = getattr(module, "SHAPES", BENCH_SHAPES)[: options.shapes]
     rows = []
-    for dtype in options.dtype:
-        for shape in BENCH_SHAPES[: options.shapes]:
-            torch.manual_seed(0)
-            case = module.case(shape, DTYPES[dtype])
-            check(op, shape, case)
-            for mode in options.mode:
-                rows += measure(op, case, mode, dtype, shape, options, bounds)
+    for dtype, shape, variant in product(options.dtype, shapes, getattr(module, "VARIANTS", (None,))):
+        torch.manual_seed(0)
+        case = module.case(shape, DTYPES[dtype], *([variant] if variant else []))
+        name = f"{op} {variant}" if variant else op
+        check(name, shape, case)
+        for mode in options.mode:
+            rows += measure(name, case, mode, dtype, shape, options, bounds)
     return rows
 
 
@@ -142,7 +144,7 @@ def beside_base(options: argparse.Namespace) -> list[dict]:
             for _ in range(turns):
                 for provider, path in (("moert", None), ("base", site)):
                     for got in turn(options, op, path, Path(folder) / "rows.json", turns):
-                        key = (op, got["dtype"], got["shape"], got["mode"], provider)
+                        key = (got["op"], got["dtype"], got["shape"], got["mode"], provider)
                         times = rows[key]["times"] + got["times"] if key in rows else got["times"]
                         rows[key] = row({**got, "provider": provider}, times, got["ideal"])
                         rows[key]["commit"] = revision if path else got["commit"]

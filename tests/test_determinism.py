@@ -1,4 +1,4 @@
-"""The same inputs give the same bits: forward and backward of every operator, repeated, with 1, 2 and 4 threads."""
+"""The same inputs give the same bits: forward and backward of every operator, repeated, with 1, 2, 3 and 7 threads."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from moert import (
 from moert.testing import Shape
 
 SHAPE = Shape("several tiles, uneven experts, dropped choices", 150, 8, 2, 136, 72, "zipf")
-REPEATS = {1: 10, 2: 80, 4: 10}  # threads: how often, a hundred in all; four are slow on two cores
+REPEATS = {1: 10, 2: 80, 3: 5, 7: 5}  # threads: how often, a hundred in all; many are slow on two cores
 
 
 def gradients(y, *leaves):

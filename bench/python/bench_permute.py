@@ -2,7 +2,13 @@ import torch
 
 from case import Case
 from moert.ops.permute import permute, permute_plan, unpermute
-from moert.testing import Shape
+from moert.testing import BENCH_SHAPES, Shape
+
+SHAPES = (
+    *BENCH_SHAPES,
+    Shape("Qwen3-30B-A3B, 1024 tokens", 1024, 128, 8, 2048, 768),
+    Shape("Qwen3-30B-A3B, 4096 tokens", 4096, 128, 8, 2048, 768),
+)
 
 
 def case(shape: Shape, dtype: torch.dtype) -> Case:

@@ -1,9 +1,12 @@
+import functools
 import itertools
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +22,7 @@ from moert.testing import (
     FUSED_EXPERTS_SHAPES,
     ID_DTYPES,
     LAYOUTS,
+    ROUTINGS,
     Shape,
     assert_grads_close,
     assert_rows_close,
@@ -86,6 +90,23 @@ def test_gradcheck(activation, scale_on, layout):
     args, run = case(Shape("small", 5, 3, 2, 4, 3), torch.float64, activation, layout, bias=True)
     args = [a.requires_grad_() for a in args]
     assert torch.autograd.gradcheck(lambda *a: run(fused_experts, *a, scale_on), args)
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 130), st.sampled_from((1, 2, 5, 64, 1024)), st.integers(1, 70), st.integers(1, 70)),
+    k=st.integers(1, 8),
+    kind=st.sampled_from(ROUTINGS),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(EXPERT_LAYOUTS),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_sizes(sizes, k, kind, dtype, layout):
+    T, E, H, I = sizes
+    args, run = case(Shape("drawn", T, E, min(k, E), H, I, kind), dtype, layout=layout)
+    fn, ref = (functools.partial(run, f) for f in (fused_experts, fused_experts_ref))
+    assert_rows_close(fn(*args), ref, *args)
+    if E < 1024:  # the reference's backward takes seconds of as many experts
+        assert_grads_close(fn, ref, torch.randn_like(args[0]), *args)
 
 
 def test_small_integers_are_exact():
