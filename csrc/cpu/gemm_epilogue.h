@@ -8,21 +8,6 @@
 namespace moert::cpu {
 namespace {
 
-// f(T{}) for the element type at run time.
-template <typename F>
-MOERT_INLINE void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(float{});
-    case DType::bf16:
-      return f(bf16{});
-    case DType::f16:
-      return f(f16{});
-    case DType::f64:
-      return f(double{});
-  }
-}
-
 MOERT_INLINE void narrow(float x, float& y) { y = x; }
 MOERT_INLINE void narrow(float x, bf16& y) { y = to_bf16(x); }
 MOERT_INLINE void narrow(float x, f16& y) { y = to_f16(x); }

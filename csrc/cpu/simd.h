@@ -38,10 +38,6 @@ using Vec = typename VectorOf<T>::type;
 template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-// The type that elements of type T are computed in.
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 using VecF = Vec<float>;
 using VecI = Vec<int32_t>;
 

@@ -2,27 +2,9 @@
 #pragma once
 
 #include "cuda/activation.h"
+#include "cuda/numbers.h"
 
 namespace moert::cuda {
-
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-MOERT_HOST_DEVICE inline T stored(Sum<T> x) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return to_bf16(x);
-  else if constexpr (std::is_same_v<T, f16>)
-    return to_f16(x);
-  else
-    return x;
-}
-
-MOERT_HOST_DEVICE static inline double loaded(double x) { return x; }
-template <typename T>
-MOERT_HOST_DEVICE inline float loaded(T x) {
-  return to_float(x);
-}
 
 // Neighbours of a row, stored at once.
 template <typename T, int n>
@@ -46,7 +28,7 @@ MOERT_HOST_DEVICE inline void put(T* to, const Neighbours<T, n>& from) {
 
 template <typename T>
 struct Epilogue {
-  using A = Sum<T>;
+  using A = Acc<T>;
 
   T* y;              // [S, N]
   int64_t y_stride;  // between rows
@@ -63,13 +45,13 @@ struct Epilogue {
   // A sum of the product as the activation is given it.
   MOERT_HOST_DEVICE A before(int32_t expert, int64_t row, int64_t column, A sum, const T* b) const {
     if (scale && scale_input) sum *= scale[row];
-    return b ? sum + loaded(b[expert * bias_expert + column * bias_step]) : sum;
+    return b ? sum + widen(b[expert * bias_expert + column * bias_step]) : sum;
   }
 
   // As it is stored in y.
   MOERT_HOST_DEVICE T after(int64_t row, A g, A u) const {
     const A value = activates ? activate(form, g, u) : g;
-    return stored<T>(scale && !scale_input ? value * scale[row] : value);
+    return narrow<T>(scale && !scale_input ? value * scale[row] : value);
   }
 
   // n columns from `column` on, which y and h must be aligned to; `up` is not looked at where there is no gate.
@@ -80,8 +62,8 @@ struct Epilogue {
     for (int i = 0; i < n; ++i) {
       const A g = before(expert, row, column + i, gate[i], bias);
       const A u = form.gated ? before(expert, row, column + i, up[i], up_bias) : A(0);
-      h_gate.values[i] = stored<T>(g);
-      h_up.values[i] = stored<T>(u);
+      h_gate.values[i] = narrow<T>(g);
+      h_up.values[i] = narrow<T>(u);
       out.values[i] = after(row, g, u);
     }
     put_row(row, column, out, h_gate, h_up);
@@ -89,7 +71,7 @@ struct Epilogue {
 
   // A slot that no expert has.
   MOERT_HOST_DEVICE void clear(int64_t row, int64_t column) const {
-    const Neighbours<T, 1> zero{{stored<T>(0)}};
+    const Neighbours<T, 1> zero{{narrow<T>(0)}};
     put_row(row, column, zero, zero, zero);
   }
 

@@ -14,8 +14,14 @@ StridedMatrix<T> strided(const ExpertMatrix& m) {
 
 // All but the tokens and the output.
 template <typename T>
-FewTokens<T> call_of(const ExpertWeights& w, void* workspace) {
+FewTokens<T> call_of(const Rows& x, const int32_t* ids, int64_t tokens, int64_t k, const ExpertWeights& w,
+                     void* workspace, void* y) {
   FewTokens<T> p{};
+  p.x = static_cast<const T*>(x.data);
+  p.x_stride = x.stride;
+  p.ids = ids;
+  p.tokens = tokens, p.k = k;
+  p.y = static_cast<T*>(y);
   p.E = w.E, p.H = w.H, p.I = w.I;
   p.gate = strided<T>(w.gate);
   p.up = strided<T>(is_gated(w.activation.act) ? w.up : w.gate);
@@ -89,14 +95,9 @@ int64_t few_tokens_workspace(DType dtype, int64_t choices, int64_t I) {
 void fused_experts_few(const RoutedRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y) {
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
-    FewTokens<T> p = call_of<T>(experts, workspace);
-    p.x = static_cast<const T*>(tokens.x.data);
-    p.x_stride = tokens.x.stride;
-    p.ids = tokens.ids;
+    FewTokens<T> p = call_of<T>(tokens.x, tokens.ids, tokens.T, tokens.k, experts, workspace, y);
     p.ids_stride = p.weights_stride = tokens.k;
     p.weights = static_cast<const Acc<T>*>(tokens.weights);
-    p.tokens = tokens.T, p.k = tokens.k;
-    p.y = static_cast<T*>(y);
     run(p, stream);
   });
 }
@@ -108,15 +109,10 @@ int64_t union_experts_workspace(const UnionRows& tokens, const ExpertWeights& ex
 void union_experts(const UnionRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y) {
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
-    FewTokens<T> p = call_of<T>(experts, workspace);
-    p.x = static_cast<const T*>(tokens.x.data);
-    p.x_stride = tokens.x.stride;
-    p.ids = tokens.ids;
+    FewTokens<T> p = call_of<T>(tokens.x, tokens.ids, tokens.T, tokens.n, experts, workspace, y);
     p.weights = static_cast<const Acc<T>*>(tokens.gains);
     p.weights_stride = experts.E;
     p.by_expert = true;
-    p.tokens = tokens.T, p.k = tokens.n;
-    p.y = static_cast<T*>(y);
     run(p, stream);
   });
 }

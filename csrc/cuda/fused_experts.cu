@@ -13,8 +13,8 @@ void SlotPlan<T>::run(const RoutedRows& r, int64_t E, void* stream) const {
   permute_plan(r.ids, r.T, r.k, E, -1, workspace, stream, offsets, tokens, slots);
   if (!scale) return;
   const int64_t choices = r.T * r.k;
-  launch(&scale_by_slot<Sum<T>>, {ceil_div(choices, kRowThreads)}, kRowThreads, stream,
-         static_cast<const Sum<T>*>(r.weights), slots, choices, scale);
+  launch(&scale_by_slot<Acc<T>>, {ceil_div(choices, kRowThreads)}, kRowThreads, stream,
+         static_cast<const Acc<T>*>(r.weights), slots, choices, scale);
 }
 
 template struct SlotPlan<float>;

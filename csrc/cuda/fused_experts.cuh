@@ -38,28 +38,28 @@ struct ActivationBackward {
   const int32_t* offsets;
   const T* h;           // [S, I] or [S, 2I], gate then up
   const T* g;           // [S, I]
-  const Sum<T>* scale;  // [S] or null
-  ActivationForm<Sum<T>> form;
+  const Acc<T>* scale;  // [S] or null
+  ActivationForm<Acc<T>> form;
   bool alternate;  // dh holds gate and up in turns, else one after the other
   T* dh;           // [S, I] or [S, 2I]: the gradient of h, in the order of w1's rows
   T* act;          // [S, I] or null: weight act
-  Sum<T>* dots;    // [S]: <g, act>
+  Acc<T>* dots;    // [S]: <g, act>
 };
 
 // One block a slot.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) activation_backward(ActivationBackward<T> p) {
-  using A = Sum<T>;
+  using A = Acc<T>;
   const int64_t s = blockIdx.x, I = p.I, width = p.form.gated ? 2 * I : I;
   if (s >= p.offsets[p.E]) return;
   const A scale = p.scale ? p.scale[s] : A(1);
   A dot = 0;
   for (int64_t i = threadIdx.x; i < I; i += kRowThreads) {
-    const A g = loaded(p.g[s * I + i]), u = p.form.gated ? A(loaded(p.h[s * width + I + i])) : A(0);
-    const auto gradients = activate_backward(p.form, A(loaded(p.h[s * width + i])), u, scale * g);
-    p.dh[s * width + (p.alternate ? 2 * i : i)] = stored<T>(gradients.dgate);
-    if (p.form.gated) p.dh[s * width + (p.alternate ? 2 * i + 1 : I + i)] = stored<T>(gradients.dup);
-    if (p.act) p.act[s * I + i] = stored<T>(scale * gradients.act);
+    const A g = widen(p.g[s * I + i]), u = p.form.gated ? A(widen(p.h[s * width + I + i])) : A(0);
+    const auto gradients = activate_backward(p.form, A(widen(p.h[s * width + i])), u, scale * g);
+    p.dh[s * width + (p.alternate ? 2 * i : i)] = narrow<T>(gradients.dgate);
+    if (p.form.gated) p.dh[s * width + (p.alternate ? 2 * i + 1 : I + i)] = narrow<T>(gradients.dup);
+    if (p.act) p.act[s * I + i] = narrow<T>(scale * gradients.act);
     dot += g * gradients.act;
   }
   dot = block_sum(dot);
@@ -72,22 +72,22 @@ template <typename T>
 struct ChoiceDots {
   int64_t k, H;
   const int32_t *slots, *ids;  // [T, k]; row = slot where ids is null
-  const Sum<T>* start;         // [S] or null
+  const Acc<T>* start;         // [S] or null
   const T *a, *b;              // b may be null
   int64_t a_stride, b_stride;
-  Sum<T>* out;
+  Acc<T>* out;
 };
 
 // One block a choice.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) choice_dots(ChoiceDots<T> p) {
-  using A = Sum<T>;
+  using A = Acc<T>;
   const int64_t i = blockIdx.x, t = i / p.k;
   const int32_t slot = p.slots[i];
   A dot = 0;
   if (slot >= 0 && p.b) {
     const T *a = p.a + t * p.a_stride, *b = p.b + (p.ids ? p.ids[i] : slot) * p.b_stride;
-    for (int64_t n = threadIdx.x; n < p.H; n += kRowThreads) dot += A(loaded(a[n])) * A(loaded(b[n]));
+    for (int64_t n = threadIdx.x; n < p.H; n += kRowThreads) dot += A(widen(a[n])) * A(widen(b[n]));
   }
   dot = block_sum(dot);
   if (threadIdx.x == 0) p.out[i] = slot < 0 ? A(0) : dot + (p.start ? p.start[slot] : A(0));
@@ -102,7 +102,7 @@ struct SlotSums {
   const T* rows;
   int64_t stride;
   const int32_t* index;  // of rows, or null
-  const Sum<T>* scale;   // or null
+  const Acc<T>* scale;   // or null
   T* out;
   int64_t out_stride;
 };
@@ -110,7 +110,7 @@ struct SlotSums {
 // A block sums kWarp columns of one expert; warp i takes every eighth slot from i on.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) slot_sums(SlotSums<T> p) {
-  using A = Sum<T>;
+  using A = Acc<T>;
   constexpr int kWarps = kRowThreads / kWarp;
   __shared__ A parts[kWarps][kWarp];
   const int64_t columns = (p.N + kWarp - 1) / kWarp, e = blockIdx.x / columns;
@@ -119,23 +119,23 @@ __global__ void __launch_bounds__(kRowThreads) slot_sums(SlotSums<T> p) {
   A sum = 0;
   for (int64_t s = slots.begin + warp_id(); n < p.N && s < slots.begin + slots.count; s += kWarps) {
     const int64_t row = p.index ? p.index[s] : s;
-    sum += (p.scale ? p.scale[s] : A(1)) * A(loaded(p.rows[row * p.stride + n]));
+    sum += (p.scale ? p.scale[s] : A(1)) * A(widen(p.rows[row * p.stride + n]));
   }
   parts[warp_id()][lane_id()] = sum;
   __syncthreads();
   if (warp_id() || n >= p.N) return;
   for (int i = 1; i < kWarps; ++i) sum += parts[i][lane_id()];
-  p.out[e * p.out_stride + n] = stored<T>(sum);
+  p.out[e * p.out_stride + n] = narrow<T>(sum);
 }
 
 // rows[s] *= scale[s], one block a slot.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
-    scale_rows(const int32_t* used, const Sum<T>* scale, int64_t width, T* rows) {
+    scale_rows(const int32_t* used, const Acc<T>* scale, int64_t width, T* rows) {
   const int64_t s = blockIdx.x;
   if (s >= *used) return;
   for (int64_t i = threadIdx.x; i < width; i += kRowThreads)
-    rows[s * width + i] = stored<T>(scale[s] * Sum<T>(loaded(rows[s * width + i])));
+    rows[s * width + i] = narrow<T>(scale[s] * Acc<T>(widen(rows[s * width + i])));
 }
 
 }  // namespace moert::cuda

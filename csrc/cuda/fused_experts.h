@@ -18,14 +18,14 @@ inline void check_alone(const RoutedRows& r) {
 template <typename T>
 struct SlotPlan {
   int32_t *offsets, *tokens, *slots;  // [E+1], [T*k], [T, k], as permute_plan gives them
-  Sum<T>* scale;                      // [T*k], the routing weight of each slot; null where none is asked for
+  Acc<T>* scale;                      // [T*k], the routing weight of each slot; null where none is asked for
   void* workspace;                    // of permute_plan
 
   SlotPlan(const RoutedRows& r, int64_t E, bool scaled, Memory& memory)
       : offsets(memory.take<int32_t>(E + 1)),
         tokens(memory.take<int32_t>(r.T * r.k)),
         slots(memory.take<int32_t>(r.T * r.k)),
-        scale(scaled ? memory.take<Sum<T>>(r.T * r.k) : nullptr),
+        scale(scaled ? memory.take<Acc<T>>(r.T * r.k) : nullptr),
         workspace(memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {}
 
   void run(const RoutedRows& r, int64_t E, void* stream) const;
@@ -43,7 +43,7 @@ Product<T> first_product(const RoutedRows& tokens, const ExpertWeights& w, const
   to.scale = w.scale_on == ScaleOn::input ? plan.scale : nullptr;
   to.scale_input = true;
   to.activates = true;
-  to.form = activation_form<Sum<T>>(w.activation);
+  to.form = activation_form<Acc<T>>(w.activation);
   to.h = h;
   const Rows x{tokens.x.data, tokens.x.dtype, tokens.x.stride, plan.tokens, tokens.T};
   return {int32_t(tokens.T * tokens.k),

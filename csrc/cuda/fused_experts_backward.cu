@@ -33,7 +33,7 @@ ExpertMatrix turned(const ExpertMatrix& m) {
 
 template <typename T>
 struct Backward {
-  using A = Sum<T>;
+  using A = Acc<T>;
   static constexpr DType kType = DTypeOf<T>::value;
 
   const Rows& dy;

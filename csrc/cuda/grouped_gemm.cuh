@@ -58,7 +58,7 @@ MOERT_DEVICE_INLINE void for_thread_tile(const F& f) {
 
 template <typename T>
 __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_simt(Product<T> p) {
-  using A = Sum<T>;
+  using A = Acc<T>;
   const int64_t columns = (p.N + kSimtTile - 1) / kSimtTile;
   const TileIndex tile = banded(blockIdx.x, num_row_tiles(p.S, p.E, kSimtTile), columns, kBand);
   const RowTile rows = row_tile(p.offsets, p.E, p.S, kSimtTile, int32_t(tile.row));
@@ -69,12 +69,10 @@ __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_simt(Product<T> p) 
   A gate[kPerThread][kPerThread], up[kPerThread][kPerThread];
   const auto x = [&](int m, int64_t k) {
     const T* row = m < rows.rows ? p.x.row(rows.row + m) : nullptr;
-    return row ? A(loaded(row[k])) : A(0);
+    return row ? A(widen(row[k])) : A(0);
   };
   const auto times = [&](const MatrixOf<const T>& w, A(&c)[kPerThread][kPerThread]) {
-    const auto weight = [&](int n, int64_t k) {
-      return n0 + n < p.N ? A(loaded(*w.at(rows.expert, n0 + n, k))) : A(0);
-    };
+    const auto weight = [&](int n, int64_t k) { return n0 + n < p.N ? A(widen(*w.at(rows.expert, n0 + n, k))) : A(0); };
     multiply_simt<A>(x, weight, p.K, true, w.column == 1, c);
   };
   if (!unused) {
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_simt(Product<T> p) 
 
 template <typename T>
 __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_wgrad_simt(Gradient<T> p) {
-  using A = Sum<T>;
+  using A = Acc<T>;
   const int64_t rows = (p.N + kSimtTile - 1) / kSimtTile, columns = (p.K + kSimtTile - 1) / kSimtTile;
   const int64_t e = blockIdx.x / (rows * columns);
   const TileIndex tile = banded(blockIdx.x % (rows * columns), rows, columns, kBand);
@@ -103,14 +101,14 @@ __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_wgrad_simt(Gradient
   A c[kPerThread][kPerThread];
   const auto value = [&](const RowsOf<T>& from, int64_t s, int64_t column, int64_t size) {
     const T* row = column < size ? from.row(slots.begin + s) : nullptr;
-    return row ? A(loaded(row[column])) : A(0);
+    return row ? A(widen(row[column])) : A(0);
   };
   const auto dy = [&](int n, int64_t s) { return value(p.dy, s, n0 + n, p.N); };
   const auto x = [&](int k, int64_t s) { return value(p.x, s, k0 + k, p.K); };
   multiply_simt<A>(dy, x, slots.count, false, false, c);
 
   for_thread_tile([&](int i, int j, int row, int column) {
-    if (n0 + row < p.N && k0 + column < p.K) *p.dw.at(e, n0 + row, k0 + column) = stored<T>(c[i][j]);
+    if (n0 + row < p.N && k0 + column < p.K) *p.dw.at(e, n0 + row, k0 + column) = narrow<T>(c[i][j]);
   });
 }
 

@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
     float values[kStored];
     sums.read(i / kGroups, i % kGroups, values);
     Neighbours<T, kStored> out;
-    for (int j = 0; j < kStored; ++j) out.values[j] = stored<T>(values[j]);
+    for (int j = 0; j < kStored; ++j) out.values[j] = narrow<T>(values[j]);
     put(p.dw.at(e, row, column), out);
   }
 }

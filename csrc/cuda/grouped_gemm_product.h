@@ -66,7 +66,7 @@ Product<T> product_of(const GroupedGemm& p, void* y, int64_t y_stride) {
   Epilogue<T> to{static_cast<T*>(y), y_stride, p.N};
   to.bias = static_cast<const T*>(p.bias.data);
   to.bias_expert = p.bias.expert_stride;
-  to.scale = static_cast<const Sum<T>*>(p.scale);
+  to.scale = static_cast<const Acc<T>*>(p.scale);
   to.scale_input = p.scale_on == ScaleOn::input;
   const MatrixOf<const T> w(p.w);
   return {int32_t(p.S), int32_t(p.E), p.N, p.K, p.offsets, RowsOf<T>(p.x), w, w, to, p.workspace};

@@ -40,19 +40,4 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, [[maybe_unuse
 #endif
 }
 
-// f(T{}) for the element type T of dtype.
-template <typename F>
-void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(float{});
-    case DType::bf16:
-      return f(bf16{});
-    case DType::f16:
-      return f(f16{});
-    case DType::f64:
-      return f(double{});
-  }
-}
-
 }  // namespace moert::cuda

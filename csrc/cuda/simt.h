@@ -10,7 +10,7 @@
 
 #include <type_traits>
 
-#include "moert/dtype.h"
+#include "cuda/numbers.h"
 
 #define MOERT_DEVICE_INLINE __device__ __forceinline__
 
@@ -88,26 +88,6 @@ MOERT_DEVICE_INLINE void store_chunk(void* p, const Chunk& c) {
 #else
   emulate::aligned<Chunk>(p) = c;
 #endif
-}
-
-// The type of sums over T.
-template <typename T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-MOERT_DEVICE_INLINE double widen(double x) { return x; }
-template <typename T>
-MOERT_DEVICE_INLINE float widen(T x) {
-  return to_float(x);
-}
-
-template <typename T>
-MOERT_DEVICE_INLINE T narrow(Acc<T> x) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return to_bf16(x);
-  else if constexpr (std::is_same_v<T, f16>)
-    return to_f16(x);
-  else
-    return x;
 }
 
 // Element i of a chunk of T as a sum's type; i is known when the loop around it is unrolled.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // What kernels of the host and of a device both include: a device compiler sees its keywords, any other nothing.
 #if defined(__CUDACC__)
@@ -24,6 +25,25 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// The type of sums over T.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// f(T{}) for the element type T of dtype.
+template <typename F>
+static inline void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    case DType::f64:
+      return f(double{});
+  }
+}
 
 // `static`: no weak symbol leaves a translation unit that is compiled for one instruction set.
 MOERT_HOST_DEVICE static inline float bits_to_float(uint32_t bits) {

@@ -9,9 +9,6 @@ using namespace moert;
 
 namespace {
 
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <typename X>
 constexpr double kUnit = std::is_same_v<X, bf16> ? 0x1p-7
                          : sizeof(X) == 2        ? 0x1p-10
@@ -61,11 +58,11 @@ void compare(const Case& c) {
   const auto w1 = numbers<X>(random, size_t(c.E * width * c.H), 0.5), w2 = numbers<X>(random, size_t(c.E * c.H * c.I));
   const auto b1 = numbers<X>(random, size_t(c.E * width)), b2 = numbers<X>(random, size_t(c.E * c.H));
   const auto x = numbers<X>(random, size_t(c.T * (c.H + 8)));
-  const auto weights = numbers<Sum<X>>(random, size_t(c.T * c.k)), gains = numbers<Sum<X>>(random, size_t(c.T * c.E));
+  const auto weights = numbers<Acc<X>>(random, size_t(c.T * c.k)), gains = numbers<Acc<X>>(random, size_t(c.T * c.E));
   std::vector<int32_t> ids(size_t((c.T + 1) * c.k));  // union_experts has a list where there is no token, too
   for (int32_t& id : ids) id = random.below(6) ? int32_t(random.below(c.E)) : random.below(2) ? -1 : int32_t(c.E);
   OnDevice<X> w1_there(w1, c.shift), w2_there(w2, c.shift), b1_there(b1), b2_there(b2), x_there(x);
-  OnDevice<Sum<X>> weights_there(weights), gains_there(gains);
+  OnDevice<Acc<X>> weights_there(weights), gains_there(gains);
   OnDevice<int32_t> ids_there(ids);
   std::vector<X> y(size_t(c.T * c.H), rounded<X>(-7));
   const auto mine = [](const auto& v) { return const_cast<X*>(v.data()); };

@@ -33,7 +33,7 @@ using Values = std::vector<T>;
 // All that an expert FFN is given, as vectors.
 template <typename T>
 struct Problem {
-  using A = cuda::Sum<T>;
+  using A = Acc<T>;
   Case c;
   int64_t width;
   Values<T> x, w1, w2, b1, b2, dy;
@@ -104,21 +104,21 @@ struct Problem {
 
 template <typename T>
 Values<T> nan(int64_t n) {
-  return Values<T>(n, cuda::stored<T>(NAN));
+  return Values<T>(n, cuda::narrow<T>(NAN));
 }
 
 // Results of a forward and a backward.
 template <typename T>
 struct Results {
   Values<T> y, h, dx, dw1, dw2, db1, db2;
-  Values<cuda::Sum<T>> dweights;
+  Values<Acc<T>> dweights;
 };
 
 template <typename T>
 Results<T> on_cpu(const Problem<T>& p) {
   const Case& c = p.c;
   Results<T> r{nan<T>(c.T * c.H),       nan<T>(c.T * c.k * p.width), nan<T>(c.T * c.H), nan<T>(c.E * p.width * c.H),
-               nan<T>(c.E * c.H * c.I), nan<T>(c.E * p.width),       nan<T>(c.E * c.H), nan<cuda::Sum<T>>(c.T * c.k)};
+               nan<T>(c.E * c.H * c.I), nan<T>(c.E * p.width),       nan<T>(c.E * c.H), nan<Acc<T>>(c.T * c.k)};
   const auto tokens = p.tokens(p.x.data(), p.ids.data(), p.weights.data());
   const auto experts = p.experts(p.w1.data(), p.w2.data(), p.b1.data(), p.b2.data());
   cpu::fused_experts(tokens, experts, 1, r.y.data(), r.h.data());
@@ -131,7 +131,7 @@ Results<T> on_cpu(const Problem<T>& p) {
 template <typename T>
 Results<T> on_device(const Problem<T>& p, bool saved) {
   const Case& c = p.c;
-  using A = cuda::Sum<T>;
+  using A = Acc<T>;
   OnDevice<T> x(p.x), w1(p.w1), w2(p.w2), b1(p.b1), b2(p.b2), dy(p.dy);
   OnDevice<A> weights(p.weights), dweights(nan<A>(c.T * c.k));
   OnDevice<int32_t> ids(p.ids);

@@ -87,14 +87,14 @@ const int64_t S = 173, E = 4;
 template <typename T>
 std::vector<T> rounded(const std::vector<float>& x) {
   std::vector<T> out;
-  for (const float value : x) out.push_back(cuda::stored<T>(value));
+  for (const float value : x) out.push_back(cuda::narrow<T>(value));
   return out;
 }
 
 template <typename T>
 bool equal(const std::vector<T>& a, const std::vector<T>& b) {
   bool same = a.size() == b.size();
-  for (size_t i = 0; i < a.size() && same; ++i) same = cuda::loaded(a[i]) == cuda::loaded(b[i]);
+  for (size_t i = 0; i < a.size() && same; ++i) same = cuda::widen(a[i]) == cuda::widen(b[i]);
   return same;
 }
 
@@ -124,9 +124,9 @@ void forward(const Case& c, size_t shift = 0) {
   const DType dtype = DTypeOf<T>::value;
   const auto x = rounded<T>(integers(rows * K, 1)), w = rounded<T>(integers(E * N * K, 2));
   const auto bias = rounded<T>(integers(E * N, 3));
-  const auto scale = rounded<cuda::Sum<T>>(integers(S, 4));
+  const auto scale = rounded<Acc<T>>(integers(S, 4));
   const std::vector<int32_t> tokens = some_tokens(T_), offsets(kOffsets, kOffsets + E + 1);
-  const std::vector<T> nan(S * N, cuda::stored<T>(NAN));
+  const std::vector<T> nan(S * N, cuda::narrow<T>(NAN));
   const auto product = [&](const int32_t* offsets, const T* x, const int32_t* tokens, T* w, const T* bias,
                            const void* scale) {
     return GroupedGemm{S,
@@ -147,7 +147,7 @@ void forward(const Case& c, size_t shift = 0) {
                     expected.data(), N);
   OnDevice<T> dx(x, shift), dw(w), dbias(bias), y(nan);
   OnDevice<int32_t> doffsets(offsets), dtokens(tokens);
-  OnDevice<cuda::Sum<T>> dscale(scale);
+  OnDevice<Acc<T>> dscale(scale);
   cuda::grouped_gemm(product(doffsets.data(), dx.data(), dtokens.data(), dw.data(), dbias.data(), dscale.data()),
                      nullptr, y.data(), N);
   EXPECT(equal(y.read(), expected));
@@ -159,7 +159,7 @@ void weight_gradient(const Case& c) {
   const DType dtype = DTypeOf<T>::value;
   const auto dy = rounded<T>(integers(S * N, 5)), x = rounded<T>(integers(rows * K, 6));
   const std::vector<int32_t> tokens = some_tokens(T_), offsets(kOffsets, kOffsets + E + 1);
-  const std::vector<T> nan(E * N * K, cuda::stored<T>(NAN));
+  const std::vector<T> nan(E * N * K, cuda::narrow<T>(NAN));
   const auto product = [&](const int32_t* offsets, const T* dy, const T* x, const int32_t* tokens) {
     return GroupedGemmWgrad{S, E, N, K, offsets, {dy, dtype, N}, {x, dtype, K, c.gathered ? tokens : nullptr}, c.tf32};
   };
@@ -188,7 +188,7 @@ void plain(bool transposed, bool repeated) {
   const int64_t S = offsets.back() + 3, stride = repeated ? 0 : K;
   const DType dtype = DTypeOf<T>::value;
   const auto x = rounded<T>(integers(repeated ? K : S * K, 7)), w = rounded<T>(integers(E * N * K, 8));
-  const std::vector<T> nan(S * N, cuda::stored<T>(NAN));
+  const std::vector<T> nan(S * N, cuda::narrow<T>(NAN));
   const auto product = [&](const int32_t* offsets, const T* x, T* w) {
     return GroupedGemm{S, E, N, K, offsets, {x, dtype, stride}, matrix(w, N, K, transposed), {}};
   };

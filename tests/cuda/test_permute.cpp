@@ -40,9 +40,6 @@ Plan plan_of(const std::vector<int32_t>& ids, int64_t T, int64_t k, int64_t E, i
   return plan;
 }
 
-template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <typename X>
 constexpr double kUnit = sizeof(X) == 2   ? 0x1p-8
                          : sizeof(X) == 4 ? 1e-6
@@ -61,7 +58,7 @@ struct Rows {
 
 template <typename X>
 void rows_there_and_back(const Plan& plan, int64_t T, int64_t k, int64_t H, int64_t pad, size_t shift) {
-  using W = Sum<X>;
+  using W = Acc<X>;
   const DType dtype = DTypeOf<X>::value;
   const int64_t S = int64_t(plan.tokens.size());
   Random random{uint64_t(S * 7 + H)};

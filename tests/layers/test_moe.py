@@ -66,3 +66,10 @@ def test_compile():
 def test_repr_names_the_parts():
     text = repr(layer())
     assert "TopKRouter" in text and "num_experts=8, hidden=16, intermediate=24" in text
+
+
+def test_shared_experts_of_another_shape_are_an_error():
+    moe = layer(shared_experts=nn.Linear(H, 1))
+    expected = r"rows added to experts \(shared_experts\) must have shape \[5, 16\], got \[5, 1\]"
+    with pytest.raises(ValueError, match=expected):
+        moe(torch.randn(5, H))

@@ -18,4 +18,7 @@ class Experts(nn.Module):
 
     def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
         """self(x, routing) + onto, in one step where these experts can."""
+        if onto.rows is not None and onto.rows.shape != x.shape:
+            expected, got = list(x.shape), list(onto.rows.shape)
+            raise ValueError(f"rows added to experts (shared_experts) must have shape {expected}, got {got}")
         return self(x, routing, onto) if self.fuses_onto else onto.added_to(self(x, routing))
