@@ -1,13 +1,12 @@
 """What a run leaves behind: tables for the terminal, report.json and the pictures, each written whole or not at all."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.table import Table
 
+from moert import files
 from moert.cli.errors import CommandError
 from moert.cli.generation import Difference
 
@@ -16,22 +15,10 @@ MIB = 2**20
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """write() makes a temporary file or directory beside path, which then takes path's place in one rename."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which writers look at
-    replaced = path.with_name(f".{os.getpid()}.replaced.{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        if path.is_dir():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
+        files.write_atomically(path, write)
     except OSError as error:
         raise CommandError(f"{path} must be writable: {error.strerror or error}") from error
-    finally:
-        for leftover in (temporary, replaced):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            elif leftover.exists():
-                leftover.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
