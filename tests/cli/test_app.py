@@ -16,7 +16,7 @@ def moert(*arguments):
 def test_help_lists_the_commands():
     done = moert("--help")
     assert done.returncode == 0
-    for command in ("run", "quantize", "info", "bench"):
+    for command in ("run", "quantize", "place", "info", "bench"):
         assert f" {command} " in done.stdout
 
 

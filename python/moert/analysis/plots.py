@@ -15,7 +15,7 @@ def plot_load(trace: RoutingTrace):
     for row, layer in zip(relative, trace.layers, strict=True):
         loads = layer.loads()
         row[: len(loads)] = loads / max(loads.mean(), 1e-300)
-    figure = _figure(max(6, 0.2 * widest + 2), 0.35 * len(relative) + 2)
+    figure = blank_figure(max(6, 0.2 * widest + 2), 0.35 * len(relative) + 2)
     axes = figure.subplots()
     image = axes.imshow(relative, cmap="YlGnBu", vmin=0, aspect="auto")
     axes.set(xlabel="expert", ylabel="layer", title="Load of the experts (1 = an even share)")
@@ -28,7 +28,7 @@ def plot_imbalance(trace: RoutingTrace, placements: Mapping[str, Sequence[np.nda
 
     placements maps a name to expert_to_rank [E] of every layer.
     """
-    figure = _figure(8, 4.5)
+    figure = blank_figure(8, 4.5)
     axes = figure.subplots()
     for color, (name, placement) in enumerate(placements.items()):
         overall, worst = [], []
@@ -48,17 +48,18 @@ def plot_traffic(matrices: Mapping[str, np.ndarray]):
     """A figure: for each name a matrix [R, R] of rows from rank to rank, on one scale; what stays is left out."""
     off = {name: np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix) for name, matrix in matrices.items()}
     largest = max([1.0] + [float(np.nanmax(matrix)) for matrix in off.values() if matrix.size > 1])
-    figure = _figure(3.6 * len(off) + 1.5, 3.8)
+    figure = blank_figure(3.6 * len(off) + 1.5, 3.8)
     panels = figure.subplots(1, len(off), squeeze=False)[0]
     for axes, (name, matrix) in zip(panels, off.items(), strict=True):
         image = axes.imshow(matrix, cmap="YlGnBu", vmin=0, vmax=largest)
         axes.set(title=name, xlabel="to rank", ylabel="from rank")
+        axes.locator_params(integer=True)
     figure.colorbar(image, ax=panels, label="rows")
     return figure
 
 
-def _figure(width: float, height: float):
-    """Without pyplot: no window, no state that other plots of the program would see."""
+def blank_figure(width: float, height: float):
+    """A Figure without pyplot: no window, no state that other plots of the program would see."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

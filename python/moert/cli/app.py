@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moert.cli import bench, info, quantize, run
+from moert.cli import bench, info, place, quantize, run
 from moert.cli.errors import CommandError
 
 
@@ -52,6 +52,7 @@ def _program(
 
 app.command()(_one_line(run.run))
 app.command()(_one_line(quantize.quantize))
+app.command()(_one_line(place.place))
 app.command()(_one_line(info.info))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
     _one_line(bench.bench)

@@ -1,0 +1,103 @@
+"""`moert place`: a routing trace to a placement of experts on ranks, and what it would do beside the usual ones."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moert.cli.errors import CommandError, first_line
+
+
+def place(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Routing trace (moert.analysis.record_routings).")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of equal size that the ranks are in, in order.")] = 1,
+    across: Annotated[float, typer.Option(help="Cost of a row between nodes; within one it is 1.")] = 4.0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Placement to write; its picture is beside it.")] = Path(
+        "placement.json"
+    ),
+    slots: Annotated[str, typer.Option(help="Experts of a rank and layer: equal, or any number.")] = "equal",
+    replicas: Annotated[int, typer.Option(min=0, help="Copies of hot experts that a rank may hold besides.")] = 0,
+    method: Annotated[str, typer.Option(help="Clusters to ranks: auto, viterbi, milp or local.")] = "auto",
+    time_limit: Annotated[float, typer.Option(min=0.01, help="Seconds for a layer, and for the assignment.")] = 20.0,
+    gap: Annotated[float, typer.Option(min=0.0, help="Relative gap at which the solver may stop.")] = 0.025,
+) -> None:
+    """Decide on every other row of TRACE which rank holds which expert, write it, and replay the other rows."""
+    from moert.analysis import RoutingTrace
+    from moert.placement import Topology, contiguous, moetuner_placement, replay, round_robin
+
+    try:
+        topology = Topology(ranks, nodes, across)
+        decide, judge = RoutingTrace.load(trace).halves()
+        with _bar() as bar:
+            task = bar.add_task("", total=len(decide.layers) + 1)
+            tuned = moetuner_placement(
+                decide, topology, slots, method, time_limit, gap, replicas,
+                lambda what: bar.update(task, description=what, advance=1),
+            )  # fmt: skip
+        candidates = {
+            "contiguous": contiguous(decide, ranks),
+            "round-robin": round_robin(decide, ranks),
+            "moert": tuned.placement,
+        }
+        predicted = {name: replay(decide, each, topology) for name, each in candidates.items()}
+        replayed = {name: replay(judge, each, topology) for name, each in candidates.items()}
+        figure = _figure(replayed, f"{trace.name}: {ranks} ranks in {nodes} nodes, rows not used to decide")
+    except OSError as error:
+        raise CommandError(f"TRACE must be a readable file, got {first_line(error)}") from error
+    except (ValueError, ImportError) as error:
+        raise CommandError(first_line(error)) from error
+    from moert.cli.report import write_atomically
+
+    write_atomically(out, lambda temporary: tuned.placement.save(temporary))
+    picture = out.with_suffix(".png")
+    write_atomically(picture, lambda temporary: figure.savefig(temporary, dpi=120))
+    console = Console(highlight=False)
+    console.print(_table(predicted, replayed, f"{ranks} ranks in {nodes} nodes, {len(decide.layers)} layers"))
+    console.print(_solved(tuned))
+    if replayed["moert"].imbalance.mean() > replayed["contiguous"].imbalance.mean():
+        console.print("On rows not used to decide the loads are less even than those of contiguous experts.")
+    console.print(f"Placement: {out}, {picture}", soft_wrap=True)
+
+
+def _figure(replayed: dict, title: str):
+    from moert.placement.plots import plot_replays
+
+    return plot_replays(replayed, title)
+
+
+def _table(predicted: dict, replayed: dict, title: str) -> Table:
+    """Each figure for the rows that decided, and for the others."""
+    caption = "predicted → replayed; slowest pair: rows x cost of a row, sum over layers"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("placement")
+    columns = {
+        "largest / mean\nload": ("imbalance", "{:.3f}"),
+        "95 % of\nthe calls": ("imbalance_p95", "{:.3f}"),
+        "rows that\nleave home": ("remote", "{:.1%}"),
+        "slowest pair\nfrom home": ("home", "{:,.0f}"),
+        "slowest pair\nresident": ("resident", "{:,.0f}"),
+    }
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name in predicted:
+        before, after = predicted[name].figures(), replayed[name].figures()
+        cells = [f"{form.format(before[key])} → {form.format(after[key])}" for key, form in columns.values()]
+        table.add_row(name, *cells)
+    return table
+
+
+def _solved(tuned) -> str:
+    """How far from an optimum the programs stopped."""
+    widest = max(each.gap for each in tuned.clusters)
+    gap = tuned.assignment.gap
+    known = "not known (local search)" if gap is None else f"{gap:.1%}"
+    return f"Gap to an optimum: at most {widest:.1%} for the clusters of a layer, {known} for their ranks."
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
