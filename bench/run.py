@@ -90,7 +90,7 @@ def bench(op: str, options: argparse.Namespace, bounds: dict) -> list[dict]:
         case = module.case(shape, DTYPES[dtype], *([variant] if variant else []))
         name = f"{op} {variant}" if variant else op
         check(name, shape, case)
-        for mode in options.mode:
+        for mode in (mode for mode in options.mode if mode in getattr(module, "MODES", MODES)):
             rows += measure(name, case, mode, dtype, shape, options, bounds)
     return rows
 

@@ -11,6 +11,7 @@ FLOAT = "Float, BFloat16, Half or Double"
 T, E, k, H, I, S = 3, 4, 2, 6, 5, 6
 IDS = torch.tensor([[0, 3], [1, 0], [2, -1]], dtype=torch.int32)
 OFFSETS, TOKENS, SLOTS = torch.ops.moert.permute_plan(IDS, E)
+RANKS, LOCAL_IDS = (torch.tensor(v, dtype=torch.int32) for v in ([1, 0, 0, 1], [0, 0, 1, 1]))
 NOT_FLOAT = torch.zeros(T, H, dtype=torch.int64)
 
 
@@ -80,6 +81,16 @@ VALID = {
     },
     "permute_plan": {"ids": IDS, "num_experts": E, "capacity": None},
     "permute": {"x": ones(T, H), **PLAN},
+    "dispatch_plan": {"ids": IDS, "expert_to_rank": RANKS, "num_ranks": 2},
+    "dispatch_pack": {
+        "x": ones(T, H),
+        "weights": ones(T, k),
+        "ids": IDS,
+        "expert_to_rank": RANKS,
+        "local_ids": LOCAL_IDS,
+        "offsets": ints(0, 2, 4),
+        "tokens": ints(1, 2, 0, 1),
+    },
     "unpermute": {"rows": ones(S, H), **PLAN, "weights": ones(T, k), "residual": ones(T, H)},
     "unpermute_backward": {"dy": ones(T, H), "rows": ones(S, H), **PLAN, "weights": ones(T, k)},
     "grouped_gemm": {**GEMM, "scale_on": "output", "transposed": False},
@@ -105,6 +116,32 @@ VALID = {
     },
 }
 BAD = {
+    "dispatch_plan": [
+        ("ids", IDS[0], r"ids must be \[T, k\], got shape \[2\]"),
+        ("ids", IDS.float(), "ids must have an integer dtype, got Float"),
+        ("expert_to_rank", RANKS[None], r"expert_to_rank must be \[E\] with E > 0, got shape \[1, 4\]"),
+        ("expert_to_rank", RANKS[:0], r"expert_to_rank must be \[E\] with E > 0, got shape \[0\]"),
+        ("expert_to_rank", RANKS.long(), "expert_to_rank must have dtype Int, got Long"),
+        ("expert_to_rank", RANKS + 1, r"expert_to_rank must hold a rank in \[0, R=2\), got 2"),
+        ("expert_to_rank", RANKS - 1, r"expert_to_rank must hold a rank in \[0, R=2\), got -1"),
+        ("num_ranks", 0, r"num_ranks must be in \[1, 2\^31 - 2\], got 0"),
+    ],
+    "dispatch_pack": [
+        ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
+        ("x", NOT_FLOAT, f"x must have dtype {FLOAT}, got Long"),
+        ("weights", ones(T, k + 1), r"weights must have the shape of ids, \[3, 2\], got \[3, 3\]"),
+        ("weights", ones(T, k).half(), "weights must have dtype Float or that of x, got Half"),
+        ("ids", IDS[1:], r"ids must have shape \[T=3, k\], got \[2, 2\]"),
+        ("local_ids", LOCAL_IDS[1:], r"local_ids must have shape \[E=4\], got \[3\]"),
+        ("local_ids", LOCAL_IDS - 1, r"local_ids must hold an id in \[0, 32768\), got -1"),
+        ("offsets", ints(0, 2, 3), "offsets must be from 0 to N=4, got 0 to 3"),
+        ("offsets", ints(0, 5, 4), "offsets must be in rising order, got 5 before 4"),
+        ("offsets", ints(0, 2, 4).long(), "offsets must have dtype Int, got Long"),
+        ("offsets", ints(0, 2, 4)[None], r"offsets must be \[R\+1\], got shape \[1, 3\]"),
+        ("tokens", ints(1, 2, 0, 3), r"tokens must hold a token in \[0, T=3\), got 3"),
+        ("tokens", ints(1, 2, 0, 1).long(), "tokens must have dtype Int, got Long"),
+        ("tokens", ints(1, 2, 0, 1)[None], r"tokens must be \[N\], got shape \[1, 4\]"),
+    ],
     "topk_gating": [
         ("logits", ones(E), r"logits must be \[T, E\], got shape \[4\]"),
         ("logits", ones(T, E).int(), f"logits must have dtype {FLOAT}, got Int"),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moert.ops.dispatch import dispatch_pack_ref, dispatch_plan_ref
 from moert.ops.expert_choice import expert_choice_ref
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
@@ -95,6 +96,26 @@ def permute_plan_calls(draw):
     ids = integers(draw, T, k, low=-2, high=E + 2, dtype=draw(st.sampled_from(INTS)))
     num_experts = draw(st.sampled_from((E, E, E, 0, -1, 300, 2**31 - 1, 2**40)))
     return *some_changed(draw, ids), num_experts, draw(st.sampled_from((None, None, 0, 2, -1, 2**40)))
+
+
+@st.composite
+def dispatch_plan_calls(draw):
+    T, k, R, _, E = sizes(draw)
+    ids = integers(draw, T, k, low=-2, high=E + 2, dtype=draw(st.sampled_from(INTS)))
+    where = integers(draw, E, low=0, high=max(R, 1) + draw(st.booleans()))
+    return *some_changed(draw, ids, where), draw(st.sampled_from((R, R, R, 0, -1, 2**31 - 1)))
+
+
+@st.composite
+def dispatch_pack_calls(draw):
+    T, k, H, R, E = sizes(draw)
+    dtype, R = draw(st.sampled_from(FLOATS)), R + 1
+    ids, where = integers(draw, T, k, low=-2, high=E + 2), integers(draw, E, low=0, high=R)
+    offsets, tokens, _ = torch.ops.moert.dispatch_plan(ids, where, R)
+    weights = floats(draw, T, k, dtype=draw(st.sampled_from((dtype, torch.promote_types(dtype, torch.float32)))))
+    local = integers(draw, E, low=0, high=32768)
+    x = floats(draw, T, H, dtype=dtype)
+    return some_changed(draw, x, weights, ids, where, local, offsets, tokens[: offsets[-1]])
 
 
 def plan_of(draw):
@@ -194,6 +215,15 @@ def check_permute_plan(got, ids, num_experts, capacity):
     assert all(map(torch.equal, got, (ref.offsets, ref.tokens, ref.slots)))
 
 
+def check_dispatch_plan(got, ids, where, R):
+    ref = dispatch_plan_ref(ids, where, R)
+    assert all(map(torch.equal, got, (ref.offsets, ref.tokens, ref.slots)))
+
+
+def check_dispatch_pack(got, *args):
+    assert torch.equal(got, dispatch_pack_ref(*args))
+
+
 def check_permute(got, x, tokens, slots):
     assert torch.equal(got, permute_ref(x, plan(tokens, slots)))
 
@@ -250,6 +280,8 @@ CALLS = {
     "expert_choice": (expert_choice_calls(), check_expert_choice, 200),
     "topk_gating": (topk_gating_calls(), check_topk_gating, 300),
     "permute_plan": (permute_plan_calls(), check_permute_plan, 300),
+    "dispatch_plan": (dispatch_plan_calls(), check_dispatch_plan, 200),
+    "dispatch_pack": (dispatch_pack_calls(), check_dispatch_pack, 300),
     "permute": (permute_calls(), check_permute, 300),
     "unpermute": (unpermute_calls(), check_unpermute, 300),
     "unpermute_backward": (unpermute_backward_calls(), check_unpermute_backward, 200),

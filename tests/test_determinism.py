@@ -59,6 +59,19 @@ def there_and_back(dtype, routing):
     return run
 
 
+def packing(dtype, routing):
+    where, local = torch.arange(SHAPE.E, dtype=torch.int32) % 3, torch.arange(SHAPE.E, dtype=torch.int32) // 3
+    x = torch.randn(SHAPE.T, SHAPE.H).to(dtype)
+
+    def run():
+        offsets, tokens, slots = torch.ops.moert.dispatch_plan(routing.ids, where, 3)
+        sent = tokens[: offsets[-1]]
+        records = torch.ops.moert.dispatch_pack(x, routing.weights, routing.ids, where, local, offsets, sent)
+        return offsets, tokens, slots, records
+
+    return run
+
+
 def gemm(dtype, routing):
     plan = permute_plan(routing.ids, SHAPE.E)
     x, w, bias = leaf(SHAPE.T, 136, dtype=dtype), leaf(8, 144, 136, dtype=dtype), leaf(8, 144, dtype=dtype)
@@ -84,7 +97,9 @@ def union(dtype, routing):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("operator", [gating, choosing, there_and_back, gemm, experts, union], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "operator", [gating, choosing, there_and_back, packing, gemm, experts, union], ids=lambda f: f.__name__
+)
 def test_a_hundred_repeats_for_any_number_of_threads(operator, dtype):
     routing = SHAPE.routing()
     routing.ids[::7, 0] = -1

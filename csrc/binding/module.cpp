@@ -33,6 +33,13 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "-> (Tensor drows, Tensor dweights)");
 
   m.def(
+      "dispatch_plan(Tensor ids, Tensor expert_to_rank, int num_ranks) -> (Tensor offsets, Tensor tokens, Tensor "
+      "slots)");
+  m.def(
+      "dispatch_pack(Tensor x, Tensor weights, Tensor ids, Tensor expert_to_rank, Tensor local_ids, Tensor offsets, "
+      "Tensor tokens) -> Tensor records");
+
+  m.def(
       "grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? bias, Tensor? tokens, Tensor? scale, "
       "str scale_on, bool transposed) -> Tensor y");
   m.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor offsets, Tensor? tokens, bool transposed) -> Tensor dw");

@@ -8,6 +8,7 @@ import torch
 OPERATORS = (
     *("topk_gating", "topk_gating_backward", "expert_choice"),
     *("permute_plan", "permute", "unpermute", "unpermute_backward"),
+    *("dispatch_plan", "dispatch_pack"),
     *("grouped_gemm", "grouped_gemm_wgrad", "fused_experts", "fused_experts_backward"),
     *("fused_experts_quantized", "fused_experts_quantized_backward", "union_experts"),
 )

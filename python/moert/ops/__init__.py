@@ -1,6 +1,9 @@
 """The operators, one file each."""
 
+from moert.ops.all_to_all import Splits, all_to_all
+from moert.ops.dispatch import Dispatched, combine, dispatch
 from moert.ops.expert_choice import expert_choice
+from moert.ops.expert_map import ExpertMap
 from moert.ops.fused_experts import fused_experts
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.ops.gating import topk_gating
@@ -9,6 +12,12 @@ from moert.ops.permute import permute, permute_plan, plan_of, unpermute
 from moert.ops.union_experts import experts_in_use, union_experts
 
 __all__ = [
+    "Dispatched",
+    "ExpertMap",
+    "Splits",
+    "all_to_all",
+    "combine",
+    "dispatch",
     "expert_choice",
     "experts_in_use",
     "fused_experts",

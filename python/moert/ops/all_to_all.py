@@ -1,0 +1,115 @@
+"""Rows from every rank to every rank, over torch.distributed, each rank with as many for another as it likes.
+
+Counts go first, in one collective of a few numbers that also says what each rank is about to send: split sizes that
+disagree would end a Gloo process (std::terminate), so they are compared before any row travels.  Letters: R ranks,
+N rows sent, M rows received.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+FAILED = -1  # as a rank's number of rows: it raised an error of its own instead
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How many rows this rank has for each rank of the group (R numbers, N in all), and each for it (M in all)."""
+
+    sent: list[int]
+    received: list[int]
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def reversed(self) -> "Splits":
+        return Splits(self.received, self.sent, self.group)
+
+
+def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
+    """Rows [N, H], those for rank 0 first -> rows [M, H], those of rank 0 first.
+
+    Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.
+    """
+    if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
+        raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
+    return _AllToAll.apply(rows, splits)
+
+
+def all_to_all_ref(rows: Tensor, splits: Splits) -> Tensor:
+    """The same by giving every rank the rows of all."""
+    rank, everything = dist.get_rank(splits.group), [None] * dist.get_world_size(splits.group)
+    dist.all_gather_object(everything, (rows.detach(), splits.sent), splits.group)
+    return torch.cat([theirs.split(sent)[rank] for theirs, sent in everything])
+
+
+def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], group: dist.ProcessGroup | None) -> Splits:
+    """How many rows each rank has for each: counts [R], of this rank, integers.
+
+    facts say what must be the same on every rank, by name: a size, or one of a few words; they travel with the counts.
+    Where they differ every rank raises the same RuntimeError, which names the ranks; so it does for a rank whose counts
+    are None, which says by this that it is about to raise an error of its own.
+    """
+    said = torch.zeros(dist.get_world_size(group), 1 + len(facts), dtype=torch.int64)
+    said[:, 0] = FAILED if counts is None else counts
+    said[:, 1:] = torch.tensor([_number(value) for value in facts.values()])
+    heard = torch.empty_like(said)
+    dist.all_to_all_single(heard, said, group=group)
+    if counts is not None:
+        _check_same(heard, facts)
+    return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), group)
+
+
+def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
+    """The exchange itself, without gradient: the rows that arrive, and what to wait for before they are read.
+
+    rows must live until then.
+    """
+    rows = rows.contiguous()
+    received = rows.new_empty(sum(splits.received), rows.shape[1])
+    work = dist.all_to_all_single(
+        received.view(torch.uint8), rows.view(torch.uint8), splits.received, splits.sent, splits.group, asynchronous
+    )
+    return received, work
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, splits):
+        ctx.splits = splits
+        return send_rows(rows, splits)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drows):
+        return send_rows(drows, ctx.splits.reversed)[0], None
+
+
+WORDS = ("no", "yes", *(str(dtype).removeprefix("torch.") for dtype in (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64
+)))  # fmt: skip
+
+
+def _number(value: int | str) -> int:
+    return WORDS.index(value) if isinstance(value, str) else value
+
+
+def _check_same(heard: Tensor, facts: dict[str, int | str]) -> None:
+    failed = [rank for rank, count in enumerate(heard[:, 0].tolist()) if count == FAILED]
+    if failed:
+        raise RuntimeError(f"every rank must be able to dispatch, got an error on {_ranks(failed)} (see there)")
+    for column, (name, own) in enumerate(facts.items(), 1):
+        holders: dict[int, list[int]] = {}
+        for rank, value in enumerate(heard[:, column].tolist()):
+            holders.setdefault(value, []).append(rank)
+        if len(holders) > 1:
+            # What most ranks say comes first, so that the odd one out is the last word.
+            told = sorted(holders.items(), key=lambda item: -len(item[1]))
+            got = ", ".join(f"{WORDS[v] if isinstance(own, str) else v} on {_ranks(ranks)}" for v, ranks in told)
+            raise RuntimeError(f"{name} must be the same on every rank, got {got}")
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,248 @@
+"""Dispatch and combine: rows to the ranks that hold their experts, and back.
+
+A row travels once to each rank that has any of its experts, its routing with it; that rank adds up what its experts
+make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moert.ops.all_to_all import Splits, all_to_all, exchange_counts, send_rows
+from moert.ops.expert_map import ExpertMap
+from moert.ops.kinds import expect
+from moert.ops.permute import unpermute
+from moert.ops.same_device import same_device
+from moert.types import DispatchPlan, Routing
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """x [M, H] and routing (ids [M, k] int16, weights [M, k]) of what arrived, in the order of ranks and their tokens.
+
+    The routing's ids are those of this rank's own experts, -1 for choices that are not its business.  plan says where
+    each token went (offsets [R+1], tokens [N], slots [T, k]) and splits how many rows went and came: for combine.
+    Nothing of x and routing may be read before wait() where dispatch was asynchronous.
+    """
+
+    x: Tensor
+    routing: Routing
+    plan: DispatchPlan
+    splits: Splits
+    on_the_way: "tuple[dist.Work, Tensor] | None" = None  # and the rows sent, which must live so long
+
+    def wait(self) -> "Dispatched":
+        if self.on_the_way is not None:
+            self.on_the_way[0].wait()
+        return self
+
+
+def dispatch(
+    x: Tensor,
+    routing: Routing,
+    experts: ExpertMap,
+    group: dist.ProcessGroup | None = None,
+    asynchronous: bool = False,
+) -> Dispatched:
+    """Send each row of x [T, H] to the ranks of the group (None: all) that hold the experts of its routing.
+
+    Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
+    nowhere.  float32, bfloat16, float16; rows arrive bit for bit.  Where H, k, E, the dtypes, the placement or the need
+    for gradients differ between ranks, or a rank has an error of its own, every rank raises one that names the ranks.
+    x and routing.weights get gradients, once.
+    """
+    try:
+        plan = _plan(x, routing, experts, group)
+        counts = plan.offsets.diff()
+    except Exception:
+        exchange_counts(None, dict.fromkeys(FACTS, 0), group)  # the others must not wait for this rank
+        raise
+    splits = exchange_counts(counts, _facts(x, routing, experts), group)
+    plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
+    sent = _Sent(routing, experts, plan, splits, asynchronous)
+    rows, weights = _Dispatch.apply(x, routing.weights, sent)
+    num_local = len(experts.experts_of(dist.get_rank(group)))
+    return Dispatched(rows, Routing(sent.ids, weights, num_local), plan, splits, sent.on_the_way)
+
+
+def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
+    """Rows back where they came from: y [M, H], what the experts made of dispatched.x -> [T, H].
+
+    Each token's rows are added in float32 (float64 for float64), in the order of its choices, onto residual [T, H]
+    (None: zero).  A token that went nowhere is the residual.
+    """
+    expect(Dispatched, dispatched=dispatched)
+    return unpermute(all_to_all(y, dispatched.splits.reversed), dispatched.plan, None, residual)
+
+
+def dispatch_ref(x: Tensor, routing: Routing, experts: ExpertMap, group: dist.ProcessGroup | None = None):
+    """The rows and the routing that arrive here, taken from the tokens of all ranks; without gradient."""
+    rank, everything = dist.get_rank(group), [None] * dist.get_world_size(group)
+    dist.all_gather_object(everything, (x.detach(), routing.ids, routing.weights.detach()), group)
+    mine = torch.tensor([*experts.experts_of(rank), -1], dtype=torch.int64)
+    rows, ids, weights = [], [], []
+    for theirs in everything:
+        for row, token_ids, token_weights in zip(*theirs, strict=True):
+            here = torch.isin(token_ids.long(), mine[:-1])
+            if here.any():
+                local = [(mine == i).nonzero()[0, 0].item() if h else -1 for i, h in zip(token_ids, here, strict=True)]
+                rows.append(row)
+                ids.append(torch.tensor(local))
+                weights.append(torch.where(here, token_weights, 0))
+    k = routing.ids.shape[1]
+    ids = torch.stack(ids) if ids else torch.empty(0, k, dtype=torch.int64)
+    weights = torch.stack(weights) if weights else routing.weights.new_empty(0, k)
+    rows = torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
+    return rows, Routing(ids, weights, len(mine) - 1)
+
+
+def combine_ref(y: Tensor, routing: Routing, experts: ExpertMap, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sums of this rank's tokens, out of the results of all ranks; without gradient."""
+    rank, everything = dist.get_rank(group), [None] * dist.get_world_size(group)
+    dist.all_gather_object(everything, (y.detach(), routing.ids), group)
+    sums = y.new_zeros(len(routing.ids), y.shape[1])
+    for holder, (theirs, _) in enumerate(everything):
+        mine = torch.tensor(experts.experts_of(holder), dtype=torch.int64)
+        went = [torch.isin(ids.long(), mine).any(-1) for _, ids in everything]
+        begin = sum(int(w.sum()) for w in went[:rank])
+        sums[went[rank]] += theirs[begin : begin + int(went[rank].sum())]
+    return sums
+
+
+def dispatch_plan_ref(ids: Tensor, expert_to_rank: Tensor, num_ranks: int) -> DispatchPlan:
+    """Of the operator dispatch_plan: offsets [R+1], tokens [T*k], slots [T, k]; a slot stands at the first choice."""
+    tokens, slots, offsets = torch.full((ids.numel(),), -1), torch.full(ids.shape, -1), [0]
+    for r in range(num_ranks):
+        n = offsets[-1]
+        for t, row in enumerate(ids.tolist()):
+            wanted = [j for j, e in enumerate(row) if 0 <= e < len(expert_to_rank) and expert_to_rank[e] == r]
+            if wanted:
+                tokens[n], slots[t, wanted[0]], n = t, n, n + 1
+        offsets.append(n)
+    return DispatchPlan(torch.tensor(offsets).int(), tokens.int(), slots.int())
+
+
+def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, tokens) -> Tensor:
+    """Of the operator dispatch_pack: records [N, bytes], uint8; each a row, its weights and its ids (_fields)."""
+    (_, H), k = x.shape, ids.shape[1]
+    records = torch.zeros(len(tokens), record_bytes(x.dtype, weights.dtype, H, k), dtype=torch.uint8)
+    to_rows, to_weights, to_ids = _fields(records, x.dtype, weights.dtype, H, k)
+    to_ids.fill_(-1)
+    for r, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        for n in range(first, last):
+            to_rows[n] = x[tokens[n]]
+            for j, e in enumerate(ids[tokens[n]].tolist()):
+                if 0 <= e < len(expert_to_rank) and expert_to_rank[e] == r:
+                    to_weights[n, j], to_ids[n, j] = weights[tokens[n], j], local_ids[e].short()
+    return records
+
+
+FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the checksum of placement", "x.requires_grad",
+         "weights.requires_grad")  # fmt: skip
+
+
+def _facts(x: Tensor, routing: Routing, experts: ExpertMap) -> dict[str, int | str]:
+    """What all ranks must agree on: sizes and types of what travels, and whether gradients will travel back."""
+    weights = routing.weights
+    needs = ["yes" if torch.is_grad_enabled() and t.requires_grad else "no" for t in (x, weights)]
+    types = [str(t.dtype).removeprefix("torch.") for t in (x, weights)]
+    sizes = (x.shape[1], routing.ids.shape[1], experts.num_experts)
+    return dict(zip(FACTS, (*sizes, *types, experts.checksum, *needs), strict=True))
+
+
+def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group) -> DispatchPlan:
+    expect(Tensor, x=x)
+    expect(Routing, routing=routing)
+    expect(ExpertMap, experts=experts)
+    if experts.num_ranks != dist.get_world_size(group):
+        raise ValueError(f"experts must lie on the R={dist.get_world_size(group)} ranks, got {experts.num_ranks}")
+    if routing.num_experts != experts.num_experts:
+        raise ValueError(f"routing must be to E={experts.num_experts} experts, got {routing.num_experts}")
+    torch.ops.moert.dispatch_pack(*_routed(x, routing, experts), *_nothing(experts))  # its checks of all the rest
+    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks))
+
+
+def _routed(x: Tensor, routing: Routing, experts: ExpertMap) -> tuple[Tensor, ...]:
+    return x.detach(), routing.weights.detach(), routing.ids, experts.expert_to_rank, experts.local_ids
+
+
+def _nothing(experts: ExpertMap) -> tuple[Tensor, Tensor]:
+    """Offsets and tokens of a plan that sends nothing."""
+    return torch.zeros(experts.num_ranks + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+
+
+class _Sent:
+    """What goes through _Dispatch beside its tensors, in and out."""
+
+    def __init__(self, routing, experts, plan, splits, asynchronous):
+        self.routing, self.experts, self.plan, self.splits = routing, experts, plan, splits
+        self.asynchronous, self.ids, self.on_the_way = asynchronous, None, None
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, sent):
+        plan = sent.plan
+        records = torch.ops.moert.dispatch_pack(*_routed(x, sent.routing, sent.experts), plan.offsets, plan.tokens)
+        received, work = send_rows(records, sent.splits, sent.asynchronous)
+        sent.on_the_way = (work, records) if sent.asynchronous else None
+        ctx.plan, ctx.splits, ctx.H, ctx.k = plan, sent.splits, x.shape[1], weights.shape[1]
+        rows, weights, sent.ids = _fields(received, x.dtype, weights.dtype, ctx.H, ctx.k)
+        ctx.save_for_backward(sent.ids)
+        return rows, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drows, dweights):
+        H, k = ctx.H, ctx.k if ctx.needs_input_grad[1] else 0
+        records = torch.empty(len(drows), record_bytes(drows.dtype, dweights.dtype, H, k), dtype=torch.uint8)
+        to_rows, to_weights, _ = _fields(records, drows.dtype, dweights.dtype, H, k)
+        to_rows.copy_(drows)
+        (ids,) = ctx.saved_tensors
+        # Each choice has its gradient from the one copy that came for it.
+        to_weights.copy_(torch.where(ids >= 0, dweights, 0)[:, :k])
+        received, _ = send_rows(records, ctx.splits.reversed)
+        drows, dweights, _ = _fields(received, drows.dtype, dweights.dtype, H, k)
+        dx = unpermute(drows, ctx.plan) if ctx.needs_input_grad[0] else None
+        return dx, unpermute(dweights, ctx.plan) if ctx.needs_input_grad[1] else None, None
+
+
+def record_bytes(dtype: torch.dtype, weight_dtype: torch.dtype, H: int, k: int) -> int:
+    """The size of a row as it travels: csrc/moert/dispatch.h."""
+    return max(1, _ids_at(dtype, weight_dtype, H, k) + 2 * k) + 15 & ~15
+
+
+def _ids_at(dtype, weight_dtype, H, k):
+    return _weights_at(dtype, weight_dtype, H) + k * weight_dtype.itemsize
+
+
+def _weights_at(dtype, weight_dtype, H):
+    return -(-H * dtype.itemsize // weight_dtype.itemsize) * weight_dtype.itemsize
+
+
+def _fields(records: Tensor, dtype, weight_dtype, H: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [N, H], weights [N, k] and ids [N, k] where they lie in the records."""
+    weights, ids = _weights_at(dtype, weight_dtype, H), _ids_at(dtype, weight_dtype, H, k)
+    return (
+        records[:, : H * dtype.itemsize].view(dtype),
+        records[:, weights : weights + k * weight_dtype.itemsize].view(weight_dtype),
+        records[:, ids : ids + 2 * k].view(torch.int16),
+    )
+
+
+@torch.library.register_fake("moert::dispatch_plan")
+def _(ids, expert_to_rank, num_ranks):
+    same_device(ids=ids, expert_to_rank=expert_to_rank)
+    T, k = ids.shape
+    return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in ((num_ranks + 1,), (T * k,), (T, k)))
+
+
+@torch.library.register_fake("moert::dispatch_pack")
+def _(x, weights, ids, expert_to_rank, local_ids, offsets, tokens):
+    maps = {"expert_to_rank": expert_to_rank, "local_ids": local_ids}
+    same_device(x=x, weights=weights, ids=ids, **maps, offsets=offsets, tokens=tokens)
+    size = record_bytes(x.dtype, weights.dtype, x.shape[1], ids.shape[1])
+    return x.new_empty(tokens.shape[0], size, dtype=torch.uint8)

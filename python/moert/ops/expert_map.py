@@ -1,0 +1,60 @@
+"""Which rank holds which expert.  Letters: E experts of all ranks together, R ranks."""
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+MOST_LOCAL_EXPERTS = 32767  # a local id travels in 16 bits
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMap:
+    """expert_to_rank [E] and local_ids [E], both int32: where each expert lies, and its number among that rank's own.
+
+    A rank's experts are numbered in the order of their ids.  A rank may hold none.
+    """
+
+    expert_to_rank: Tensor
+    local_ids: Tensor
+    num_ranks: int
+
+    @classmethod
+    def of(cls, placement, num_experts: int, num_ranks: int) -> "ExpertMap":
+        """From expert_to_rank, any sequence of E ranks; None: contiguous blocks, the first E mod R longer by one."""
+        if placement is None:
+            ranks = torch.arange(num_ranks).repeat_interleave(_block_sizes(num_experts, num_ranks))
+        else:
+            ranks = torch.as_tensor(placement)
+        if ranks.shape != (num_experts,):
+            raise ValueError(f"placement must have shape [E={num_experts}], got {list(ranks.shape)}")
+        if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
+            raise ValueError(f"placement must hold integers, got {ranks.dtype}")
+        wrong = ranks[(ranks < 0) | (ranks >= num_ranks)]
+        if len(wrong):
+            raise ValueError(f"placement must hold ranks in [0, R={num_ranks}), got {wrong[0].item()}")
+        counts = torch.bincount(ranks.long(), minlength=num_ranks)
+        if counts.max() > MOST_LOCAL_EXPERTS:
+            raise ValueError(f"placement must give a rank at most {MOST_LOCAL_EXPERTS} experts, got {counts.max()}")
+        order, starts = ranks.argsort(stable=True), counts.cumsum(0) - counts
+        local = torch.empty_like(order).scatter_(0, order, torch.arange(num_experts) - starts[ranks[order].long()])
+        return cls(ranks.int(), local.int(), num_ranks)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_to_rank)
+
+    def experts_of(self, rank: int) -> list[int]:
+        """Ids of the experts that a rank holds, in the order in which it holds them."""
+        return (self.expert_to_rank == rank).nonzero().flatten().tolist()
+
+    @cached_property
+    def checksum(self) -> int:
+        """A number that two different maps hardly share: ranks compare it before they exchange anything."""
+        return zlib.crc32(self.expert_to_rank.numpy().tobytes())
+
+
+def _block_sizes(num_experts: int, num_ranks: int) -> Tensor:
+    return torch.tensor([num_experts // num_ranks + (r < num_experts % num_ranks) for r in range(num_ranks)])

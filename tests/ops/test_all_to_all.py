@@ -1,0 +1,91 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from moert.ops.all_to_all import Splits, all_to_all, all_to_all_ref, exchange_counts, send_rows
+from ranks import ranks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8)
+
+
+def splits_of(counts: list[list[int]]) -> Splits:
+    """counts[i][j] rows from rank i to rank j."""
+    rank = dist.get_rank()
+    return Splits(counts[rank], [row[rank] for row in counts])
+
+
+def exchanges(R: int) -> None:
+    """Every rank: rows, counts and gradients against what the others are known to send."""
+    generator = torch.Generator().manual_seed(R)
+    uneven = torch.randint(0, 5, (R, R), generator=generator)
+    one_takes_all = torch.zeros(R, R, dtype=torch.int64)
+    one_takes_all[:, R - 1] = 3
+    silent = uneven.clone()
+    silent[0] = 0
+    for counts in (uneven, one_takes_all, silent, torch.zeros(R, R, dtype=torch.int64)):
+        splits, rank = splits_of(counts.tolist()), dist.get_rank()
+        assert exchange_counts(counts[rank], {"H": 3}, None) == splits
+        for dtype in DTYPES:
+            rows = (100 * torch.randn(sum(splits.sent), 3)).to(dtype)
+            got = all_to_all(rows, splits)
+            assert got.dtype == dtype and torch.equal(got, all_to_all_ref(rows, splits))
+            assert torch.equal(all_to_all(got, splits.reversed), rows)
+            assert torch.equal(all_to_all(rows.mT.contiguous().mT, splits), got)
+        rows = torch.randn(sum(splits.sent), 3, requires_grad=True)
+        dy = torch.randn(sum(splits.received), 3)
+        (drows,) = torch.autograd.grad(all_to_all(rows, splits), rows, dy)
+        assert torch.equal(drows, all_to_all_ref(dy, splits.reversed))
+        received, work = send_rows(rows.detach(), splits, asynchronous=True)
+        work.wait()
+        assert torch.equal(received, all_to_all_ref(rows, splits))
+
+
+@pytest.mark.parametrize("R", [2, 3, 4])
+def test_forward_and_backward(R):
+    ranks(R, exchanges, R)
+
+
+def disagreements() -> list[str]:
+    rank, told = dist.get_rank(), []
+    ones = torch.ones(3, dtype=torch.int64)
+    for counts, facts in (
+        (ones, {"H": 16 if rank == 1 else 32}),
+        (ones, {"H": 8, "k": rank}),
+        (ones, {"H": 8, "the dtype of x": "bfloat16" if rank == 0 else "float32"}),
+        (None if rank == 2 else ones, {"H": 8}),
+    ):
+        try:
+            exchange_counts(counts, facts, None)
+            told.append("")
+        except RuntimeError as error:
+            told.append(str(error))
+    rows = torch.zeros(3, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(all_to_all(rows, Splits([1] * 3, [1] * 3)).square().sum(), rows, create_graph=True)
+    for wrong in (
+        lambda: all_to_all(torch.zeros(4, 2), Splits([1] * 3, [1] * 3)),
+        lambda: all_to_all(torch.zeros(3), Splits([1] * 3, [1] * 3)),
+        lambda: grad.sum().backward(),
+    ):
+        try:
+            wrong()
+            told.append("")
+        except (ValueError, RuntimeError) as error:
+            told.append(str(error))
+    return told
+
+
+def test_errors():
+    told = ranks(3, disagreements)
+    here = [
+        r"rows must have shape [N=3, H], got [4, 2]",
+        r"rows must have shape [N=3, H], got [3]",
+        "trying to differentiate twice a function that was marked with @once_differentiable",
+    ]
+    everywhere = [
+        "H must be the same on every rank, got 32 on ranks 0, 2, 16 on rank 1",
+        "k must be the same on every rank, got 0 on rank 0, 1 on rank 1, 2 on rank 2",
+        "the dtype of x must be the same on every rank, got float32 on ranks 1, 2, bfloat16 on rank 0",
+        "every rank must be able to dispatch, got an error on rank 2 (see there)",
+    ]
+    assert told[0] == told[1] == everywhere + here
+    assert told[2] == [*everywhere[:3], "", *here]  # the rank that fails raises its own
