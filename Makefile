@@ -108,6 +108,8 @@ bench-peers: $(READY)
 bench-smoke: $(READY)
 	$(BIN)/python bench/run.py --smoke
 	$(BIN)/python bench/layers.py --smoke
+	$(BIN)/python bench/links.py --smoke
+	$(BIN)/python bench/simulate.py --smoke
 
 # Needs Google Benchmark: apt install libbenchmark-dev.
 bench-cpp: $(READY)
