@@ -128,6 +128,21 @@ def test_halves_share_the_rows_of_every_call():
         assert np.array_equal(one.loads() + two.loads(), whole.loads())
 
 
+def test_traces_of_ranks_are_joined_call_by_call():
+    one, two = random_trace(layers=2, calls=(10, 0, 50), k=3), random_trace(layers=2, T=9, calls=(5, 4, 0), seed=1)
+    joined = RoutingTrace.of_ranks([one, two])
+    for both, a, b in zip(joined.layers, one.layers, two.layers, strict=True):
+        assert both.calls.tolist() == [15, 4, 50] and (both.name, both.num_experts) == (a.name, 8)
+        widened = np.concatenate([b.ids, np.full((9, 1), -1)], axis=1)
+        expected = np.concatenate([a.ids[:10], widened[:5], a.ids[10:10], widened[5:], a.ids[10:]])
+        assert np.array_equal(both.ids, expected)
+    assert same(RoutingTrace.of_ranks([one]), one)
+    with pytest.raises(ValueError, match="traces must be at least one, got none"):
+        RoutingTrace.of_ranks([])
+    with pytest.raises(ValueError, match="traces must have the same layers and calls, got .* of rank 1 and"):
+        RoutingTrace.of_ranks([one, random_trace(layers=2, calls=(60,))])
+
+
 @pytest.mark.parametrize("trace", [random_trace(), RoutingTrace(()), random_trace(T=0, calls=())], ids="abc")
 def test_files_come_back(trace, tmp_path):
     trace.save(tmp_path / "t.npz")

@@ -29,6 +29,18 @@ def test_command(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
+def test_traces_of_several_ranks(tmp_path):
+    parts = random_trace(T=200, calls=(200,)), random_trace(T=200, calls=(200,), seed=1)
+    for i, part in enumerate(parts):
+        part.save(tmp_path / f"{i}.npz")
+    done = moert(tmp_path / "0.npz", tmp_path / "1.npz", "--ranks", 2, "--out", tmp_path / "p.json")
+    assert done.exit_code == 0, done.output
+    expected = moetuner_placement(RoutingTrace.of_ranks(parts).halves()[0], Topology(2)).placement
+    written = ExpertPlacement.load(tmp_path / "p.json")
+    for mine, theirs in zip(written.layers, expected.layers, strict=True):
+        assert np.array_equal(mine.expert_to_rank, theirs.expert_to_rank)
+
+
 def test_overfitting_is_said(tmp_path):
     """Even rows balance the contiguous placement of odd rows' mirror image."""
     ids = np.zeros((400, 1), dtype=int)

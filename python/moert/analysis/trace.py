@@ -3,7 +3,7 @@
 Letters: T tokens (rows of all calls), k choices, E experts, n calls.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,17 @@ class RoutingTrace:
                 total += np.bincount(index, minlength=E * next_E)
         return total.reshape(E, next_E)
 
+    @classmethod
+    def of_ranks(cls, traces: Sequence["RoutingTrace"]) -> "RoutingTrace":
+        """What data parallel ranks recorded, each of its own rows: a call has the rows of rank 0's, then rank 1's, …"""
+        if not traces:
+            raise ValueError("traces must be at least one, got none")
+        first = [(layer.name, layer.num_experts, len(layer.calls)) for layer in traces[0].layers]
+        for rank, trace in enumerate(traces):
+            if (found := [(layer.name, layer.num_experts, len(layer.calls)) for layer in trace.layers]) != first:
+                raise ValueError(f"traces must have the same layers and calls, got {found} of rank {rank} and {first}")
+        return cls(tuple(_joined(layers) for layers in zip(*(trace.layers for trace in traces), strict=True)))
+
     def halves(self) -> tuple["RoutingTrace", "RoutingTrace"]:
         """Even and odd rows of every call: one to decide by, one to judge with."""
         return self._rows(0), self._rows(1)
@@ -103,6 +114,14 @@ class RoutingTrace:
         except (ValueError, KeyError) as error:
             what = f"no array {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} must be a routing trace of moert, got {what}") from error
+
+
+def _joined(layers: tuple[LayerTrace, ...]) -> LayerTrace:
+    k = max(layer.ids.shape[1] for layer in layers)
+    padded = [np.pad(layer.ids, ((0, 0), (0, k - layer.ids.shape[1])), constant_values=-1) for layer in layers]
+    order = np.argsort(np.concatenate([layer.call_of_row() for layer in layers]), kind="stable")
+    calls = np.sum([layer.calls for layer in layers], axis=0, dtype=np.int64)
+    return LayerTrace(layers[0].name, layers[0].num_experts, np.concatenate(padded)[order], calls)
 
 
 def _layers_of(arrays: dict[str, np.ndarray]) -> tuple[LayerTrace, ...]:

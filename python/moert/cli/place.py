@@ -12,7 +12,12 @@ from moert.cli.errors import CommandError, first_line
 
 
 def place(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Routing trace (moert.analysis.record_routings).")],
+    trace: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...", help="Routing trace (moert.analysis.record_routings), of each rank its own."
+        ),
+    ],
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")],
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of equal size that the ranks are in, in order.")] = 1,
     across: Annotated[float, typer.Option(help="Cost of a row between nodes; within one it is 1.")] = 4.0,
@@ -31,7 +36,7 @@ def place(
 
     try:
         topology = Topology(ranks, nodes, across)
-        decide, judge = RoutingTrace.load(trace).halves()
+        decide, judge = RoutingTrace.of_ranks([RoutingTrace.load(path) for path in trace]).halves()
         with _bar() as bar:
             task = bar.add_task("", total=len(decide.layers) + 1)
             tuned = moetuner_placement(
@@ -45,7 +50,7 @@ def place(
         }
         predicted = {name: replay(decide, each, topology) for name, each in candidates.items()}
         replayed = {name: replay(judge, each, topology) for name, each in candidates.items()}
-        figure = _figure(replayed, f"{trace.name}: {ranks} ranks in {nodes} nodes, rows not used to decide")
+        figure = _figure(replayed, f"{trace[0].name}: {ranks} ranks in {nodes} nodes, rows not used to decide")
     except OSError as error:
         raise CommandError(f"TRACE must be a readable file, got {first_line(error)}") from error
     except (ValueError, ImportError) as error:

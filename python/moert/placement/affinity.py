@@ -15,6 +15,7 @@ from moert.placement.milp import Program, solve
 METHODS = ("auto", "viterbi", "milp", "local")
 TIES = 1e-3
 _MOST_EXACT = 5  # ranks: 120 permutations a layer
+_STARTS = 10  # of the local search
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,14 @@ def _viterbi(flows: np.ndarray, row_cost: np.ndarray) -> Assignment:
 
 
 def _local(flows: np.ndarray, row_cost: np.ndarray, time_limit: float) -> Assignment:
-    """From each layer greedily after the one before, in turn from the identity; the better of the two ends."""
+    """The best end of a few starts: each layer greedily after the one before, the identity, random orders."""
     G, L, deadline = len(row_cost), len(flows) + 1, time.monotonic() + time_limit
-    found = []
-    for greedy in (True, False):
-        rank_of = np.tile(np.arange(G), (L, 1))
-        if greedy:
+    rng, found = np.random.default_rng(0), []
+    for start in range(_STARTS):
+        if found and time.monotonic() > deadline:
+            break
+        rank_of = np.tile(np.arange(G), (L, 1)) if start < 2 else rng.permuted(np.tile(np.arange(G), (L, 1)), axis=1)
+        if start == 0:
             for layer, flow in enumerate(flows):
                 rank_of[layer + 1] = _following(flow, rank_of[layer])
         while _sweep(flows, row_cost, rank_of, deadline):
