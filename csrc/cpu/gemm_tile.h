@@ -31,13 +31,6 @@ void gemm_dots_in_parts(const GemmTile& t) {
   }
 }
 
-// What was stored past the caches is there before another thread is told.
-void end_streams([[maybe_unused]] const GemmTile& t) {
-#if defined(__x86_64__)
-  if (t.finish && t.finish->stream) __builtin_ia32_sfence();
-#endif
-}
-
 void gemm(const GemmTile& t) {
   if (is_dots(t))
     with_dtype(t.b.matrix.dtype, [&](auto x) { gemm_dots_in_parts<Acc<decltype(x)>, decltype(x)>(t); });
@@ -45,7 +38,6 @@ void gemm(const GemmTile& t) {
     gemm_panels<double>(t);
   else
     gemm_panels<float>(t);
-  end_streams(t);
 }
 
 }  // namespace

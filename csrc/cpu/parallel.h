@@ -17,6 +17,9 @@
 
 namespace moert::cpu {
 
+// Outputs larger than this are written past the caches, which would read them first.
+constexpr int64_t kStreamBytes = 16 << 20;
+
 // What the threads of one parallel region share.
 struct TeamState {
   alignas(64) std::atomic<int64_t> next{0};
@@ -35,10 +38,13 @@ class Team {
   void for_each(int64_t tasks, const F& f) {
     if (threads_ == 1) {
       for (int64_t task = 0; task < tasks; ++task) f(task);
-      return;
+    } else {
+      for (int64_t task; (task = state_.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
     }
-    for (int64_t task; (task = state_.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
-    wait();
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();  // what was stored past the caches is there before another thread is told
+#endif
+    if (threads_ > 1) wait();
   }
 
  private:

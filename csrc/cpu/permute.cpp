@@ -113,12 +113,16 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
   if (H == 0) return;
   const int64_t size = size_of(dtype), bytes = H * size;
   advise_huge_pages(rows, S * bytes);
+  const auto stream_row = kernels().stream_row;
+  const bool stream = S * bytes >= kStreamBytes;
   for_rows(S, bytes, threads, [&](int64_t s) {
     char* row = static_cast<char*>(rows) + s * bytes;
-    if (tokens[s] < 0)
-      std::memset(row, 0, bytes);
+    if (tokens[s] < 0) return void(std::memset(row, 0, bytes));
+    const char* from = static_cast<const char*>(x) + tokens[s] * x_stride * size;
+    if (stream)
+      stream_row(from, row, bytes);
     else
-      std::memcpy(row, static_cast<const char*>(x) + tokens[s] * x_stride * size, bytes);
+      std::memcpy(row, from, bytes);
   });
 }
 
@@ -132,7 +136,8 @@ void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const in
   for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
     const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
     const void* start = residual ? static_cast<const char*>(residual) + t * residual_stride * size : nullptr;
-    sum_rows({dtype, k, H, rows, rows_stride, slots + t * k, w, start, static_cast<char*>(y) + t * H * size});
+    const int32_t *own = slots + t * k, *next = t + 1 < T ? own + k : nullptr;
+    sum_rows({dtype, k, H, rows, rows_stride, own, w, start, static_cast<char*>(y) + t * H * size, next});
   });
 }
 
@@ -147,6 +152,7 @@ void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows
   std::fill_n(static_cast<char*>(dweights), T * k * (is_double ? 8 : 4), 0);
   if (H == 0) return;
   advise_huge_pages(drows, S * H * size);
+  const bool stream = S * H * size >= kStreamBytes;
   // By slot, not by token: every row of drows then has one writer, whatever the plan says.
   for_rows(S, 3 * H * size, threads, [&](int64_t s) {
     char* drow = static_cast<char*>(drows) + s * H * size;
@@ -160,7 +166,7 @@ void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows
     }
     if (!used) return void(std::memset(drow, 0, H * size));
     const double dot = row_gradient({dtype, H, static_cast<const char*>(dy) + t * dy_stride * size,
-                                     static_cast<const char*>(rows) + s * rows_stride * size, weight, drow});
+                                     static_cast<const char*>(rows) + s * rows_stride * size, weight, drow, stream});
     for (int64_t i = t * k; i < (t + 1) * k; ++i) {
       if (slots[i] != s) continue;
       if (is_double)

@@ -2,6 +2,6 @@
 
 namespace moert::cpu::generic {
 
-const PermuteKernels permute_kernels = {sum_rows, row_gradient};
+const PermuteKernels permute_kernels = {stream_row, sum_rows, row_gradient};
 
 }  // namespace moert::cpu::generic

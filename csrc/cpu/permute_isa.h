@@ -15,6 +15,7 @@ struct SumOfRows {
   const void* weights;   // null or values [k]
   const void* start;     // null or [H]
   void* y;
+  const int32_t* next_slots;  // null or [k]: of the sum that follows, whose rows are fetched meanwhile
 };
 
 // drow [H] = weight * dy.
@@ -24,9 +25,12 @@ struct RowGradient {
   const void *dy, *row;
   double weight;
   void* drow;
+  bool stream;  // drow is written past the caches
 };
 
 struct PermuteKernels {
+  // `bytes` from one place to another past the caches, which would read `to` before it is written.
+  void (*stream_row)(const void* from, void* to, int64_t bytes);
   void (*sum_rows)(const SumOfRows&);
   // Returns <row, dy>, a sum of values.
   double (*row_gradient)(const RowGradient&);

@@ -7,9 +7,6 @@
 
 namespace moert::cpu {
 
-// Gradients larger than this are written past the caches, which would read them first.
-constexpr int64_t kStreamBytes = 16 << 20;
-
 template <typename A>
 class WeightGradient {
  public:
