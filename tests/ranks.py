@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 
-def ranks(n: int, function: Callable, *args, timeout: float = 150) -> list:
+def ranks(n: int, function: Callable, *args, timeout: float = 150, may_end: tuple[int, ...] = ()) -> list:
     """What function(*args) returns in each of n processes, in the order of their ranks.
 
     The function must be found by import, and what goes in and comes out must not be tensors.  An error of a rank is
     raised here with its traceback; ranks that are silent after `timeout` seconds are named.  No process outlives the
-    call.
+    call.  Ranks in may_end may stop or end without a result, and are not waited for: theirs is None.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -31,9 +31,9 @@ def ranks(n: int, function: Callable, *args, timeout: float = 150) -> list:
                 processes[-1].start()
                 writer.close()  # so that the end of the process is the end of the pipe
                 readers.append(reader)
-            results = _collect(readers, timeout)
-            for process in processes:
-                process.join(10)
+            results = _collect(readers, timeout, may_end)
+            for rank, process in enumerate(processes):
+                process.join(0 if rank in may_end else 10)
             return results
         finally:
             for process in processes:
@@ -41,8 +41,8 @@ def ranks(n: int, function: Callable, *args, timeout: float = 150) -> list:
                 process.join()
 
 
-def _collect(readers: list[Connection], timeout: float) -> list:
-    results, deadline = {}, time.monotonic() + timeout
+def _collect(readers: list[Connection], timeout: float, may_end: tuple[int, ...]) -> list:
+    results, deadline = dict.fromkeys(may_end), time.monotonic() + timeout
     while len(results) < len(readers):
         waiting = {reader: rank for rank, reader in enumerate(readers) if rank not in results}
         ready = wait(waiting, max(0, deadline - time.monotonic()))

@@ -76,7 +76,7 @@ _LATER = {
     "quantize_": "moert.quant.quantize",
     "unprepack_": "moert.runtime.prepack",
 }
-_PACKAGES = ("analysis", "decode", "layers", "quant", "runtime", "train")
+_PACKAGES = ("analysis", "decode", "layers", "parallel", "quant", "runtime", "train")
 
 
 def __getattr__(name: str):

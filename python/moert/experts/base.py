@@ -18,7 +18,15 @@ class Experts(nn.Module):
 
     def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
         """self(x, routing) + onto, in one step where these experts can."""
-        if onto.rows is not None and onto.rows.shape != x.shape:
-            expected, got = list(x.shape), list(onto.rows.shape)
-            raise ValueError(f"rows added to experts (shared_experts) must have shape {expected}, got {got}")
+        check_added(onto.rows, x)
         return self(x, routing, onto) if self.fuses_onto else onto.added_to(self(x, routing))
+
+    def beside(self, x: Tensor, routing: Routing, shared: nn.Module) -> Tensor:
+        """self(x, routing) + shared(x), in the order that suits these experts."""
+        return self.onto(x, routing, Onto(shared(x)))
+
+
+def check_added(rows: Tensor | None, x: Tensor) -> None:
+    if rows is not None and rows.shape != x.shape:
+        expected, got = list(x.shape), list(rows.shape)
+        raise ValueError(f"rows added to experts (shared_experts) must have shape {expected}, got {got}")

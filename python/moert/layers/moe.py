@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from moert.experts.base import Experts
 from moert.ops.kinds import expect
 from moert.routers.base import Router, RouterContext
-from moert.types import Onto, Routing
+from moert.types import Routing
 
 
 class MoELayer(nn.Module):
@@ -29,4 +29,4 @@ class MoELayer(nn.Module):
         routing = self.router(x_TH, context)
         if self.shared_experts is None:
             return self.experts(x_TH, routing).view(x.shape), routing
-        return self.experts.onto(x_TH, routing, Onto(self.shared_experts(x_TH))).view(x.shape), routing
+        return self.experts.beside(x_TH, routing, self.shared_experts).view(x.shape), routing

@@ -5,27 +5,34 @@ disagree would end a Gloo process (std::terminate), so they are compared before 
 N rows sent, M rows received.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for others: it may say more of what goes wrong
 FAILED = -1  # as a rank's number of rows: it raised an error of its own instead
 
 
 @dataclass(frozen=True)
 class Splits:
-    """How many rows this rank has for each rank of the group (R numbers, N in all), and each for it (M in all)."""
+    """How many rows this rank has for each rank of the group (R numbers, N in all), and each for it (M in all).
+
+    Every wait for another rank happens inside guard().
+    """
 
     sent: list[int]
     received: list[int]
     group: dist.ProcessGroup | None = None
+    guard: Guard = field(default=nullcontext, compare=False)
 
     @property
     def reversed(self) -> "Splits":
-        return Splits(self.received, self.sent, self.group)
+        return Splits(self.received, self.sent, self.group, self.guard)
 
 
 def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
@@ -45,7 +52,9 @@ def all_to_all_ref(rows: Tensor, splits: Splits) -> Tensor:
     return torch.cat([theirs.split(sent)[rank] for theirs, sent in everything])
 
 
-def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], group: dist.ProcessGroup | None) -> Splits:
+def exchange_counts(
+    counts: Tensor | None, facts: dict[str, int | str], group: dist.ProcessGroup | None, guard: Guard = nullcontext
+) -> Splits:
     """How many rows each rank has for each: counts [R], of this rank, integers.
 
     facts say what must be the same on every rank, by name: a size, or one of a few words; they travel with the counts.
@@ -56,10 +65,11 @@ def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], group: d
     said[:, 0] = FAILED if counts is None else counts
     said[:, 1:] = torch.tensor([_number(value) for value in facts.values()])
     heard = torch.empty_like(said)
-    dist.all_to_all_single(heard, said, group=group)
+    with guard():
+        dist.all_to_all_single(heard, said, group=group)
     if counts is not None:
         _check_same(heard, facts)
-    return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), group)
+    return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), group, guard)
 
 
 def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
@@ -69,10 +79,9 @@ def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple
     """
     rows = rows.contiguous()
     received = rows.new_empty(sum(splits.received), rows.shape[1])
-    work = dist.all_to_all_single(
-        received.view(torch.uint8), rows.view(torch.uint8), splits.received, splits.sent, splits.group, asynchronous
-    )
-    return received, work
+    sizes = splits.received, splits.sent, splits.group, asynchronous
+    with splits.guard():
+        return received, dist.all_to_all_single(received.view(torch.uint8), rows.view(torch.uint8), *sizes)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -4,6 +4,7 @@ A row travels once to each rank that has any of its experts, its routing with it
 make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import Splits, all_to_all, exchange_counts, send_rows
+from moert.ops.all_to_all import Guard, Splits, all_to_all, exchange_counts, send_rows
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.permute import unpermute
@@ -36,7 +37,8 @@ class Dispatched:
 
     def wait(self) -> "Dispatched":
         if self.on_the_way is not None:
-            self.on_the_way[0].wait()
+            with self.splits.guard():
+                self.on_the_way[0].wait()
         return self
 
 
@@ -46,21 +48,22 @@ def dispatch(
     experts: ExpertMap,
     group: dist.ProcessGroup | None = None,
     asynchronous: bool = False,
+    guard: Guard = nullcontext,
 ) -> Dispatched:
     """Send each row of x [T, H] to the ranks of the group (None: all) that hold the experts of its routing.
 
     Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
     nowhere.  float32, bfloat16, float16; rows arrive bit for bit.  Where H, k, E, the dtypes, the placement or the need
     for gradients differ between ranks, or a rank has an error of its own, every rank raises one that names the ranks.
-    x and routing.weights get gradients, once.
+    x and routing.weights get gradients, once.  This rank waits for the others inside guard(), also on the way back.
     """
     try:
         plan = _plan(x, routing, experts, group)
         counts = plan.offsets.diff()
     except Exception:
-        exchange_counts(None, dict.fromkeys(FACTS, 0), group)  # the others must not wait for this rank
+        exchange_counts(None, dict.fromkeys(FACTS, 0), group, guard)  # the others must not wait for this rank
         raise
-    splits = exchange_counts(counts, _facts(x, routing, experts), group)
+    splits = exchange_counts(counts, _facts(x, routing, experts), group, guard)
     plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
     sent = _Sent(routing, experts, plan, splits, asynchronous)
     rows, weights = _Dispatch.apply(x, routing.weights, sent)

@@ -28,12 +28,20 @@ LAYOUTS = {
     "tensor parallel": {"tp_size": 2},
     "expert parallel, all_reduce": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"},
     "expert parallel, all_to_all": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
+    "expert parallel, moert": {"tp_size": 2, "ep_size": 2, "ep_implementation": "moert"},
     "FSDP2": {"fsdp_size": 2},
     "FSDP2 and expert parallel": {"fsdp_size": 2, "ep_size": 2},
+    "FSDP2 and expert parallel, moert": {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "moert"},
 }
 LAYOUTS_OF_4 = {
     "tensor parallel and FSDP2": {"tp_size": 2, "fsdp_size": 2},
     "tensor and expert parallel and FSDP2": {"tp_size": 2, "fsdp_size": 2, "ep_size": 2},
+    "tensor and expert parallel and FSDP2, moert": {
+        "tp_size": 2,
+        "fsdp_size": 2,
+        "ep_size": 2,
+        "ep_implementation": "moert",
+    },
 }
 STEPS = 3
 

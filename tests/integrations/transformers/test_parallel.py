@@ -1,12 +1,12 @@
 """Models that transformers spreads over processes: the results of one process, for each kind of gate and layout."""
 
 import pytest
-from parallel import LAYOUTS, LAYOUTS_OF_4, compare, save
 
+from parallel import LAYOUTS, LAYOUTS_OF_4, compare, save
 from ranks import ranks
 
 BOUND = 1e-5
-WITH_FSDP = ["FSDP2", "FSDP2 and expert parallel"]
+WITH_FSDP = ["FSDP2", "FSDP2 and expert parallel", "FSDP2 and expert parallel, moert"]
 # What transformers itself can spread; the reasons are the same for its other implementations of the experts.
 KINDS = {
     "Qwen3Moe": [*LAYOUTS],
@@ -16,7 +16,7 @@ KINDS = {
     "DeepseekV4": [*LAYOUTS],
     "MiniMaxM3VL": [*LAYOUTS],
     "OpenAIPrivacyFilter": WITH_FSDP,  # has no plan for tensor parallelism, which the others build on
-    "Gemma4Text": [*LAYOUTS][:4],  # puts its dense layers on the ranks of the experts, where FSDP2 has them
+    "Gemma4Text": [*LAYOUTS][:5],  # puts its dense layers on the ranks of the experts, where FSDP2 has them
     "Inkling2": [*LAYOUTS][1:],  # tensor parallel: full_tensor() of gate_up_proj has its quarters in another order
     "MuseSpark": WITH_FSDP,  # tensor parallel: a norm inside the embedding meets a sum that is not finished
 }
@@ -24,10 +24,10 @@ KINDS = {
 SOME = {
     "Qwen3Moe": [*LAYOUTS],
     "Aria": ["tensor parallel"],
-    "GptOss": ["expert parallel, all_to_all"],
+    "GptOss": ["expert parallel, all_to_all", "expert parallel, moert"],
     "NemotronH": ["tensor parallel"],
     "DeepseekV4": ["expert parallel, all_reduce"],
-    "MiniMaxM3VL": ["FSDP2 and expert parallel"],
+    "MiniMaxM3VL": ["FSDP2 and expert parallel", "FSDP2 and expert parallel, moert"],
     "OpenAIPrivacyFilter": ["FSDP2 and expert parallel"],
     "Gemma4Text": ["tensor parallel"],
     "Inkling2": ["expert parallel, all_to_all"],

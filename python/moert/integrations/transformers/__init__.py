@@ -1,6 +1,7 @@
 """moert in Hugging Face transformers: importing this registers the experts implementation "moert".
 
 `from_pretrained(..., experts_implementation="moert")` or `model.set_experts_implementation("moert")` selects it;
+`DistributedConfig(ep_implementation="moert")` spreads the experts over ranks by moert's dispatch and combine.
 `swap_(model)` serves the models whose MoE blocks lie outside transformers' experts interface. `MoertConfig` packs the
 experts of a checkpoint while it loads, and packed checkpoints load with nothing said.
 """
@@ -12,6 +13,7 @@ import transformers
 if tuple(map(int, re.match(r"(\d+)\.(\d+)", transformers.__version__).groups())) < (5, 22):
     raise ImportError(f"transformers must be 5.22 or newer, got {transformers.__version__}: pip install -U 'moert[hf]'")
 
+from transformers.distributed import expert_parallel as theirs  # noqa: E402
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface  # noqa: E402
 from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
@@ -28,4 +30,8 @@ __all__ = ["InexactWarning", "MoertConfig", "experts_forward", "load_gguf", "loa
 # transformers validates a name against both registries together: in one alone it would load and then fail in forward.
 ExpertsInterface.register("moert", experts_forward)
 FP8ExpertsInterface.register("moert", fp8_experts_forward)
+if hasattr(theirs, "EPImplementationInterface"):  # from transformers 5.23 on
+    from moert.integrations.transformers.expert_parallel import MoertEP
+
+    theirs.EPImplementationInterface.register("moert", MoertEP)
 install()

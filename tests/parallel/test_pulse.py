@@ -1,0 +1,131 @@
+"""Ranks that are killed, stopped, or end by an error of their own, in the middle of exchanges."""
+
+import copy
+import os
+import random
+import re
+import signal
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moert import GluExperts, MoELayer, TopKRouter
+from moert.parallel import Pulse, shard_experts_
+from ranks import ranks
+
+LOST, INTERVAL = 1, 0.25
+
+
+class Fault:
+    """Ends this rank in its own way, and notes when."""
+
+    def __init__(self, how: str, folder: str):
+        self.how, self.when = how, Path(folder, "when")
+
+    def __call__(self):
+        self.when.write_text(str(time.time()))
+        if self.how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "is stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.how == "sleeps":
+            time.sleep(60)
+        raise ValueError("an error of its own")
+
+
+def exchanges(how: str, folder: str, seed: int) -> tuple[str, float]:
+    """Layers forward and backward until one rank is lost, at a time that the seed says; what the others are told."""
+    limit = 5 if how in ("is stopped", "sleeps") else 60
+    group = dist.new_group(timeout=timedelta(seconds=limit))
+    lost, fault = dist.get_rank() == LOST, Fault(how, folder)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(MoELayer(TopKRouter(8, 6, 2), GluExperts(6, 8, 8)) for _ in range(3)))
+    shard_experts_(model, group, pulse=Pulse(group, INTERVAL))
+    at = random.Random(seed).randrange(20, 90)  # a step has 15 exchanges: five a layer
+    if lost:
+        model[0].experts.guard = model[1].experts.guard = model[2].experts.guard = counted(at, fault)
+    x = torch.randn(9, 8)
+    try:
+        for _ in range(100):
+            model(x).sum().backward()
+    except RuntimeError as error:
+        return str(error), time.time() - float(fault.when.read_text())
+    return "every step was made", 0.0
+
+
+def counted(at: int, fault: Fault):
+    """A guard that does nothing before its call number `at`."""
+    calls = iter(range(at + 1))
+
+    @contextmanager
+    def guard():
+        if next(calls) == at:
+            fault()
+        yield
+
+    return guard
+
+
+def assert_named(told, how: str, within: float) -> None:
+    words = "did not come to it" if how == "sleeps" else "no sign of life from rank 1"
+    for rank in (0, 2):
+        text, seconds = told[rank]
+        assert re.match(f"every rank must take part in the exchange, .*{words}", text) and "rank 1" in text, text
+        assert seconds < within, seconds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_is_killed(tmp_path, seed):
+    assert_named(ranks(3, exchanges, "is killed", str(tmp_path), seed, may_end=(LOST,)), "is killed", 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 50))
+def test_a_rank_is_killed_at_many_points(tmp_path, seed):
+    assert_named(ranks(3, exchanges, "is killed", str(tmp_path), seed, may_end=(LOST,)), "is killed", 10)
+
+
+@pytest.mark.parametrize("how", ["raises", "is stopped", "sleeps"])
+def test_a_rank_is_lost_otherwise(tmp_path, how):
+    # Five seconds of the group's own, then three intervals.
+    assert_named(ranks(3, exchanges, how, str(tmp_path), 0, may_end=(LOST,)), how, 20)
+
+
+def alive() -> None:
+    """Nobody is missing: the error is the exchange's own.  A pulse that was stopped is gone to the others."""
+    pulse = Pulse(interval=0.2)
+    told = "every rank must take part in the exchange, all are alive: boom"
+    with pytest.raises(RuntimeError, match=told), pulse.exchanging():
+        raise RuntimeError("boom")
+    with pytest.raises(ValueError, match="not an exchange's"), pulse.exchanging():
+        raise ValueError("not an exchange's")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        pulse.stop()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match="got no sign of life from rank 1: boom"), pulse.exchanging():
+            raise RuntimeError("boom")
+        pulse.stop()
+    dist.barrier()
+    layer = shard_experts_(MoELayer(TopKRouter(8, 6, 2), GluExperts(6, 8, 8)))
+    assert torch.equal(copy.deepcopy(layer.experts.local.down_proj), layer.experts.local.down_proj)
+
+
+def test_all_are_alive():
+    ranks(2, alive)
+
+
+def test_errors():
+    def wrong(**options):
+        with pytest.raises((TypeError, ValueError)) as error:
+            Pulse(**options)
+        return str(error.value)
+
+    assert wrong(group=3) == "group must be of type ProcessGroup or NoneType, got int"
+    assert wrong(interval=0) == "interval must be a number of seconds above zero, got 0"
