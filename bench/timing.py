@@ -7,9 +7,11 @@ import torch
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], seconds: float, rounds: int | None = None
+    functions: dict[str, Callable[[], object]], seconds: float, rounds: int | None = None, cold: bool = True
 ) -> dict[str, list[float]]:
     """Seconds of single calls, one of each function a round, from cold caches; about `seconds` for each function.
+
+    Not cold: of a second call right after the first.
 
     Interleaved, because a machine that slows down for a while would otherwise slow down one of them only.
     """
@@ -19,7 +21,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(count):
         for name, function in functions.items():
-            flush.add_(1)
+            flush.add_(1) if cold else function()
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
