@@ -110,16 +110,16 @@ bench-smoke: $(READY)
 	$(BIN)/python bench/layers.py --smoke
 	$(BIN)/python bench/links.py --smoke
 	$(BIN)/python bench/simulate.py --smoke
+	$(BIN)/python bench/router_parts.py --smoke
 
 # Needs Google Benchmark: apt install libbenchmark-dev.
 bench-cpp: $(READY)
 	$(BIN)/cmake -S . -B build/bench -G Ninja -DMOERT_TORCH=OFF -DMOERT_BENCH=ON -DMOERT_CUDA=OFF >$(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	$(BIN)/cmake --build build/bench && build/bench/bench_cpp $(ARGS)
 
-# Every system's experiment (about two minutes each on two cores, less for most), then docs/systems.md from their results.
+# Every system's experiment (under two minutes each on two cores), or ARGS="mor promoe", then docs/systems.md from their results.
 systems: $(READY)
-	set -e; for system in examples/systems/*.py; do $(BIN)/python $$system; done
-	$(BIN)/python examples/systems/experiment/page.py
+	$(BIN)/python examples/systems/experiment/every.py $(ARGS)
 
 systems-page: $(READY)
 	$(BIN)/python examples/systems/experiment/page.py

@@ -104,6 +104,7 @@ EXPERIMENT = Experiment(
         Claim("language: no worse than one pass", "loss", "lower", "text, CoE(2,2)", "text, MoE(4)", 1.005),
         Claim("more different choices of experts", "distinct sets", "higher", "text, CoE(2,2)", "text, MoE(4)"),
     ),
+    reads=corpus,
     equal="rows of experts and parameters (a chain has one router more per layer); the same Adam for all",
     seeds=4,
     variants={

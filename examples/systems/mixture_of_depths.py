@@ -3,7 +3,7 @@
 import torch
 
 from experiment import Claim, Experiment, main
-from experiment.language import EveryToken, LanguageModel, evaluate, train
+from experiment.language import EveryToken, LanguageModel, corpus, evaluate, train
 from moert.layers import FeedForward, MoDBlock, PackedBlock
 from moert.routers import DepthRouter, causal_routers_
 
@@ -78,6 +78,7 @@ EXPERIMENT = Experiment(
         Claim("lower loss than the full model at equal FLOPs", "loss", "lower", "MoD, equal FLOPs", "full, 4 blocks"),
         Claim("and than a shallower full model", "loss", "lower", "MoD, equal FLOPs", "full, 2 blocks"),
     ),
+    reads=corpus,
     equal="FLOPs of the blocks in training (more steps where the model is cheaper), or steps; AdamW 3e-3 for all",
     variants={
         "full, 4 blocks": full(4),

@@ -247,6 +247,7 @@ EXPERIMENT = Experiment(
     "batch (MoMa 1.634, dense 1.575), and 480 steps with experts of width 64 (1.626, 1.615, 1.626). There MoMa "
     "saved nothing (1.00) and with Mixture-of-Depths 1.06; deciding causally cost 0.0005, with "
     "Mixture-of-Depths -0.0016: it was not dearer.",
+    reads=corpus,
     equal="the same FLOPs per token, 8 experts or a dense network of an expert's width",
     together=True,
     variants={"dense": variant(dense), "mixed": variant(mixed), "MoMa": variant(moma), "MoMa + MoD": depths},

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment import Claim, Experiment, main, medians
-from experiment.language import EveryToken, LanguageModel, evaluate, train
+from experiment.language import EveryToken, LanguageModel, corpus, evaluate, train
 from moert import RouterContext, Routing
 from moert.layers import FeedForward, MoRModel, PackedBlock, RecursiveStack
 from moert.runtime import DepthBatcher
@@ -106,6 +106,7 @@ EXPERIMENT = Experiment(
         Claim("equal FLOPs: no worse than unshared blocks", "loss", "lower", "MoR, equal FLOPs", "6 blocks"),
         Claim("rows of different depths in one batch decode faster", "speed", "higher", "DepthBatcher", 1.0),
     ),
+    reads=corpus,
     equal="steps, or (equal FLOPs: 1.5 times the steps) FLOPs of the blocks in training; AdamW 3e-3 for all",
     timed=("DepthBatcher",),
     variants={

@@ -63,6 +63,7 @@ class Experiment:
     equal says in what the variants are equal (parameters, FLOPs); notes what was tried and how far a claim was missed.
     seeds is how many fit into two minutes of two cores.  timed names the variants whose figures are times: they run
     after the others, alone.  together: the others of a seed share a model (once), so that one process runs them.
+    reads loads what all of them read, before they part, and keeps it (functools.cache).
     """
 
     name: str
@@ -77,6 +78,7 @@ class Experiment:
     seeds: int = 3
     timed: tuple[str, ...] = ()
     together: bool = False
+    reads: Callable[[], Any] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if unknown := set(self.timed) - set(self.variants):

@@ -118,7 +118,7 @@ def train(
     after_step is called with the routings of the step, after the optimizer's.
     """
     steps *= progress.times
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     warm = max(1, steps // 20)
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / warm) * (0.525 + 0.475 * torch.cos(torch.tensor(torch.pi * s / steps)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import rich.progress
 import torch
+import torch._dynamo  # the first optimizer does, which takes a second: here once, not in every process
 from rich.console import Console
 
 from experiment.declare import Experiment
@@ -59,7 +60,9 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> dict:
     console = Console()
     names = options.variant or list(experiment.variants)
     seeds = [0] if options.quick else [options.first_seed + i for i in range(options.seeds)]
+    started = time.monotonic()
     measured = measure(experiment, names, seeds, options, console)
+    measured["wall_seconds"] = round(time.monotonic() - started, 1)
     how = {**circumstances(), "command": command(experiment, options), "seeds": seeds}
     result = {**said(experiment), **how, **measured}
     console.print(table(result))
@@ -86,6 +89,8 @@ def measure(experiment: Experiment, names: list[str], seeds: list[int], options,
                 raise ValueError(f"figures must be among {', '.join(experiment.figures)}, got {unknown}")
             send((name, seed, (figures, round(time.process_time() - started, 1))))
 
+    if experiment.reads is not None:
+        experiment.reads()
     with Bars(console) as bars:
         jobs = jobs_of(experiment, [name for name in names if name not in experiment.timed], seeds)
         if options.quick or options.processes == 1:

@@ -74,8 +74,9 @@ def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     d = x.shape[-1]
     frequency = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
     angle = positions.clamp_max(2**24)[:, None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
     a, b = x.float().chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
@@ -117,8 +118,8 @@ class PackedAttention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, rows: Rows, kv=None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q, k = rotate(q, rows.positions), rotate(k, rows.positions)
+        qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split([2 * self.heads, self.heads], 1)
+        q, k = rotate(qk, rows.positions).chunk(2, 1)
         y = packed_attention(q, k, v, rows) if kv is None else attend(q, rows, kv.extend(self.layer, k, v, rows))
         return self.out(y.flatten(1))
 
