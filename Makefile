@@ -111,6 +111,7 @@ bench-smoke: $(READY)
 	$(BIN)/python bench/links.py --smoke
 	$(BIN)/python bench/simulate.py --smoke
 	$(BIN)/python bench/router_parts.py --smoke
+	$(BIN)/torchrun --nproc-per-node 2 bench/exchange.py --smoke
 
 # Needs Google Benchmark: apt install libbenchmark-dev.
 bench-cpp: $(READY)

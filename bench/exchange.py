@@ -1,0 +1,182 @@
+"""dispatch and combine beside the exchanges that one would write by hand; each rank of torchrun is a process.
+
+    torchrun --nproc-per-node 4 bench/exchange.py [--smoke]
+
+Writes bench/results/exchange.json, where rows of another number of ranks stay.
+
+No experts: rows go there and back.  Letters: T tokens of a rank, k choices, E experts, R ranks, H hidden.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moert.cli.machine import machine_facts
+from moert.ops import Dispatched, ExpertMap, combine, dispatch
+from moert.ops.all_to_all import exchange_counts, send_rows
+from moert.testing import random_routing
+from moert.types import Routing
+
+OUT = Path(__file__).resolve().parent / "results" / "exchange.json"
+SHAPES = ((256, 64, 8, 2048), (1024, 64, 8, 2048), (1024, 8, 2, 4096))  # T, E, k, H
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for all providers of a shape together")
+    parser.add_argument("--smoke", action="store_true", help="the smallest shape, a few calls; writes nothing")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    shapes, seconds = (SHAPES[:1], 0.0) if options.smoke else (SHAPES, options.seconds)
+    rows = [row for shape in shapes for row in bench(*shape, torch.bfloat16, seconds)]
+    if dist.get_rank() == 0:
+        show(rows)
+        if not options.smoke:
+            save(options.out, rows)
+    dist.destroy_process_group()
+
+
+def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) -> list[dict]:
+    rank, R = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(T, H, generator=generator).to(dtype)
+    routing, experts = random_routing(T, E, k, generator=generator), ExpertMap.of(None, E, R)
+    got = dispatch(x, routing, experts)
+    calls = {
+        "bytes alone": bytes_alone(x, routing, experts),
+        "moert": lambda: combine((there := dispatch(x, routing, experts)).x, there),
+        "by hand": lambda: by_hand(x, got),
+        "a copy a choice": lambda: choice_copies(x, routing, experts),
+        "all-gather, reduce-scatter": lambda: everything(x),
+    }
+    away = sum(n for r, n in enumerate(got.splits.sent) if r != rank)
+    choices = sum(1 for e in routing.ids.flatten().tolist() if experts.expert_to_rank[e] != rank)
+    sent = {
+        "moert": away,
+        "by hand": away,
+        "bytes alone": away,
+        "a copy a choice": choices,
+        "all-gather, reduce-scatter": T * (R - 1),
+    }
+    times = interleaved(calls, seconds)
+    base = statistics.median(times["bytes alone"])
+    key = {"shape": f"T{T}-E{E}-k{k}-H{H}", "ranks": R, "dtype": str(dtype).removeprefix("torch.")}
+    return [
+        {
+            **key,
+            "provider": name,
+            "rows_sent_by_rank_0": sent[name],
+            **figures(values),
+            "p50_beside_bytes_alone": statistics.median(values) / base,
+        }
+        for name, values in times.items()
+    ]
+
+
+def figures(values: list[float]) -> dict:
+    values, n = sorted(values), len(values)
+    return {"p50": statistics.median(values), "p20": values[n // 5], "p80": values[n * 4 // 5], "samples": n}
+
+
+def bytes_alone(x: Tensor, routing: Routing, experts: ExpertMap) -> Callable[[], None]:
+    """The same bytes there and back by two all_to_all_single, sizes known and buffers ready."""
+    got = dispatch(x, routing, experts)
+    size = torch.ops.moert.dispatch_pack(
+        x, routing.weights, routing.ids, experts.expert_to_rank, experts.local_ids, got.plan.offsets, got.plan.tokens
+    ).shape[1]
+    there, back = (torch.zeros(sum(got.splits.sent), n, dtype=torch.uint8) for n in (size, x.shape[1] * x.itemsize))
+    arrived, results = (there.new_empty(sum(got.splits.received), n) for n in (size, back.shape[1]))
+
+    def run():
+        dist.all_to_all_single(arrived, there, got.splits.received, got.splits.sent)
+        dist.all_to_all_single(back, results, got.splits.sent, got.splits.received)
+
+    return run
+
+
+def by_hand(x: Tensor, got: Dispatched) -> Tensor:
+    """The same rows without their routing, which both sides know already: gathered, sent, sent back, added up."""
+    tokens = got.plan.tokens.long()
+    arrived, _ = send_rows(x[tokens], got.splits)
+    back, _ = send_rows(arrived, got.splits.reversed)
+    return torch.zeros(x.shape).index_add_(0, tokens, back.float()).to(x.dtype)
+
+
+def choice_copies(x: Tensor, routing: Routing, experts: ExpertMap) -> Tensor:
+    """A row for each choice, sorted by expert, and the weighted sum at home."""
+    T, k = routing.ids.shape
+    where = experts.expert_to_rank[routing.ids.long()].flatten()
+    order = where.argsort(stable=True)
+    splits = exchange_counts(torch.bincount(where, minlength=dist.get_world_size()), {"H": x.shape[1]}, None)
+    arrived, _ = send_rows(x[order // k], splits)
+    back, _ = send_rows(arrived, splits.reversed)
+    rows = torch.empty_like(back)
+    rows[order] = back
+    return (rows.view(T, k, -1) * routing.weights[..., None].to(x.dtype)).sum(1)
+
+
+def everything(x: Tensor) -> Tensor:
+    """All tokens to all ranks, and every rank's partial sums of all tokens added up (in float32: Gloo's)."""
+    whole = x.new_empty(len(x) * dist.get_world_size(), x.shape[1])
+    dist.all_gather_into_tensor(whole, x)
+    partial, y = whole.float(), torch.empty(x.shape)
+    dist.reduce_scatter_tensor(y, partial)
+    return y.to(x.dtype)
+
+
+def interleaved(calls: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, one call of each in turn, from a barrier on."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = torch.tensor([time.monotonic() + seconds])
+    while True:
+        go_on = torch.tensor([float(time.monotonic() < end)])
+        dist.broadcast(go_on, 0)
+        if not go_on and len(times["moert"]) >= 5:
+            return times
+        for name, call in calls.items():
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            took = torch.tensor([time.perf_counter() - start])
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times[name].append(took.item())
+
+
+def save(out: Path, rows: list[dict]) -> None:
+    old = json.loads(out.read_text())["rows"] if out.exists() else []
+    value = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine_facts(("torch",)),
+        "what": "dispatch and combine without experts over Gloo, loopback, a thread a rank; seconds of the slowest",
+        "rows": [row for row in old if row["ranks"] != rows[0]["ranks"]] + rows,
+    }
+    out.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title=f"{rows[0]['ranks']} ranks on this machine, {rows[0]['dtype']}, one thread each")
+    for column in ("shape", "provider", "rows sent by rank 0", "ms p50 (p20-p80)", "beside bytes alone"):
+        table.add_column(column)
+    for row in rows:
+        ms = f"{1e3 * row['p50']:.1f} ({1e3 * row['p20']:.1f}-{1e3 * row['p80']:.1f})"
+        sent = str(row["rows_sent_by_rank_0"])
+        table.add_row(row["shape"], row["provider"], sent, ms, f"{row['p50_beside_bytes_alone']:.2f}x")
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
