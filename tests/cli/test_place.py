@@ -23,7 +23,14 @@ def test_command(tmp_path):
     written = ExpertPlacement.load(out)
     for mine, theirs in zip(written.layers, expected.layers, strict=True):
         assert mine.name == theirs.name and np.array_equal(mine.expert_to_rank, theirs.expert_to_rank)
-    for part in ("contiguous", "round-robin", "moert", "→", "Gap to an optimum: at most", str(out)):
+    for part in (
+        "contiguous",
+        "round-robin",
+        "moert",
+        "→",
+        "Gap to an optimum: clusters could be",
+        str(out),
+    ):
         assert part in done.stdout
     assert sorted(each.name for each in out.parent.iterdir()) == ["p.json", "p.png"]
     assert out.with_suffix(".png").stat().st_size > 1000

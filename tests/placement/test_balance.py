@@ -40,6 +40,12 @@ def test_without_time_greedy_is_the_answer_at_worst():
     assert np.bincount(found.cluster_of).tolist() == [6] * 16
 
 
+def test_the_search_ends_where_loads_are_even_enough():
+    loads = (np.random.default_rng(0).dirichlet(np.full(256, 3.0)) * 1e5).round()
+    found = cluster_experts(loads, 32)  # would search for 20 s, the bound being 0
+    assert found.value <= 0.025 * found.mean and found.mean == loads.sum() / 32
+
+
 @pytest.mark.parametrize("num_experts", [8, 16])
 def test_rows_not_used_to_decide_are_balanced_too(num_experts):
     rng = np.random.default_rng(2)
@@ -48,7 +54,7 @@ def test_rows_not_used_to_decide_are_balanced_too(num_experts):
     found = cluster_experts(decide, 4)
     totals = np.bincount(found.cluster_of, weights=judge, minlength=4)
     contiguous = judge.reshape(4, -1).sum(1)
-    assert found.gap <= 0.025 and totals.max() / totals.mean() <= 1.15
+    assert found.gap * found.value <= 0.025 * max(found.value, found.mean) and totals.max() / totals.mean() <= 1.15
     assert totals.max() < 0.9 * contiguous.max()
 
 

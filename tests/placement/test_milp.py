@@ -31,6 +31,21 @@ def test_without_time_the_start_is_kept_and_the_gap_says_what_is_open():
     assert found.gap == float("inf") or found.value - best.value <= found.gap * abs(found.value) + 1e-6
 
 
+def test_enough_is_enough():
+    values, weights = np.random.default_rng(0).integers(1, 1000, (2, 60))
+    start = (np.arange(60) < 2).astype(float)
+    best = solve(knapsack(values, weights, 15000), start, 10, 0.0)
+    found = solve(knapsack(values, weights, 15000), start, 10, 0.0, enough=1e9)
+    assert (
+        best.value <= found.value <= -(values @ start) and found.value - best.value <= found.gap * abs(found.value) + 1
+    )
+
+
+def test_nothing_is_printed(capfd):
+    solve(knapsack([1], [1], 1), np.zeros(1), 1, 0.0)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "highspy", None)
     with pytest.raises(ImportError, match=r"placement needs highspy, got none: pip install 'moert\[place\]'"):

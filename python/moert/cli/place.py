@@ -97,10 +97,11 @@ def _table(predicted: dict, replayed: dict, title: str) -> Table:
 
 def _solved(tuned) -> str:
     """How far from an optimum the programs stopped."""
-    widest = max(each.gap for each in tuned.clusters)
+    uneven = max(each.gap * each.value / max(each.mean, 1e-300) for each in tuned.clusters)
     gap = tuned.assignment.gap
-    known = "not known (local search)" if gap is None else f"{gap:.1%}"
-    return f"Gap to an optimum: at most {widest:.1%} for the clusters of a layer, {known} for their ranks."
+    known = "not known (swaps)" if gap is None else f"{gap:.1%}"
+    clusters = f"clusters could be more even by at most {uneven:.1%} of a rank's load"
+    return f"Gap to an optimum: {clusters}; for their ranks {known}."
 
 
 def _bar() -> Progress:

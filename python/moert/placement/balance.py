@@ -16,11 +16,15 @@ SLOTS = ("equal", "any")
 
 @dataclass(frozen=True)
 class Clusters:
-    """cluster_of int64 [E]; value of the objective, and the share by which an optimum could be below it at most."""
+    """cluster_of int64 [E]; value of the objective, and the share by which an optimum could be below it at most.
+
+    mean is the mean load of a cluster.
+    """
 
     cluster_of: np.ndarray
     value: float
     gap: float
+    mean: float
 
 
 def cluster_experts(
@@ -33,8 +37,9 @@ def cluster_experts(
 ) -> Clusters:
     """loads [E] -> clusters of them; "equal" slots are E/G of each (floor or ceil), "any" at least one.
 
-    "deviation" sums |load - mean|, "max" is the largest load.  Never fails for lack of time: what the solver has is
-    what a greedy search found or better, and its gap is stated.
+    "deviation" sums |load - mean|, "max" is the largest load.  The search ends where an optimum could be better by no
+    more than gap of the value or of the mean load, or at time_limit seconds: never worse than what a greedy search
+    found, and the gap to an optimum is stated.
     """
     loads = _checked(loads, num_clusters, slots, objective)
     E, G = len(loads), num_clusters
@@ -60,9 +65,9 @@ def cluster_experts(
     start[x[greedy, np.arange(E)]] = 1.0
     totals = np.bincount(greedy, weights=loads, minlength=G)
     start[G * E :] = np.abs(totals - mean) if objective == "deviation" else totals.max()
-    found = solve(program, start, time_limit, gap)
+    found = solve(program, start, time_limit, gap, gap * mean)
     cluster_of = found.x[: G * E].reshape(G, E).argmax(0)
-    return Clusters(cluster_of, value_of(loads, cluster_of, G, objective), found.gap)
+    return Clusters(cluster_of, value_of(loads, cluster_of, G, objective), found.gap, float(mean))
 
 
 def cluster_experts_ref(loads, num_clusters: int, slots: str = "equal", objective: str = "deviation") -> float:

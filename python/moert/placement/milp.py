@@ -28,13 +28,17 @@ class Solution:
     gap: float
 
 
-def solve(program: Program, start: np.ndarray, time_limit: float, gap: float, threads: int = 1) -> Solution:
-    """The best x found in time_limit seconds or to the relative gap, at worst `start`, which must be feasible."""
+def solve(
+    program: Program, start: np.ndarray, time_limit: float, gap: float, enough: float = 0.0, threads: int = 1
+) -> Solution:
+    """The best x found in time_limit seconds, at worst `start`, which must be feasible.
+
+    The search ends early where an optimum could be better by no more than `gap` of the value, or by `enough`.
+    """
     highs, model = _highs(), _model(program)
-    highs.silent()
     for name, value in {
         "mip_rel_gap": float(gap),
-        "mip_abs_gap": 1e-6,
+        "mip_abs_gap": max(1e-6, float(enough)),
         "time_limit": float(time_limit),
         "threads": threads,
         "random_seed": 0,
@@ -57,7 +61,13 @@ def _highs():
         import highspy
     except ImportError as error:
         raise ImportError(f"placement needs highspy, got none: pip install 'moert[place]' ({error})") from error
-    return highspy.Highs()
+
+    class Quiet(highspy.Highs):
+        def enableCallbacks(self):  # the last step of the constructor, which else prints a banner
+            self.silent()
+            super().enableCallbacks()
+
+    return Quiet()
 
 
 def _model(program: Program):
