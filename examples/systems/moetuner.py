@@ -148,7 +148,12 @@ EXPERIMENT = Experiment(
         "search": searched,
         "solver": timed,
     },
-    notes="",
+    notes="Contiguous experts' slowest pair takes 1.21 to 1.45 times as long as MoETuner's on tokens not seen, most "
+    "of it by balance: the affinity between layers adds 1.04 to 1.18 times, below 1.05 in one seed of eight. "
+    "Where tokens come home after each layer the gain is 1.09 to 1.22. The 95th percentile of the calls' "
+    "imbalance stays at 1.16 to 1.19 (1.29 to 1.47 contiguous): calls of 200 rows are not as even as their "
+    "sum. Traces are synthetic; their strength of affinity was chosen once. In 10 seconds HiGHS improved none "
+    "of the swaps' results.",
 )
 
 if __name__ == "__main__":

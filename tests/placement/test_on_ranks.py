@@ -7,7 +7,8 @@ import torch.distributed as dist
 from analysis.traces import random_trace
 from moert import GluExperts
 from moert.analysis import RoutingTrace
-from moert.ops import ExpertMap, combine, dispatch
+from moert.ops import dispatch
+from moert.parallel import ExpertParallel
 from moert.placement import ExpertPlacement, Topology, contiguous, moetuner_placement, replay
 from moert.types import Routing
 from ranks import ranks
@@ -29,14 +30,11 @@ def of_rank(paths: list[str]) -> list[tuple[list[int], list[list[float]]]]:
     rank, (experts, x, routing), results = dist.get_rank(), everything(), []
     mine = slice(rank * T // R, (rank + 1) * T // R)
     for path in paths:
-        where = ExpertMap.of(ExpertPlacement.load(path).by_module()["layers.0"], E, R)
-        local = GluExperts(len(where.experts_of(rank)), H, 8)
+        layer = ExpertParallel(experts, placement=ExpertPlacement.load(path).by_module()["layers.0"])
+        own = Routing(routing.ids[mine], routing.weights[mine], E)
         with torch.no_grad():
-            for own, all_of_them in zip(local.parameters(), experts.parameters(), strict=True):
-                own.copy_(all_of_them[where.experts_of(rank)])
-            there = dispatch(x[mine], Routing(routing.ids[mine], routing.weights[mine], E), where)
-            y = combine(local(there.x, there.routing), there)
-        results.append((list(there.splits.sent), y.tolist()))
+            sent = dispatch(x[mine], own, layer.map).splits.sent
+            results.append((list(sent), layer(x[mine], own).tolist()))
     return results
 
 
