@@ -39,6 +39,8 @@ DTYPES = ("bfloat16", "float32")
 FORWARD = tuple((T, False) for T in (1, 4, 16, 64, 256, 1024, 4096))  # T, training
 TRAINING = ((1024, True), (4096, True))
 FAMILIES = ("transformers", "vllm", "onnxruntime")
+# What moert.runtime.keep_memory sets, for every family alike.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 
 
 @dataclass
@@ -76,11 +78,12 @@ class Row:
 class Family:
     """The process of one family."""
 
-    def __init__(self, name: str, python: Path, threads: int):
+    def __init__(self, name: str, python: Path, threads: int, keep_memory: bool):
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         # A waiting thread must not spin: the next one to compute is in another process.
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+        environment |= KEEP_MEMORY if keep_memory else {}
         command = [str(python), str(ROOT / "bench" / "peers" / "worker.py"), name, str(threads)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -109,10 +112,11 @@ def main() -> None:
     options = parse()
     problems = chosen(options)
     out = options.out or default_path(processor_name()).with_suffix(".layers.json")
-    facts = {**machine_facts(("torch",)), "threads": options.threads, "commit": commit("HEAD")}
+    settings = {"threads": options.threads, "keep_memory": options.keep_memory}
+    facts = {**machine_facts(("torch",)), **settings, "commit": commit("HEAD")}
     rows = done_before(out, facts) if options.full else []
     console = Console(width=150)
-    families, absent = start(options.threads)
+    families, absent = start(options)
     try:
         with Progress(console=console) as progress:
             task = progress.add_task("layers", total=len(problems))
@@ -142,6 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="of one turn of one provider")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--keep-memory", action="store_true", help="in every family, so that no page is fresh")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.smoke:
@@ -168,15 +173,15 @@ def chosen(options: argparse.Namespace) -> list[Problem]:
     ]
 
 
-def start(threads: int) -> tuple[list[Family], dict[str, str]]:
+def start(options: argparse.Namespace) -> tuple[list[Family], dict[str, str]]:
     """moert's process and those of the families that have an environment; why the others are absent."""
-    families, absent = [Family("moert", Path(sys.executable), threads)], {}
+    families, absent = [Family("moert", Path(sys.executable), options.threads, options.keep_memory)], {}
     for name in FAMILIES:
         python = ROOT / "build" / "peers" / name / "bin" / "python"
         if not python.exists() and find_spec(name):
             python = Path(sys.executable)
         if python.exists():
-            families.append(Family(name, python, threads))
+            families.append(Family(name, python, options.threads, options.keep_memory))
         else:
             absent[name] = "no environment (make bench-peers)"
     return families, absent
@@ -191,7 +196,7 @@ def measure(problem: Problem, families: list[Family], options: argparse.Namespac
             row.missing[family.name] = answer["missing"]
         calls += [(family, name) for name in answer.get("providers", ())]
     check(title(row.problem), calls, row)
-    if problem.training:
+    if problem.training and not options.keep_memory:  # kept memory is there before the step that takes it
         for family, name in [call for call in calls if call[1] not in ("read", "product")]:
             if (taken := family.ask(memory=name)["bytes"]) is not None:
                 row.memory[name] = taken - problem.weight_bytes
