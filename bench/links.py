@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,8 @@ def of_rank(job: tuple[int, int, str, float]) -> list[float]:
     rank, ranks, store, seconds = job
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    # Not the default of half an hour: a rank that fails would keep the others waiting.
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     medians = []
     for size in SIZES:
         rows, out = torch.ones(ranks * size, dtype=torch.uint8), torch.empty(ranks * size, dtype=torch.uint8)
