@@ -10,9 +10,10 @@ def keep_memory() -> None:
 
     By default glibc gives a large tensor's memory back at once and takes fresh pages for the next: a training step
     waits for as many as it has gradients.  This is a setting of malloc, for torch's tensors and all else in the
-    process, and it stays; what is kept is at most what was in use at once.  Only the main thread keeps tensors of more
-    than 64 MiB, the size of another thread's heap.  Where another malloc is loaded it does nothing.  The same in the
-    environment, before the process starts: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4611686018427387904.
+    process, and it stays.  What is kept is the heap at its largest: that may be more than was in use at once (twice as
+    much of a lone tensor), and the first few steps may still get fresh pages.  Only the main thread keeps tensors of
+    more than 64 MiB, the size of another thread's heap.  Where another malloc is loaded it does nothing.  The same in
+    the environment, before the process starts: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4611686018427387904.
     """
     set_option = _function("mallopt", "keep_memory")
     if not set_option(M_MMAP_MAX, 0) or not set_option(M_TRIM_THRESHOLD, -1):
