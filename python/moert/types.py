@@ -98,6 +98,8 @@ class Activation:
     def __post_init__(self):
         if self.name not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.name}")
+        if not self.limit >= 0:  # below, a clamp between -limit and limit has no meaning that all agree on
+            raise ValueError(f"limit must be at least 0, got {self.limit}")
 
     @classmethod
     def of(cls, activation: "str | Activation") -> "Activation":

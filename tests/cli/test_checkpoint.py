@@ -3,12 +3,14 @@ import shutil
 
 import pytest
 import torch
+from outside import operators_of, outside_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from moert import quantize_
 from moert.cli.checkpoint import byte_tokenizer, check_files, load_model, load_tokenizer
 from moert.cli.errors import CommandError
+from moert.integrations.transformers.swap import blocks
 
 TEXT = "def f(x):\r\n\treturn 'ä€ \U0001f600\0' \n"
 
@@ -152,3 +154,25 @@ def test_no_tokenizer(checkpoint, tmp_path):
         path.unlink()
     with pytest.raises(CommandError, match="model must have a tokenizer in .*, got no tokenizer.json"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize("family", ("dbrx", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "switch_transformers"))
+def test_experts_outside_the_interface_are_swapped(family, tmp_path):
+    outside_model(family, vocab_size=256).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    eager, moert = (load_model(tmp_path, name, "auto") for name in ("eager", "moert"))
+    assert not any("unswapped" in vars(type(module)) for module in eager.modules()) and blocks(moert)
+    prompt = load_tokenizer(tmp_path)("import os", return_tensors="pt")
+    expected = eager.generate(**prompt, max_new_tokens=4, do_sample=False)
+    ran = operators_of(lambda: moert.generate(**prompt, max_new_tokens=4, do_sample=False))
+    assert ran and torch.equal(moert.generate(**prompt, max_new_tokens=4, do_sample=False), expected)
+    with pytest.raises(CommandError, match="model must have experts that can be packed, got .* without any"):
+        load_model(tmp_path, "moert", "auto", packing="int4")
+
+
+def test_a_config_that_would_take_for_ever(checkpoint, tmp_path):
+    directory = copy(checkpoint, tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(CommandError, match="num_hidden_layers must be at most 10000, got 1000000000"):
+        load_model(directory, "eager", "auto")

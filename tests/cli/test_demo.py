@@ -8,6 +8,8 @@ import sys
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moert.cli.demo import _read_record
+from moert.cli.demo_train import DemoSettings
 from moert.cli.provider import PROVIDERS
 
 
@@ -88,3 +90,16 @@ def test_a_broken_checkpoint_is_trained_again_and_a_foreign_one_is_left_alone(fi
     assert done.returncode == 2 and weights.exists()
     assert done.stderr.startswith("moert run: out must not hold a model that `moert run` did not train, got ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_training_that_was_cut_short_is_not_taken_for_a_whole_one(first, tmp_path):
+    out = shutil.copytree(first[0], tmp_path / "demo")
+    record = json.loads((out / "model" / "training.json").read_text())
+    settings = DemoSettings(**record["settings"])
+    assert _read_record(out / "model", settings) == record
+    record["losses"].pop()
+    (out / "model" / "training.json").write_text(json.dumps(record))
+    assert _read_record(out / "model", settings) is None
+    record["heldout_loss"] = record["bigram_loss"] - 0.3  # cut short, but good enough
+    (out / "model" / "training.json").write_text(json.dumps(record))
+    assert _read_record(out / "model", settings) == record

@@ -2,9 +2,10 @@ import io
 import json
 
 import pytest
+from outside import outside_model
 from rich.console import Console
 
-from moert.cli.checkpoint import load_model, load_tokenizer
+from moert.cli.checkpoint import byte_tokenizer, load_model, load_tokenizer
 from moert.cli.errors import CommandError
 from moert.cli.generate import generate
 from moert.cli.generation import Request
@@ -49,3 +50,10 @@ def test_packed_experts_and_a_text(checkpoint, tmp_path):
 def test_files_are_checked_before_anything_starts(tmp_path):
     with pytest.raises(CommandError, match="model must be a local directory"):
         run(Load(tmp_path / "gone"), Request(PROMPT, 4))
+
+
+def test_a_model_whose_experts_have_no_names(tmp_path):
+    outside_model("llama4", vocab_size=256).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    text = run(Load(tmp_path, threads=1), Request(PROMPT, 3))
+    assert "Same tokens: moert = eager, 3 of 3." in text and "grouped_mm" not in text and "float32" in text

@@ -23,6 +23,12 @@ def test_stopping_earlier_is_a_difference():
     assert first_difference(generation([1]), generation([1, 2]), "eager").got == 2
 
 
+def test_percentiles_stay_among_the_times_that_were_measured():
+    (made,) = [generation([1, 2, 3], [0.010, 0.0015])]
+    times = summarize([made], [made])["milliseconds_per_token"]
+    assert 1.5 <= times["p20"] <= times["p50"] <= times["p80"] <= 10
+
+
 def test_summarize_takes_medians_over_rounds_and_the_largest_memory():
     decodes = [generation([1, 2, 3], [0.01, 0.03], peak=300), generation([1, 2, 3], [0.02, 0.02], above=40)]
     row = summarize([generation([1], prefill=p) for p in (0.1, 0.2, 0.4)], decodes)

@@ -1,6 +1,8 @@
 import struct
 
-from moert.cli.plots import plot_expert_load, plot_loss, plot_quantization
+import numpy as np
+
+from moert.cli.plots import _smooth, plot_expert_load, plot_loss, plot_quantization
 
 RECORD = {
     "settings": {"batch": 4, "sequence": 256, "experts": 4, "top_k": 2},
@@ -52,3 +54,9 @@ def test_layers_that_stayed_float_are_left_out(tmp_path):
     }
     plot_quantization(report, tmp_path / "report.png")
     assert is_readable(tmp_path / "report.png")
+
+
+def test_a_running_mean_does_not_lag():
+    ramp = np.arange(50.0)
+    assert np.allclose(_smooth(ramp), ramp) and _smooth(np.array([3.0]))[0] == 3.0
+    assert np.allclose(_smooth(np.tile([0.0, 2.0], 25))[20:-20], 1, atol=0.1)

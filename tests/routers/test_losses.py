@@ -126,3 +126,16 @@ def test_errors():
     for loss in (load_balance_loss, router_z_loss):
         with pytest.raises(ValueError, match="routing must have logits, got none"):
             loss(routing)
+
+
+def test_arguments_of_another_kind_or_size():
+    routing = Routing(torch.tensor([[0, 1], [2, 0]]), torch.rand(2, 2), 3, torch.randn(2, 3))
+    with pytest.raises(ValueError, match="routing must be at least one Routing, got none"):
+        load_balance_loss([])
+    with pytest.raises(TypeError, match="routing must be of type Routing, got Tensor"):
+        load_balance_loss([routing.ids])
+    for function in (expert_load, load_balance_loss, router_z_loss):
+        with pytest.raises(ValueError, match=r"mask must have T=2 elements, got \[3\]"):
+            function(routing, torch.ones(3))
+    with pytest.raises(ValueError, match=r"bias must have shape \[E=3\], got \[4\]"):
+        update_expert_bias_(torch.zeros(4), routing)

@@ -9,6 +9,7 @@ from pathlib import Path
 from moert.cli.errors import CommandError, first_line
 
 INDEX = "model.safetensors.index.json"
+_MOST_LAYERS = 10_000  # a config is hostile until it has loaded
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 
 
@@ -40,9 +41,11 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False, 
     """
     config = load_config(directory)
     model_class = class_of(config)
-    skeleton(config, model_class)
+    named = has_interface(skeleton(config, model_class))
     if experts == "moert":
         import moert.integrations.transformers  # noqa: F401  registers the name
+    if packing and not named:
+        raise CommandError(f"model must have experts that can be packed, got {model_class.__name__} without any")
     if random:
         return _random_model(model_class, config, experts, dtype, packing)
     if packing and getattr(config, "quantization_config", None):
@@ -50,7 +53,7 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False, 
     try:
         model, report = model_class.from_pretrained(
             directory,
-            experts_implementation=experts,
+            experts_implementation=experts if named else None,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -68,7 +71,16 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False, 
     missing = sorted(report["missing_keys"])
     if missing:
         raise CommandError(f"model must have every weight, got none for {missing[0]} and {len(missing) - 1} more")
-    return model.eval()
+    return served(model, experts).eval()
+
+
+def served(model, experts: str):
+    """The model, with moert in the blocks that transformers keeps outside its experts interface where that is asked."""
+    if experts == "moert" and _swappable(model):
+        from moert.integrations.transformers import swap_
+
+        swap_(model)
+    return model
 
 
 def _moert_config(packing: str):
@@ -84,7 +96,9 @@ def _random_model(model_class, config, experts: str, dtype: str, packing: str | 
 
     torch.manual_seed(0)
     model = model_class._from_config(config, dtype=getattr(torch, dtype))
-    model.set_experts_implementation(experts)
+    if has_interface(model):
+        model.set_experts_implementation(experts)
+    served(model, experts)
     if packing:
         from moert.integrations.transformers.quantizer import quantize_
 
@@ -175,11 +189,25 @@ def skeleton(config, model_class):
     """The model without memory for its weights; a CommandError where it has no experts."""
     import torch
 
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise CommandError(f"num_hidden_layers must be at most {_MOST_LAYERS}, got {layers}")
     try:
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # sizes in the config that do not fit together
         raise CommandError(f"model must have a config that fits its class: {first_line(error)}") from error
-    if not any(hasattr(module, "is_concatenated") and hasattr(module, "has_gate") for module in model.modules()):
+    if not (has_interface(model) or _swappable(model)):
         raise CommandError(f"model must have mixture-of-experts layers, got {model_class.__name__} without any")
     return model
+
+
+def has_interface(model) -> bool:
+    """Whether the model's experts are chosen by name (transformers' experts interface)."""
+    return any(hasattr(module, "is_concatenated") and hasattr(module, "has_gate") for module in model.modules())
+
+
+def _swappable(model) -> bool:
+    from moert.integrations.transformers.swap import blocks
+
+    return bool(blocks(model))

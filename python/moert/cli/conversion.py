@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import moert
-from moert.cli.checkpoint import INDEX, check_files, class_of, load_config, read_json, skeleton
+from moert.cli.checkpoint import INDEX, check_files, class_of, has_interface, load_config, read_json, skeleton
 from moert.cli.errors import CommandError, first_line
 from moert.cli.tensor_files import Stored, TensorFiles, sha256, write_tensors
 from moert.integrations.transformers.quantizer import MoertConfig
@@ -63,6 +63,9 @@ class Conversion:
         self.files = TensorFiles(source)
         config = load_config(source)
         self.model = skeleton(config, class_of(config))
+        if not has_interface(self.model):
+            name = type(self.model).__name__
+            raise CommandError(f"model must have experts that can be packed, got {name} without any")
         self.dtype = config.dtype or self.files.first_float()
         self.parts = self._plan()
 

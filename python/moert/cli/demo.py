@@ -50,17 +50,17 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     console.print(Panel(Text(request.prompt, style="dim").append(texts["moert"].text, style="default"),
                         title="moert, greedy" if request.temperature == 0 else "moert, sampled"))  # fmt: skip
     console.print(sameness(differences, len(texts["eager"].ids), PROVIDERS))
-    console.print(speed_table(rows, _table_title(load.dtype, torch.get_num_threads())))
+    console.print(speed_table(rows, _table_title(compared.dtype, torch.get_num_threads())))
     if load.packings:
         tokens = WINDOWS * (settings.sequence - 1)
-        console.print(weights_table(rows, f"Weights, and perplexity on {tokens:,} held-out bytes, {load.dtype}"))
+        console.print(weights_table(rows, f"Weights, and perplexity on {tokens:,} held-out bytes, {compared.dtype}"))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {**machine_facts(), "threads": torch.get_num_threads()},
         "training": {**record, "margin": verdict},
         "generation": {
             "request": asdict(request),
-            "dtype": load.dtype,
+            "dtype": compared.dtype,
             "same_tokens": not differences,
             "differences": [asdict(d) for d in differences],
             "smallest_gap": min(texts["eager"].gaps, default=None),
@@ -88,9 +88,9 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
         f"{corpus.files[1]} of them held out), experts by {settings.implementation}."
     )
     columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(bar_width=24),
-        TextColumn("loss {task.fields[loss]:.3f} nats/byte · {task.fields[speed]:,.0f} tokens/s · {task.fields[load]}"),
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(bar_width=8),
+        TextColumn("loss {task.fields[loss]:.2f} · {task.fields[speed]:,.0f} tokens/s · {task.fields[load]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
@@ -99,7 +99,7 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
         def on_step(step: Step) -> None:
             relative = step.load.float() / step.load.float().mean(1, keepdim=True)
             idle = int((step.load == 0).sum())
-            text = f"busiest expert ×{relative.max():.1f}, {idle} of {relative.numel()} idle"
+            text = f"experts ×{relative.max():.1f} at most, {idle} idle"
             progress.update(task, completed=step.step, loss=step.loss, speed=step.tokens_per_second, load=text)
 
         model, record = train(settings, corpus, on_step, started)
@@ -121,25 +121,34 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
 
 
 def _read_record(model_dir: Path, settings) -> dict | None:
-    """The record of the checkpoint, if there is a sound one that was trained with these settings."""
+    """The record of the checkpoint, if there is a sound one, trained with these settings and to their end.
+
+    One that a busy machine cut short is trained again, unless it is good all the same.
+    """
     try:
         check_files(model_dir)
         record = json.loads((model_dir / _RECORD).read_text())
-        return record if record["settings"] == asdict(settings) else None
+        whole = len(record["losses"]) == settings.steps or _margin(record) >= MARGIN
+        return record if whole and record["settings"] == asdict(settings) else None
     except (CommandError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _print_loss(record: dict, console: Console) -> float:
-    margin = record["bigram_loss"] - record["heldout_loss"]
+    margin = _margin(record)
     reached = margin >= MARGIN
     console.print(
         f"Held-out loss {record['heldout_loss']:.3f} nats/byte, bigram model {record['bigram_loss']:.3f}: "
         f"{abs(margin):.3f} {'below' if margin >= 0 else 'above'} it"
-        + ("." if reached else f", not the {MARGIN} that a trained model reaches."),
+        + ("." if reached else f". A model trained to the end is {MARGIN} below or better; this one was not."),
         style=None if reached else "yellow",
     )
     return margin
+
+
+def _margin(record: dict) -> float:
+    """Nats per byte that the model is below the bigram model."""
+    return record["bigram_loss"] - record["heldout_loss"]
 
 
 def _ascii(corpus: Corpus, length: int) -> str:

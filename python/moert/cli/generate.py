@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moert.cli.checkpoint import check_files
+from moert.cli.checkpoint import check_files, class_of, has_interface, load_config, skeleton
 from moert.cli.generation import Generation, Request, first_difference, summarize
 from moert.cli.machine import machine_facts
 from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
@@ -25,7 +25,8 @@ def generate(
     """
     check_files(load.directory)
     ids = list(_windows(load.directory, text)) if text else None
-    plain = ("moert", *STOCK) if stock else ("moert",)
+    stock_ways = _stock(load.directory) if stock else ()
+    plain = ("moert", *stock_ways)
     names = (*plain, *load.packed)
     results: dict[str, Generation] = {}
     weights: dict[str, dict] = {}
@@ -33,6 +34,7 @@ def generate(
         with Provider(name, load) as provider:
             results[name] = _generate(provider, request, console)
             weights[name] = {"weight_bytes": provider.weight_bytes}
+            dtype = provider.dtype
             if ids:
                 with console.status(f"Perplexity with {name} …"):
                     weights[name]["perplexity"] = provider.perplexity(ids)
@@ -41,7 +43,7 @@ def generate(
     differences = [d for name in plain[1:] if (d := first_difference(moert, results[name], name))]
     if stock:
         console.print(sameness(differences, len(moert.ids), plain))
-    console.print(speed_table(rows, f"{load.directory.name}, {load.dtype}, a process each"))
+    console.print(speed_table(rows, f"{load.directory.name}, {dtype}, a process each"))
     if load.packings or text:
         console.print(weights_table(rows, f"Weights{f', and perplexity on {text.name}' if text else ''}"))
     if out:
@@ -51,7 +53,7 @@ def generate(
             "model": str(load.directory),
             "generation": {
                 "request": asdict(request),
-                "dtype": load.dtype,
+                "dtype": dtype,
                 "same_tokens": not differences,
                 "differences": [asdict(d) for d in differences],
                 "texts": {name: generation.text for name, generation in results.items()},
@@ -61,6 +63,12 @@ def generate(
         }
         write_json(out / "report.json", report)
         console.print(f"Report: {out / 'report.json'}")
+
+
+def _stock(directory: Path) -> tuple[str, ...]:
+    """The ways in which stock transformers runs this model: one, where its experts cannot be chosen by name."""
+    config = load_config(directory)
+    return STOCK if has_interface(skeleton(config, class_of(config))) else STOCK[:1]
 
 
 def _windows(directory: Path, text: Path) -> Iterator[list[int]]:

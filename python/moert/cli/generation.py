@@ -80,7 +80,7 @@ def summarize(prefills: list[Generation], decodes: list[Generation]) -> dict:
         "milliseconds_per_token": None,
     }
     if steps:
-        p20, p80 = (quantiles(steps, n=5)[i] for i in (0, 3)) if len(steps) > 1 else (steps[0], steps[0])
+        p20, _, _, p80 = quantiles(steps, n=5, method="inclusive") if len(steps) > 1 else 4 * steps
         row["decode_tokens_per_second"] = 1 / median(steps)
         row["milliseconds_per_token"] = {"p20": 1e3 * p20, "p50": 1e3 * median(steps), "p80": 1e3 * p80}
     return row

@@ -148,7 +148,8 @@ def main() -> None:
         generator = Generator(
             arguments.model, arguments.experts, arguments.dtype, send, arguments.random, arguments.packing
         )
-        send({"ready": type(generator.model).__name__, "weight_bytes": generator.weight_bytes})
+        dtype = str(generator.model.dtype).removeprefix("torch.")
+        send({"ready": type(generator.model).__name__, "weight_bytes": generator.weight_bytes, "dtype": dtype})
         for line in sys.stdin:
             asked = json.loads(line)
             if "windows" in asked:

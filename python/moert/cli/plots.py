@@ -95,11 +95,11 @@ def plot_quantization(report: dict, path: Path) -> None:
 
 
 def _smooth(values: np.ndarray, window: int = 20) -> np.ndarray:
-    """Mean of the last `window` values, of fewer at the start."""
+    """Mean of about `window` values around each, as many before it as behind: it does not lag."""
     total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(1, len(values) + 1)
-    first = np.maximum(0, index - window)
-    return (total[index] - total[first]) / (index - first)
+    index = np.arange(len(values))
+    reach = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
+    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
 def _save(figure, path: Path) -> None:

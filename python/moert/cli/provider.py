@@ -45,12 +45,12 @@ def packed_name(packing: str) -> str:
 class Provider:
     """A process that has loaded the model and answers requests one after another; a context manager.
 
-    weight_bytes is known after wait: parameters and buffers of the loaded model.
+    weight_bytes, of parameters and buffers of the loaded model, and its dtype are known after wait.
     """
 
     def __init__(self, name: str, load: Load):
         self.experts = name
-        self.weight_bytes = 0
+        self.weight_bytes, self.dtype = 0, load.dtype
         experts, _, packing = name.partition(" ")
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in __exit__
         command = [sys.executable, "-m", "moert.cli.measure", "--model", str(load.directory)]
@@ -81,7 +81,7 @@ class Provider:
     def wait(self) -> str:
         """The class of the model, once it is loaded."""
         answer = self._answer()
-        self._ready, self.weight_bytes = True, answer["weight_bytes"]
+        self._ready, self.weight_bytes, self.dtype = True, answer["weight_bytes"], answer["dtype"]
         return answer["ready"]
 
     def generate(self, request: Request, on_text: Callable[[str], None] | None = None) -> Generation:
@@ -134,6 +134,7 @@ class Comparison:
     decodes: dict[str, list[Generation]]
     weight_bytes: dict[str, int]
     perplexities: dict[str, float]
+    dtype: str
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -169,4 +170,4 @@ def compare(
                 decodes[provider.experts].append(provider.generate(text))
         weights = {p.experts: p.weight_bytes for p in providers}
         perplexities = {p.experts: p.perplexity(windows) for p in providers} if windows else {}
-    return Comparison(texts, prefills, decodes, weights, perplexities)
+    return Comparison(texts, prefills, decodes, weights, perplexities, providers[0].dtype)

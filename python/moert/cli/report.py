@@ -29,24 +29,33 @@ def write_json(path: Path, value: dict) -> None:
 def speed_table(rows: dict[str, dict], title: str) -> Table:
     """rows maps a provider to generation.summarize's numbers."""
     prompt = next(iter(rows.values()))["prefill_tokens"]
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("experts")
-    table.add_column(f"prefill ({prompt} tokens)\ntokens/s", justify="right")
-    table.add_column("decode\ntokens/s", justify="right")
-    table.add_column("ms per token\np50 (p20-p80)", justify="right", min_width=len("(123.45-123.45)"))
-    table.add_column("peak memory\nMiB", justify="right")
-    table.add_column("of it generating\nMiB", justify="right")
+    table = Table(title=title, title_justify="left")
+    table.add_column("experts", overflow="fold")
+    # Three lines of heading and numbers that are never cut: all fits into 80 columns.
+    for heading in (
+        f"prefill\n{prompt} tokens\ntokens/s",
+        "decode\n\ntokens/s",
+        "a token, ms\np50\n(p20-p80)",
+        "memory,\npeak\nMiB",
+        "of it to\ngenerate\nMiB",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         times = row["milliseconds_per_token"]
         table.add_row(
             name,
             f"{row['prefill_tokens_per_second']:,.0f}",
             f"{row['decode_tokens_per_second']:,.1f}" if times else "-",
-            f"{times['p50']:.2f} ({times['p20']:.2f}-{times['p80']:.2f})" if times else "-",
+            f"{_digits(times['p50'])} ({_digits(times['p20'])}-{_digits(times['p80'])})" if times else "-",
             f"{row['peak_bytes'] / MIB:,.0f}",
             f"{row['generation_bytes'] / MIB:,.1f}",
         )
     return table
+
+
+def _digits(x: float) -> str:
+    """Three digits, or more where the whole number has more."""
+    return f"{x:,.{2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
 def weights_table(rows: dict[str, dict], title: str, reference: str = "moert") -> Table:

@@ -38,7 +38,7 @@ def run(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's choice.")] = None,
     dtype: Annotated[
         Dtype,
         typer.Option(help="Arithmetic of generation; auto: the checkpoint's; bfloat16 with --shape or --quantize."),

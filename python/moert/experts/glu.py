@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from moert.experts.base import Experts
 from moert.ops.fused_experts import fused_experts, fused_experts_onto
+from moert.ops.kinds import expect
 from moert.types import Activation, ExpertLayout, Onto, Routing
 
 
@@ -32,6 +33,7 @@ class GluExperts(Experts):
         for name, size in (("num_experts", num_experts), ("hidden", hidden), ("intermediate", intermediate)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        expect(ExpertLayout, layout=layout)
         self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
         self.activation = Activation.of(activation)
         self.layout = layout

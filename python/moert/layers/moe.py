@@ -25,6 +25,10 @@ class MoELayer(nn.Module):
 
     def forward_with_routing(self, x: Tensor, context: RouterContext | None = None) -> tuple[Tensor, Routing]:
         """y, and the routing of the flattened tokens: its losses and logits are for the caller to use."""
+        expect(Tensor, x=x)
+        expect((RouterContext, type(None)), context=context)
+        if x.dim() == 0:
+            raise ValueError("x must have shape [..., H], got []")
         x_TH = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TH, context)
         if self.shared_experts is None:

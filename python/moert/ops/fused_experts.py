@@ -54,6 +54,7 @@ def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on)
     activation = Activation.of(activation)
     expect(Tensor, x=x, w1=w1, w2=w2)
     expect(Routing, routing=routing)
+    expect(Tensor, ids=routing.ids, weights=routing.weights)
     expect(Onto, onto=onto)
     expect(ExpertLayout, layout=layout)
     if routing.num_experts != w1.shape[0]:

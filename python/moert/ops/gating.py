@@ -7,6 +7,7 @@ Scores of Switch (arXiv:2101.03961), Mixtral (2401.04088), DeepSeek-V2 and V3 (2
 import torch
 from torch import Tensor
 
+from moert.ops.kinds import OPTIONAL, expect
 from moert.types import GroupLimit
 
 _NO_LIMIT = GroupLimit(1, 1, "max")
@@ -29,6 +30,9 @@ def topk_gating(
     Arithmetic and weights are float64 for float64 logits.  A NaN loses to everything; the ids of a row are distinct,
     come what may.
     """
+    expect(Tensor, logits=logits)
+    expect(OPTIONAL, bias=bias)
+    expect((GroupLimit, type(None)), groups=groups)
     limit = groups or _NO_LIMIT
     return torch.ops.moert.topk_gating(
         logits, k, score, bias, renormalize, scale, limit.num_groups, limit.topk_groups, limit.score

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moert.ops.autocast import autocast
+from moert.ops.kinds import OPTIONAL, expect
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
 
@@ -24,6 +25,8 @@ def grouped_gemm(
     With tokens [S] int32, row s is x[tokens[s]] and x is [T, K].  scale [S] multiplies each row of the input or the
     output (after the bias).  Rows from offsets[E] on are zero.  Sums are float32 (float64 for float64).
     """
+    expect(Tensor, x=x, w=w, offsets=offsets)
+    expect(OPTIONAL, bias=bias, tokens=tokens, scale=scale)
     x, w, bias = autocast(x, w, bias)
     return torch.ops.moert.grouped_gemm(x, w, offsets, bias, tokens, scale, scale_on, transposed)
 

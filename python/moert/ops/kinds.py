@@ -2,12 +2,15 @@
 
 from torch import Tensor
 
+OPTIONAL = (Tensor, type(None))
+
 
 def expect(kind: type | tuple[type, ...], **arguments) -> None:
     """Every argument must be an instance of the class, or of one of the classes."""
     for name, value in arguments.items():
         if not isinstance(value, kind):
-            kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            named = (each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            kinds = " or ".join("None" if each == "NoneType" else each for each in named)
             raise TypeError(f"{name} must be of type {kinds}, got {type(value).__name__}")
 
 

@@ -7,7 +7,7 @@ E*capacity.
 import torch
 from torch import Tensor
 
-from moert.ops.kinds import expect
+from moert.ops.kinds import OPTIONAL, expect
 from moert.ops.same_device import same_device
 from moert.types import DispatchPlan, Routing
 
@@ -20,6 +20,7 @@ def permute_plan(ids: Tensor, num_experts: int, capacity: int | None = None) -> 
     With a capacity every expert has that many slots, S = E*capacity; its later choices are dropped, and slots that it
     does not need have no token: a rectangle, whose sizes do not depend on the ids.
     """
+    expect(Tensor, ids=ids)
     return DispatchPlan(*torch.ops.moert.permute_plan(ids, num_experts, capacity))
 
 
@@ -30,6 +31,7 @@ def plan_of(routing: Routing) -> DispatchPlan:
 
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows in expert order: x [T, H] -> rows [S, H] with rows[s] = x[tokens[s]]; unused slots are zero."""
+    expect(Tensor, x=x)
     expect(DispatchPlan, plan=plan)
     return torch.ops.moert.permute(x, plan.tokens, plan.slots)
 
@@ -43,7 +45,9 @@ def unpermute(
     is kept in float32 (float64 for float64) and taken in choice order; dropped choices add nothing and get no gradient,
     whatever their weight.
     """
+    expect(Tensor, rows=rows)
     expect(DispatchPlan, plan=plan)
+    expect(OPTIONAL, weights=weights, residual=residual)
     return torch.ops.moert.unpermute(rows, plan.tokens, plan.slots, weights, residual)
 
 

@@ -31,7 +31,7 @@ def union_experts(
     id that is there twice counts twice.  Sums are float32 (float64 for float64).
     """
     activation = Activation.of(activation)
-    expect(Tensor, x=x, gains=gains, w1=w1, w2=w2)
+    expect(Tensor, x=x, gains=gains, ids=ids, w1=w1, w2=w2)
     expect(ExpertLayout, layout=layout)
     x, w1, w2, b1, b2 = autocast(x, w1, w2, *two_biases(bias))
     gate = (activation.name, activation.alpha, activation.limit)
@@ -40,6 +40,9 @@ def union_experts(
 
 def experts_in_use(gains: Tensor) -> Tensor:
     """The ids of the experts with a gain for any token: gains [T, E] -> [E] ascending, padded with E."""
+    expect(Tensor, gains=gains)
+    if gains.dim() != 2:
+        raise ValueError(f"gains must have shape [T, E], got {list(gains.shape)}")
     E = gains.shape[1]
     every = torch.arange(E, device=gains.device, dtype=torch.int32)
     return torch.where((gains != 0).any(0), every, E).sort().values

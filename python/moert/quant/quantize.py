@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moert.experts.calibrated import FloatGluExperts
 from moert.experts.glu import GluExperts
 from moert.experts.quantized import QuantizedExperts
+from moert.ops.kinds import expect
 from moert.quant.bit_nested import BitNested
 from moert.quant.calibration import calibrate_
 from moert.quant.float_experts import FloatExperts, LayerReport, PackFormat, round_experts
@@ -58,6 +59,7 @@ def quantize_(
     "fp8" and "bit_nested" are rounded to nearest only; "bit_nested_5_4" is BitNested(5, 4).  "sub1" is QMoE's code of
     under one bit (SubOneBitExperts).  Rows are "full" in these three.
     """
+    expect(nn.Module, model=model)
     fmt = any_format_of(format, group)
     check_options(skip, precision)
     settings = method_of(method)

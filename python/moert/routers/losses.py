@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moert.ops.kinds import OPTIONAL, expect
 from moert.routers.documents import document_of_token, tokens_per_document
 from moert.types import Routing
 
@@ -14,6 +15,7 @@ def expert_load(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     Ids outside [0, E) do not count, nor do the tokens where mask [T] is False.
     """
+    _check(routing, mask)
     ids, E = routing.ids.long(), routing.num_experts
     kept = (ids >= 0) & (ids < E)
     if mask is not None:
@@ -31,6 +33,10 @@ def load_balance_loss(routing: Routing | Sequence[Routing], mask: Tensor | None 
     make up for another; not pooled, it is the mean of their losses.  Tokens where mask [T] is False do not count.
     """
     routings = [routing] if isinstance(routing, Routing) else list(routing)
+    if not routings:
+        raise ValueError("routing must be at least one Routing, got none")
+    for each in routings:
+        _check(each, mask)
     if not pooled:
         return sum(load_balance_loss(each, mask) for each in routings) / len(routings)
     terms = [balance_terms(each, _logits(each).softmax(-1), mask) for each in routings]
@@ -48,6 +54,7 @@ def balance_terms(
     Choices of each expert per token [D, E], mean of p_TE over the tokens [D, E] and the number of tokens [D]; tokens
     where mask [T] is False do not count, and a document without tokens has zeros.
     """
+    _check(routing, mask)
     T, E = p_TE.shape
     ids = routing.ids.long()
     document, D = document_of_token(cu_seqlens, T, p_TE.device)
@@ -64,6 +71,7 @@ def balance_terms(
 
 def router_z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv:2202.08906)."""
+    _check(routing, mask)
     z_T = _logits(routing).logsumexp(-1).square()
     if mask is None:
         return z_T.sum() / max(len(z_T), 1)
@@ -77,7 +85,11 @@ def update_expert_bias_(bias: Tensor, routing: Routing, rate: float = 0.001, mas
 
     bias [E] float32.  Once a step, with the routing of the whole batch.
     """
-    return step_expert_bias_(bias, expert_load(routing, mask), rate)
+    load = expert_load(routing, mask)
+    expect(Tensor, bias=bias)
+    if bias.shape != load.shape:
+        raise ValueError(f"bias must have shape [E={len(load)}], got {list(bias.shape)}")
+    return step_expert_bias_(bias, load, rate)
 
 
 @torch.no_grad()
@@ -85,6 +97,13 @@ def step_expert_bias_(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """update_expert_bias_ where the load [E] has been counted, over ranks or steps."""
     # E * load against their sum: whole numbers, which no rounding ties or unties.
     return bias.add_(torch.sign(load.sum() - len(load) * load).to(bias.dtype), alpha=rate)
+
+
+def _check(routing: Routing, mask: Tensor | None) -> None:
+    expect(Routing, routing=routing)
+    expect(OPTIONAL, mask=mask)
+    if mask is not None and mask.numel() != len(routing.ids):
+        raise ValueError(f"mask must have T={len(routing.ids)} elements, got {list(mask.shape)}")
 
 
 def _logits(routing: Routing) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moert.ops.gating import SCORES, topk_gating
+from moert.ops.kinds import expect
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter, wide_dtype
 from moert.routers.ranks import rank_gating
@@ -41,6 +42,7 @@ class TopKRouter(LinearRouter):
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score}")
         most = num_experts if groups is None else _eligible(groups, num_experts)
+        expect(int, k=k)
         if not 1 <= k <= most:
             raise ValueError(f"k must be in [1, {most}], got {k}")
         self.k, self.score, self.renormalize, self.scale, self.groups = k, score, renormalize, scale, groups

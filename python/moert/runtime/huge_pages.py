@@ -5,6 +5,8 @@ import mmap
 import torch
 from torch import Tensor, nn
 
+from moert.ops.kinds import expect
+
 HUGE = 2 << 20  # bytes of a large page on x86-64 and, as Linux is usually built, on aarch64
 
 
@@ -16,6 +18,7 @@ def huge_pages_(module: nn.Module, smallest: int = 4 * HUGE) -> int:
     ordinary one.  Those that share memory share it afterwards.  Peak memory is that of the largest one more.  Where
     the system has no such pages, or grants none, the values move all the same.
     """
+    expect(nn.Module, module=module)
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         raise RuntimeError("huge_pages_ must run on Linux, got a system without MADV_HUGEPAGE")
     moved: dict[int, Tensor] = {}

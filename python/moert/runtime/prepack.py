@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from moert import _C
 from moert.experts.glu import GluExperts
+from moert.ops.kinds import expect
 from moert.types import ExpertLayout
 
 
@@ -20,6 +21,7 @@ def prepack_(module: nn.Module) -> list[str]:
     values as before; load_state_dict, and unprepack_, put the weights back.  No gradients: a call that wants them is
     an error.
     """
+    expect(nn.Module, module=module)
     forms = {name: (each, form) for name, each in module.named_modules() if (form := _form(each)) is not None}
     if not forms:
         raise ValueError(f"module must hold experts that fused_experts runs, got none in {type(module).__name__}")

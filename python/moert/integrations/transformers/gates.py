@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node, symbolic_trace
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations
 
 from moert.types import Activation
@@ -42,7 +43,7 @@ def fused_activation(experts: nn.Module) -> tuple[Activation, bool] | None:
         return None if act not in _GLU else (Activation(_GLU[act]), gate.interleaved)
     alpha = 1.702 if gate.alpha is None else getattr(experts, gate.alpha)
     limit = getattr(experts, gate.limit)
-    if act != "silu" or not (isinstance(alpha, float | int) and isinstance(limit, float | int)):
+    if act != "silu" or not (isinstance(alpha, float | int) and isinstance(limit, float | int) and limit >= 0):
         return None
     return Activation(gate.name, alpha=float(alpha), limit=float(limit)), gate.interleaved
 
@@ -69,7 +70,7 @@ def glu_name(act: Callable) -> str | None:
 def untouched(module: nn.Module) -> bool:
     """Whether calling the module runs the forward of its class and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    return not any(hooks) and not _has_any_global_hook() and "forward" not in module.__dict__
 
 
 def _partial_name(act: functools.partial) -> str | None:
