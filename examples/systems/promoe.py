@@ -14,7 +14,7 @@ from moert.layers import FeedForward
 from moert.routers import PrototypeRouter, load_balance_loss
 
 H, HEADS, BLOCKS, N, CLASSES = 64, 4, 4, 12, 10
-PATCHES, STEPS, BATCH, GUIDANCE = 16, 250, 64, 1.5
+PATCHES, STEPS, BATCH, GUIDANCE = 16, 200, 64, 1.5
 BALANCE, RCL = 0.001, 0.01  # each the best of four on two other seeds
 
 
