@@ -13,7 +13,7 @@ TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; kernels = sum(_C.build()['kernels'].values(), ['generic']); print(*[isa for isa in _C.isas() if isa in kernels])")
 
-.PHONY: run test cuda cuda-sass cuda-toolchain test-gpu test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp systems systems-page clean
+.PHONY: run test cuda cuda-sass cuda-toolchain test-gpu test-cpp test-isa test-slow test-transformers test-asan test-tsan test-aarch64 test-abi test-wheel fuzz lint size docs bench bench-peers bench-smoke bench-cpp bench-gpu systems systems-page clean
 
 run: $(READY)
 	$(BIN)/moert run
@@ -54,6 +54,7 @@ cuda: $(READY)
 
 # Its machine code: registers that were spilled, loads of 16 bytes.
 cuda-sass: cuda
+	command -v cuobjdump >/dev/null || $(BIN)/pip install -q --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python tools/sass.py build/cuda/_cuda.so
 
 # The compiler for it and what reads its machine code, from PyPI, where the machine has none.
@@ -114,6 +115,11 @@ bench-smoke: $(READY)
 	$(BIN)/python bench/simulate.py --smoke
 	$(BIN)/python bench/router_parts.py --smoke
 	$(BIN)/torchrun --nproc-per-node 2 bench/exchange.py --smoke
+	$(BIN)/python bench/gpu.py --smoke --device cpu
+
+# Needs a GPU, as test-gpu does, and its build of the package.
+bench-gpu: $(READY)
+	tools/bench_gpu.sh $(BIN)/python $(ARGS)
 
 # Needs Google Benchmark: apt install libbenchmark-dev.
 bench-cpp: $(READY)

@@ -1,5 +1,5 @@
 # MOERT_CUTLASS_INCLUDE: the headers of CUTLASS 4.2, in MOERT_CUTLASS_DIR (a checkout, or its include folder), else in the
-# package nvidia-cutlass beside the Python of this build.  Nothing is downloaded.
+# package nvidia-cutlass of this build's Python.  Nothing is downloaded.
 set(MOERT_CUTLASS_DIR "" CACHE PATH "CUTLASS, where it is not the package nvidia-cutlass")
 
 function(moert_find_cutlass)
@@ -9,10 +9,11 @@ function(moert_find_cutlass)
     if(NOT Python_EXECUTABLE)
       find_package(Python QUIET COMPONENTS Interpreter)
     endif()
+    # Not by sysconfig: pip puts what a build requires on the path of that build alone.
     execute_process(COMMAND ${Python_EXECUTABLE} -c
-                    "import sysconfig; print(sysconfig.get_path('platlib'), sysconfig.get_path('purelib'), sep=';')"
+                    "from importlib.util import find_spec; print(*find_spec('cutlass_library').submodule_search_locations)"
                     OUTPUT_VARIABLE folders OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    list(TRANSFORM folders APPEND /cutlass_library/source/include)
+    list(TRANSFORM folders APPEND /source/include)
   endif()
   set(MOERT_CUTLASS_INCLUDE "" PARENT_SCOPE)
   foreach(folder ${folders})

@@ -141,6 +141,22 @@ def test_other_systems(tmp_path):
 
 
 @in_source_tree
+@pytest.mark.parametrize("asked", ("ON", "OFF", None))
+def test_cutlass_is_a_requirement_of_a_build_with_cuda_alone(asked):
+    environment = {name: value for name, value in os.environ.items() if name != "MOERT_CUDA"}
+    script = "from scikit_build_core.build import get_requires_for_build_wheel as ask; print(*ask())"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**environment, **({"MOERT_CUDA": asked} if asked else {})},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("nvidia-cutlass==4.2.0.0" in run.stdout.split()) == (asked == "ON"), run.stdout
+
+
+@in_source_tree
 def test_this_machine_configures(tmp_path):
     assert Path(sysconfig.get_path("include"), "Python.h").exists()
     command = ["cmake", "-S", ROOT, "-B", tmp_path, pybind11()]

@@ -1,7 +1,7 @@
 """Machine code of the CUDA kernels: what must be in it and what must not, by kernel and architecture.
 
-Reads a fatbinary with cuobjdump (on the PATH, or beside nvcc): registers and local memory of every kernel, and the
-instructions of those that a rule names.  usage: sass.py build/cuda/_cuda.so
+Reads a fatbinary with cuobjdump (on the PATH, or beside nvcc): no kernel loads or stores local memory, and those that a
+rule names have its instructions.  usage: sass.py build/cuda/_cuda.so
 """
 
 import os
@@ -22,6 +22,7 @@ class Rule(NamedTuple):
     why: str
 
 
+LOCAL = r"\b(?:LDL|STL)\b"  # a spilled register, or an array that is indexed
 LOAD_128 = r"\bLDG\.E(?:\.\w+)*\.128"
 STORE_128 = r"\bSTG\.E(?:\.\w+)*\.128"
 # Kernels that memory bounds, in their aligned variants; tensor-core kernels of one architecture.
@@ -37,26 +38,6 @@ SPILLS = ((r"gating_kernelId", "float64 is for checking gradients"),)
 WANTED_ARCHS = ("sm_80", "sm_90a")
 
 
-class Kernel(NamedTuple):
-    name: str
-    arch: str
-    registers: int
-    local: int  # bytes of local memory: a stack or spilled registers
-
-
-def kernels(text: str) -> list[Kernel]:
-    """What `cuobjdump -res-usage` says."""
-    found, arch = [], ""
-    for line in text.splitlines():
-        if match := re.search(r"arch = (sm_\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function (\S+?):?$", line):
-            name = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", line):
-            found.append(Kernel(name, arch, int(match[1]), max(int(match[2]), int(match[3]))))
-    return found
-
-
 def code(text: str) -> dict[tuple[str, str], str]:
     """What `cuobjdump -sass` says: (kernel, architecture) -> its instructions."""
     found, arch = {}, ""
@@ -68,12 +49,12 @@ def code(text: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def complaints(usage: list[Kernel], sass: dict[tuple[str, str], str]) -> list[str]:
+def complaints(sass: dict[tuple[str, str], str]) -> list[str]:
     """What is wrong, a line each."""
-    said = [f"{arch}: no kernel" for arch in WANTED_ARCHS if not any(k.arch == arch for k in usage)]
-    for k in usage:
-        if k.local and not any(re.search(kernel, k.name) for kernel, _ in SPILLS):
-            said.append(f"{k.arch} {k.name}: {k.local} bytes of local memory")
+    said = [f"{arch}: no kernel" for arch in WANTED_ARCHS if not any(key[1] == arch for key in sass)]
+    for (name, arch), text in sass.items():
+        if (local := len(re.findall(LOCAL, text))) and not any(re.search(kernel, name) for kernel, _ in SPILLS):
+            said.append(f"{arch} {name}: {local} loads and stores of local memory")
     for rule in RULES:
         hit = {
             key: text
@@ -104,13 +85,13 @@ def main(path: str) -> None:
         command = [cuobjdump, *options, path]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
-    usage = kernels(run("-res-usage"))
-    said = complaints(usage, code(run("-sass")))
+    found = code(run("-sass"))
+    said = complaints(found)
     if ".ptx" not in run("-lptx"):
         said.append("no PTX for GPUs that are newer than the code")
     if said:
         sys.exit("\n".join(said))
-    print(f"{len(usage)} kernels for {', '.join(sorted({k.arch for k in usage}))}, {len(RULES)} rules kept")
+    print(f"{len(found)} kernels for {', '.join(sorted({arch for _, arch in found}))}, {len(RULES)} rules kept")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kChoiceThreads) last_place_kernel(const Choice
 
 // ids and weights of a token, a warp's.
 template <typename T>
-__global__ void __launch_bounds__(kChoiceThreads) fill_choices_kernel(const ChoiceCall<T> p) {
+__global__ void __launch_bounds__(kChoiceThreads, 1) fill_choices_kernel(const ChoiceCall<T> p) {
   const int64_t t = int64_t(blockIdx.x) * (kChoiceThreads / kWarp) + warp_id();
   if (t >= p.tokens) return;
   const int64_t d = p.segments[t];

@@ -230,7 +230,7 @@ constexpr int kRowStep = kColumnWarps * (kWarp / kAcross);
 // The first product of transposed weights.  A block: kAcross * V raw columns of one choice; of alternating ones every
 // pair is a gate and its up.
 template <typename T, bool Gated, bool Alternate>
-__global__ void __launch_bounds__(kColumnThreads) few_first_columns(const FewTokens<T> p) {
+__global__ void __launch_bounds__(kColumnThreads, 1) few_first_columns(const FewTokens<T> p) {
   using A = Acc<T>;
   constexpr int V = kChunk<T>, kColumns = kAcross * V, kAhead = 4;
   constexpr bool kTwo = Gated && !Alternate;

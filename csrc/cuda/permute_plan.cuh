@@ -126,7 +126,7 @@ MOERT_DEVICE_INLINE void clear_rest(const PlanCall& p, const F& used) {
 }
 
 // All of it in one block.  Shared: [warps, E] counters and [E] totals.
-__global__ void __launch_bounds__(1024) plan_in_one_block(const PlanCall p) {
+__global__ void __launch_bounds__(1024, 1) plan_in_one_block(const PlanCall p) {
   MOERT_SHARED(int32_t, counts);
   const int warps = blockDim.x / kWarp;
   int32_t* totals = counts + warps * p.E;

@@ -84,7 +84,11 @@ MOERT_DEVICE_INLINE Chunk stream_chunk(const void* p) {
 
 MOERT_DEVICE_INLINE void store_chunk(void* p, const Chunk& c) {
 #if defined(__CUDACC__)
-  *static_cast<uint4*>(p) = make_uint4(c.words[0], c.words[1], c.words[2], c.words[3]);
+  // In its own words: from a uint4 the compiler makes four stores where the words were floats.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(p), "r"(c.words[0]), "r"(c.words[1]), "r"(c.words[2]), "r"(c.words[3])
+               : "memory");
 #else
   emulate::aligned<Chunk>(p) = c;
 #endif

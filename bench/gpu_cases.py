@@ -1,0 +1,238 @@
+"""What bench/gpu.py times: each operator on the shapes that users run, beside every peer that can be imported.
+
+Letters: T tokens, H hidden, I intermediate, E experts, k choices per token, S = T*k rows.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moert
+from moert import Routing
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    H: int
+    I: int
+    E: int
+    k: int
+
+
+MODELS = (
+    Layer("Qwen3-30B-A3B", 2048, 768, 128, 8),
+    Layer("Mixtral-8x7B", 4096, 14336, 8, 2),
+    Layer("OLMoE", 2048, 1024, 64, 8),
+    Layer("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
+    Layer("gpt-oss-20b", 2880, 2880, 32, 4),
+)
+# The shapes of the SonicMoE paper (arXiv:2512.14080), T = 32768.
+SONIC = (
+    Layer("SonicMoE I=256", 4096, 256, 256, 16),
+    Layer("SonicMoE I=512", 4096, 512, 128, 8),
+    Layer("SonicMoE I=1024", 4096, 1024, 64, 4),
+    Layer("SonicMoE I=2048", 4096, 2048, 64, 4),
+)
+COPIES = 16  # tokens up to which batched_mm, which copies the weights of every choice, is worth a look
+
+
+@dataclass
+class Problem:
+    """Providers compute the same; bytes and flop are what none of them can avoid.  `exact`: integers are compared."""
+
+    op: str
+    shape: str
+    bytes: float
+    flop: float
+    providers: dict[str, Callable[[], Tensor]]
+    exact: bool = False
+
+
+def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Iterator[Problem]:
+    """One at a time: what a graph keeps is gone before the next; step: also forward and backward of the experts."""
+    made = _Inputs(layer, T, routing, device)
+    yield made.gating()
+    yield made.plan()
+    yield made.permute()
+    yield made.unpermute()
+    yield made.grouped_gemm()
+    yield made.experts()
+    if step:
+        yield made.step()
+
+
+class _Inputs:
+    def __init__(self, layer: Layer, T: int, routing: str, device: str):
+        self.layer, self.T, self.shape = layer, T, f"{layer.name} T={T} {routing}"
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.random = functools.partial(torch.randn, generator=self.generator, device=device)
+        H, I, E, k = layer.H, layer.I, layer.E, layer.k
+        self.logits = self.random(T, E)
+        if routing == "zipf":  # expert e as likely as 1 / (e + 1)
+            uniform = torch.rand(T, E, generator=self.generator, device=device)
+            self.logits = -(-uniform.log()).log() - torch.arange(1, E + 1, device=device).log()
+        self.weights, self.ids = moert.topk_gating(self.logits, k, renormalize=True)
+        self.plan_ = moert.permute_plan(self.ids, E)
+        self.x = self.random(T, H).bfloat16()
+        self.w1 = (self.random(E, 2 * I, H, dtype=torch.bfloat16)) * H**-0.5
+        self.w2 = (self.random(E, H, I, dtype=torch.bfloat16)) * I**-0.5
+        self.rows = moert.permute(self.x, self.plan_)
+        self.order = self.ids.flatten().argsort(stable=True)
+        self.used = len(self.ids.unique())
+
+    def gating(self) -> Problem:
+        k, logits = self.layer.k, self.logits
+
+        def plain():
+            weights = logits.softmax(-1).topk(k).values
+            return weights / weights.sum(-1, keepdim=True)
+
+        moved = logits.nbytes + self.T * k * 8
+        return Problem(
+            "topk_gating",
+            self.shape,
+            moved,
+            0,
+            {"moert": lambda: moert.topk_gating(logits, k, renormalize=True)[0], "torch": plain},
+        )
+
+    def plan(self) -> Problem:
+        ids, E, k = self.ids, self.layer.E, self.layer.k
+        numbers = torch.arange(E, device=ids.device)
+
+        def plain():
+            order = ids.flatten().argsort(stable=True)
+            torch.searchsorted(ids.flatten()[order], numbers)
+            return (order // k).int()
+
+        moved = 3 * 4 * self.T * k
+        return Problem(
+            "permute_plan",
+            self.shape,
+            moved,
+            0,
+            {"moert": lambda: moert.permute_plan(ids, E).tokens, "torch": plain},
+            exact=True,
+        )
+
+    def permute(self) -> Problem:
+        tokens = self.plan_.tokens.long()
+        return Problem(
+            "permute",
+            self.shape,
+            self.x.nbytes + self.rows.nbytes,
+            0,
+            {"moert": lambda: moert.permute(self.x, self.plan_), "index_select": lambda: self.x[tokens]},
+        )
+
+    def unpermute(self) -> Problem:
+        tokens, shares = self.plan_.tokens.long(), self.weights.flatten()[self.order, None]
+
+        def plain():
+            return torch.zeros_like(self.x).index_add_(0, tokens, (self.rows * shares).to(self.x.dtype))
+
+        return Problem(
+            "unpermute",
+            self.shape,
+            self.x.nbytes + self.rows.nbytes,
+            0,
+            {"moert": lambda: moert.unpermute(self.rows, self.plan_, self.weights), "index_add": plain},
+        )
+
+    def grouped_gemm(self) -> Problem:
+        offsets, ends = self.plan_.offsets, self.plan_.offsets[1:].contiguous()
+        bounds = offsets.tolist()
+        S, N, K = len(self.rows), self.w1.shape[1], self.w1.shape[2]
+
+        def loop():
+            parts = zip(bounds[:-1], bounds[1:], self.w1, strict=True)
+            return torch.cat([self.rows[begin:end] @ w.T for begin, end, w in parts])
+
+        providers = {"moert": lambda: moert.grouped_gemm(self.rows, self.w1, offsets), "loop": loop}
+        if hasattr(F, "grouped_mm"):
+            providers["grouped_mm"] = lambda: F.grouped_mm(self.rows, self.w1.transpose(1, 2), offs=ends)
+        moved = self.used * N * K * 2 + self.rows.nbytes + S * N * 2
+        return Problem("grouped_gemm", self.shape, moved, 2.0 * S * N * K, providers)
+
+    def experts(self) -> Problem:
+        providers = {}
+        for name, forward in self._forwards().items():
+            providers[name] = torch.inference_mode()(functools.partial(forward, self.x, self.weights, self.w1, self.w2))
+        return Problem("fused_experts", self.shape, self._moved(), self._flop(), providers)
+
+    def step(self) -> Problem:
+        """Forward and the gradients of x, the routing weights and the weights; compared by that of x."""
+        dy = self.random(*self.x.shape).bfloat16()
+
+        def provider(forward):
+            leaves = [x.detach().requires_grad_() for x in (self.x, self.weights, self.w1, self.w2)]
+            return lambda: torch.autograd.grad(forward(*leaves), leaves, dy)[0]
+
+        forwards = {name: forward for name, forward in self._forwards().items() if not name.endswith("batched_mm")}
+        providers = {name: provider(forward) for name, forward in forwards.items()}
+        return Problem("fused_experts step", self.shape, 3 * self._moved(), 3 * self._flop(), providers)
+
+    def _moved(self) -> float:
+        matrices = self.used * (self.w1[0].nbytes + self.w2[0].nbytes)
+        return matrices + 2 * self.x.nbytes
+
+    def _flop(self) -> float:
+        return 6.0 * self.T * self.layer.k * self.layer.H * self.layer.I
+
+    def _forwards(self) -> dict[str, Callable[..., Tensor]]:
+        """forward(x, weights, w1, w2) of everything that can be imported."""
+        ids, E = self.ids, self.layer.E
+        forwards = {
+            "moert": lambda x, weights, w1, w2: moert.fused_experts(x, Routing(ids, weights, E), w1, w2),
+            **_transformers(self.layer, ids, self.T),
+        }
+        if find_spec("liger_kernel"):
+            from liger_kernel.ops import LigerFusedMoEFunction
+
+            narrow = ids.int()
+            forwards["Liger-Kernel"] = lambda x, weights, w1, w2: LigerFusedMoEFunction.apply(
+                x, w1, w2, narrow, weights.to(x.dtype)
+            )
+        if find_spec("scattermoe"):
+            forwards["ScatterMoE"] = functools.partial(_scattermoe, self.layer, ids)
+        return forwards
+
+
+def _transformers(layer: Layer, ids: Tensor, T: int) -> dict[str, Callable[..., Tensor]]:
+    """The ways in which stock transformers runs the experts of Qwen3-MoE."""
+    if not find_spec("transformers"):
+        return {}
+    from transformers import Qwen3MoeConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    sizes = {"hidden_size": layer.H, "moe_intermediate_size": layer.I, "num_experts": layer.E}
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, num_experts_per_tok=layer.k))
+    del experts.gate_up_proj, experts.down_proj
+    wide = ids.long()
+
+    def run(forward, x, weights, w1, w2):
+        experts.gate_up_proj, experts.down_proj = w1, w2
+        return forward(experts, x, wide, weights.to(x.dtype))
+
+    ways = {"loop": type(experts).forward.__wrapped__, "grouped_mm": ALL_EXPERTS_FUNCTIONS["grouped_mm"]}
+    if T <= COPIES:
+        ways["batched_mm"] = ALL_EXPERTS_FUNCTIONS["batched_mm"]
+    return {f"transformers {name}": functools.partial(run, forward) for name, forward in ways.items()}
+
+
+def _scattermoe(layer: Layer, ids: Tensor, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    from scattermoe.mlp import GLUMLP
+
+    with torch.device("meta"):
+        experts = GLUMLP(layer.H, layer.I, layer.E, layer.k, activation=torch.nn.SiLU())
+    up_then_gate = torch.cat(w1.chunk(2, dim=1)[::-1], dim=1)
+    named = {"experts.weight": up_then_gate, "output_experts.weight": w2}
+    return torch.func.functional_call(experts, named, (x, weights.to(x.dtype), ids.long()))
