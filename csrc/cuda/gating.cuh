@@ -361,7 +361,7 @@ struct GatingRow {
 };
 
 template <typename Real, int Items, bool Forward>
-__global__ void __launch_bounds__(kGatingThreads) gating_kernel(const GatingCall call) {
+__global__ void __launch_bounds__(kGatingThreads, 1) gating_kernel(const GatingCall call) {
   const int64_t token = int64_t(blockIdx.x) * (kGatingThreads / kWarp) + warp_id();
   if (token >= call.T) return;  // a whole warp
   GatingRow<Real, Items> row(call, token);
