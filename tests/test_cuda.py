@@ -57,6 +57,10 @@ def test_reasons(monkeypatch, built, version, message):
     monkeypatch.setattr(torch.version, "cuda", version)
     with pytest.raises(RuntimeError, match=message):
         cuda._refusal("f")(torch.zeros(1))
+    with pytest.raises(
+        RuntimeError, match="dispatch_plan must be on the CPU, got a GPU: this version has no CUDA kernel"
+    ):
+        cuda._refusal("dispatch_plan")(torch.zeros(1))
 
 
 def bound():

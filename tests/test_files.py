@@ -94,3 +94,18 @@ def test_every_cut_and_every_flipped_bit_is_seen(tmp_path):
             assert "must be an npz file" in str(error)
         else:
             assert [array.tolist() for array in found.values()] == [[0, 1, 2, 3, 4]]
+
+
+def test_a_directory_is_not_lost_to_a_file(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "kept").write_text("mine")
+    with pytest.raises(IsADirectoryError):
+        write_arrays(tmp_path / "x", ARRAYS)
+    assert (tmp_path / "x" / "kept").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_arrays_go_where_they_are_told(tmp_path):
+    write_arrays(tmp_path / "no suffix", ARRAYS)
+    assert [p.name for p in tmp_path.iterdir()] == ["no suffix"] and read_arrays(
+        tmp_path / "no suffix"
+    ).keys() == ARRAYS.keys()

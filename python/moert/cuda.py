@@ -4,13 +4,15 @@ from importlib.util import find_spec
 
 import torch
 
+# Not written yet for a GPU.
+PLANNED = ("dispatch_plan", "dispatch_pack", "fused_experts_quantized", "fused_experts_quantized_backward")
 # All there are; to ask torch for them would take a fortieth of what `import moert` may.
 OPERATORS = (
     *("topk_gating", "topk_gating_backward", "expert_choice"),
     *("permute_plan", "permute", "unpermute", "unpermute_backward"),
-    *("dispatch_plan", "dispatch_pack"),
     *("grouped_gemm", "grouped_gemm_wgrad", "fused_experts", "fused_experts_backward"),
-    *("fused_experts_quantized", "fused_experts_quantized_backward", "union_experts"),
+    "union_experts",
+    *PLANNED,
 )
 
 
@@ -42,7 +44,7 @@ def _refusal(name: str):
 
 def why_not(name: str) -> str:
     """Why the operator cannot take tensors on a GPU, and what to do."""
-    if is_built() and torch.version.cuda:
+    if name in PLANNED or (is_built() and torch.version.cuda):
         return f"tensors of {name} must be on the CPU, got a GPU: this version has no CUDA kernel for it"
     return f"tensors of {name} must be on the CPU, got a GPU: {how()}"
 

@@ -12,13 +12,17 @@ import numpy as np
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """write() makes a temporary file or directory beside path, which then takes path's place in one rename."""
+    """write() makes a temporary file or directory beside path, which then takes path's place in one rename.
+
+    A directory takes the place of a directory only; a file that was to take it is an IsADirectoryError, and nothing
+    has moved.
+    """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, which writers look at
     replaced = path.with_name(f".{os.getpid()}.replaced.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():
             os.replace(path, replaced)
         os.replace(temporary, path)
     finally:
@@ -31,7 +35,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """An npz file without compression, whose size then bounds what reading it takes."""
-    write_atomically(path, lambda temporary: np.savez(temporary, allow_pickle=False, **arrays))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, savez would add a suffix to it
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -8,8 +8,9 @@ import moert.integrations.transformers  # noqa: F401
 from analysis.traces import layer, random_trace
 from moert import GluExperts, MoELayer, TopKRouter
 from moert.analysis import RoutingTrace, record_routings
-from moert.analysis.trace import experts_in
+from moert.analysis.trace import LayerTrace, experts_in
 from moert.routers import recorded_routings
+from moert.testing import random_routing
 from moert.types import Routing
 
 
@@ -178,3 +179,22 @@ def test_broken_files_say_so(tmp_path):
 def test_nothing_to_record():
     with pytest.raises(ValueError, match="model must have experts of moert or .* interface, got Linear"):
         record_routings(nn.Linear(2, 2)).__enter__()
+
+
+def test_a_file_cannot_ask_for_counts_of_any_size():
+    for E, k in ((2**40, 2), (0, 2), (4, 0)):
+        with pytest.raises(ValueError, match="num_experts must be in|k >= 1"):
+            LayerTrace("a", E, np.zeros((3, k), dtype=np.int16), np.array([3]))
+    wide = LayerTrace("a", 2**20, np.zeros((3, 1), dtype=np.int32), np.array([3]))
+    with pytest.raises(ValueError, match="pairs of experts must be at most 67108864, got 1048576 x 1048576"):
+        RoutingTrace((wide, wide)).pairs(0)
+
+
+def test_arguments_by_name_in_any_order():
+    experts = GluExperts(4, 8, 6)
+    routing = random_routing(5, 4, 2)
+    with record_routings(nn.Sequential(experts)) as recorder:
+        experts(routing=routing, x=torch.randn(5, 8))
+    assert np.array_equal(recorder.trace().layers[0].ids, routing.ids)
+    with pytest.raises(TypeError, match="ids of a must be integers, got torch.float32"):
+        recorder.see("a", torch.ones(3, 2), 4)

@@ -76,6 +76,11 @@ def test_bad_options_are_one_line(options, message, tmp_path):
     assert not (tmp_path / "p.json").exists()
 
 
+def test_the_picture_is_not_the_placement(tmp_path):
+    done = moert(tmp_path / "t.npz", "--ranks", 2, "--out", tmp_path / "p.png")
+    assert done.exit_code == 2 and "out must be the placement, whose picture is beside it as .png" in done.output
+
+
 def test_bad_files_are_one_line(tmp_path):
     done = moert(tmp_path / "none.npz", "--ranks", 2)
     assert done.exit_code == 2 and done.stderr.startswith("moert place: TRACE must be a readable file, got")

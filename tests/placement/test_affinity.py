@@ -56,3 +56,7 @@ def test_errors():
         assign_clusters(random_flows(2, 3), cost, "best")
     with pytest.raises(ValueError, match="method must be another than viterbi above 5 ranks, got 6"):
         assign_clusters(random_flows(2, 6), Topology(6).row_cost(), "viterbi")
+    with pytest.raises(
+        ValueError, match="method must be another than milp above 2000000 columns, got 16777216 of 64 ranks"
+    ):
+        assign_clusters(np.ones((1, 64, 64)), Topology(64).row_cost(), "milp")

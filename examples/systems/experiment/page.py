@@ -53,7 +53,7 @@ def rows_of(result: dict) -> list[str]:
     where += f"{len(result['seeds'])} seeds"
     if "wall_seconds" in result:
         where += f", {result['wall_seconds']:.0f} s"
-    if "cpu_seconds" in result:  # results from before it was counted have a time that neighbours lengthened
+    if "cpu_seconds" in result:  # a time on the wall is as long as other programs make it
         where += f", {sum(map(sum, result['cpu_seconds'].values())):.0f} s of a core"
     where += f"; {result['equal']}"
     claims = [Claim(**claim) for claim in result["claims"]]

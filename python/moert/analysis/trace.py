@@ -3,6 +3,7 @@
 Letters: T tokens (rows of all calls), k choices, E experts, n calls.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from moert.files import read_arrays, write_arrays
 from moert.types import Routing
 
 _VERSION = 1
+_MOST_EXPERTS = 2**20  # of a layer: counts of them are made whatever a file says of their number
+_MOST_PAIRS = 2**26
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class LayerTrace:
 
     def __post_init__(self):
         E, ids, calls = self.num_experts, self.ids, self.calls
-        if E < 1:
-            raise ValueError(f"num_experts must be at least 1, got {E}")
-        if ids.ndim != 2 or ids.dtype.kind != "i":
-            raise ValueError(f"ids must be signed integers [T, k], got {ids.dtype} {list(ids.shape)}")
+        if not 1 <= E <= _MOST_EXPERTS:
+            raise ValueError(f"num_experts must be in [1, {_MOST_EXPERTS}], got {E}")
+        if ids.ndim != 2 or ids.dtype.kind != "i" or ids.shape[1] < 1:
+            raise ValueError(f"ids must be signed integers [T, k >= 1], got {ids.dtype} {list(ids.shape)}")
         if ids.size and not (ids.min() >= -1 and ids.max() < E):
             raise ValueError(f"ids must be in [-1, E={E}), got {ids.min()} to {ids.max()}")
         if calls.ndim != 1 or calls.dtype.kind != "i" or (calls < 0).any() or calls.sum(dtype=object) != len(ids):
@@ -63,6 +66,8 @@ class RoutingTrace:
                 f"{after.name}"
             )
         E, next_E = here.num_experts, after.num_experts
+        if E * next_E > _MOST_PAIRS:
+            raise ValueError(f"pairs of experts must be at most {_MOST_PAIRS}, got {E} x {next_E}")
         total = np.zeros(E * next_E, dtype=np.int64)
         for j in range(here.ids.shape[1]):
             for i in range(after.ids.shape[1]):
@@ -144,6 +149,8 @@ class RoutingRecorder:
 
     def see(self, name: str, ids: Tensor, num_experts: int) -> None:
         """Counts ids [T, k] (any leading dimensions) without waiting for the device."""
+        if ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"ids of {name} must be integers, got {ids.dtype}")
         ids = ids.detach().flatten(0, -2).long()
         ids = torch.where((ids >= 0) & (ids < num_experts), ids, -1)
         if name not in self._loads:
@@ -186,7 +193,8 @@ def record_routings(model: nn.Module, keep_ids: bool = True) -> Iterator[Routing
     recorder = RoutingRecorder(keep_ids)
     with ExitStack() as stack:
         for name, module in experts.items():
-            hook = module.register_forward_pre_hook(_seeing(recorder, name), with_kwargs=True)
+            second = list(inspect.signature(module.forward).parameters)[1]
+            hook = module.register_forward_pre_hook(_seeing(recorder, name, second), with_kwargs=True)
             stack.callback(hook.remove)
         yield recorder
 
@@ -202,9 +210,11 @@ def experts_in(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _seeing(recorder: RoutingRecorder, name: str):
+def _seeing(recorder: RoutingRecorder, name: str, second: str):
+    """second: the name of forward's second argument, which a call may spell out."""
+
     def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        routed = (*args, *kwargs.values())[1]
+        routed = args[1] if len(args) > 1 else kwargs[second]
         if isinstance(routed, Routing):
             recorder.see(name, routed.ids, routed.num_experts)
         else:

@@ -1,5 +1,6 @@
 """`moert place`: a routing trace to a placement of experts on ranks, and what it would do beside the usual ones."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ def place(
     gap: Annotated[float, typer.Option(min=0.0, help="Relative gap at which the solver may stop.")] = 0.025,
 ) -> None:
     """Decide on every other row of TRACE which rank holds which expert, write it, and replay the other rows."""
+    if out.suffix == ".png":
+        raise CommandError(f"out must be the placement, whose picture is beside it as .png, got {out}")
     from moert.analysis import RoutingTrace
     from moert.placement import Topology, contiguous, moetuner_placement, replay, round_robin
 
@@ -99,9 +102,14 @@ def _solved(tuned) -> str:
     """How far from an optimum the programs stopped."""
     uneven = max(each.gap * each.value / max(each.mean, 1e-300) for each in tuned.clusters)
     gap = tuned.assignment.gap
-    known = "not known (swaps)" if gap is None else f"{gap:.1%}"
-    clusters = f"clusters could be more even by at most {uneven:.1%} of a rank's load"
+    known = "not known (swaps)" if gap is None else _share(gap)
+    clusters = f"clusters could be more even by at most {_share(uneven)} of a rank's load"
     return f"Gap to an optimum: {clusters}; for their ranks {known}."
+
+
+def _share(gap: float) -> str:
+    """A solver that ran out of time before it had any bound says infinity."""
+    return f"{gap:.1%}" if math.isfinite(gap) else "(not known, out of time)"
 
 
 def _bar() -> Progress:

@@ -14,6 +14,7 @@ from moert.placement.milp import Program, solve
 
 METHODS = ("auto", "viterbi", "milp", "local")
 TIES = 1e-3
+_MOST_COLUMNS = 2_000_000  # of the integer program: building it takes longer than any limit on solving it
 _MOST_EXACT = 5  # ranks: 120 permutations a layer
 _STARTS = 10  # of the local search
 
@@ -46,8 +47,14 @@ def assign_clusters(
         if G > _MOST_EXACT:
             raise ValueError(f"method must be another than viterbi above {_MOST_EXACT} ranks, got {G}")
         return _viterbi(flows, row_cost)
+    columns = len(flows) * G**4
+    if method == "milp" and columns > _MOST_COLUMNS:
+        raise ValueError(f"method must be another than milp above {_MOST_COLUMNS} columns, got {columns} of {G} ranks")
+    deadline = time.monotonic() + time_limit
     found = _local(flows, row_cost, time_limit)
-    return found if method != "milp" else _milp(flows, row_cost, found, time_limit, gap)
+    if method != "milp":
+        return found
+    return _milp(flows, row_cost, found, max(0.1, deadline - time.monotonic()), gap)
 
 
 def objective(flows: np.ndarray, row_cost: np.ndarray, rank_of: np.ndarray) -> float:

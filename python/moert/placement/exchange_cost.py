@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moert.placement.topology import Topology
+
 
 @dataclass(frozen=True)
 class LinkCost:
@@ -74,7 +76,7 @@ def two_level(nbytes: np.ndarray, num_nodes: int) -> list[Step]:
 
 
 def _same_node(num_ranks: int, num_nodes: int) -> np.ndarray:
-    node = np.arange(num_ranks) * num_nodes // num_ranks
+    node = Topology(num_ranks, num_nodes).node_of()
     return node[:, None] == node
 
 

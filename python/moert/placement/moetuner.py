@@ -15,11 +15,11 @@ from moert.placement.topology import Topology
 
 @dataclass(frozen=True)
 class Tuned:
-    """The placement, and what the two programs said of their results; assignment is None without affinity."""
+    """The placement, and what the two programs said of their results."""
 
     placement: ExpertPlacement
     clusters: tuple[Clusters, ...]
-    assignment: Assignment | None
+    assignment: Assignment
 
 
 def moetuner_placement(
