@@ -91,8 +91,8 @@ EXPERIMENT = Experiment(
     "times the steps (--times 17) 1.416 against MoD's 1.421 in the mean of three seeds (top-k decisions: 1.413), 0.3 % "
     "where 350 steps give 1.8 %; MoD was ahead in one of the three. Tried on one seed at 5 times the steps: gate "
     "sigmoid (1.581), eight blocks against four (1.718 against 1.679). Draws of the initial weights count for more "
-    "than the spread over three seeds says: with other draws for the same seeds the recall was 0.77 ± 0.02 and the loss at "
-    "equal FLOPs 2.206 ± 0.007; on seeds 3 to 5 that loss is 2.231 ± 0.014.",
+    "than the spread over three seeds says: with other draws for the same seeds the recall was 0.77 ± 0.02 and the "
+    "loss at equal FLOPs 2.206 ± 0.007; on seeds 3 to 5 that loss is 2.231 ± 0.014.",
 )
 
 if __name__ == "__main__":
