@@ -162,7 +162,7 @@ def test_broken_files_say_so(tmp_path):
         ({"moert_trace": None}, "no array 'moert_trace'"),
         ({"calls_0": None}, "no array 'calls_0'"),
         ({"num_experts": np.array([2, 2])}, "layers \\[1\\] with num_experts \\[2\\]"),
-        ({"num_experts": np.array([0])}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": np.array([0])}, "num_experts must be in .1, 1048576., got 0"),
         ({"ids_0": np.array([[0], [2]])}, "ids must be in \\[-1, E=2\\), got 0 to 2"),
         ({"ids_0": np.array([[0], [-(2**63)]])}, "ids must be in"),
         ({"ids_0": np.array([0, 1])}, "ids must be signed integers \\[T, k\\], got int64 \\[2\\]"),
