@@ -56,16 +56,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8, help="windows of all ranks together")
+    parser.add_argument("--batch", type=int, default=8, help="windows of all ranks together, as many for each")
     parser.add_argument("--save-every", type=int, default=20)
-    options = parser.parse_args()
+    options, ranks = parser.parse_args(), int(os.environ["WORLD_SIZE"])
+    if options.batch < 1 or options.batch % ranks:
+        parser.error(f"--batch must be a multiple of the {ranks} ranks, got {options.batch}")
     dist.init_process_group("gloo")
     torch.manual_seed(0)  # the same weights on every rank, before each keeps its part
-    model = shard_experts_(Model(), gradients="mean", pulse=Pulse())
-    model._ddp_params_and_buffers_to_ignore = list(expert_parameters(model))
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
-    train(wrapped, optimizer, load_corpus().train, options)
+    with Pulse() as pulse:
+        model = shard_experts_(Model(), gradients="mean", pulse=pulse)
+        model._ddp_params_and_buffers_to_ignore = list(expert_parameters(model))
+        wrapped = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+        train(wrapped, optimizer, load_corpus().train, options)
     dist.destroy_process_group()
 
 

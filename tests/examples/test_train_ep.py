@@ -42,6 +42,12 @@ def killed_after_a_save(out: Path, steps: int) -> str:
     return text
 
 
+def test_a_batch_that_cannot_be_shared_evenly(tmp_path):
+    call = [sys.executable, str(SCRIPT), str(tmp_path), "--batch", "8"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=100, env=os.environ | {"WORLD_SIZE": "3"})
+    assert done.returncode == 2 and done.stderr.endswith("--batch must be a multiple of the 3 ranks, got 8\n")
+
+
 def test_it_goes_on_after_a_kill_and_on_one_rank(tmp_path):
     expected = losses(whole(tmp_path / "alone", 1, 12))
     assert list(expected) == [2, 4, 6, 8, 10, 12] and expected[12] < expected[2]

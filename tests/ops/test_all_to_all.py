@@ -59,6 +59,10 @@ def disagreements() -> list[str]:
             told.append("")
         except RuntimeError as error:
             told.append(str(error))
+    pair = dist.new_group([1, 2])
+    if rank:
+        with pytest.raises(RuntimeError, match="H must be the same on every rank, got 1 on rank 1, 2 on rank 2"):
+            exchange_counts(ones[:2], {"H": rank}, pair)
     rows = torch.zeros(3, 2, requires_grad=True)
     (grad,) = torch.autograd.grad(all_to_all(rows, Splits([1] * 3, [1] * 3)).square().sum(), rows, create_graph=True)
     for wrong in (

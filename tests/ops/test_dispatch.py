@@ -208,10 +208,10 @@ def refused() -> list[str]:
     # The group is as it was.
     got = dispatch(x.detach(), routing, whole)
     assert combine(got.x, got).shape == x.shape
-    try:
-        combine(got.x[1:], got)
-    except ValueError as error:
-        told.append(str(error))
+    for wrong in (got.x[1:], got.x[:, :9], got.x.bfloat16()):
+        with pytest.raises(ValueError) as error:
+            combine(wrong, got)
+        told.append(str(error.value))
     return told
 
 
@@ -234,12 +234,14 @@ def test_errors():
     ]
     elsewhere = r"every rank must be able to dispatch, got an error on rank 1 \(see there\)"
     for rank, texts in enumerate(told):
-        *texts, last = texts
+        *texts, fewer, narrower, rounded = texts
         expected = same + (own if rank == 1 else [elsewhere] * len(own))
         assert len(texts) == len(expected)
         for text, pattern in zip(texts, expected, strict=True):
             assert re.search(pattern, text), text
-        assert re.fullmatch(r"rows must have shape \[N=\d+, H\], got \[\d+, 10\]", last)
+        assert re.fullmatch(r"y must have shape \[M=\d+, H=10\], got \[\d+, 10\]", fewer)
+        assert re.fullmatch(r"y must have shape \[M=\d+, H=10\], got \[\d+, 9\]", narrower)
+        assert rounded == "y must have the dtype of the rows dispatched (torch.float32), got torch.bfloat16"
 
 
 @pytest.mark.parametrize("R", [1, 3, 8])

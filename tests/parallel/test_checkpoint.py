@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tests.parallel.test_expert_parallel import H, block, expert_parameters, shard_experts_, train, whole
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -87,6 +88,38 @@ def test_four_ranks_save_and_two_go_on(tmp_path, saved, loaded):
     again = block()
     load_checkpoint(tmp_path / "again", again)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def shared_experts_are_one(folder: str) -> None:
+    """What has two names in the model keeps its experts apart under both."""
+
+    def model():
+        blocks = nn.ModuleList([block(), block()])
+        blocks[1].moe.experts = blocks[0].moe.experts
+        return shard_experts_(blocks)
+
+    saved, loaded = model(), model()
+    loaded[0].moe.experts.local.down_proj.detach().zero_()
+    save_checkpoint(folder, saved)
+    load_checkpoint(folder, loaded)
+    assert torch.equal(loaded[1].moe.experts.local.down_proj, saved[0].moe.experts.local.down_proj)
+
+
+def test_a_module_with_two_names(tmp_path):
+    ranks(2, shared_experts_are_one, str(tmp_path / "checkpoint"))
+
+
+def test_a_new_optimizer_is_loaded_beside_gradients(tmp_path):
+    model, again = block(), block()
+    optimizer, new = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, again))
+    some_steps(model, optimizer, batch(), 2)
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer)
+    again(batch()).sum().backward()
+    gradients = [p.grad.clone() for p in again.parameters()]
+    load_checkpoint(tmp_path / "checkpoint", again, new)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert new.state[b]["step"] == 2 and torch.equal(new.state[b]["exp_avg"], optimizer.state[a]["exp_avg"])
+    assert all(map(torch.equal, (p.grad for p in again.parameters()), gradients))
 
 
 def test_errors(tmp_path):

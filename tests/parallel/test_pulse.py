@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from moert import GluExperts, MoELayer, TopKRouter
 from moert.parallel import Pulse, shard_experts_
@@ -45,10 +47,11 @@ def exchanges(how: str, folder: str, seed: int) -> tuple[str, float]:
     lost, fault = dist.get_rank() == LOST, Fault(how, folder)
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(MoELayer(TopKRouter(8, 6, 2), GluExperts(6, 8, 8)) for _ in range(3)))
-    shard_experts_(model, group, pulse=Pulse(group, INTERVAL))
+    pulse = Pulse(group, INTERVAL)
+    shard_experts_(model, group, pulse=pulse)
     at = random.Random(seed).randrange(20, 90)  # a step has 15 exchanges: five a layer
     if lost:
-        model[0].experts.guard = model[1].experts.guard = model[2].experts.guard = counted(at, fault)
+        model[0].experts.guard = model[1].experts.guard = model[2].experts.guard = counted(at, fault, pulse)
     x = torch.randn(9, 8)
     try:
         for _ in range(100):
@@ -58,24 +61,25 @@ def exchanges(how: str, folder: str, seed: int) -> tuple[str, float]:
     return "every step was made", 0.0
 
 
-def counted(at: int, fault: Fault):
-    """A guard that does nothing before its call number `at`."""
+def counted(at: int, fault: Fault, pulse: Pulse):
+    """The pulse's guard until its call number `at`."""
     calls = iter(range(at + 1))
 
     @contextmanager
     def guard():
         if next(calls) == at:
             fault()
-        yield
+        with pulse.exchanging():
+            yield
 
     return guard
 
 
 def assert_named(told, how: str, within: float) -> None:
-    words = "did not come to it" if how == "sleeps" else "no sign of life from rank 1"
+    words = "rank 1 did not come to it" if how == "sleeps" else "got no sign of life from rank 1"
     for rank in (0, 2):
         text, seconds = told[rank]
-        assert re.match(f"every rank must take part in the exchange, .*{words}", text) and "rank 1" in text, text
+        assert re.match(f"every rank must take part in the exchange, {words}: ", text), text
         assert seconds < within, seconds
 
 
@@ -117,6 +121,33 @@ def alive() -> None:
     assert torch.equal(copy.deepcopy(layer.experts.local.down_proj), layer.experts.local.down_proj)
 
 
+def of_two_among_three() -> None:
+    """The ranks of a mesh by their numbers among all; a slow one is given its own time; it ends with its block."""
+    mesh = DeviceMesh("cpu", [1, 2])
+    if dist.get_rank() == 0:
+        return
+    with Pulse(mesh, 0.1 if dist.get_rank() == 1 else 1.0) as pulse:
+        dist.barrier(mesh.get_group())
+        if dist.get_rank() == 1:
+            with pytest.raises(RuntimeError, match="all are alive: boom"), pulse.exchanging():
+                raise RuntimeError("boom")
+        else:
+            with pulse.exchanging():
+                time.sleep(1)
+        dist.barrier(mesh.get_group())
+        if dist.get_rank() == 1:
+            pulse.stop()
+        dist.barrier(mesh.get_group())
+        if dist.get_rank() == 2:
+            with pytest.raises(RuntimeError, match="no sign of life from rank 1: boom"), pulse.exchanging():
+                raise RuntimeError("boom")
+    assert not [thread for thread in threading.enumerate() if thread.name == "moert.pulse"]
+
+
+def test_a_mesh_of_two_among_three():
+    ranks(3, of_two_among_three)
+
+
 def test_all_are_alive():
     ranks(2, alive)
 
@@ -127,5 +158,5 @@ def test_errors():
             Pulse(**options)
         return str(error.value)
 
-    assert wrong(group=3) == "group must be of type ProcessGroup or NoneType, got int"
+    assert wrong(group=3) == "group must be of type ProcessGroup or DeviceMesh or None, got int"
     assert wrong(interval=0) == "interval must be a number of seconds above zero, got 0"

@@ -68,7 +68,7 @@ def exchange_counts(
     with guard():
         dist.all_to_all_single(heard, said, group=group)
     if counts is not None:
-        _check_same(heard, facts)
+        _check_same(heard, facts, group)
     return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), group, guard)
 
 
@@ -105,10 +105,10 @@ def _number(value: int | str) -> int:
     return WORDS.index(value) if isinstance(value, str) else value
 
 
-def _check_same(heard: Tensor, facts: dict[str, int | str]) -> None:
+def _check_same(heard: Tensor, facts: dict[str, int | str], group: dist.ProcessGroup | None) -> None:
     failed = [rank for rank, count in enumerate(heard[:, 0].tolist()) if count == FAILED]
     if failed:
-        raise RuntimeError(f"every rank must be able to dispatch, got an error on {_ranks(failed)} (see there)")
+        raise RuntimeError(f"every rank must be able to dispatch, got an error on {named(failed, group)} (see there)")
     for column, (name, own) in enumerate(facts.items(), 1):
         holders: dict[int, list[int]] = {}
         for rank, value in enumerate(heard[:, column].tolist()):
@@ -116,9 +116,11 @@ def _check_same(heard: Tensor, facts: dict[str, int | str]) -> None:
         if len(holders) > 1:
             # What most ranks say comes first, so that the odd one out is the last word.
             told = sorted(holders.items(), key=lambda item: -len(item[1]))
-            got = ", ".join(f"{WORDS[v] if isinstance(own, str) else v} on {_ranks(ranks)}" for v, ranks in told)
+            got = ", ".join(f"{WORDS[v] if isinstance(own, str) else v} on {named(ranks, group)}" for v, ranks in told)
             raise RuntimeError(f"{name} must be the same on every rank, got {got}")
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:
+    """Ranks of the group by their numbers among all processes, as logs and launchers have them."""
+    numbers = [dist.get_global_rank(group or dist.group.WORLD, rank) for rank in ranks]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, numbers))}"

@@ -4,7 +4,8 @@ A row travels once to each rank that has any of its experts, its routing with it
 make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -53,16 +54,13 @@ def dispatch(
     """Send each row of x [T, H] to the ranks of the group (None: all) that hold the experts of its routing.
 
     Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
-    nowhere.  float32, bfloat16, float16; rows arrive bit for bit.  Where H, k, E, the dtypes, the placement or the need
-    for gradients differ between ranks, or a rank has an error of its own, every rank raises one that names the ranks.
+    nowhere.  float32, bfloat16, float16, float64; rows arrive bit for bit.  Where H, k, E, the dtypes, the placement or
+    the need for gradients differ between ranks, or one has an error of its own, all raise one that names the ranks.
     x and routing.weights get gradients, once.  This rank waits for the others inside guard(), also on the way back.
     """
-    try:
+    with refusing(group, guard):
         plan = _plan(x, routing, experts, group)
         counts = plan.offsets.diff()
-    except Exception:
-        exchange_counts(None, dict.fromkeys(FACTS, 0), group, guard)  # the others must not wait for this rank
-        raise
     splits = exchange_counts(counts, _facts(x, routing, experts), group, guard)
     plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
     sent = _Sent(routing, experts, plan, splits, asynchronous)
@@ -71,13 +69,31 @@ def dispatch(
     return Dispatched(rows, Routing(sent.ids, weights, num_local), plan, splits, sent.on_the_way)
 
 
-def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
-    """Rows back where they came from: y [M, H], what the experts made of dispatched.x -> [T, H].
+@contextmanager
+def refusing(group: dist.ProcessGroup | None, guard: Guard) -> Iterator[None]:
+    """Before dispatch: an error inside is raised, and the others, who dispatch, raise one that names this rank."""
+    try:
+        yield
+    except Exception:
+        exchange_counts(None, dict.fromkeys(FACTS, 0), group, guard)  # the others must not wait for this rank
+        raise
 
+
+def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
+    """Rows back where they came from: y [M, H], what the experts made of dispatched.x, in its dtype -> [T, H].
+
+    y must need gradients on every rank or on none: nothing compares this.
     Each token's rows are added in float32 (float64 for float64), in the order of its choices, onto residual [T, H]
     (None: zero).  A token that went nowhere is the residual.
     """
+    expect(Tensor, y=y)
     expect(Dispatched, dispatched=dispatched)
+    x = dispatched.x
+    # Rows of another size than the others expect would end a Gloo process.
+    if y.shape != x.shape:
+        raise ValueError(f"y must have shape [M={x.shape[0]}, H={x.shape[1]}], got {list(y.shape)}")
+    if y.dtype != x.dtype:
+        raise ValueError(f"y must have the dtype of the rows dispatched ({x.dtype}), got {y.dtype}")
     return unpermute(all_to_all(y, dispatched.splits.reversed), dispatched.plan, None, residual)
 
 

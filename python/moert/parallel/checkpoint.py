@@ -3,6 +3,8 @@
 So what one number of ranks saved another loads, with any placement, and one process that has all experts too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 
 import torch.distributed.checkpoint as dcp
@@ -60,8 +62,22 @@ def load_checkpoint(folder: str | PathLike, model: nn.Module, optimizer: Optimiz
 def _states(model: nn.Module, optimizer: Optimizer | None) -> dict[str, dict]:
     states = {"model": get_model_state_dict(model)}
     if optimizer is not None:
-        states["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        with _without_gradients(optimizer):
+            states["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     return states
+
+
+@contextmanager
+def _without_gradients(optimizer: Optimizer) -> Iterator[None]:
+    """torch makes the state of a new optimizer, to load into, only where no parameter has a gradient."""
+    gradients = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _entries(part: dict, stacks: dict) -> dict:
@@ -88,7 +104,7 @@ def _lasting(key: str, stacks: dict) -> tuple[str, list[int] | None]:
 def _stacks(model: nn.Module) -> dict[str, tuple[str, list[int]]]:
     """Name of each parameter that holds experts -> its name wherever the experts lie, and the ids of its rows."""
     stacks, spread = {}, {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # the state dict has all names of what is shared
         if isinstance(module, ExpertParallel):
             spread[f"{name}.local" if name else "local"] = (name, module.expert_ids)
         elif isinstance(module, GluExperts):

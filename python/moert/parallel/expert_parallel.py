@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
-from moert.ops.dispatch import combine, dispatch
+from moert.ops.autocast import autocast
+from moert.ops.dispatch import Dispatched, combine, dispatch, refusing
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
-from moert.parallel.pulse import Pulse
+from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
-Group = dist.ProcessGroup | DeviceMesh | None
 GRADIENTS = ("sum", "mean")
 
 
@@ -26,6 +28,7 @@ class ExpertParallel(Experts):
     placement is expert_to_rank [E], any sequence of integers (None: contiguous blocks); every rank must hold an expert.
     local are the GluExperts that this rank holds, in the order of their ids; the others are gone.  Every rank of the
     group must call forward, and backward where it called forward, equally often; each with tokens of its own, or none.
+    Which parameters are frozen must be the same on every rank.
 
     The experts' gradients are those of the sum of the ranks' losses, as in one process with everybody's tokens; with
     gradients="mean" of their mean, as DistributedDataParallel and FSDP2 have it for the rest of a model.  replicas is
@@ -55,39 +58,42 @@ class ExpertParallel(Experts):
         self.guard = nullcontext if pulse is None else pulse.exchanging
         self.expert_ids = self.map.experts_of(dist.get_rank(self.group))
         self.local = _part(experts, self.expert_ids)
-        if gradients == "mean" or replicas is not None:
-            for parameter in self.local.parameters():
-                parameter.register_hook(self._reduce)
+        holders = 1 if self.replicas is None else dist.get_world_size(self.replicas)
+        self.parts = holders * self.map.num_ranks if gradients == "mean" else 1
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        there = dispatch(x, routing, self.map, self.group, guard=self.guard)
-        return combine(self.local(there.x, there.routing), there)
+    def forward(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None = None) -> Tensor:
+        """Plus what an Onto adds, or what shared experts make of x, which compute while the tokens travel."""
+        shared, given = isinstance(added, nn.Module), x
+        onto = added if isinstance(added, Onto) else Onto()
+        with refusing(self.group, self.guard):
+            expect(Tensor, x=x)
+            expect((Onto, nn.Module, type(None)), added=added)
+            check_added(onto.rows, x)
+            # Under autocast rows travel in the dtype in which the experts multiply them.
+            x, rows, constants = autocast(x, onto.rows, onto.constants)
+        there = dispatch(x, routing, self.map, self.group, asynchronous=shared, guard=self.guard)
+        plain = onto.scale is None and onto.mix is None
+        if shared:
+            try:
+                rows = added(given)
+                check_added(rows, x)
+                _, rows = autocast(x, rows)
+            finally:
+                there.wait()
+        y = combine(self._local(there), there, rows if plain else None)
+        return y if plain else replace(onto, rows=rows, constants=constants).added_to(y)
 
     def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
-        check_added(onto.rows, x)
-        if onto.rows is None or onto.scale is not None or onto.mix is not None:
-            return onto.added_to(self(x, routing))
-        there = dispatch(x, routing, self.map, self.group, guard=self.guard)
-        return combine(self.local(there.x, there.routing), there, onto.rows)
+        return self(x, routing, onto)
 
     def beside(self, x: Tensor, routing: Routing, shared: nn.Module) -> Tensor:
-        """The shared experts compute while the tokens travel."""
-        there = dispatch(x, routing, self.map, self.group, asynchronous=True, guard=self.guard)
-        try:
-            rows = shared(x)
-            check_added(rows, x)
-        finally:
-            there.wait()
-        return combine(self.local(there.x, there.routing), there, rows)
+        return self(x, routing, shared)
 
-    def _reduce(self, grad: Tensor) -> Tensor:
-        """A parameter's gradient: before it is added to what .grad holds, so that micro-batches accumulate."""
-        holders = 1
-        if self.replicas is not None:
-            holders = dist.get_world_size(self.replicas)
-            grad = grad.contiguous().clone()
-            dist.all_reduce(grad, group=self.replicas)
-        return grad / (holders * self.map.num_ranks) if self.gradients == "mean" else grad
+    def _local(self, there: Dispatched) -> Tensor:
+        if self.parts == 1 and self.replicas is None:
+            return self.local(there.x, there.routing)
+        reduced = {name: _Reduced.apply(p, self.replicas, self.parts) for name, p in self.local.named_parameters()}
+        return functional_call(self.local, reduced, (there.x, there.routing))
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
@@ -104,18 +110,41 @@ def shard_experts_(
     """Replace every GluExperts inside model by its ExpertParallel; returns model.
 
     placement maps names of these modules (model.named_modules) to expert_to_rank; those it leaves out lie in blocks.
+    A module that has several names in the model stays one, and placement has one of them.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GluExperts)}
-    unknown = sorted(set(placement or {}) - set(found))
-    if unknown:
-        raise ValueError(f"placement must name GluExperts of the model ({', '.join(found)}), got {unknown[0]}")
-    for name, module in found.items():
-        parent, _, last = name.rpartition(".")
-        if not last:
-            raise ValueError("model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))")
-        where = (placement or {}).get(name)
-        setattr(model.get_submodule(parent), last, ExpertParallel(module, group, where, gradients, replicas, pulse))
+    modules = list(model.named_modules(remove_duplicate=False))
+    found = {name: module for name, module in modules if isinstance(module, GluExperts)}
+    sharded = tuple(f"{name}." if name else "" for name, module in modules if isinstance(module, ExpertParallel))
+    again = [name for name in found if name.startswith(sharded)]
+    if again:
+        raise ValueError(f"model must hold GluExperts that are not sharded already, got {again[0]}")
+    if not found:
+        raise ValueError(f"model must hold GluExperts, got none in {type(model).__name__}")
+    if "" in found:
+        raise ValueError("model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))")
+    names = {module: [name for name in found if found[name] is module] for module in found.values()}
+    placement = _by_first_name(placement or {}, names)
+    for module, (first, *others) in names.items():
+        spread = ExpertParallel(module, group, placement.get(first), gradients, replicas, pulse)
+        for name in (first, *others):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, spread)
     return model
+
+
+def _by_first_name(placement: Mapping[str, object], names: dict[nn.Module, list[str]]) -> dict[str, object]:
+    known = [name for each in names.values() for name in each]
+    unknown = sorted(set(placement) - set(known))
+    if unknown:
+        raise ValueError(f"placement must name GluExperts of the model ({', '.join(known)}), got {unknown[0]}")
+    first = {}
+    for each in names.values():
+        given = [name for name in each if name in placement]
+        if len(given) > 1:
+            raise ValueError(f"placement must name a module once, got {', '.join(given)} for the same")
+        if given:
+            first[each[0]] = placement[given[0]]
+    return first
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -132,14 +161,24 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def process_group(group: Group) -> dist.ProcessGroup | None:
-    """Of a mesh of one dimension its group."""
-    expect((dist.ProcessGroup, DeviceMesh, type(None)), group=group)
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"group must be a mesh of one dimension (mesh['ep']), got {group.ndim}")
-        return group.get_group()
-    return group
+class _Reduced(torch.autograd.Function):
+    """A parameter as it is; its gradient added up over replicas and divided by parts.
+
+    In the graph: hooks would be lost with the parameter that load_state_dict(assign=True) or to_empty replaces.
+    """
+
+    @staticmethod
+    def forward(ctx, parameter, replicas, parts):
+        ctx.replicas, ctx.parts = replicas, parts
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if ctx.replicas is not None:
+            grad = grad.contiguous().clone()
+            dist.all_reduce(grad, group=ctx.replicas)
+        return grad / ctx.parts, None, None
 
 
 def _part(experts: GluExperts, ids: list[int]) -> GluExperts:

@@ -41,7 +41,8 @@ class MoertEP(EPImplementation):
         # What has to be computed elsewhere, in the words of transformers' experts: the id after the last.
         ids = there.routing.ids.long()
         ids = torch.where(ids < 0, self.num_local_experts, ids)
-        return combine(self._experts(there.x, ids, there.routing.weights), there)
+        # Under autocast experts may answer in its dtype.
+        return combine(self._experts(there.x, ids, there.routing.weights).to(x.dtype), there)
 
     def _experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if len(x):
