@@ -66,6 +66,7 @@ def weights_of(experts: ExpertMap, dtype: torch.dtype, H: int = 10, I: int = 6):
 def same_as_reference(R: int) -> None:
     """On every rank: what arrives, what comes back, and both with experts between, gradients included."""
     rank = dist.get_rank()
+    torch.manual_seed(rank)  # a spawned process has no seed of the suite
     for placement in placements(R):
         experts = ExpertMap.of(placement, E, R)
         for seed, (tokens, k, kind) in enumerate(CASES):
@@ -111,6 +112,7 @@ def with_experts(x, routing, experts, dtype):
         lambda x, weights: alone(x, weights, w1.to(x.dtype), w2.to(x.dtype)),
         dy,
         *args[:2],
+        factor=4,  # a few tokens' weights are few numbers: plain torch is lucky in them as often as not
     )
 
 
