@@ -45,7 +45,9 @@ def main() -> None:
         row["modelled"] = float(link.seconds(messages, messages * row["bytes"]))
         print(f"{row['ranks']} ranks, {row['bytes']:8} bytes: {1e6 * row['seconds']:9.1f} us measured, "
               f"{1e6 * row['modelled']:9.1f} us by the fit")  # fmt: skip
-    print(f"latency {1e6 * link.latency:.1f} us, {1e-9 / link.per_byte:.2f} GB/s")
+    # A few calls may say that more bytes take no longer.
+    bandwidth = f"{1e-9 / link.per_byte:.2f} GB/s" if link.per_byte else "no bandwidth that these calls tell"
+    print(f"latency {1e6 * link.latency:.1f} us, {bandwidth}")
     if not options.smoke:
         value = {
             "date": datetime.now(timezone.utc).date().isoformat(),

@@ -15,6 +15,7 @@ _KERNELS = {
     "expert_choice": "expert_choice",
     "permute": "permute",
     "unpermute": "permute",
+    "dispatch": "dispatch",
     "grouped_gemm": "gemm",
     "fused_experts": "gemm",
     "fused_experts_quantized": "packed_gemm",
