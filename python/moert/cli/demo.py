@@ -99,7 +99,7 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
         def on_step(step: Step) -> None:
             relative = step.load.float() / step.load.float().mean(1, keepdim=True)
             idle = int((step.load == 0).sum())
-            text = f"experts ×{relative.max():.1f} at most, {idle} idle"
+            text = f"experts ×{relative.max():.1f}, {idle} idle"
             progress.update(task, completed=step.step, loss=step.loss, speed=step.tokens_per_second, load=text)
 
         model, record = train(settings, corpus, on_step, started)
