@@ -76,7 +76,7 @@ def like_one_process(R: int) -> None:
 
 @pytest.mark.parametrize("R", [2, 3, 4])
 def test_forward_and_backward(R):
-    ranks(R, like_one_process, R)
+    assert ranks(R, like_one_process, R) == [None] * R
 
 
 def bit_for_bit(R: int) -> None:
@@ -94,7 +94,7 @@ def bit_for_bit(R: int) -> None:
 
 
 def test_bits_are_those_of_one_process():
-    ranks(2, bit_for_bit, 2)
+    assert ranks(2, bit_for_bit, 2) == [None] * 2
 
 
 class Block(nn.Module):
@@ -154,7 +154,7 @@ def dense_part_by(wrap: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)], ids=str)
 def test_with_data_parallelism_around(wrap, shape):
-    ranks(shape[0] * shape[1], dense_part_by, wrap, shape)
+    assert ranks(shape[0] * shape[1], dense_part_by, wrap, shape) == [None] * (shape[0] * shape[1])
 
 
 def details() -> list[str]:
@@ -235,7 +235,7 @@ def sharded_once() -> None:
 
 
 def test_sharded_once():
-    ranks(2, sharded_once)
+    assert ranks(2, sharded_once) == [None] * 2
 
 
 def recorded() -> None:
@@ -253,7 +253,7 @@ def recorded() -> None:
 
 
 def test_recorded():
-    ranks(2, recorded)
+    assert ranks(2, recorded) == [None] * 2
 
 
 def reduced_in_the_graph() -> None:
@@ -275,7 +275,7 @@ def reduced_in_the_graph() -> None:
 
 
 def test_reduced_in_the_graph():
-    ranks(2, reduced_in_the_graph)
+    assert ranks(2, reduced_in_the_graph) == [None] * 2
 
 
 class Wide(nn.Module):
@@ -311,7 +311,7 @@ def under_autocast() -> None:
 
 
 def test_under_autocast():
-    ranks(2, under_autocast)
+    assert ranks(2, under_autocast) == [None] * 2
 
 
 def one_rank_is_refused() -> None:
@@ -324,7 +324,7 @@ def one_rank_is_refused() -> None:
 
 
 def test_one_rank_is_refused():
-    ranks(2, one_rank_is_refused, timeout=60)
+    assert ranks(2, one_rank_is_refused, timeout=60) == [None] * 2
 
 
 def test_details_and_errors():

@@ -46,16 +46,21 @@ def plot_imbalance(trace: RoutingTrace, placements: Mapping[str, Sequence[np.nda
 
 def plot_traffic(matrices: Mapping[str, np.ndarray]):
     """A figure: for each name a matrix [R, R] of rows from rank to rank, on one scale; what stays is left out."""
+    figure = blank_figure(3.6 * len(matrices) + 1.5, 3.8)
+    draw_traffic(figure, matrices, "rows")
+    return figure
+
+
+def draw_traffic(figure, matrices: Mapping[str, np.ndarray], label: str) -> None:
+    """plot_traffic's panels, side by side in a figure or a part of one."""
     off = {name: np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix) for name, matrix in matrices.items()}
     largest = max([1.0] + [float(np.nanmax(matrix)) for matrix in off.values() if matrix.size > 1])
-    figure = blank_figure(3.6 * len(off) + 1.5, 3.8)
     panels = figure.subplots(1, len(off), squeeze=False)[0]
     for axes, (name, matrix) in zip(panels, off.items(), strict=True):
         image = axes.imshow(matrix, cmap="YlGnBu", vmin=0, vmax=largest)
         axes.set(title=name, xlabel="to rank", ylabel="from rank")
         axes.locator_params(integer=True)
-    figure.colorbar(image, ax=panels, label="rows")
-    return figure
+    figure.colorbar(image, ax=panels, label=label)
 
 
 def blank_figure(width: float, height: float):

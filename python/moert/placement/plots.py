@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moert.analysis.plots import blank_figure
+from moert.analysis.plots import blank_figure, draw_traffic
 from moert.placement.replay import Replay
 
 
@@ -24,12 +24,5 @@ def plot_replays(replays: Mapping[str, Replay], title: str):
     balance.legend(frameon=False)
     costs.set(ylabel="rows x cost, sum over layers", title="Slowest pair of ranks")
     costs.set_xticks(place + 0.4 - 0.4 / len(replays), ["from home and back", "resident"])
-    matrices = {name: np.where(np.eye(len(each.rows)), np.nan, each.rows) for name, each in replays.items()}
-    largest = max([1.0, *(np.nanmax(matrix) for matrix in matrices.values() if matrix.size > 1)])
-    panels = below.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
-        image = axes.imshow(matrix, cmap="YlGnBu", vmin=0, vmax=largest)
-        axes.set(title=name, xlabel="to rank", ylabel="from rank")
-        axes.locator_params(integer=True)
-    below.colorbar(image, ax=panels, label="rows, all layers")
+    draw_traffic(below, {name: each.rows for name, each in replays.items()}, "rows, all layers")
     return figure

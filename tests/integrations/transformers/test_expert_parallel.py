@@ -39,7 +39,7 @@ def generates(folder: str) -> None:
 
 def test_generate(tmp_path):
     save("Qwen3Moe", tmp_path)
-    ranks(2, generates, str(tmp_path), timeout=300)
+    assert ranks(2, generates, str(tmp_path), timeout=300) == [None] * 2
 
 
 def one_module(folder: str) -> None:
@@ -68,4 +68,4 @@ def one_module(folder: str) -> None:
 
 def test_forward_and_backward(tmp_path):
     save("Qwen3Moe", tmp_path)
-    ranks(2, one_module, str(tmp_path), timeout=300)
+    assert ranks(2, one_module, str(tmp_path), timeout=300) == [None] * 2
