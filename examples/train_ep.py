@@ -61,7 +61,7 @@ def main() -> None:
     options, ranks = parser.parse_args(), int(os.environ["WORLD_SIZE"])
     if options.batch < 1 or options.batch % ranks:
         parser.error(f"--batch must be a multiple of the {ranks} ranks, got {options.batch}")
-    dist.init_process_group("gloo")
+    init_process_group()
     torch.manual_seed(0)  # the same weights on every rank, before each keeps its part
     with Pulse() as pulse:
         model = shard_experts_(Model(), gradients="mean", pulse=pulse)
@@ -70,6 +70,13 @@ def main() -> None:
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
         train(wrapped, optimizer, load_corpus().train, options)
     dist.destroy_process_group()
+
+
+def init_process_group() -> None:
+    """With keys of this start alone: torchrun's store still has the addresses of the last one, which Gloo would use."""
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, options) -> None:

@@ -11,7 +11,7 @@ for torch in $torches; do
   env=$root/torch-$torch
   [ -x $env/bin/python ] || "$python" -m venv $env
   [ $torch = newest ] && wanted=torch || wanted=torch==$torch
-  $env/bin/python -m pip install -q -U "$wanted" pytest hypothesis expecttest numpy
+  $env/bin/python -m pip install -q -U "$wanted" pytest pytest-timeout hypothesis expecttest numpy
   $env/bin/python -m pip install -q --no-deps --force-reinstall $root/wheel/*.whl
   rm -rf $root/run && mkdir $root/run && cp -r tests pyproject.toml $root/run/
   (cd $root/run && ../torch-$torch/bin/python -m pytest -q -m "not slow and not gpu" -p no:cacheprovider \
