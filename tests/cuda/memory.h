@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #if !defined(MOERT_EMULATED)
@@ -17,8 +18,8 @@ namespace moert {
 #if defined(MOERT_EMULATED)
 
 inline const char* why_no_gpu() { return nullptr; }
-inline void* device_alloc(size_t bytes) { return std::aligned_alloc(256, std::max<size_t>(bytes, 1)); }
-inline void device_free(void* p) { std::free(p); }
+inline void* device_alloc(size_t bytes) { return ::operator new(bytes, std::align_val_t{256}); }
+inline void device_free(void* p) { ::operator delete(p, std::align_val_t{256}); }
 inline void copy(void* to, const void* from, size_t bytes) {
   if (bytes) std::memcpy(to, from, bytes);
 }
