@@ -21,7 +21,9 @@ def ranks(n: int, function: Callable, *args, timeout: float = 150, may_end: tupl
     call.  Ranks in may_end may stop or end without a result, and are not waited for: theirs is None.
     A function that only asserts gives [None] * n, which its test compares: every rank came to the function's end.
     """
-    context = multiprocessing.get_context("spawn")
+    # A process that has imported these, and nothing else, is forked for each rank: importing torch takes seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moert.parallel", "moert.integrations.transformers"])
     with tempfile.TemporaryDirectory() as folder:
         processes, readers = [], []
         try:
