@@ -13,6 +13,8 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+
 
 def llama(seed=0, **options):
     torch.manual_seed(seed)
@@ -21,7 +23,7 @@ def llama(seed=0, **options):
 
 def mixtral(seed=0, **options):
     torch.manual_seed(seed)
-    return MixtralForCausalLM(MixtralConfig(num_local_experts=8, num_experts_per_tok=2, **SIZES | options)).eval()
+    return MixtralForCausalLM(MixtralConfig(**EXPERTS | SIZES | options)).eval()
 
 
 def greedy(model, ids, count):

@@ -11,7 +11,7 @@ from moert.decode import contrast_logits, self_contrast
 from moert.decode.cached import holding
 from moert.decode.self_contrast import TwoRoutings
 from moert.integrations.transformers.routers import use_routers_
-from moert.routers import given_context
+from moert.routers import given_context, routers_in
 from moert.testing import OperatorsRan
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -69,6 +69,46 @@ def test_one_batched_pass_is_two_passes():
             assert (got[0] - got[1]).abs().max() > 1e-3  # the weak pass is another one
         new = steps[:, min(step, 31) :][:, :1]
         mask = torch.cat([mask, torch.ones_like(new)], 1)
+
+
+def test_rows_without_usable_weak_logits_are_counted(monkeypatch):
+    moe, logits = model(), TwoRoutings.logits
+
+    def overflowing(self, ids, mask, cache):
+        z_s, z_w = logits(self, ids, mask, cache)
+        z_w[1, 7] = torch.inf
+        return z_s, z_w
+
+    monkeypatch.setattr(TwoRoutings, "logits", overflowing)
+    out = self_contrast(moe, PROMPT, max_new_tokens=6, beta=0.9)
+    assert out.fallbacks == 6
+    assert torch.equal(out.tokens[1:], greedy(moe, PROMPT[1:], 6))  # its beta is 0
+
+
+def test_a_model_of_one_expert_a_token():
+    moe = mixtral(initializer_range=0.2, num_experts_per_tok=1)
+    moe.set_experts_implementation("moert")
+    use_routers_(moe)
+    strong, weak = TwoRoutings(moe, None, (2,)).logits(PROMPT, torch.ones_like(PROMPT), DynamicCache(config=moe.config))
+    assert (strong - weak).abs().max() > 1e-3
+    torch.testing.assert_close(strong, moe(PROMPT, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_the_ranks_may_be_renormalised_against_the_routers_rule():
+    moe = model()
+    for router in routers_in(moe).values():
+        router.renormalize = False
+    both = (TwoRoutings(moe, (1, 2), (2,), renormalize) for renormalize in (None, True))
+    mask = torch.ones_like(PROMPT)
+    plain, ones = (each.logits(PROMPT, mask, DynamicCache(config=moe.config)) for each in both)
+    with torch.no_grad(), given_context(moe, RouterContext(ranks=((2,),), renormalize=True)):
+        assert (moe(PROMPT, use_cache=False).logits[:, -1] - ones[1]).abs().max() <= 1e-5
+    assert (plain[0] - ones[0]).abs().max() > 1e-3 and (plain[1] - ones[1]).abs().max() > 1e-3
+    options = {"max_new_tokens": 8, "beta": 0.9}
+    given = self_contrast(moe, PROMPT, renormalize=True, **options).tokens
+    for router in routers_in(moe).values():
+        router.renormalize = True
+    assert torch.equal(self_contrast(moe, PROMPT, **options).tokens, given)
 
 
 def test_shared_experts_stay_on_in_both_passes():

@@ -75,6 +75,17 @@ def test_groups_of_tokens():
     assert routing.weights[1].tolist() == [1, 0]
 
 
+def test_weights_are_renormalised_as_the_router_does_or_as_the_context_says():
+    x, ranks = torch.randn(6, 16), ((2, 4),)
+    for own in (False, True):
+        router = TopKRouter(16, E, 2, renormalize=own)
+        p = router(x, RouterContext(ranks=ranks)).logits.softmax(-1).sort(descending=True).values[:, [1, 3]]
+        for given in (None, False, True):
+            routing = router(x, RouterContext(ranks=ranks, renormalize=given))
+            ones = own if given is None else given
+            torch.testing.assert_close(routing.weights, p / p.sum(-1, keepdim=True) if ones else p)
+
+
 def test_gradients():
     logits = torch.randn(5, E, dtype=torch.float64, requires_grad=True)
     context = RouterContext(ranks=((2, 4), (1,)), group=torch.tensor([0, 1, 0, 1, 1]))

@@ -41,11 +41,13 @@ class TwoRoutings:
     """The model with each sequence twice in a batch: rows 0 .. B-1 routed by the strong ranks, B .. 2B-1 by the weak.
 
     Each has its own half of the cache, prompt included; one pass serves both.  strong None is each router's own 1 .. k.
+    renormalize says whether the weights of the ranks are divided by their sum, None: as each router's own are.
     """
 
     model: nn.Module
     strong: Sequence[int] | None
     weak: Sequence[int]
+    renormalize: bool | None = None
 
     def contexts(self) -> dict[str, Callable[[Tensor], RouterContext]]:
         def of(router) -> Callable[[Tensor], RouterContext]:
@@ -53,7 +55,7 @@ class TwoRoutings:
 
             def context(x: Tensor) -> RouterContext:
                 group = torch.arange(len(x), device=x.device) * 2 // len(x)
-                return RouterContext(ranks=(strong, tuple(self.weak)), group=group)
+                return RouterContext(ranks=(strong, tuple(self.weak)), group=group, renormalize=self.renormalize)
 
             return context
 
@@ -92,13 +94,15 @@ def self_contrast(
     stopping: Callable[[Tensor], bool] | None = None,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    renormalize: bool | None = None,
 ) -> Contrast:
     """Continues input_ids [B, n] (padded on the left, attention_mask [B, n]) by the contrast of two routings.
 
-    Ranks count from 1 (a token's best expert).  Finished rows emit pad; stopping(tokens) ends it all.  The model's
-    gates are moert routers (moert.integrations.transformers.routers.use_routers_).
+    Ranks count from 1 (a token's best expert); renormalize divides the weights of the ranks by their sum (None: where
+    the router does so).  Finished rows emit pad; stopping(tokens) ends it all.  The model's gates are moert routers
+    (moert.integrations.transformers.routers.use_routers_).
     """
-    both, cache = TwoRoutings(model, strong, weak_ranks), DynamicCache(config=model.config)
+    both, cache = TwoRoutings(model, strong, weak_ranks, renormalize), DynamicCache(config=model.config)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
     tokens, new, fallbacks = input_ids, input_ids, 0
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -19,7 +19,8 @@ class RouterContext:
     caller for the next call; modality [T] holds integers; conditional [T] is False for the tokens of samples without a
     label (classifier-free guidance); step counts training steps.  logit_bias [E] or [T, E] is added to this call's
     logits.  ranks holds a tuple of ranks (1 is a token's best expert) for each group of tokens, which then go to the
-    experts of these ranks; group [T] is the group of each token.  attention [B, heads, N, N] is what the layer before
+    experts of these ranks; group [T] is the group of each token; renormalize says whether the weights of its ranks are
+    divided by their sum (None: as the router's own).  attention [B, heads, N, N] is what the layer before
     attended to, or a callable that mixes rows [T, n] by it.
     """
 
@@ -33,6 +34,7 @@ class RouterContext:
     logit_bias: Tensor | None = None
     ranks: tuple[tuple[int, ...], ...] | None = None
     group: Tensor | None = None
+    renormalize: bool | None = None
     attention: Tensor | Callable[[Tensor], Tensor] | None = None
 
     def counted(self) -> Tensor | None:
@@ -107,6 +109,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         raise TypeError(f"{type(self).__name__} must define forward(x, context)")
+
+    @property
+    def weight_is_one(self) -> bool:
+        """Whether a token's only weight is 1 whatever its logits (k = 1, renormalised): no gradient reaches them."""
+        return False
 
     def check_previous(self, before: "Router") -> None:
         """Raises a ValueError where the routings of `before` are none that this router can have as context.previous."""

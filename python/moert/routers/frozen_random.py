@@ -56,5 +56,9 @@ class FrozenRandomRouter(Router):
         weights, ids = topk_gating(logits_TE, self.k, "softmax_over_topk")
         return Routing(ids, weights, self.num_experts, logits_TE)
 
+    @property
+    def weight_is_one(self) -> bool:
+        return self.k == 1
+
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}"

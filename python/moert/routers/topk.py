@@ -60,12 +60,17 @@ class TopKRouter(LinearRouter):
         bias = self.expert_bias
         if bias is not None and logits_TE.dtype != torch.float64:
             bias = bias.float()
-        choice = (self.score, bias, self.renormalize, self.scale, self.groups)
         if context is not None and context.ranks is not None:
-            weights, ids = rank_gating(logits_TE, context, *choice)
+            renormalize = self.renormalize if context.renormalize is None else context.renormalize
+            weights, ids = rank_gating(logits_TE, context, self.score, bias, renormalize, self.scale, self.groups)
         else:
+            choice = (self.score, bias, self.renormalize, self.scale, self.groups)
             weights, ids = topk_gating(logits_TE, self.k, *choice)
         return Routing(ids, weights, self.num_experts, logits=logits_TE)
+
+    @property
+    def weight_is_one(self) -> bool:
+        return self.k == 1 and (self.renormalize or self.score == "softmax_over_topk")
 
     def extra_repr(self) -> str:
         text = f"hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}, score={self.score}"
