@@ -58,6 +58,18 @@ def test_v2_and_v1_choose_like_transformers(grouped):
         assert all(len(set(row)) <= 3 for row in (mine(x).ids // (E // G)).tolist())
 
 
+def test_the_papers_values():
+    v1, v2, v3 = DeepSeekRouter.v1(8), DeepSeekRouter.v2(8), DeepSeekRouter.v3(8)
+    assert [(r.num_experts, r.k, r.scale, r.renormalize) for r in (v1, v2, v3)] == [
+        (64, 6, 1.0, False), (160, 6, 16.0, False), (256, 8, 2.5, True),
+    ]  # fmt: skip
+    assert [r.aux_alpha for r in (v1, v2, v3)] == [0.001, 0.003, 1e-4] and {r.aux for r in (v1, v2, v3)} == {"sequence"}
+    assert (v2.device_alpha, v2.comm_alpha, v2.num_devices, v2.device_capacity, v2.spared) == (0.05, 0.02, 8, 1.0, 0.1)
+    assert v1.groups is None and (v2.groups.num_groups, v2.groups.topk_groups, v2.groups.score) == (8, 3, "max")
+    assert (v3.groups.num_groups, v3.groups.topk_groups, v3.groups.score) == (8, 4, "top2")
+    assert v1.bias_balance is None is v2.bias_balance and v3.bias_balance == 0.001 and v3.score == "sigmoid"
+
+
 def test_layer_against_a_dense_loop_over_experts():
     torch.manual_seed(1)
     for shared in (None, FeedForward(H, 24)):
@@ -119,6 +131,8 @@ def test_bias_moves_once_per_step_over_several_forward_passes():
     for token in ([3, 0, 0, 0], [3, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0]):
         router(torch.tensor([token], dtype=torch.float32))
     router.eval()(torch.full((9, 4), 1.0))  # does not count
+    padding = RouterContext(mask=torch.zeros(1, 5, dtype=torch.int64))
+    router.train()(torch.randn(5, 4), padding)  # nor does this
     assert router.load.tolist() == [2, 1, 1, 0]
     router.update_bias()
     assert router.expert_bias.tolist() == [-0.5, 0, 0, 0.5] and router.load.sum() == 0
@@ -156,14 +170,17 @@ def test_sequence_loss_against_a_loop(score):
 def test_device_and_message_losses_against_a_loop():
     router = DeepSeekRouter.v2(8, 16, 4, n_group=4, topk_group=2, num_devices=4, aux="batch", device_capacity=None)
     router.weight.data.normal_()
-    routing = router(torch.randn(20, 8))
-    p, f = routing.logits.softmax(-1).mean(0), expert_load(routing) * 16 / (4 * 20)
+    mask = torch.arange(24) % 6 != 5
+    routing = router(torch.randn(24, 8), RouterContext(mask=mask))
+    losses, logits = routing.losses, routing.logits[mask]
+    routing = Routing(routing.ids[mask], routing.weights[mask], 16)
+    p, f = logits.softmax(-1).mean(0), expert_load(routing) * 16 / (4 * 20)
     sent = [sum(bool((row // 4 == d).any()) for row in routing.ids) for d in range(4)]
     device = sum(f[4 * d : 4 * d + 4].mean() * p[4 * d : 4 * d + 4].sum() for d in range(4))
     comm = sum(4 / (2 * 20) * sent[d] * p[4 * d : 4 * d + 4].sum() for d in range(4))
-    torch.testing.assert_close(routing.losses["expert"], 0.003 * (f * p).sum())
-    torch.testing.assert_close(routing.losses["device"], 0.05 * device)
-    torch.testing.assert_close(routing.losses["comm"], 0.02 * comm)
+    torch.testing.assert_close(losses["expert"], 0.003 * (f * p).sum())
+    torch.testing.assert_close(losses["device"], 0.05 * device)
+    torch.testing.assert_close(losses["comm"], 0.02 * comm)
 
 
 def test_devices_above_capacity_drop_their_weakest_choices_in_training():
@@ -187,6 +204,16 @@ def test_devices_above_capacity_drop_their_weakest_choices_in_training():
     assert torch.equal(router(x).ids, whole.ids)
 
 
+def test_ranks_in_training():
+    """Choices that a token's ranks leave empty take no device's room."""
+    router = DeepSeekRouter.v2(8, 16, 4, n_group=4, topk_group=2, num_devices=4, spared=0.0)
+    context = RouterContext(ranks=((1, 2), (3,)), group=torch.arange(40) % 2)
+    x = torch.randn(40, 8)
+    whole, routing = router.eval()(x, context), router.train()(x, context)
+    assert (whole.ids[1::2, 1] == 16).all() and ((routing.ids == whole.ids) | (routing.ids == 16)).all()
+    assert (torch.bincount(routing.ids.flatten().long(), minlength=17)[:16].view(4, 4).sum(1) <= 40).all()
+
+
 def test_some_sequences_are_spared():
     router = DeepSeekRouter(4, 4, 1, num_devices=2, device_capacity=0.5)
     router.weight.data = 9 * torch.eye(4)
@@ -202,6 +229,11 @@ def test_some_sequences_are_spared():
 def test_losses_of_even_and_of_collapsed_routing():
     router = DeepSeekRouter(6, 6, 6, aux="batch", aux_alpha=0.25)  # k = E is even
     torch.testing.assert_close(router(torch.randn(7, 6)).losses["expert"], torch.tensor(0.25))
+    for E, k in ((6, 2), (9, 4)):  # or every expert chosen as often as any other, with the same mean score
+        router = DeepSeekRouter(E, E, k, aux="batch", aux_alpha=0.25)
+        router.weight.data = torch.eye(E)
+        x = torch.stack([torch.arange(E, dtype=torch.float32).roll(shift) for shift in range(E)])
+        torch.testing.assert_close(router(x).losses["expert"], torch.tensor(0.25))
     router = DeepSeekRouter(6, 6, 2, aux="batch", aux_alpha=1.0)
     routing = router(torch.randn(1, 6).expand(9, 6))
     share = routing.logits.softmax(-1)[0, routing.ids[0].long()].sum()

@@ -119,7 +119,7 @@ class DeepSeekRouter(TopKRouter):
         document, D = document_of_token(context.cu_seqlens, len(ids), ids.device)
         spared = (torch.rand(D, device=ids.device) < self.spared)[document]
         budget = torch.ceil(mask.sum() * (self.device_capacity * self.k / self.num_devices) - 1e-6).long()
-        affinity = SCORES[self.score](routing.logits).gather(-1, ids.long())
+        affinity = SCORES[self.score](routing.logits).gather(-1, ids.long().clamp_max(self.num_experts - 1))
         counted = torch.where(mask[:, None], ids, self.num_experts)  # padding takes no device's room
         kept = within_device_capacity(counted, affinity, self.num_experts, self.num_devices, budget, spared)
         return torch.where(mask[:, None], kept, ids)
