@@ -40,6 +40,22 @@ def test_raw_logits_add_up():
     torch.testing.assert_close(two(x, RouterContext(previous=first)).logits, sum_ / sum_.std(-1, keepdim=True))
 
 
+def test_logits_that_do_not_differ_have_no_scale():
+    mine, x = router(target_std=1.0), torch.zeros(3, 16, requires_grad=True)
+    routing = mine(x)
+    assert (routing.logits == 0).all() and routing.weights.isfinite().all()
+    routing.weights.square().sum().backward()
+    assert x.grad.isfinite().all() and mine.weight.grad.isfinite().all()
+
+
+def test_the_residual_may_start_at_zero():
+    assert router().residual_weight.abs().max() > 0
+    first, second, x = router(), router(residual_init="zero"), torch.randn(9, 16)
+    assert torch.equal(second(x, RouterContext(previous=first(x))).logits, second(x).logits)
+    second(x, RouterContext(previous=first(x))).weights.square().sum().backward()
+    assert second.residual_weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("renorm", ("paper", "released", "mixtral"))
 def test_weights(renorm):
     mine, x = router(renorm=renorm, k=3), torch.randn(200, 16)
@@ -122,6 +138,7 @@ def test_gradients_and_no_tokens():
         ({"k": 13}, r"k must be in \[1, num_experts=12\], got 13"),
         ({"renorm": "none"}, "renorm must be one of released, paper, mixtral, got none"),
         ({"tau": 0}, "tau must be above 0, got 0"),
+        ({"residual_init": "one"}, "residual_init must be one of linear, zero, got one"),
     ],
 )
 def test_errors(options, message):

@@ -17,18 +17,19 @@ from moert.routers.losses import balance_terms
 from moert.types import Routing, check_kinds
 
 RENORMS = ("released", "paper", "mixtral")
+RESIDUAL_INITS = ("linear", "zero")
 
 
 class GatingResidualRouter(Router):
     """logits = x W^T + (logits of context.previous) Wg^T in float32.
 
-    two_layer puts Linear(H, 8E), tanh, Linear(8E, E) in the place of W.
-    The logits of the Routing, residual included, are what the next layer is given.  renorm "paper": softmax over all,
-    not renormalised; "released": the zero experts' weights are dropped and the others divided by their sum;
-    "mixtral": softmax over the k chosen logits.  target_std rescales the logits of a token to that deviation.
-    previous is the router of the layer before, if it is known: its number of experts must be the same.
-    In training losses["balance"] = beta * sum of eta_e f_e P_e, where eta is 1 for feed-forward experts and tau for the
-    others, and with a capacity_factor each expert keeps the first of its tokens.
+    two_layer puts Linear(H, 8E), tanh, Linear(8E, E) in the place of W.  The logits of the Routing, residual included,
+    are what the next layer is given.  renorm "paper": softmax over all, not renormalised; "released": the zero experts'
+    weights are dropped and the others divided by their sum; "mixtral": softmax over the k chosen logits.  target_std
+    rescales the logits of a token to that deviation, if they differ at all.  Wg starts as a linear layer's weight, as
+    released, or at zero (residual_init).  previous is the router of the layer before, if it is known: its number of
+    experts must be the same.  In training losses["balance"] = beta * sum of eta_e f_e P_e, where eta is 1 for
+    feed-forward experts and tau for the others, and with a capacity_factor each expert keeps the first of its tokens.
     """
 
     wide = ("weight", "hidden_weight", "residual_weight", "logit_bias")
@@ -45,6 +46,7 @@ class GatingResidualRouter(Router):
         beta: float = 0.01,
         capacity_factor: float | None = None,
         target_std: float | None = None,
+        residual_init: str = "linear",
         previous: Router | None = None,
         logit_bias: bool = False,
         device: torch.device | str | None = None,
@@ -60,12 +62,15 @@ class GatingResidualRouter(Router):
             raise ValueError(f"k must be in [1, num_experts={num_experts}], got {k}")
         if renorm not in RENORMS:
             raise ValueError(f"renorm must be one of {', '.join(RENORMS)}, got {renorm}")
+        if residual_init not in RESIDUAL_INITS:
+            raise ValueError(f"residual_init must be one of {', '.join(RESIDUAL_INITS)}, got {residual_init}")
         if previous is not None:
             self.check_previous(previous)
         if not tau > 0:
             raise ValueError(f"tau must be above 0, got {tau}")
         self.hidden, self.k, self.kinds, self.renorm = hidden, k, tuple(kinds), renorm
         self.tau, self.beta, self.capacity_factor, self.target_std = tau, beta, capacity_factor, target_std
+        self.residual_init = residual_init
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(*shape, device=device, dtype=wide))
@@ -80,6 +85,8 @@ class GatingResidualRouter(Router):
         for weight in (self.hidden_weight, self.weight, self.residual_weight):
             if weight is not None:
                 nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+        if self.residual_init == "zero":
+            nn.init.zeros_(self.residual_weight)
         if self.logit_bias is not None:
             nn.init.zeros_(self.logit_bias)
 
@@ -106,6 +113,10 @@ class GatingResidualRouter(Router):
         if before.num_experts != self.num_experts:
             raise ValueError(f"previous must have num_experts={self.num_experts}, got {before.num_experts}")
 
+    @property
+    def weight_is_one(self) -> bool:
+        return self.k == 1 and self.renorm != "paper"
+
     def capacity(self, T: int) -> Tensor:
         """How many of T tokens each expert takes [E]: tau times as many for a feed-forward expert as for another."""
         share = self.capacity_factor * T / (self.tau * self.num_ffn + self.num_experts - self.num_ffn)
@@ -128,7 +139,8 @@ class GatingResidualRouter(Router):
                     raise ValueError(f"context.previous.logits must have shape {list(logits_TE.shape)}, got {before}")
                 logits_TE = logits_TE + F.linear(previous.logits.to(x.dtype), self.residual_weight)
         if self.target_std is not None:
-            logits_TE = logits_TE * (self.target_std / logits_TE.std(-1, keepdim=True))
+            std_T1 = logits_TE.std(-1, keepdim=True)
+            logits_TE = logits_TE * (self.target_std / torch.where(std_T1 > 0, std_T1, self.target_std))
         return logits_TE
 
     def _balance_loss(self, routing: Routing, mask: Tensor | None) -> Tensor:
