@@ -72,6 +72,30 @@ def test_nothing_recurs_along_the_sequence():
         torch.testing.assert_close(a.weights[order], b.weights, rtol=1e-6, atol=1e-6)
 
 
+def test_a_batch_is_its_rows():
+    _, routers = stack()
+    xs = torch.randn(3, 16, H)
+    whole, parts = run(routers, xs), [run(routers, xs[:, rows]) for rows in (slice(0, 5), slice(5, 16))]
+    for routing, *split in zip(whole, *parts, strict=True):
+        assert torch.equal(routing.ids, torch.cat([part.ids for part in split]))
+        torch.testing.assert_close(routing.weights, torch.cat([part.weights for part in split]), rtol=1e-6, atol=1e-6)
+
+
+def test_how_weights_and_states_start():
+    state = RecurrentState(64)
+    router = RecurrentRouter(128, 32, 2, state)
+    for weight in (state.cell.weight_ih, state.cell.weight_hh, router.projection, router.weight):
+        assert abs(weight.std() - 0.02) < 0.002
+    assert not state.cell.bias_ih.any() and not state.cell.bias_hh.any() and state.start is None
+    wide = RecurrentState(64, std=0.5, learned_start=True)
+    assert abs(RecurrentRouter(128, 32, 2, wide).projection.std() - 0.5) < 0.05 and not wide.start.any()
+    nn.init.normal_(wide.start)
+    first, x = RecurrentRouter(128, 32, 2, wide, first=True), torch.randn(5, 128)
+    torch.testing.assert_close(first(x).state, wide.cell(x @ first.projection.T, wide.start.expand(5, 64)))
+    first(x).weights.square().sum().backward()
+    assert wide.start.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("detach", (False, True))
 def test_gradient_through_the_depth(detach):
     _, routers = stack(detach=detach)

@@ -18,22 +18,34 @@ from moert.types import Routing
 class RecurrentState(nn.Module):
     """The cell that the routers of all layers share: (x [T, p], state [T, p]) -> state [T, p], in float32.
 
-    "gru" is torch.nn.GRUCell's step, "rnn" tanh(W_in x + b_in + W_hn h + b_hn).
+    "gru" is torch.nn.GRUCell's step, "rnn" tanh(W_in x + b_in + W_hn h + b_hn).  Weights, those of the routers
+    included, start as normal(0, std).  The first layer is given zeros, or (learned_start) the parameter start [p].
     """
 
-    def __init__(self, p: int = 256, cell: str = "gru", device=None, dtype=None):
+    def __init__(
+        self,
+        p: int = 256,
+        cell: str = "gru",
+        std: float = 0.02,
+        learned_start: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if p < 1:
             raise ValueError(f"p must be at least 1, got {p}")
         if cell not in ("gru", "rnn"):
             raise ValueError(f"cell must be gru or rnn, got {cell}")
-        self.p = p
+        self.p, self.std = p, std
         self.cell = (nn.GRUCell if cell == "gru" else nn.RNNCell)(p, p, device=device, dtype=dtype)
+        self.start = nn.Parameter(torch.zeros(p, device=device, dtype=dtype)) if learned_start else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for name, parameter in self.cell.named_parameters():
-            nn.init.zeros_(parameter) if name.startswith("bias") else nn.init.normal_(parameter, std=0.02)
+            nn.init.zeros_(parameter) if name.startswith("bias") else nn.init.normal_(parameter, std=self.std)
+        if self.start is not None:
+            nn.init.zeros_(self.start)
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         step = torch.gru_cell if isinstance(self.cell, nn.GRUCell) else torch.rnn_tanh_cell
@@ -44,9 +56,9 @@ class RecurrentState(nn.Module):
 class RecurrentRouter(LinearRouter):
     """The k best experts by softmax(G h), where h = cell(P x, h of the layer before).
 
-    It reads context.previous.state, zeros where there is none, and returns Routing.state; follow gives the next layer's
-    context.  The cell belongs to the model: the router refers to it without registering it.  first=True says that no
-    layer is before this one, so that a state left over from another forward is an error.
+    It reads context.previous.state, that of the cell's start where there is none, and returns Routing.state; follow
+    gives the next layer's context.  The cell belongs to the model: the router refers to it without registering it.
+    first=True says that no layer is before this one, so that a state left over from another forward is an error.
     losses["balance"] is balance_coef times the Switch loss of this layer (load_balance_loss has that of all together).
     """
 
@@ -80,7 +92,9 @@ class RecurrentRouter(LinearRouter):
 
     def reset_parameters(self) -> None:
         for parameter in (self.projection, self.weight):
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=self.state.std)
+        if self.logit_bias is not None:
+            nn.init.zeros_(self.logit_bias)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         context = context or RouterContext()
@@ -92,10 +106,15 @@ class RecurrentRouter(LinearRouter):
         routing = Routing(ids, weights, self.num_experts, logits_TE, state=h_Tp)
         return self.balanced(routing, context)
 
+    @property
+    def weight_is_one(self) -> bool:
+        return self.k == 1 and self.renorm
+
     def _before(self, x: Tensor, context: RouterContext, dtype: torch.dtype) -> Tensor:
         before = None if context.previous is None else context.previous.state
         if before is None:
-            return x.new_zeros(len(x), self.state.p, dtype=dtype)
+            start = x.new_zeros(self.state.p) if self.state.start is None else self.state.start
+            return start.to(dtype).expand(len(x), -1)
         if self.first:
             raise ValueError("context.previous must have no state for the first router, got one of another forward")
         if before.shape != (len(x), self.state.p):
