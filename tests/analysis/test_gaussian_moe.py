@@ -44,6 +44,26 @@ def test_density_against_a_loop():
     assert total.item() == pytest.approx(1, abs=1e-6)
 
 
+def test_the_bias_may_be_inside_the_activation():
+    """Then no shift is common to all scores: every bias is free."""
+    inside = replace(model("tanh"), bias="inside", beta0=tensor(0.5, -0.3))
+    x, y = data(inside, 3000)
+    expected = (torch.tanh(x @ inside.beta1.T + inside.beta0) / inside.tau).log_softmax(-1)
+    torch.testing.assert_close(inside.log_gate(x), expected)
+    free = inside.free()
+    assert len(free) == len(model("tanh").free()) + 1
+    again = inside.with_free(free)
+    for name in ("beta1", "beta0", "tau", "a", "b", "sigma"):
+        torch.testing.assert_close(getattr(again, name), getattr(inside, name))
+    information = inside.fisher(x, y)
+    assert information.shape == (11, 11) and torch.linalg.eigvalsh(information)[0] > 1e-5
+    best = fit(inside.with_free(free + 0.05), x, y)
+    assert best.beta0[-1] != inside.beta0[-1] and (best.a - inside.a).abs().max() < 0.05
+    assert best.log_density(x, y).mean() >= inside.log_density(x, y).mean()
+    swapped = replace(inside, **{n: getattr(inside, n).flip(0) for n in ("beta1", "beta0", "a", "b", "sigma")})
+    assert torch.equal(matched(swapped, inside).beta0, inside.beta0)
+
+
 @pytest.mark.parametrize("c", (0.5, 2.0, 10.0))
 def test_a_linear_gate_does_not_know_its_temperature(c):
     x, y = data(model())
@@ -112,6 +132,8 @@ def test_matching_and_voronoi_loss():
         ({"gate": "dense"}, "gate must be one of linear, activation, topk, got dense"),
         ({"act": "relu"}, "act must be one of identity, sigmoid, tanh, gelu, got relu"),
         ({"act": "tanh"}, "act must be given with gate activation and no other, got tanh with linear"),
+        ({"bias": "inside"}, "bias must be outside, or inside with gate activation, got inside with linear"),
+        ({"bias": "none"}, "bias must be outside, or inside with gate activation, got none with linear"),
         ({"gate": "topk"}, r"K must be in \[1, k=2\] with gate topk and None without, got None"),
         ({"gate": "topk", "K": 3}, r"K must be in \[1, k=2\] with gate topk and None without, got 3"),
     ],

@@ -27,9 +27,19 @@ def test_no_threshold_and_no_noise_is_the_dense_softmax(act):
         assert (routing.ids < E).all()  # nothing is dropped
 
 
+@pytest.mark.parametrize("act", ("identity", "sigmoid", "tanh", "gelu"))
+def test_the_bias_may_be_inside_the_activation(act):
+    router = DenseToSparseRouter(H, E, act=act, bias="inside", threshold=0.0, gumbel=False)
+    router.logit_bias.data.normal_()
+    x, delta = torch.randn(30, H), torch.randn(E)
+    for context, given in ((None, 0), (RouterContext(logit_bias=delta), delta)):
+        expected = (ACTS[act](x @ router.weight.T + router.logit_bias + given) / 2).softmax(-1)
+        torch.testing.assert_close(dense(router(x, context)), expected, rtol=0, atol=1e-6)
+
+
 def test_temperature_is_linear_between_its_ends():
     router = DenseToSparseRouter(H, E, total_steps=100)
-    assert [router.tau(s).item() for s in (0, 100, 1000)] == pytest.approx([2.0, 0.3, 0.3])
+    assert [router.tau(s).item() for s in (0, 100, 1000)] == torch.tensor([2.0, 0.3, 0.3]).tolist()
     assert router.tau(50).item() == pytest.approx(1.15)
     router.set_step(30)
     assert router.tau() == router.tau(30) and "step" in router.state_dict()
@@ -51,6 +61,13 @@ def test_experts_below_the_threshold_are_dropped(k_min):
     assert torch.equal(routing.ids < E, expected)
     torch.testing.assert_close(routing.weights[expected], order.values[expected])
     assert len(set((routing.ids < E).sum(-1).tolist())) > 1  # a number of experts for each token
+
+
+def test_the_best_expert_stays_whatever_the_threshold():
+    router = DenseToSparseRouter(H, E, threshold=0.9)
+    routing = router(torch.randn(50, H))
+    assert (routing.logits.softmax(-1).amax(-1) < 0.9).any()
+    assert torch.equal(routing.ids[:, 0].long(), routing.logits.argmax(-1)) and (routing.ids[:, 1:] == E).all()
 
 
 def test_one_number_of_experts_for_the_batch():
@@ -119,6 +136,7 @@ def test_bfloat16_compile_operators_and_no_tokens():
         ({"act": "relu"}, "act must be one of identity, sigmoid, tanh, gelu, got relu"),
         ({"tau": (2.0, 0.0)}, r"tau must be above 0, got \(2.0, 0.0\)"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"bias": "none"}, "bias must be one of outside, inside, got none"),
         ({"granularity": "layer"}, "granularity must be token or batch, got layer"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 GATES = ("linear", "activation", "topk")
 ACTS = {"identity": lambda z: z, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
+BIASES = ("outside", "inside")
 SIGMA_FLOOR = 1e-4
 
 
@@ -20,9 +21,10 @@ SIGMA_FLOOR = 1e-4
 class GaussianMoE:
     """beta1 [k, d], beta0 [k], tau [], a [k, d], b [k], sigma [k].
 
-    The gate is softmax((act(beta1 x) + beta0) / tau); "linear" has no act and "topk" keeps the K largest of
-    beta1 x (+ beta0 if rank_with_bias), ties by the lower expert.  beta0[-1], and for gates without an activation
-    beta1[-1], are fixed while fitting: a softmax does not see a common shift.
+    The gate is softmax((act(beta1 x) + beta0) / tau), or with bias "inside" act(beta1 x + beta0); "linear" has no act
+    and "topk" keeps the K largest of beta1 x (+ beta0 if rank_with_bias), ties by the lower expert.  beta0[-1] (unless
+    inside), and for gates without an activation beta1[-1], are fixed while fitting: a softmax does not see a common
+    shift.
     """
 
     beta1: Tensor
@@ -35,6 +37,7 @@ class GaussianMoE:
     act: str = "identity"
     K: int | None = None
     rank_with_bias: bool = False
+    bias: str = "outside"
 
     def __post_init__(self):
         if self.gate not in GATES:
@@ -43,6 +46,8 @@ class GaussianMoE:
             raise ValueError(f"act must be one of {', '.join(ACTS)}, got {self.act}")
         if (self.gate == "activation") == (self.act == "identity"):
             raise ValueError(f"act must be given with gate activation and no other, got {self.act} with {self.gate}")
+        if self.bias not in BIASES or (self.bias == "inside" and self.gate != "activation"):
+            raise ValueError(f"bias must be outside, or inside with gate activation, got {self.bias} with {self.gate}")
         if (self.gate == "topk") != (self.K is not None) or (self.K is not None and not 1 <= self.K <= self.k):
             raise ValueError(f"K must be in [1, k={self.k}] with gate topk and None without, got {self.K}")
 
@@ -52,8 +57,9 @@ class GaussianMoE:
 
     def log_gate(self, x: Tensor) -> Tensor:
         """x [n, d] -> log pi [n, k], -inf where an expert is not among the K."""
-        z = ACTS[self.act](x @ self.beta1.T)
-        scores = (z + self.beta0) / self.tau
+        z = x @ self.beta1.T
+        act = ACTS[self.act]
+        scores = (act(z + self.beta0) if self.bias == "inside" else act(z) + self.beta0) / self.tau
         if self.gate == "topk":
             ranked = (z + self.beta0 if self.rank_with_bias else z).sort(descending=True, stable=True).indices
             kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ranked[:, : self.K], True)
@@ -76,22 +82,27 @@ class GaussianMoE:
         noise = torch.randn(len(x), dtype=x.dtype, generator=generator)
         return mean + self.sigma[expert[:, 0]] * noise
 
+    @property
+    def _biases(self) -> int:
+        """How many of beta0 are free."""
+        return self.k if self.bias == "inside" else self.k - 1
+
     def free(self) -> Tensor:
         """The free parameters [P]; tau and sigma by their logarithms."""
         gate = (self.beta1 if self.gate == "activation" else self.beta1[:-1]).flatten()
-        parts = (gate, self.beta0[:-1], self.tau.log()[None], self.a.flatten(), self.b, self.sigma.log())
+        parts = (gate, self.beta0[: self._biases], self.tau.log()[None], self.a.flatten(), self.b, self.sigma.log())
         return torch.cat(parts)
 
     def with_free(self, free: Tensor) -> "GaussianMoE":
         """The same model with other free parameters."""
         k, d = self.a.shape
         rows = k if self.gate == "activation" else k - 1
-        sizes = (rows * d, k - 1, 1, k * d, k, k)
+        sizes = (rows * d, self._biases, 1, k * d, k, k)
         beta1, beta0, log_tau, a, b, log_sigma = free.split(sizes)
         return replace(
             self,
             beta1=torch.cat([beta1.view(rows, d), self.beta1[rows:]]),
-            beta0=torch.cat([beta0, self.beta0[-1:]]),
+            beta0=torch.cat([beta0, self.beta0[self._biases :]]),
             tau=log_tau[0].exp(),
             a=a.view(k, d),
             b=b,
@@ -101,11 +112,11 @@ class GaussianMoE:
     def fisher(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean outer product of the scores of every parameter [Q, Q], with all of beta1 and tau itself free."""
         names = ("beta1", "beta0", "tau", "a", "b", "sigma")
-        parts = [getattr(self, name) if name != "beta0" else self.beta0[:-1] for name in names]
+        parts = [getattr(self, name) if name != "beta0" else self.beta0[: self._biases] for name in names]
 
         def of(flat, x, y):
             values = [v.view(p.shape) for v, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-            values[1] = torch.cat([values[1], self.beta0[-1:]])
+            values[1] = torch.cat([values[1], self.beta0[self._biases :]])
             model = replace(self, **dict(zip(names, values, strict=True)))
             return model.log_density(x[None], y[None])[0]
 
@@ -157,7 +168,8 @@ def matched(fitted: GaussianMoE, true: GaussianMoE) -> GaussianMoE:
     beta0, beta1 = fitted.beta0[order], fitted.beta1[order]
     if fitted.gate != "activation":  # the shift that the gate does not see
         beta1 = beta1 - beta1[-1] + true.beta1[-1]
-    beta0 = beta0 - beta0[-1] + true.beta0[-1]
+    if fitted.bias == "outside":
+        beta0 = beta0 - beta0[-1] + true.beta0[-1]
     rest = {name: getattr(fitted, name)[order] for name in ("a", "b", "sigma")}
     return replace(fitted, beta0=beta0, beta1=beta1, **rest)
 

@@ -13,6 +13,7 @@ from moert.routers.linear import LinearRouter, wide_dtype
 from moert.types import Routing
 
 ACTS = {"identity": lambda z: z, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
+BIASES = ("outside", "inside")
 
 
 def gumbel(like: Tensor) -> Tensor:
@@ -26,7 +27,8 @@ class DenseToSparseRouter(LinearRouter):
     tau goes linearly from tau[0] to tau[1] in total_steps; the step is context.step, else what set_step was given.
     The k_min best experts are always used; the weights are not renormalised.  granularity "batch" gives all tokens the
     same number of experts, the mean number above threshold.  In evaluation the k_min best without noise, softmax over
-    these.  learn_tau makes log tau a parameter instead.  Everything is float32.
+    these.  bias "inside" is act(x W^T + b), for the bias of the context too.  learn_tau makes log tau a parameter
+    instead.  Everything is float32.
     """
 
     wide = ("weight", "logit_bias", "log_tau")
@@ -43,6 +45,7 @@ class DenseToSparseRouter(LinearRouter):
         gumbel: bool = True,
         granularity: str = "token",
         learn_tau: bool = False,
+        bias: str = "outside",
         logit_bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -59,9 +62,11 @@ class DenseToSparseRouter(LinearRouter):
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         if granularity not in ("token", "batch"):
             raise ValueError(f"granularity must be token or batch, got {granularity}")
+        if bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias}")
         if learn_tau and act == "identity":
             warnings.warn("learn_tau with act identity: tau and the weights scale each other away", stacklevel=2)
-        self.k_min, self.act, self.threshold = k_min, act, threshold
+        self.k_min, self.act, self.threshold, self.bias = k_min, act, threshold, bias
         self.tau_range, self.total_steps, self.gumbel, self.granularity = tau, total_steps, gumbel, granularity
         self.log_tau = nn.Parameter(torch.empty((), device=device, dtype=wide)) if learn_tau else None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
@@ -85,7 +90,8 @@ class DenseToSparseRouter(LinearRouter):
         return torch.lerp(torch.full_like(done, start), torch.full_like(done, end), done).clamp_min(1e-3)
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
-        z_TE = self.biased(ACTS[self.act](self.unbiased_logits(x)), context)
+        act, z_TE = ACTS[self.act], self.unbiased_logits(x)
+        z_TE = act(self.biased(z_TE, context)) if self.bias == "inside" else self.biased(act(z_TE), context)
         tau = self.tau(None if context is None else context.step)
         if not self.training:
             weights, ids = topk_gating(z_TE, self.k_min, "softmax_over_topk")
@@ -99,6 +105,10 @@ class DenseToSparseRouter(LinearRouter):
             above = place < above.sum() // max(1, len(x))
         used = above | (place < self.k_min)
         return Routing(torch.where(used, ids, self.num_experts), weights, self.num_experts, logits_TE)
+
+    @property
+    def weight_is_one(self) -> bool:
+        return self.k_min == 1 and not self.training
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, num_experts={self.num_experts}, k_min={self.k_min}, act={self.act}"
