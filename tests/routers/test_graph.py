@@ -54,6 +54,42 @@ def test_exact(sim, causal):
     assert torch.equal(layer(x[:7]).ids, routing.ids[:7])  # the other sequence does not leak
 
 
+@pytest.mark.parametrize("causal", (False, True))
+def test_rows_at_a_time(causal, monkeypatch):
+    layer, x, mask = router(causal=causal), torch.randn(12, D), torch.arange(12) != 4
+    context = RouterContext(cu_seqlens=TWO, mask=mask)
+    whole = layer(x, context).logits
+    monkeypatch.setattr("moert.routers.graph.ROWS", 3)
+    torch.testing.assert_close(layer(x, context).logits, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_defaults():
+    dot, cosine = SimilarityRouter(D, E), SimilarityRouter(D, E, sim="cosine")
+    assert (dot.k, dot.tau, cosine.tau, cosine.similarity) == (2, 1.0, 0.3, None)
+    assert torch.equal(dot.similarity, torch.eye(D)) and not dot.bias.any() and not dot.causal
+
+
+def test_the_best_may_be_chosen_before_mixing():
+    layer, x = router("cosine", mixed="topk"), torch.randn(12, D)
+    routing = layer(x)
+    p = (x @ layer.weight.T + layer.bias).softmax(-1)
+    p = torch.where(p >= p.topk(2).values[:, -1:], p, 0)
+    p = p / p.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.state.p, p)
+    u = nn.functional.normalize(x, dim=-1)
+    r = (u @ u.T / 0.3).softmax(-1) @ p
+    best = r.topk(2)
+    assert torch.equal(routing.ids.long(), best.indices)
+    torch.testing.assert_close(routing.weights, best.values / best.values.sum(-1, keepdim=True))
+
+
+def test_balance_is_of_the_mixed():
+    layer, x = router(balance_coef=0.01), torch.randn(20, D)
+    routing = layer(x)
+    f = torch.bincount(routing.ids.flatten().long(), minlength=E) / 20
+    torch.testing.assert_close(routing.losses["balance"], 0.01 * E * (f * routing.logits.exp().mean(0)).sum())
+
+
 @pytest.mark.parametrize("k", (2, E), ids=("sparse", "dense"))
 def test_experts_are_given_the_tokens_own_rows(k):
     """Mixing changes where a token goes, not what its experts see; with k = E it is the dense mixture."""
@@ -217,8 +253,30 @@ def test_empty_dtype_compile_state_operators_and_gradients():
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x).weights, layer(x).weights)
     assert router().bfloat16()(x.bfloat16()).weights.dtype == torch.float32
-    losses = router(balance_coef=0.01)(x, RouterContext(logit_bias=torch.zeros(E))).losses
-    assert losses["balance"] > 0
+
+
+def test_attention_aware_empty_dtype_compile_state_operators_and_gradients():
+    layer, x = AttentionAwareRouter(D, E, heads=3, head_mix="learned"), torch.randn(6, D)
+    A = torch.rand(1, 3, 6, 6).softmax(-1)
+    for shape in ((2, 3, 0, 0), (0, 3, 4, 4)):
+        assert layer(x[:0], RouterContext(attention=torch.zeros(shape))).ids.shape == (0, 2)
+    empty = torch.zeros(2, 3, 0, 4)
+    assert mix_probs_with_attention(empty, empty, torch.zeros(0, E), True).shape == (0, E)
+    context = RouterContext(attention=A)
+    with OperatorsRan() as ran:
+        MoELayer(layer, GluExperts(E, D, 4))(x, context)
+    assert ran.names == ["topk_gating", "fused_experts"]
+    layer(x, context).weights.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (layer.weight, layer.bias, layer.heads))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, context).weights, layer(x, context).weights)
+    other = AttentionAwareRouter(D, E, heads=3, head_mix="learned")
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x, context).weights, layer(x, context).weights)
+    # Probabilities of a bfloat16 model are added up in float32.
+    low = RouterContext(attention=A.bfloat16())
+    assert torch.equal(layer(x, low).logits, layer(x, RouterContext(attention=A.bfloat16().float())).logits)
+    assert layer.bfloat16()(x.bfloat16(), low).weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -227,6 +285,7 @@ def test_empty_dtype_compile_state_operators_and_gradients():
         (lambda: SimilarityRouter(D, E, 6), r"k must be in \[1, 5\], got 6"),
         (lambda: SimilarityRouter(D, E, sim="dot"), "sim must be bilinear or cosine, got dot"),
         (lambda: SimilarityRouter(D, E, tau=0.0), "tau must be above 0, got 0.0"),
+        (lambda: SimilarityRouter(D, E, mixed="some"), "mixed must be all or topk, got some"),
         (lambda: AttentionAwareRouter(D, E, head_mix="max"), "head_mix must be mean or learned, got max"),
         (lambda: AttentionAwareRouter(D, E, head_mix="learned"), "heads must be a number for head_mix learned, got"),
         (lambda: AttentionAwareRouter(D, E)(torch.zeros(3, D)), "context.attention must be a tensor or a callable"),

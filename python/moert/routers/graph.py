@@ -53,8 +53,9 @@ class Tokens:
 class MixedRouter(LinearRouter):
     """p = softmax(W x + b), r = S p with S row-stochastic within a sequence, then the k best experts by r.
 
-    Routing.logits are log r, and routing.state the Tokens with their p, to be the context.state of the tokens that
-    follow (continued_routers does it inside a model).
+    mixed "topk" keeps of each p the k best, renormalised, before they are mixed.  Routing.logits are log r, and
+    routing.state the Tokens with what was mixed, to be the context.state of the tokens that follow (continued_routers
+    does it inside a model).
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class MixedRouter(LinearRouter):
         k: int = 2,
         renorm: bool = True,
         balance_coef: float = 0.0,
+        mixed: str = "all",
         logit_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,7 +73,9 @@ class MixedRouter(LinearRouter):
         super().__init__(hidden, num_experts, logit_bias, torch.float32, device, dtype)
         if not 1 <= k <= num_experts:
             raise ValueError(f"k must be in [1, {num_experts}], got {k}")
-        self.k, self.renorm, self.balance_coef = k, renorm, balance_coef
+        if mixed not in ("all", "topk"):
+            raise ValueError(f"mixed must be all or topk, got {mixed}")
+        self.k, self.renorm, self.balance_coef, self.mixed = k, renorm, balance_coef, mixed
         self.bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -79,8 +83,16 @@ class MixedRouter(LinearRouter):
         super().reset_parameters()
         nn.init.zeros_(self.bias)
 
+    @property
+    def weight_is_one(self) -> bool:
+        return self.k == 1 and self.renorm
+
     def probabilities(self, x: Tensor, context: RouterContext) -> Tensor:
-        return (self.logits(x, context) + self.bias).softmax(-1)
+        logits_TE = self.logits(x, context) + self.bias
+        if self.mixed == "all":
+            return logits_TE.softmax(-1)
+        weights, ids = topk_gating(logits_TE, self.k, "softmax_over_topk")
+        return Routing(ids, weights, self.num_experts).dense_weights()
 
     def chosen(self, r_TE: Tensor, tokens: Tokens, context: RouterContext) -> Routing:
         """Softmax of log r is r, so the gating operator and the loss take them as they are."""
@@ -203,15 +215,15 @@ class AttentionAwareRouter(MixedRouter):
             tokens = _after(context, Tokens(p_TE, ends))
             return self.chosen(attention(tokens.p), tokens, context)
         B, _, N, M = attention.shape
-        tokens = _after(context, Tokens(p_TE, tuple(b * len(x) // B for b in range(B + 1))))
+        tokens = _after(context, Tokens(p_TE, tuple(b * N for b in range(B + 1))))
         if (len(x), len(tokens.p)) != (B * N, B * M):
             want = f"B * N = T={len(x)} rows and B * M = {len(tokens.p)} columns"
             raise ValueError(f"context.attention must have {want}, got [{B}, {N}, {M}]")
         A = attention.to(p_TE.dtype)
         S = A.mean(1) if self.heads is None else torch.einsum("bhij,h->bij", A, self.heads.to(A.dtype).softmax(0))
         whole = S.sum(-1, keepdim=True)
-        mixed = S @ tokens.p.view(B, M, -1) / torch.where(whole > 0, whole, 1)
-        r_BNE = torch.where(whole > 0, mixed, p_TE.view(B, N, -1))
+        mixed = S @ tokens.p.view(B, M, self.num_experts) / torch.where(whole > 0, whole, 1)
+        r_BNE = torch.where(whole > 0, mixed, p_TE.view(B, N, self.num_experts))
         return self.chosen(r_BNE.flatten(0, 1), tokens, context)
 
 
