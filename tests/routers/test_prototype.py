@@ -23,7 +23,8 @@ def test_routing_against_a_loop_in_float64(score, k):
     assert routing.num_experts == N + 1
     for t in range(60):
         if not cond[t]:
-            assert routing.ids[t].tolist() == [N] + [N + 1] * (k - 1) and routing.weights[t, 0] == 1
+            assert routing.ids[t].tolist() == [N] + [N + 1] * (k - 1)
+            assert routing.weights[t].tolist() == [1.0] + [0.0] * (k - 1)
             continue
         c, token = router.prototypes.double(), x[t].double()
         cos = torch.stack([token @ row / (token.norm() * row.norm()) for row in c])
@@ -147,17 +148,19 @@ def test_every_expert_takes_its_share_of_every_sample(k):
     assert (ids[38:, 0] == N).all() and (ids[38:, 1:] == N + 1).all()
 
 
-def test_bfloat16_compile_state_and_no_tokens():
-    layer = MoELayer(PrototypeRouter(H, N), GluExperts(N + 1, H, 8)).bfloat16()
+@pytest.mark.parametrize("mode", ("token", "expert"))
+def test_bfloat16_compile_state_and_no_tokens(mode):
+    layer = MoELayer(PrototypeRouter(H, N, mode=mode), GluExperts(N + 1, H, 8)).bfloat16()
     assert layer.router.prototypes.dtype == torch.float32
-    x, context = torch.randn(9, H, dtype=torch.bfloat16), RouterContext(conditional=conditional(9))
+    x = torch.randn(9, H, dtype=torch.bfloat16)
+    context = RouterContext(conditional=conditional(9), cu_seqlens=torch.tensor([0, 5, 9]))
     y = layer(x, context)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x, context), y)
-    other = MoELayer(PrototypeRouter(H, N), GluExperts(N + 1, H, 8)).bfloat16()
+    other = MoELayer(PrototypeRouter(H, N, mode=mode), GluExperts(N + 1, H, 8)).bfloat16()
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x, context), y)
     routing = layer.router(x[:0], RouterContext(conditional=torch.zeros(0, dtype=torch.bool)))
-    assert routing.ids.shape == (0, 1) and routing.losses["rcl"] == 0
+    assert routing.ids.shape == (0, 1 if mode == "token" else N) and routing.losses["rcl"] == 0
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ class PrototypeRouter(Router):
         ids = torch.where(labelled[:, None] & (ids < N), ids, self.num_experts)
         if self.uncond_expert:
             alone = ~labelled[:, None] & (torch.arange(ids.shape[1], device=x.device) == 0)
-            ids, weights = torch.where(alone, N, ids), torch.where(alone, 1, weights)
+            ids = torch.where(alone, N, ids)
+            weights = torch.where(alone, 1, torch.where(labelled[:, None], weights, 0))
         return Routing(ids, weights, self.num_experts, cosine_TN, losses)
 
     def _cosine(self, x: Tensor, context: RouterContext) -> Tensor:
