@@ -150,6 +150,14 @@ def test_depth_and_experts_decide_by_each_token_alone_and_decode():
         torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-5, atol=1e-5)
 
 
+def test_what_the_routers_are_given():
+    one = MoMaLayer(H, 24, (1, 1), 0.5, "softmax", hidden_aux=5, scope="world")
+    for layer in (one, upcycle(one, 3)):
+        for router in layer.router.routers:
+            assert (router.score, router.scope, router.auxiliary.up.weight.shape[0]) == ("softmax", "world", 5)
+    assert one.router.routers[0].capacity == 0.5 and upcycle(one, 3).groups == (3, 3)
+
+
 def test_bfloat16_compile_and_untrained():
     layer = MoMaLayer(H, 24, (2, 3)).bfloat16()
     x, context = torch.randn(2, 9, H, dtype=torch.bfloat16), RouterContext(modality=torch.arange(18) % 2)

@@ -99,6 +99,7 @@ def test_bce_counts_the_tokens_of_the_depth_before():
 def naive_token(stack, x):
     routing = stack.routers[0](x.flatten(0, 1))
     depth, p = routing.ids.view(x.shape[:2]), routing.weights.view(x.shape[:2])
+    scores = (x @ stack.routers[0].weight.T).softmax(-1)
     out = []
     for b, start in enumerate(x):
         state = start
@@ -108,21 +109,40 @@ def naive_token(stack, x):
                 break
             rows = []
             for t, after in zip(at.tolist(), plain(stack, state[at], at), strict=True):
-                rows.append(start[t] + p[b, t] * after if depth[b, t] == r else after)
+                last = depth[b, t] == r
+                if stack.gates == "every":
+                    after = scores[b, t, r] * after
+                elif last and stack.gating == "weighted":
+                    after = p[b, t] * after
+                rows.append(start[t] + after if last and stack.gating != "replace" else after)
             state = state.index_copy(0, at, torch.stack(rows))
         out.append(state)
     return torch.stack(out)
 
 
-def test_token_choice_agrees_with_a_loop():
-    stack, x = recursive(mode="token"), torch.randn(3, S, H, requires_grad=True)
+@pytest.mark.parametrize("options", ({}, {"gates": "every"}, {"gating": "additive"}, {"gating": "replace"}), ids=str)
+def test_token_choice_agrees_with_a_loop(options):
+    stack, x = recursive(mode="token", **options), torch.randn(3, S, H, requires_grad=True)
     (y, (routing,)), expected = stack(x), naive_token(stack, x)
     assert row_error(y, expected) < 1e-5
     assert set(routing.losses) == {"balance", "z"} and len(routing.ids.unique()) == DEPTHS
     dy, parameters = torch.randn_like(y), [x, *stack.blocks.parameters(), stack.routers[0].weight]
+    if stack.gating != "weighted":
+        parameters.pop()  # no gradient reaches the router
     got, want = (torch.autograd.grad(z, parameters, dy, retain_graph=True) for z in (y, expected))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_routers_are_given():
+    expert = recursive(threshold=0.7, bce_coef=0.2).routers[0]
+    assert (expert.alpha, expert.threshold, expert.loss_coef, expert.z_coef) == (0.1, 0.7, 0.2, 0.0)
+    token, bias = recursive(mode="token").routers[0], recursive(mode="token", balance="bias").routers[0]
+    assert (token.scale, token.score, token.balance_coef, token.z_coef) == (1.0, "softmax", 0.1, 1e-5)
+    assert bias.expert_bias is not None and recursive(mode="token", score="sigmoid").routers[0].scale == 0.1
+    other = recursive(mode="token", score="sigmoid", alpha=0.3, balance_coef=0.5, z_coef=0.0).routers[0]
+    assert (other.scale, other.balance_coef, other.z_coef) == (0.3, 0.5, 0.0)
+    assert recursive(alpha=1.0).routers[2].alpha == 1
 
 
 def test_stored_rows():
@@ -244,6 +264,7 @@ def test_dtype_empty_compile_state_and_operators():
     [
         ({"mode": "layer"}, "mode must be expert or token, got layer"),
         ({"gating": "soft"}, "gating must be one of weighted, additive, replace, got soft"),
+        ({"gates": "first"}, "gates must be one of last, every, got first"),
         ({"kv": "none"}, "kv must be one of recursion, shared, update, got none"),
         ({"capacity": [1, 0.5]}, r"capacity must be 3 shares that do not increase, got \[1, 0.5\]"),
         ({"capacity": [0.5, 1, 1]}, r"capacity must be 3 shares that do not increase, got \[0.5, 1, 1\]"),

@@ -103,6 +103,17 @@ def test_threshold_is_causal_and_top_k_is_not(causal):
     assert not torch.equal(router(x).ids[:9], router(other).ids[:9])
 
 
+@pytest.mark.parametrize("causal", ("predictor", "aux"))
+def test_a_token_passes_above_the_threshold(causal):
+    x = torch.randn(60, H)
+    routers = [DepthRouter(H, causal=causal, threshold=t).causal_() for t in (0.5, 0.52, 0.3)]
+    for router in routers:
+        router.load_state_dict(routers[0].state_dict())
+        p = (router.predictor(x) if causal == "predictor" else x @ router.weight.T).sigmoid()[:, 0]
+        assert torch.equal(router(x).ids[:, 0] == 0, p > router.threshold)
+    assert len({int(router(x).ids.sum()) for router in routers}) == 3
+
+
 def test_evaluation_has_no_losses_and_masked_tokens_never_pass():
     router, x = DepthRouter(H, 1.0).eval(), torch.randn(6, H)
     mask = torch.tensor([True, False] * 3)
@@ -150,7 +161,7 @@ def test_bias_balances_depths_without_a_loss():
     for _ in range(500):
         routing = router(torch.randn(96, H, generator=generator) + 0.5)
         assert not routing.losses
-        update_expert_bias_(router.expert_bias, routing, rate=0.01)
+        update_expert_bias_(router.expert_bias, routing)
     ids = router(torch.randn(3000, H, generator=generator) + 0.5).ids[:, 0].long()
     load = torch.bincount(ids, minlength=3) / 3000
     assert load.min() >= 0.2 and load.max() <= 0.47
@@ -164,6 +175,7 @@ def test_bias_balances_depths_without_a_loss():
         (lambda: DepthRouter(H, gate="tanh"), "gate must be one of raw, sigmoid, softmax2, got tanh"),
         (lambda: DepthRouter(H, causal="yes"), "causal must be predictor, aux or none, got yes"),
         (lambda: DepthRouter(H, warmup=-1), "warmup must be at least 0, got -1"),
+        (lambda: DepthRouter(H, threshold=1.0), r"threshold must be in \(0, 1\), got 1.0"),
         (lambda: DepthRouter(H, causal="none").causal_(), "causal must be predictor or aux for causal_, got none"),
         (lambda: TokenDepthRouter(H, 3, "relu"), "score must be softmax or sigmoid, got relu"),
         (lambda: TokenDepthRouter(H, 3, balance="hope"), "balance must be loss or bias, got hope"),

@@ -29,7 +29,8 @@ def alone(made, embed, next_token, prompt, count):
     return prompt
 
 
-@pytest.mark.parametrize("options", ({}, {"kv": "shared"}, {"kv": "update"}, {"gating": "replace"}, {"mode": "token"}))
+@pytest.mark.parametrize("options", ({}, {"kv": "shared"}, {"kv": "update"}, {"gating": "replace"}, {"mode": "token"},
+    {"mode": "token", "gates": "every"}, {"threshold": 0.4}))  # fmt: skip
 @torch.no_grad()
 def test_decodes_as_each_sequence_alone(options):
     ends = model(**options)

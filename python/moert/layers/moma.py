@@ -17,7 +17,7 @@ class MoMaLayer(MoELayer):
     """groups[g] SwiGLU experts for modality g; each takes the share capacity (1 / groups[g]) of its modality's tokens.
 
     gumbel noise in training separates experts that started as copies.  hidden_aux is the width of the routers that
-    causal() switches to, once train_auxiliary has trained them.
+    causal() switches to, once train_auxiliary has trained them.  scope as in ExpertChoiceRouter.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class MoMaLayer(MoELayer):
         score: str = "sigmoid",
         gumbel: bool = False,
         hidden_aux: int | None = None,
+        scope: str = "rank",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         def router(num_experts):
             auxiliary = AuxiliaryRouter(hidden, num_experts, hidden_aux, device)
-            return ExpertChoiceRouter(
-                hidden, num_experts, capacity, score, gumbel, auxiliary=auxiliary, device=device, dtype=dtype
-            )
+            options = {"scope": scope, "auxiliary": auxiliary, "device": device, "dtype": dtype}
+            return ExpertChoiceRouter(hidden, num_experts, capacity, score, gumbel, **options)
 
         experts = GluExperts(sum(groups), hidden, intermediate, device=device, dtype=dtype)
         super().__init__(ModalityRouter([router(number) for number in groups]), experts)
@@ -54,7 +54,7 @@ def upcycle(layer: MoMaLayer, experts_per_group: int) -> MoMaLayer:
     old, first = layer.experts, layer.router.routers[0]
     like = {"device": old.down_proj.device, "dtype": old.down_proj.dtype}
     groups, aux = [experts_per_group] * len(layer.groups), first.auxiliary.up.weight.shape[0]
-    out = MoMaLayer(old.hidden, old.intermediate, groups, None, first.score, True, aux, **like)
+    out = MoMaLayer(old.hidden, old.intermediate, groups, None, first.score, True, aux, first.scope, **like)
     with torch.no_grad():
         for name in ("gate_up_proj", "down_proj"):
             getattr(out.experts, name).copy_(getattr(old, name).repeat_interleave(experts_per_group, 0))

@@ -14,6 +14,7 @@ from moert.runtime.skippable_kv import STRATEGIES, ModelKV, RecursiveKV, Skippab
 from moert.types import Routing
 
 GATINGS = ("weighted", "additive", "replace")
+GATES = ("last", "every")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class RecursiveStack(nn.Module):
     mode "expert": at depth r the router of that depth keeps the share capacity[r] of all tokens, best of those still
     active, and x_i <- x_i + g_i F(x)_i, where F includes its own residual ("weighted", as released; "additive" has
     g = 1, "replace" x_i <- F(x)_i).  mode "token": one router gives each token its depth d; x_i <- F(x)_i before its
-    last depth, then y_i = x_i of the start + p_i F(x)_i.  Tokens see only tokens that are active at the same depth.
+    last depth, then y_i = x_i of the start + p_i F(x)_i ("additive": p = 1, "replace": F(x)_i); gates "every" has the
+    score of each depth before its F as well.  alpha (None: 0.1, or 1 for softmax) times a score is g or p; score is
+    that of mode "token", a depth's gate is a sigmoid.  Tokens see only tokens that are active at the same depth.
     kv "recursion" keeps keys and values of each depth; "shared" reads those of the first, which all tokens reach;
     "update" reads each token's of the deepest depth that it has reached so far.
     In the first `warmup` steps (context.step) the capacities fall from 1.  inner gives the routers a layer with GELU.
@@ -51,16 +54,20 @@ class RecursiveStack(nn.Module):
         hidden: int,
         mode: str = "expert",
         capacity: Sequence[float] | None = None,
-        alpha: float = 0.1,
+        alpha: float | None = None,
         gating: str = "weighted",
         kv: str = "recursion",
         causal: str = "aux",
         bce_coef: float = 0.001,
-        z_coef: float = 0.0,
+        z_coef: float | None = None,
         balance: str = "loss",
+        balance_coef: float = 0.1,
         warmup: int = 0,
         inner: int | None = None,
         order: Sequence[Sequence[int]] | None = None,
+        score: str = "softmax",
+        gates: str = "last",
+        threshold: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -70,6 +77,8 @@ class RecursiveStack(nn.Module):
             raise ValueError(f"mode must be expert or token, got {mode}")
         if gating not in GATINGS:
             raise ValueError(f"gating must be one of {', '.join(GATINGS)}, got {gating}")
+        if gates not in GATES:
+            raise ValueError(f"gates must be one of {', '.join(GATES)}, got {gates}")
         if kv not in STRATEGIES:
             raise ValueError(f"kv must be one of {', '.join(STRATEGIES)}, got {kv}")
         if len(share) != depths or any(a < b for a, b in zip(share, share[1:], strict=False)):
@@ -80,14 +89,15 @@ class RecursiveStack(nn.Module):
         if len(order) != depths or len({len(each) for each in order}) != 1:
             raise ValueError(f"order must be {depths} lists of the same length, got {order}")
         self.blocks, self.depths, self.mode, self.gating, self.kv = nn.ModuleList(blocks), depths, mode, gating, kv
-        self.order = [list(each) for each in order]
+        self.order, self.gates = [list(each) for each in order], gates
         options = {"inner": inner, "device": device, "dtype": dtype}
         if mode == "expert":
-            options |= {"gate": "sigmoid", "causal": causal, "alpha": alpha, "loss_coef": bce_coef}
-            options |= {"z_coef": z_coef, "warmup": warmup}
+            options |= {"gate": "sigmoid", "causal": causal, "alpha": 0.1 if alpha is None else alpha}
+            options |= {"loss_coef": bce_coef, "z_coef": z_coef or 0.0, "warmup": warmup, "threshold": threshold}
             self.routers = nn.ModuleList([DepthRouter(hidden, c, **options) for c in share])
         else:
-            self.routers = nn.ModuleList([TokenDepthRouter(hidden, depths, balance=balance, **options)])
+            options |= {"balance": balance, "balance_coef": balance_coef, "z_coef": 1e-5 if z_coef is None else z_coef}
+            self.routers = nn.ModuleList([TokenDepthRouter(hidden, depths, score, alpha, **options)])
 
     @property
     def causal(self) -> bool:
@@ -148,8 +158,15 @@ class RecursiveStack(nn.Module):
         counts = torch.ones_like(depth, dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
         active, last = (depth >= r) & counts, ((depth == r) & counts)[:, None]
         # One weighted sum does both: a token at its last depth starts from its first state, the others from zero.
-        residual = torch.where(last, start_TH, x_TH.masked_fill(active[:, None], 0))
-        return Pass(active, residual, torch.where(last, routing.weights, 1), routing)
+        residual = x_TH.masked_fill(active[:, None], 0)
+        if self.gating != "replace":
+            residual = torch.where(last, start_TH, residual)
+        weights = torch.ones_like(routing.weights)
+        if self.gating == "weighted" and self.gates == "every":
+            weights = self.routers[0].weight_of(routing, r)
+        elif self.gating == "weighted":
+            weights = torch.where(last, routing.weights, weights)
+        return Pass(active, residual, weights, routing)
 
     def _at(self, depth: int, kv: RecursiveKV | None):
         return lambda rows_NH, rows: self.run(rows_NH, rows, depth, None if kv is None else kv.at(depth))

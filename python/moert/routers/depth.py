@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moert.ops.expert_choice import expert_choice
+from moert.ops.gating import SCORES
 from moert.routers.base import RouterContext
 from moert.routers.expert_choice import AuxiliaryRouter
 from moert.routers.linear import LinearRouter
@@ -24,10 +25,10 @@ class DepthRouter(LinearRouter):
     Ids [T, 1] are 0 or 1, which is no expert; weights are gate(r): "raw" r, "sigmoid" alpha * sigmoid(r), "softmax2"
     the second of two probabilities (w has two rows then).  Sequences are context.cu_seqlens; tokens outside
     context.mask are not chosen, and a sequence with too few others has fewer.  causal_() makes each token decide for
-    itself: by the predictor, an MLP of width hidden_predictor on the detached x (causal "predictor"), or by r > 0
-    ("aux").  losses["depth_bce"] trains that, loss_coef times the mean over the tokens of the mask; z_coef adds
-    losses["z"].  In the first `warmup` training steps (context.step) the share falls from 1 by a cosine.  inner puts a
-    layer with GELU before w; stochastic replaces r by N(0, 1), the paper's control.
+    itself: by the predictor, an MLP of width hidden_predictor on the detached x (causal "predictor"), or by r ("aux"),
+    whose sigmoid must be above the threshold.  losses["depth_bce"] trains that, loss_coef times the mean over the
+    tokens of the mask; z_coef adds losses["z"].  In the first `warmup` training steps (context.step) the share falls
+    from 1 by a cosine.  inner puts a layer with GELU before w; stochastic replaces r by N(0, 1), the paper's control.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class DepthRouter(LinearRouter):
         warmup: int = 0,
         inner: int | None = None,
         stochastic: bool = False,
+        threshold: float = 0.5,
         logit_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,8 +58,11 @@ class DepthRouter(LinearRouter):
             raise ValueError(f"causal must be predictor, aux or none, got {causal}")
         if warmup < 0:
             raise ValueError(f"warmup must be at least 0, got {warmup}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be in (0, 1), got {threshold}")
         self.capacity, self.gate, self.aid, self.alpha, self.loss_coef = capacity, gate, causal, alpha, loss_coef
         self.z_coef, self.warmup, self.stochastic, self.causal = z_coef, warmup, stochastic, False
+        self.threshold = threshold
         if gate == "softmax2":
             self.weight = nn.Parameter(torch.empty(2, self.weight.shape[1], device=device, dtype=dtype))
         self.predictor = AuxiliaryRouter(hidden, 1, hidden_predictor, device) if causal == "predictor" else None
@@ -105,7 +110,8 @@ class DepthRouter(LinearRouter):
         return expert_choice(r_T.detach(), torch.where(mask, segment, B), count[:, None].long(), 1)[1]
 
     def _alone(self, x: Tensor, r_T: Tensor, mask: Tensor) -> Tensor:
-        yes = (r_T if self.predictor is None else self.predictor(x)) > 0
+        logits = r_T if self.predictor is None else self.predictor(x)
+        yes = logits > math.log(self.threshold / (1 - self.threshold))
         return torch.where(yes & mask[:, None], 0, 1).int()
 
     def _weights(self, r_T: Tensor) -> Tensor:
@@ -172,3 +178,7 @@ class TokenDepthRouter(TopKRouter):
             "z": self.z_coef * router_z_loss(routing, mask),
         }
         return Routing(routing.ids, routing.weights, self.num_experts, routing.logits, losses)
+
+    def weight_of(self, routing: Routing, depth: int) -> Tensor:
+        """[T, 1]: alpha times every token's score of this depth, whichever it chose."""
+        return self.scale * SCORES[self.score](routing.logits)[:, depth : depth + 1]

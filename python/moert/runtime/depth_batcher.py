@@ -131,12 +131,14 @@ def _rows(positions: Sequence[Tensor]) -> Rows:
 
 
 def _together(passes):
-    routing = Routing(*(torch.cat([getattr(p.routing, n) for p in passes]) for n in ("ids", "weights")), 1)
+    ids, weights, logits = (torch.cat([getattr(p.routing, n) for p in passes]) for n in ("ids", "weights", "logits"))
+    routing = Routing(ids, weights, passes[0].routing.num_experts, logits)
     fields = (torch.cat([getattr(p, n) for p in passes]) for n in ("active", "residual", "weights"))
     return type(passes[0])(*fields, routing)
 
 
 def _apart(whole, sizes: Sequence[int]):
-    tensors = (whole.active, whole.residual, whole.weights, whole.routing.ids, whole.routing.weights)
-    for active, residual, weights, ids, own in zip(*(t.split(list(sizes)) for t in tensors), strict=True):
-        yield type(whole)(active, residual, weights, Routing(ids, own, whole.routing.num_experts))
+    routing = whole.routing
+    tensors = (whole.active, whole.residual, whole.weights, routing.ids, routing.weights, routing.logits)
+    for active, residual, weights, ids, own, logits in zip(*(t.split(list(sizes)) for t in tensors), strict=True):
+        yield type(whole)(active, residual, weights, Routing(ids, own, routing.num_experts, logits))
