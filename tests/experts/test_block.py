@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from moert import MoELayer, TopKRouter
 from moert.experts import BlockExperts
-from moert.routers import ReLUNormRouter
+from moert.routers import FrozenRandomRouter, ReLUNormRouter
 from moert.testing import OperatorsRan, assert_rows_close
 
 H, E, D = 24, 6, 10
@@ -51,18 +51,29 @@ def test_modes_agree(mode, T, bias):
     assert T == 0 or not (y[0] - 0).any()
 
 
+@pytest.mark.parametrize("T", (0, 1, 7, 64))
 @pytest.mark.parametrize("mode", ("token", "union"))
-def test_gradients_agree(mode):
-    router, x = ReLUNormRouter(H, E), torch.randn(30, H)
+def test_gradients_agree(mode, T):
+    router, x = ReLUNormRouter(H, E), torch.randn(T, H)
 
     def grads(mode):
         torch.manual_seed(3)
         experts, leaf = BlockExperts(H, E, D, bias=True, mode=mode), x.clone().requires_grad_()
-        y = experts(leaf, router(leaf))
+        routing = router(leaf)
+        routing.ids[-1:] = E  # a token that uses nothing
+        y = experts(leaf, routing)
         return torch.autograd.grad(y.square().sum(), [leaf, router.weight, *experts.parameters()])
 
     for got, expected in zip(grads(mode), grads("dense"), strict=True):
-        assert (got - expected).abs().max() <= 1e-4
+        assert got.shape == expected.shape and ((got - expected).abs() <= 1e-4).all()
+
+
+@pytest.mark.parametrize("mode", ("token", "union"))
+def test_modes_agree_where_every_expert_is_used(mode):
+    x, one, other = torch.randn(40, H), BlockExperts(H, E, D, mode="dense"), BlockExperts(H, E, D, mode=mode)
+    other.load_state_dict(one.state_dict())
+    routing = FrozenRandomRouter(H, E, E)(x)
+    assert (one(x, routing) - other(x, routing)).abs().max() <= 1e-5
 
 
 def test_auto():
