@@ -7,8 +7,18 @@ from torch import nn
 
 from moert import GluExperts, MoELayer, RouterContext, TopKRouter
 from moert.decode import RouterAdapter
-from moert.quant.quantize import quantize_
-from moert.routers import DeepSeekRouter, given_context, recorded_routings
+from moert.quant.quantize import FORMATS, quantize_
+from moert.routers import (
+    DeepSeekRouter,
+    DenseToSparseRouter,
+    FrozenRandomRouter,
+    GatingResidualRouter,
+    RecurrentRouter,
+    RecurrentState,
+    SimilarityRouter,
+    given_context,
+    recorded_routings,
+)
 from moert.testing import OperatorsRan
 
 V, H, E = 12, 16, 4
@@ -66,15 +76,49 @@ def test_the_loss_falls_and_only_frozen_operators_run():
     torch.testing.assert_close(report.delta_norms, norms)
 
 
-@pytest.mark.parametrize("format", ("int8", "int4", "ternary2"))
+@pytest.mark.parametrize("format", (*FORMATS, "sub1"))
 def test_packed_experts(format):
     """Their weights have no gradient, their rows do: nothing else is needed."""
     model = Model()
     assert len(quantize_(model, format)) == 2
     with OperatorsRan() as ran:
         report = adapter(model).adapt(IDS)
-    assert (report.loss_after < report.loss_before).all()
+    assert (report.loss_after < report.loss_before).all() and report.accepted.all()
     assert "fused_experts_quantized_backward" in ran.names
+
+
+def test_deltas_of_a_bfloat16_model_are_float32():
+    model = Model(dtype=torch.bfloat16)
+    adapt = adapter(model, steps=1)
+    assert adapt.adapt(IDS).accepted.any()
+    for delta in adapt.deltas.values():  # Adam's first step is the rate, which bfloat16 would round to 0.3008
+        moved = delta[delta != 0].abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.3), rtol=1e-4, atol=0)
+        assert delta.dtype == torch.float32 and len(moved) >= E
+    report = adapter(model).adapt(IDS)
+    assert (report.loss_after < report.loss_before).all()
+
+
+def test_another_optimizer_and_another_confidence():
+    model, seen = Model(depth=3), []
+
+    def largest(routing):
+        seen.append(routing.logits.shape)
+        return routing.logits.softmax(-1).amax(-1) * (len(seen) % 3 == 1)  # the first router's alone
+
+    adapt = RouterAdapter(model, fraction=0.4, steps=1, lr=0.25, optimizer=torch.optim.SGD, confidence=largest)
+    report = adapt.adapt(IDS)
+    assert report.layers == NAMES[:1] and seen[0] == (80, E) and report.confidence[NAMES[1]] == 0
+    with recorded_routings(model) as calls:
+        logits = model(IDS).logits[:, :-1]
+    expected = dict(calls)[NAMES[0]].logits.softmax(-1).amax(-1).mean()
+    assert report.confidence[NAMES[0]] == pytest.approx(expected.item(), rel=1e-5)
+    delta = torch.zeros(2, E, requires_grad=True)
+    with given_context(model, {NAMES[0]: lambda x: RouterContext(logit_bias=delta.repeat_interleave(40, 0))}):
+        logits = model(IDS).logits[:, :-1]
+    loss = F.cross_entropy(logits.transpose(1, 2), IDS[:, 1:], reduction="none").mean(-1).sum()
+    (grad,) = torch.autograd.grad(loss, delta)
+    torch.testing.assert_close(adapt.deltas[NAMES[0]], -0.25 * grad * report.accepted[:, None])
 
 
 def test_groups_stay_closed_to_a_token():
@@ -214,3 +258,30 @@ def test_warm_start_and_clip():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         RouterAdapter(**({"model": Model()} | options))
+
+
+@pytest.mark.parametrize(
+    "constant,moving",
+    [
+        (lambda: TopKRouter(H, E, 1, renormalize=True), lambda: TopKRouter(H, E, 1)),
+        (lambda: TopKRouter(H, E, 1, "softmax_over_topk"), lambda: TopKRouter(H, E, 2, "softmax_over_topk")),
+        (
+            lambda: RecurrentRouter(H, E, 1, RecurrentState(4)),
+            lambda: RecurrentRouter(H, E, 1, RecurrentState(4), False),
+        ),
+        (lambda: SimilarityRouter(H, E, 1), lambda: SimilarityRouter(H, E, 1, renorm=False)),
+        (lambda: GatingResidualRouter(H, E, 1), lambda: GatingResidualRouter(H, E, 1, renorm="paper")),
+        (lambda: FrozenRandomRouter(H, E, 1), lambda: FrozenRandomRouter(H, E, 2)),
+        (lambda: DenseToSparseRouter(H, E).eval(), lambda: DenseToSparseRouter(H, E, 2).eval()),
+    ],
+    ids=("top-1", "softmax over 1", "recurrent", "similarity", "gating residual", "frozen", "dense to sparse"),
+)
+def test_weights_that_cannot_move_are_refused(constant, moving):
+    """Adam would blow up the rounding of a gradient that is zero."""
+    router, x = constant(), torch.randn(20, H)
+    assert router.weight_is_one and (router(x).weights == 1).all()
+    with pytest.raises(ValueError, match=r"got the 1 of a renormalised k = 1 \(\)"):
+        RouterAdapter(router)
+    other = moving()
+    assert not other.weight_is_one and not (other(x).weights == 1).all()
+    RouterAdapter(other)

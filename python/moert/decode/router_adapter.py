@@ -1,7 +1,7 @@
 """Rewiring: routers fitted to a sequence while it is being generated, by a bias per layer (arXiv:2510.14853)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from moert.decode.cached import forked, holding
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import RouterContext
 from moert.routers.within import given_context, recorded_routings, routers_in
+from moert.types import Routing
+
+
+def chosen_mass(routing: Routing) -> Tensor:
+    """[T]: the share of the softmax over all experts that the k best have, k as many as the routing's."""
+    return routing.logits.float().softmax(-1).topk(routing.ids.shape[1]).values.sum(-1)
 
 
 @dataclass(frozen=True)
 class AdaptReport:
     """losses [B] before and after; the adapted routers' names; |delta| [B] of each; whether each sequence took it.
 
-    confidence maps every router to its mean share of the softmax that the k chosen have.
+    confidence maps every router to the mean of its tokens' confidence.
     """
 
     loss_before: Tensor
@@ -34,10 +40,11 @@ class RouterAdapter:
     """One vector per sequence and chosen router, added to its logits and fitted by next-token loss on the context.
 
     layers is "confidence" (the `fraction` of the routers that are surest of their choices), "soft" (all, each with the
-    rate times its confidence over that of the surest) or names; `steps` steps of Adam with rate lr; |delta| <= clip
-    where given.  With max_context only the last tokens are looked at, as a context of their own where there is no cache
-    of those before.  The model's weights are not touched.  Keys and values made before adapt() belong to the old
-    routing: make them again (rewire does, while it generates).  Sequences of a batch do not notice each other.
+    rate times its confidence over that of the surest) or names; confidence gives that of each token [T] of a routing.
+    `steps` steps with rate lr of optimizer, which is given groups of params and lr; |delta| <= clip where given.  With
+    max_context only the last tokens are looked at, as a context of their own where there is no cache of those before.
+    The model's weights are not touched.  Keys and values made before adapt() belong to the old routing: make them again
+    (rewire does, while it generates).  Sequences of a batch do not notice each other.
     """
 
     def __init__(
@@ -51,18 +58,23 @@ class RouterAdapter:
         warm_start: bool = True,
         max_context: int | None = None,
         clip: float | None = None,
+        optimizer: Callable[[list[dict]], torch.optim.Optimizer] = torch.optim.Adam,
+        confidence: Callable[[Routing], Tensor] = chosen_mass,
     ):
         self.model, self.routers = model, routers_in(model)
         if not self.routers:
             raise ValueError("model must have moert routers, got none (see use_routers_)")
         for name, router in self.routers.items():
-            _refuse_constant_weights(name, router)
+            if router.weight_is_one:
+                got = f"the 1 of a renormalised k = 1 ({name})"
+                raise ValueError(f"model must have routing weights that move, got {got}")
         if layers not in ("confidence", "soft") and (unknown := set(layers) - self.routers.keys()):
             raise ValueError(f"layers must be among {', '.join(self.routers)}, got {', '.join(sorted(unknown))}")
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
         self.layers, self.fraction, self.steps, self.lr = layers, fraction, steps, lr
         self.interval, self.warm_start, self.max_context, self.clip = interval, warm_start, max_context, clip
+        self.optimizer, self.confidence = optimizer, confidence
         self.reset()
 
     def reset(self) -> None:
@@ -120,7 +132,7 @@ class RouterAdapter:
         for name in rates:
             zero = torch.zeros(B, self.routers[name].num_experts, device=ids.device)
             fitted[name] = (start[name].clone() if name in start else zero).requires_grad_()
-        optimizer = torch.optim.Adam([{"params": [fitted[name]], "lr": rate} for name, rate in rates.items()])
+        optimizer = self.optimizer([{"params": [fitted[name]], "lr": rate} for name, rate in rates.items()])
         for _ in range(self.steps):
             self.deltas = {**start, **fitted}
             with torch.enable_grad():
@@ -146,11 +158,9 @@ class RouterAdapter:
     def _look(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> tuple[Tensor, dict[str, float]]:
         with recorded_routings(self.model) as calls:
             losses = self._losses(ids, mask, cache)
-        counts = mask.flatten()[:, None]
-        confidence = {}
+        counts, confidence = mask.flatten(), {}
         for name, routing in calls:
-            share = routing.logits.float().softmax(-1).topk(routing.ids.shape[1]).values
-            confidence[name] = ((share * counts).sum() / counts.sum().clamp_min(1)).item()
+            confidence[name] = ((self.confidence(routing) * counts).sum() / counts.sum().clamp_min(1)).item()
         return losses, confidence
 
     def _choose(self, confidence: dict[str, float]) -> tuple[str, ...]:
@@ -186,12 +196,6 @@ class RouterAdapter:
     @staticmethod
     def _kept(accepted: Tensor, delta: Tensor, before: Tensor | None) -> Tensor:
         return torch.where(accepted[:, None], delta, torch.zeros_like(delta) if before is None else before)
-
-
-def _refuse_constant_weights(name: str, router: Router) -> None:
-    renormalized = getattr(router, "renormalize", False) or getattr(router, "score", "") == "softmax_over_topk"
-    if getattr(router, "k", 0) == 1 and renormalized:
-        raise ValueError(f"model must have routing weights that move, got the 1 of a renormalised k = 1 ({name})")
 
 
 @contextmanager
