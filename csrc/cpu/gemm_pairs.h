@@ -2,6 +2,8 @@
 // 32-bit word.  Nothing is widened, so a panel costs half of what it costs in float32.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/gemm_epilogue.h"
 
 namespace moert::cpu {
@@ -30,7 +32,7 @@ void copy_pairs(const TileMatrix& in, int64_t M, int64_t K, int64_t step, Pair* 
     const bf16* row = row_of(in, m);
     bf16* y = reinterpret_cast<bf16*>(out + m * pitch);
     if (in.col_stride == 1)
-      std::memcpy(y, row, K * sizeof(bf16));
+      std::copy_n(row, K, y);  // memcpy may not be given the null row of K = 0
     else
       for (int64_t k = 0; k < K; ++k) y[k] = row[k * in.col_stride];
     for (int64_t k = K; k % step; ++k) y[k] = {};
