@@ -150,6 +150,15 @@ def test_depth_and_experts_decide_by_each_token_alone_and_decode():
         torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-5, atol=1e-5)
 
 
+def test_auxiliary_routers_learn_in_a_compiled_model():
+    torch._dynamo.reset()
+    layer, context = MoMaLayer(H, 24, (2, 3)), RouterContext(modality=torch.arange(40) % 2)
+    compiled = torch.compile(layer, backend="aot_eager")
+    compiled(x := torch.randn(40, H), context)
+    figures = train_auxiliary(compiled, [(x, context)], steps=3)
+    assert len(figures) == 2 and all(router.auxiliary.trained for router in layer.router.routers)
+
+
 def test_what_the_routers_are_given():
     one = MoMaLayer(H, 24, (1, 1), 0.5, "softmax", hidden_aux=5, scope="world")
     for layer in (one, upcycle(one, 3)):

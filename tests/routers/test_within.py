@@ -16,6 +16,7 @@ from moert.routers import (
     causal_routers_,
     continued_routers,
     given_context,
+    heard,
     linked_routers,
     recorded_routings,
     routers_in,
@@ -158,6 +159,33 @@ def test_continued_routers_hand_on_states():
         with continued_routers(layer):
             steps = [layer(x[:4]), layer(x[4:5]), layer(x[5:])]
         torch.testing.assert_close(torch.cat([step.logits for step in steps]), whole.logits)
+
+
+def test_what_is_given_and_heard_reaches_a_model_that_was_compiled_before():
+    torch._dynamo.reset()
+    model, x = Model(), torch.randn(5, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plain = compiled(x)
+    assert torch.equal(plain, model(x))
+    for _ in range(12):  # more often than a function may be compiled again
+        bias = 3 * torch.randn(4)
+        for context in (RouterContext(logit_bias=bias), lambda x, bias=bias: RouterContext(logit_bias=bias)):
+            with given_context(model, context), linked_routers(model), recorded_routings(compiled) as calls:
+                assert torch.equal(compiled(x), model(x)) and not torch.equal(model(x), plain)
+            assert len(calls) == 6 and torch.equal(calls[0][1].logits, calls[2][1].logits)
+    assert torch.equal(compiled(x), plain)
+
+
+def test_what_is_heard():
+    model, x, seen = Model(), torch.randn(2, 8), []
+    routers, context = {"first": model.one.router}, RouterContext(step=3)
+    with heard(routers, lambda *call: seen.append(call)), given_context(model, RouterContext(logit_bias=torch.ones(4))):
+        model(x, context)
+    model(x)
+    ((name, rows, full, routing),) = seen
+    assert name == "first" and rows.shape == (2, 8) and full.step == 3 and full.logit_bias.sum() == 4
+    assert torch.equal(routing.logits, model.one.router(x).logits + 1)
+    assert model.one.router.given == model.one.router.hears == ()
 
 
 def test_errors():

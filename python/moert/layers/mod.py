@@ -6,19 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from moert.layers.packed import chosen_of, run_chosen
-from moert.routers.base import RouterContext
+from moert.routers.base import RouterContext, TakesContext
 from moert.routers.depth import DepthRouter, TokenDepthRouter
 from moert.types import Routing
 
 
-class MoDBlock(nn.Module):
+class MoDBlock(TakesContext):
     """y = x + r * block.delta(x) for the tokens that router chooses, y = x for the others; they see each other only.
 
     block.delta(x [N, H], rows, kv) is what a block adds to its input (see PackedBlock); r is the routing's weight.
     x [B, S, H] -> y, Routing of the B*S tokens.  kv (SkippableKV) needs a causal router: skipped tokens write none.
     """
-
-    hands_context = True  # to the routers within, of the rows that reach them
 
     def __init__(self, block: nn.Module, router: DepthRouter | TokenDepthRouter):
         super().__init__()

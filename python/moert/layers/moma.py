@@ -10,7 +10,7 @@ from moert.experts.glu import GluExperts
 from moert.layers.moe import MoELayer
 from moert.routers.expert_choice import AuxiliaryRouter, ExpertChoiceRouter
 from moert.routers.modality import ModalityRouter
-from moert.routers.within import causal_routers_
+from moert.routers.within import causal_routers_, heard
 
 
 class MoMaLayer(MoELayer):
@@ -75,21 +75,16 @@ def train_auxiliary(
     optimizer = torch.optim.Adam([p for r in routers.values() for p in r.auxiliary.parameters()], rate)
     seen: dict[str, tuple] = {}
 
-    def remember(name):
-        def hook(router, inputs, keywords, routing):
-            context = inputs[1] if len(inputs) > 1 else keywords.get("context")
-            seen[name] = (inputs[0].detach(), routing.members(), None if context is None else context.mask)
+    def remember(name, x, context, routing):
+        seen[name] = (x.detach(), routing.members(), None if context is None else context.mask)
 
-        return hook
-
-    hooks = [router.register_forward_hook(remember(name), with_kwargs=True) for name, router in routers.items()]
     was_causal = {name: router.causal for name, router in routers.items()}
     tally = {name: torch.zeros(4, dtype=torch.float64) for name in routers}
     try:
         for router in routers.values():
             router.causal = False
         for step, batch in zip(range(steps), _cycle(batches), strict=False):
-            with torch.no_grad():
+            with torch.no_grad(), heard(routers, remember):
                 model(*batch)
             loss = 0
             for name, (x, taken, mask) in seen.items():
@@ -102,8 +97,6 @@ def train_auxiliary(
             loss.backward()
             optimizer.step()
     finally:
-        for hook in hooks:
-            hook.remove()
         for name, router in routers.items():
             router.causal = was_causal[name]
     for router in routers.values():

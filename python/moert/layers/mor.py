@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moert.layers.packed import Rows, all_rows, chosen_of, run_chosen
-from moert.routers.base import RouterContext
+from moert.routers.base import RouterContext, TakesContext
 from moert.routers.depth import DepthRouter, TokenDepthRouter
 from moert.routers.within import causal_routers_
 from moert.runtime.skippable_kv import STRATEGIES, ModelKV, RecursiveKV, SkippableKV, at_layer
@@ -30,7 +30,7 @@ class Pass:
     routing: Routing
 
 
-class RecursiveStack(nn.Module):
+class RecursiveStack(TakesContext):
     """F = the blocks in their order, run up to depths times; x [B, S, H] -> y, the routings (one a depth, or one).
 
     mode "expert": at depth r the router of that depth keeps the share capacity[r] of all tokens, best of those still
@@ -44,8 +44,6 @@ class RecursiveStack(nn.Module):
     In the first `warmup` steps (context.step) the capacities fall from 1.  inner gives the routers a layer with GELU.
     order names the blocks of each depth, where these are not all blocks every time.
     """
-
-    hands_context = True  # to the routers within, of the rows that reach them
 
     def __init__(
         self,

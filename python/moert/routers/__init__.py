@@ -1,6 +1,6 @@
 """Routers: x [T, H] -> Routing, one file each; the losses are functions of the Routing."""
 
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import Router, RouterContext, TakesContext
 from moert.routers.capacity import within_capacity
 from moert.routers.deepseek import DeepSeekRouter
 from moert.routers.dense_to_sparse import DenseToSparseRouter
@@ -27,6 +27,7 @@ from moert.routers.within import (
     causal_routers_,
     continued_routers,
     given_context,
+    heard,
     linked_routers,
     recorded_routings,
     routers_in,
@@ -50,6 +51,7 @@ __all__ = [
     "Router",
     "RouterContext",
     "SimilarityRouter",
+    "TakesContext",
     "TokenDepthRouter",
     "TopKRouter",
     "activation_locality_loss",
@@ -60,6 +62,7 @@ __all__ = [
     "expert_load",
     "follow",
     "given_context",
+    "heard",
     "linked_routers",
     "load_balance_loss",
     "mix_probs_with_attention",

@@ -1,7 +1,8 @@
 """The contract of routers: (x [T, H], what is known about the T tokens) -> Routing."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ class RouterContext:
         """mask as bool [T], whatever its shape and dtype (tokenizers give integers [B, N]); None without one."""
         return None if self.mask is None else self.mask.reshape(-1).bool()
 
+    def beside(self, passed: "RouterContext | None") -> "RouterContext":
+        """What a caller passes counts before this, field by field."""
+        if passed is None:
+            return self
+        known = {field.name: value for field in fields(passed) if (value := getattr(passed, field.name)) is not None}
+        return replace(self, **known)
+
     def at(self, tokens: Tensor, offsets: Tensor) -> "RouterContext":
         """What is known of rows that are some of the tokens: tokens [S] of each row, -1 (masked) where it has none.
 
@@ -73,7 +81,34 @@ class RouterContext:
         )
 
 
-class Router(nn.Module):
+class TakesContext(nn.Module):
+    """A module with forward(x, context=None, ...) that given_context and recorded_routings reach.
+
+    Those are routers, and blocks that hand what is known of their rows to the routers within.  Not by hooks: code that
+    torch.compile made before a hook was there does not know of it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.given: tuple[RouterContext | Callable[[Tensor], RouterContext], ...] = ()
+        self.hears: tuple[Callable[[Tensor, RouterContext | None, Any], None], ...] = ()
+
+    def __call__(self, x: Tensor, context: RouterContext | None = None, *args, **kwargs):
+        for given in self.given:
+            context = (given(x.flatten(0, -2)) if callable(given) else given).beside(context)
+        out = nn.Module.__call__(self, x, context, *args, **kwargs)
+        for hear in self.hears:
+            hear(x, context, out)
+        return out
+
+    def __init_subclass__(cls, **options):
+        # Code of its own for each class: torch.compile bounds how often one code is compiled again.
+        super().__init_subclass__(**options)
+        call = TakesContext.__call__
+        cls.__call__ = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__)
+
+
+class Router(TakesContext):
     """Decides which experts each token goes to, and with what weights.
 
     logit_bias [E] is None or a trained parameter that a router adds to its logits (by biased).  What wide names

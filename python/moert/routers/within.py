@@ -1,13 +1,13 @@
-"""The routers inside a model that knows nothing of contexts and routings, as Hugging Face's: reached by hooks."""
+"""The routers inside a model that knows nothing of contexts and routings, as Hugging Face's."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from moert.routers.base import Router, RouterContext
+from moert.routers.base import Router, RouterContext, TakesContext
 from moert.types import Routing
 
 Given = RouterContext | Callable[[Tensor], RouterContext]
@@ -34,8 +34,8 @@ def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Ite
     """Inside, the model's routers are called with this context, or with their own from a mapping by name.
 
     A function of a router's x [T, H] gives the context of that call.  What a caller passes itself counts before it,
-    field by field.  Routers in a block that only some tokens pass (a module whose hands_context is True: MoDBlock,
-    RecursiveStack) have what it says of these: the block is called with the context, in their place.
+    field by field.  Routers in a block that only some tokens pass (another TakesContext: MoDBlock, RecursiveStack) have
+    what it says of these: the block is called with the context, in their place.
     """
     if isinstance(context, Mapping):
         known = routers_in(model)
@@ -46,53 +46,48 @@ def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Ite
         given = [(taker, context) for taker in _takers(model)]
     with ExitStack() as stack:
         for taker, each in given:
-            stack.enter_context(taker.register_forward_pre_hook(_filling(each), with_kwargs=True))
+            stack.enter_context(_with(taker, "given", each))
         yield
 
 
-def _takers(model: nn.Module) -> Iterator[nn.Module]:
+@contextmanager
+def _with(module: TakesContext, name: str, each) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, (*before, each))
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _takers(model: nn.Module) -> Iterator[TakesContext]:
     """Routers, but those within a module that hands the context on: that module."""
     within: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in within):
             continue
-        if getattr(module, "hands_context", False):
-            within.append(f"{name}." if name else "")
+        if isinstance(module, TakesContext):
+            if not isinstance(module, Router):
+                within.append(f"{name}." if name else "")
             yield module
-        elif isinstance(module, Router):
-            yield module
-
-
-def _filling(context: Given):
-    def fill(module, args, kwargs):
-        given = context(args[0].flatten(0, -2)) if callable(context) else context
-        if len(args) > 1:
-            return (args[0], given if args[1] is None else _merged(given, args[1]), *args[2:]), kwargs
-        passed = kwargs.get("context")
-        return args, {**kwargs, "context": given if passed is None else _merged(given, passed)}
-
-    return fill
-
-
-def _merged(given: RouterContext, passed: RouterContext) -> RouterContext:
-    known = {field.name: value for field in fields(passed) if (value := getattr(passed, field.name)) is not None}
-    return replace(given, **known)
 
 
 @contextmanager
 def recorded_routings(model: nn.Module) -> Iterator[list[tuple[str, Routing]]]:
     """The list that is yielded gets (name of the router, its routing) at each of the model's routers' calls."""
     calls: list[tuple[str, Routing]] = []
-    with _each_routing(model, lambda name, routing: calls.append((name, routing))):
+    with heard(routers_in(model), lambda name, x, context, routing: calls.append((name, routing))):
         yield calls
 
 
 @contextmanager
-def _each_routing(model: nn.Module, note: Callable[[str, Routing], None]) -> Iterator[None]:
+def heard(
+    routers: Mapping[str, Router], note: Callable[[str, Tensor, RouterContext | None, Routing], None]
+) -> Iterator[None]:
+    """Inside, note(name, x, context, routing) is called after each call of these routers."""
     with ExitStack() as stack:
-        for name, router in routers_in(model).items():
-            hook = lambda _, args, routing, name=name: note(name, routing)  # noqa: E731
-            stack.enter_context(router.register_forward_hook(hook))
+        for name, router in routers.items():
+            stack.enter_context(_with(router, "hears", partial(note, name)))
         yield
 
 
@@ -112,7 +107,7 @@ def linked_routers(model: nn.Module) -> Iterator[None]:
         return lambda x: RouterContext(previous=latest.get(before))
 
     contexts = {name: after(before) for before, name in pairwise([None, *routers_in(model)])}
-    with given_context(model, contexts), _each_routing(model, latest.__setitem__):
+    with given_context(model, contexts), _keeping(model, latest):
         yield
 
 
@@ -128,5 +123,12 @@ def continued_routers(model: nn.Module) -> Iterator[None]:
         return lambda x: RouterContext(state=latest[name].state if name in latest else None)
 
     contexts = {name: own(name) for name in routers_in(model)}
-    with given_context(model, contexts), _each_routing(model, latest.__setitem__):
+    with given_context(model, contexts), _keeping(model, latest):
         yield
+
+
+def _keeping(model: nn.Module, latest: dict[str, Routing]):
+    def note(name, x, context, routing):
+        latest[name] = routing
+
+    return heard(routers_in(model), note)
