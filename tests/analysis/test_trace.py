@@ -51,6 +51,20 @@ def test_what_the_routers_said_is_recorded():
         assert torch.equal(recorder.loads()[recorded.name], members)
 
 
+def test_a_model_compiled_inside():
+    torch._dynamo.reset()
+    model = Stack()
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(9, 16)
+    with record_routings(model) as recorder:
+        compiled(x)
+        compiled(x)
+    with record_routings(model) as plain:
+        model(x)
+    assert {name: loads.tolist() for name, loads in recorder.loads().items()} == {
+        name: (2 * loads).tolist() for name, loads in plain.loads().items()
+    }
+
+
 def test_loads_alone_keep_no_ids():
     model = Stack()
     with record_routings(model, keep_ids=False) as recorder:

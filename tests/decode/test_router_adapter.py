@@ -207,6 +207,12 @@ def test_soft_rates_follow_confidence():
         torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=0)
 
 
+def test_defaults():
+    adapt = RouterAdapter(Model())
+    assert (adapt.layers, adapt.fraction, adapt.steps, adapt.lr) == ("confidence", 0.5, 5, 0.3)
+    assert (adapt.interval, adapt.warm_start, adapt.max_context, adapt.clip) == (128, True, None, None)
+
+
 def test_what_makes_it_worse_is_not_taken():
     model = Model()
     adapt = adapter(model, steps=2, lr=float("inf"))

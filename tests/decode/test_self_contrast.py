@@ -33,6 +33,7 @@ def test_contrast_logits():
             s, w = z_s[row, i].item(), z_w[row, i].item()
             expected = 1.7 * s - 0.7 * w if s >= math.log(0.2) + best else -math.inf
             assert z[row, i].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(contrast_logits(z_s, z_w), contrast_logits(z_s, z_w, 0.1, 0.5))
     assert z.gather(1, z_s.argmax(-1, keepdim=True)).isfinite().all()
     moved = contrast_logits(z_s + 3, z_w - 5, 0.2, 0.7)
     assert torch.equal(moved.argmax(-1), z.argmax(-1))

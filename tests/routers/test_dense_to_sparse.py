@@ -37,6 +37,12 @@ def test_the_bias_may_be_inside_the_activation(act):
         torch.testing.assert_close(dense(router(x, context)), expected, rtol=0, atol=1e-6)
 
 
+def test_defaults():
+    router = DenseToSparseRouter(H, E)
+    assert (router.k_min, router.act, router.threshold, router.tau_range) == (1, "identity", 1e-3, (2.0, 0.3))
+    assert router.gumbel and router.granularity == "token" and router.log_tau is None and router.bias == "outside"
+
+
 def test_temperature_is_linear_between_its_ends():
     router = DenseToSparseRouter(H, E, total_steps=100)
     assert [router.tau(s).item() for s in (0, 100, 1000)] == torch.tensor([2.0, 0.3, 0.3]).tolist()

@@ -44,6 +44,13 @@ def test_gates(gate, rows):
     torch.testing.assert_close(router(x).weights, expected)
 
 
+def test_defaults():
+    router = DepthRouter(H)
+    assert (router.capacity, router.gate, router.aid, router.threshold) == (0.125, "raw", "predictor", 0.5)
+    assert router.predictor.up.weight.shape == (H // 2, H)
+    assert DepthRouter(H, hidden_predictor=5).predictor.up.weight.shape == (5, H)
+
+
 def test_no_product_is_rounded_down():
     assert [DepthRouter(H, c).limit(100) for c in (0.29, 0.57, 0.58, 2 / 3, 0.07)] == [29, 57, 58, 66, 7]
 

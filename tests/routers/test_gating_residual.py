@@ -109,6 +109,22 @@ def test_capacity(tau):
     assert (mine.eval()(torch.randn(T, 16)).ids < 12).all()
 
 
+def test_padding_takes_nobodys_room():
+    mine, x, mask = router(capacity_factor=0.5), torch.randn(90, 16), torch.rand(90) < 0.6
+    routing, alone = mine(x, RouterContext(mask=mask)), mine(x[mask])
+    assert torch.equal(routing.ids[mask], alone.ids) and (alone.ids == 12).any()
+    assert torch.equal(routing.ids[~mask], mine.eval()(x).ids[~mask])
+    whole = router(tau=1.0, capacity_factor=1.2)
+    assert whole.capacity(100).tolist() == [10] * 12  # 1.2 * 100 / 12, a little more in floating point
+
+
+def test_defaults():
+    mine = GatingResidualRouter(16, 4)
+    assert (mine.k, mine.renorm, mine.tau, mine.beta, mine.capacity_factor) == (2, "released", 0.75, 0.01, None)
+    assert mine.kinds == ("ffn",) * 4 and mine.hidden_weight is None and mine.target_std is None
+    assert router(two_layer=True).hidden_weight.shape == (8 * 12, 16)
+
+
 def test_stays_float32_and_compiles():
     mine = router(two_layer=True).half()
     assert {p.dtype for p in mine.parameters()} == {torch.float32}

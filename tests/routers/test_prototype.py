@@ -62,6 +62,13 @@ def test_layer_against_a_loop(k):
     assert torch.equal(same, conditional(30))
 
 
+def test_defaults():
+    router = PrototypeRouter(64, 200)
+    assert (router.k, router.score, router.mode, router.uncond_expert) == (1, "identity", "token", True)
+    assert (router.rcl_coef, router.rcl_tau, router.rcl_topk) == (1.0, 0.07, True)
+    assert abs(router.prototypes.std() - 0.02) < 1e-3 and abs(router.prototypes.mean()) < 1e-3
+
+
 def test_lengths_do_not_count():
     router, x = PrototypeRouter(H, N, 2, uncond_expert=False), torch.randn(40, H)
     before = router(x)

@@ -3,8 +3,6 @@
 Letters: E all experts, feed-forward ones first.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +27,8 @@ class GatingResidualRouter(Router):
     rescales the logits of a token to that deviation, if they differ at all.  Wg starts as a linear layer's weight, as
     released, or at zero (residual_init).  previous is the router of the layer before, if it is known: its number of
     experts must be the same.  In training losses["balance"] = beta * sum of eta_e f_e P_e, where eta is 1 for
-    feed-forward experts and tau for the others, and with a capacity_factor each expert keeps the first of its tokens.
+    feed-forward experts and tau for the others, and with a capacity_factor each expert keeps the first of its tokens,
+    which context.mask counts.
     """
 
     wide = ("weight", "hidden_weight", "residual_weight", "logit_bias")
@@ -106,7 +105,7 @@ class GatingResidualRouter(Router):
             return routing
         losses = {"balance": self._balance_loss(routing, context.mask)}
         if self.capacity_factor is not None:
-            ids = within_capacity(ids, self.capacity(len(x)))
+            ids = self._within_capacity(ids, context.counted())
         return Routing(ids, weights, self.num_experts, logits_TE, losses)
 
     def check_previous(self, before: Router) -> None:
@@ -117,10 +116,20 @@ class GatingResidualRouter(Router):
     def weight_is_one(self) -> bool:
         return self.k == 1 and self.renorm != "paper"
 
-    def capacity(self, T: int) -> Tensor:
+    def capacity(self, T: int | Tensor) -> Tensor:
         """How many of T tokens each expert takes [E]: tau times as many for a feed-forward expert as for another."""
-        share = self.capacity_factor * T / (self.tau * self.num_ffn + self.num_experts - self.num_ffn)
-        return torch.where(self._is_ffn(), math.ceil(self.tau * share), math.ceil(share))
+        one = self.capacity_factor / (self.tau * self.num_ffn + self.num_experts - self.num_ffn)
+        ffn = self._is_ffn().double()
+        each = one * (self.tau * ffn + 1 - ffn)
+        # Less a little, lest the rounding of a product that is whole lifts it to the next integer.
+        return torch.ceil(each * T - 1e-6).long()
+
+    def _within_capacity(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return within_capacity(ids, self.capacity(len(ids)))
+        # Padding takes nobody's room and keeps its experts.
+        kept = within_capacity(torch.where(mask[:, None], ids, self.num_experts), self.capacity(mask.sum()))
+        return torch.where(mask[:, None], kept, ids)
 
     def _is_ffn(self) -> Tensor:
         """[E], made on the device: a copy from the host would wait for it."""
