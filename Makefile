@@ -3,7 +3,9 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Tests run side by side on the same cores: threads that wait must not spin.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CPP    := build/cpp
 OLDER  := build/transformers-5.23
 export PATH := $(abspath $(BIN)):$(PATH)

@@ -193,10 +193,11 @@ def test_memory_of_one_layer(tmp_path):
     floats("qwen3", tmp_path / "small")
     layers = [large(kind, tmp_path / kind) for kind in ("qwen3", "gpt_oss")]
     command = [sys.executable, "-c", MEASURED, tmp_path, "qwen3", "gpt_oss"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back at once
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=returned)
     assert done.returncode == 0, done.stderr
     for layer, peak in zip(layers, map(int, done.stdout.split()), strict=True):
-        assert peak < 1.5 * layer, f"{peak / layer:.2f} layers"
+        assert peak < 1.2 * layer, f"{peak / layer:.2f} layers"
 
 
 def absent(out):
