@@ -105,7 +105,7 @@ class Activation:
     def of(cls, activation: "str | Activation") -> "Activation":
         """A name stands for the activation with its default numbers."""
         if isinstance(activation, str):
-            return cls(activation)
+            return cls(activation, 1.702, 7.0)  # a field's default would be a variable to torch 2.11's compiler
         if not isinstance(activation, cls):
             raise TypeError(f"activation must be a name or an Activation, got {type(activation).__name__}")
         return activation
