@@ -222,11 +222,29 @@ def test_what_makes_it_worse_is_not_taken():
         assert not adapt.deltas[name][~report.accepted].any()
 
 
+def test_a_rising_loss_is_not_taken():
+    model = Model()
+    adapt = adapter(model, lr=0.1, optimizer=lambda groups: torch.optim.SGD(groups, maximize=True))
+    report = adapt.adapt(IDS)
+    assert (report.loss_after > report.loss_before).all() and not report.accepted.any()
+    assert not any(delta.any() for delta in adapt.deltas.values())
+
+
+def test_dropout_is_off_while_adapting():
+    model = Model()
+    model.layers[0].shared_experts = nn.Dropout(0.9)
+    before = [adapter(model.train()).adapt(IDS) for _ in range(2)]
+    assert model.training and model.layers[0].shared_experts.training
+    assert torch.equal(before[0].loss_before, before[1].loss_before)
+    assert torch.equal(before[0].loss_before, adapter(model.eval()).adapt(IDS).loss_before) and not model.training
+
+
 def test_mask_short_contexts_and_counting():
     model, mask = Model(), torch.arange(40).expand(2, 40) >= 10
     masked, cut = adapter(model), adapter(model, max_context=30)
-    masked.adapt(IDS, mask)
-    cut.adapt(IDS)
+    of_masked, of_cut = masked.adapt(IDS, mask), cut.adapt(IDS)
+    assert of_masked.confidence == pytest.approx(of_cut.confidence, rel=1e-5)
+    torch.testing.assert_close(of_masked.loss_before, of_cut.loss_before)
     for name in NAMES[:2]:
         torch.testing.assert_close(masked.deltas[name], cut.deltas[name], rtol=1e-4, atol=1e-5)
     assert adapter(model).adapt(IDS[:, :1]) is None

@@ -84,6 +84,9 @@ def test_rows_without_usable_weak_logits_are_counted(monkeypatch):
     out = self_contrast(moe, PROMPT, max_new_tokens=6, beta=0.9)
     assert out.fallbacks == 6
     assert torch.equal(out.tokens[1:], greedy(moe, PROMPT[1:], 6))  # its beta is 0
+    eos = out.tokens[1, 7].item()
+    until = out.tokens[1, 5:].tolist().index(eos) + 1
+    assert self_contrast(moe, PROMPT, max_new_tokens=6, beta=0.9, eos=eos).fallbacks == until < 6
 
 
 def test_a_model_of_one_expert_a_token():
@@ -135,8 +138,11 @@ def test_left_padding():
     moe = model()
     alone = self_contrast(moe, PROMPT[:1], max_new_tokens=10).tokens[0, 5:]
     padded = torch.tensor([[0, 0, 0, 3, 1, 4, 1, 5], [7, 7, 8, 9, 2, 6, 5, 3]])
+    seen = []
+    moe.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"][0]), with_kwargs=True)
     out = self_contrast(moe, padded, attention_mask=(torch.arange(16).view(2, 8) > 2).long(), max_new_tokens=10)
     assert torch.equal(out.tokens[0, 8:], alone)
+    assert [at.tolist() for at in seen[:3]] == [[0, 0, 0, 0, 1, 2, 3, 4], [5], [6]]
 
 
 def test_eos_stopping_and_sampling():

@@ -90,6 +90,7 @@ def test_auto():
     sparse.ids[:, 1:] = E
     assert ran_for(x, most) == OPERATORS["dense"] and ran_for(x, sparse) == OPERATORS["token"]
     assert ran_for(x, few) == OPERATORS["token"] and ran_for(x, TopKRouter(H, E, E)(x)) == OPERATORS["dense"]
+    assert "union_experts" not in ran_for(x[:64], routing_of(x[:64]))  # where there are gradients
     with torch.no_grad():
         assert ran_for(x[:64], routing_of(x[:64])) == OPERATORS["union"]
         assert ran_for(x, few) == OPERATORS["token"]

@@ -113,6 +113,13 @@ def test_without_constants_and_without_free_experts():
         torch.testing.assert_close(layer(x, routing), loop(layer, x, routing), rtol=0, atol=1e-5)
 
 
+def test_constants_start_as_in_the_paper():
+    torch.manual_seed(0)
+    layer = HeteroExperts(GluExperts(1, 256, 4), ["ffn", "const", "const"], 256)
+    assert abs(layer.constant.std() - 1) < 0.1 and abs(layer.constant.mean()) < 0.1
+    assert layer.mix_weight.shape == (2, 2, 256) and layer.mix_weight.abs().max() <= 1 / 16
+
+
 def test_input_scale_is_seen_by_all_experts():
     layer, routing, x = experts(input_scale=2.0), random_routing(9, 8, 2), torch.randn(9, H)
     before = x.clone()

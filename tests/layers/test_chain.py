@@ -83,6 +83,16 @@ def test_outer_residual_is_added_once():
     assert row_error(layer(x), x + naive_moe(layer.routers[1], layer.experts, h)) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ("released", "prenorm"))
+def test_outer_residual_is_that_of_the_loops_own_input(layout):
+    norm, x = nn.RMSNorm(H), torch.randn(5, H)
+    nn.init.uniform_(norm.weight)
+    layer, n = chain(2, residual="outer", norm=norm, layout=layout), norm(x)
+    h = naive_moe(layer.routers[0], layer.experts, n)
+    loop = n + naive_moe(layer.routers[1], layer.experts, h)
+    assert row_error(layer(x), loop if layout == "released" else x + loop - n) < 1e-5
+
+
 def test_rows_and_parameters_of_equal_compute():
     coe, moe = chain(2, k=2), MoELayer(gates(1, 4)[0], GluExperts(E, H, I))
     x = torch.randn(11, H)

@@ -41,8 +41,10 @@ def naive_expert(stack, x):
             k = max(1, int(router.capacity * len(sequence) + 1e-6))
             active = sorted(sorted(active, key=lambda t: -r[t].item())[:k])
             at = torch.tensor(active)
-            g = router.alpha * r[at].sigmoid()
-            sequence = sequence.index_add(0, at, g[:, None] * plain(stack, sequence[at], at))
+            g = router.alpha * r[at].sigmoid() if stack.gating == "weighted" else torch.ones(k)
+            after = g[:, None] * plain(stack, sequence[at], at)
+            put = sequence.index_copy if stack.gating == "replace" else sequence.index_add
+            sequence = put(0, at, after)
             sets_here.append(active)
         out.append(sequence)
         sets.append(sets_here)
@@ -70,8 +72,9 @@ def test_full_capacity_and_replacement_is_the_recursive_and_the_unrolled_model()
     assert torch.equal(model(x)[0], expected) and u.isfinite().all()
 
 
-def test_expert_choice_agrees_with_a_loop():
-    stack, x = recursive(), torch.randn(3, S, H, requires_grad=True)
+@pytest.mark.parametrize("gating", ("weighted", "additive", "replace"))
+def test_expert_choice_agrees_with_a_loop(gating):
+    stack, x = recursive(gating=gating), torch.randn(3, S, H, requires_grad=True)
     y, routings = stack(x)
     expected, sets = naive_expert(stack, x)
     assert row_error(y, expected) < 1e-5
@@ -80,7 +83,8 @@ def test_expert_choice_agrees_with_a_loop():
         for r, active in enumerate(per_depth):
             assert torch.where(routings[r].ids.view(3, S)[b] == 0)[0].tolist() == active
             assert r == 0 or set(active) <= set(per_depth[r - 1])
-    dy, parameters = torch.randn_like(y), [x, *stack.blocks.parameters(), *(r.weight for r in stack.routers)]
+    dy, parameters = torch.randn_like(y), [x, *stack.blocks.parameters()]
+    parameters += [r.weight for r in stack.routers] if gating == "weighted" else []
     got, want = (torch.autograd.grad(z, parameters, dy, retain_graph=True) for z in (y, expected))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
@@ -164,6 +168,8 @@ def test_decode_equals_recomputation(mode, strategy):
     for s in range(20):
         y, _ = stack(x[:, s : s + 1], positions=torch.full((2, 1), s), kv=kv)
         torch.testing.assert_close(y[:, 0], whole[:, s], rtol=1e-4, atol=1e-5)
+    if strategy == "recursion":  # all tokens run at the first depth, whose share is 1
+        assert kv.depths[0].stored() == 2 * 2 * 20
     if strategy == "recursion" and mode == "token":
         assert kv.stored() == 2 * (routings[0].ids + 1).sum()
 

@@ -3,7 +3,7 @@ import torch
 
 from moert import GluExperts, MoELayer, RouterContext
 from moert.routers import DenseToSparseRouter
-from moert.routers.dense_to_sparse import ACTS
+from moert.routers.dense_to_sparse import ACTS, gumbel
 from moert.testing import OperatorsRan
 
 H, E = 16, 8
@@ -114,6 +114,15 @@ def test_learned_temperature():
     assert router.tau().item() == pytest.approx(2.0)
     router(torch.randn(9, H)).weights[:, 0].sum().backward()
     assert router.log_tau.grad.abs() > 0
+    router.log_tau.data.fill_(-20)
+    assert router.tau().item() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("u", (0.0, 1.0))
+def test_noise_is_finite(u, monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, u))
+    noise = gumbel(torch.zeros(3))
+    assert noise.isfinite().all() and (noise > 10 if u else noise < -2).all()
 
 
 def test_bfloat16_compile_operators_and_no_tokens():

@@ -47,7 +47,7 @@ def test_gates(gate, rows):
 def test_defaults():
     router = DepthRouter(H)
     assert (router.capacity, router.gate, router.aid, router.threshold) == (0.125, "raw", "predictor", 0.5)
-    assert router.predictor.up.weight.shape == (H // 2, H)
+    assert router.predictor.up.weight.shape == (H // 2, H) and abs(DepthRouter(4000).weight.std() - 0.02) < 0.002
     assert DepthRouter(H, hidden_predictor=5).predictor.up.weight.shape == (5, H)
 
 
@@ -127,6 +127,7 @@ def test_evaluation_has_no_losses_and_masked_tokens_never_pass():
     for causal in (False, True):
         routing = router.causal_(causal)(x, RouterContext(mask=mask))
         assert not routing.losses and (routing.ids[~mask] == 1).all()
+    assert not router.train()(x).losses  # what a token decides alone is no target for itself
 
 
 def test_empty_bf16_bias_compile_and_state():

@@ -74,6 +74,15 @@ def test_noise_only_in_training():
     assert torch.equal(router(x).ids, router(x).ids)
 
 
+def test_noise_is_the_difference_of_two_gumbels():
+    """A logistic variable, whose sigmoid is uniform."""
+    router = ExpertChoiceRouter(H, E, 1.0, gumbel=True)
+    torch.nn.init.zeros_(router.weight)
+    scores = router(torch.randn(4000, H)).weights.flatten()
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert abs((scores < share).double().mean() - share) < 0.02
+
+
 def test_a_later_token_displaces_an_earlier_one_unless_causal():
     router = ExpertChoiceRouter(H, E, auxiliary=AuxiliaryRouter(H, E))
     x = torch.randn(20, H)

@@ -129,8 +129,9 @@ def test_stays_float32_and_compiles():
     mine = router(two_layer=True).half()
     assert {p.dtype for p in mine.parameters()} == {torch.float32}
     x = torch.randn(7, 16, dtype=torch.bfloat16)
+    expected = mine(x.float()).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(mine(x).logits, mine(x.float()).logits)
+        assert torch.equal(mine(x).logits, expected) and torch.equal(mine(x.float()).logits, expected)
     mine = router(capacity_factor=1.1)
     compiled = torch.compile(mine, backend="aot_eager", fullgraph=True)
     previous = mine(x)

@@ -92,9 +92,9 @@ def test_contrastive_loss_at_known_points():
     torch.testing.assert_close(alike(torch.randn(5, V)).losses["rcl"], torch.tensor(2 * math.log(V)), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("mode", ("token", "expert"))
-def test_contrastive_loss_against_a_loop_and_finite_differences(mode):
-    router = PrototypeRouter(5, 4, 2, mode=mode, dtype=torch.float64)
+@pytest.mark.parametrize("mode,experts", (("token", 4), ("expert", 4), ("token", 40)))
+def test_contrastive_loss_against_a_loop_and_finite_differences(mode, experts):
+    router = PrototypeRouter(5, experts, 2, mode=mode, dtype=torch.float64)  # of 40 some have no token
     router.prototypes.data.normal_()
     x, cond = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) < 9
     context = RouterContext(conditional=cond, cu_seqlens=torch.tensor([0, 4, 9, 12]))
@@ -102,8 +102,9 @@ def test_contrastive_loss_against_a_loop_and_finite_differences(mode):
     samples = [range(9)] if mode == "token" else [range(4), range(4, 9)]  # the last sample has no label
     total = 0
     for sample in samples:
-        members = {e: [t for t in sample if e in routing.ids[t].tolist()] for e in range(4)}
-        used = [e for e in range(4) if members[e]]
+        members = {e: [t for t in sample if e in routing.ids[t].tolist()] for e in range(experts)}
+        used = [e for e in range(experts) if members[e]]
+        assert (len(used) < experts) == (experts == 40)
         for e in used:
             s = [torch.cosine_similarity(router.prototypes[e], x[members[f]].mean(0), 0) / 0.07 for f in used]
             total = total + (torch.stack(s).logsumexp(0) - s[used.index(e)]) / len(used) / len(samples)
@@ -113,6 +114,15 @@ def test_contrastive_loss_against_a_loop_and_finite_differences(mode):
         return torch.func.functional_call(router, {"prototypes": prototypes}, (x, context)).losses["rcl"]
 
     assert torch.autograd.gradcheck(loss, (x.requires_grad_(), router.prototypes))
+
+
+def test_the_loss_may_count_the_first_choice_alone():
+    one, two, both = PrototypeRouter(H, N), PrototypeRouter(H, N, 2, rcl_topk=False), PrototypeRouter(H, N, 2)
+    two.prototypes = both.prototypes = one.prototypes
+    x, context = torch.randn(20, H), RouterContext(conditional=conditional(20))
+    one, two, both = (router(x, context).losses["rcl"] for router in (one, two, both))
+    torch.testing.assert_close(one, two)
+    assert (both - one).abs() > 1e-3
 
 
 def test_contrastive_loss_without_partners_is_zero_and_connected():

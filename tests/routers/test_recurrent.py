@@ -154,6 +154,7 @@ def test_parameters_are_counted_once():
     routing = sum(p.numel() for name, p in model.named_parameters() if "experts" not in name)
     assert routing == 4 * P * (H + E) + 6 * P * P + 6 * P
     assert len({id(r.state.cell) for r in routers}) == 1
+    assert all(list(r.state_dict()) == ["weight", "projection"] for r in routers)  # the cell is the model's
 
 
 def test_empty_dtype_compile_state_and_operators():

@@ -104,6 +104,7 @@ def test_chunk_sparsity_loss_is_a_share():
 
 def test_losses_in_training_only():
     router, x = ReLUNormRouter(H, E, al_coef=0.5, cs_coef=2.0, chunk=8), torch.randn(21, H)
+    torch.nn.init.uniform_(router.gain, 0.5, 2)  # which is no part of the losses
     context = RouterContext(cu_seqlens=DOCUMENTS, mask=torch.arange(21) > 1)
     routing = router(x, context)
     on = routing.logits.relu()

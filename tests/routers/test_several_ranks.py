@@ -9,7 +9,9 @@ from ranks import ranks
 def bias_and_loads() -> tuple[list[float], list[int], list[int]]:
     rank = torch.distributed.get_rank()
     router = DeepSeekRouter(4, 4, 1, "sigmoid", bias_balance=1.0)
-    router.update_bias(torch.tensor([[8, 0, 0, 0], [0, 2, 4, 2]][rank]))
+    counts = torch.tensor([[8, 0, 0, 0], [0, 2, 4, 2]][rank])
+    router.update_bias(counts)
+    assert counts.sum() == 8  # the caller's own are not added up in place
     x = torch.randn([10, 30][rank], 4)
     loads = [expert_load(ExpertChoiceRouter(4, 5, scope=scope)(x)).tolist() for scope in ("rank", "world")]
     return router.expert_bias.tolist(), *loads

@@ -43,6 +43,7 @@ def test_every_mode(mode):
     for s in range(0, 1001, 100):
         k = math.floor(direct(mode, s, 1000, 2, 16) + 0.5)
         assert schedule.k_at(s) == min(max(k, 2), 16)
+    assert {schedule.k_at(s) for s in range(1000, 5001, 500)} == {schedule.k_at(1000)}
 
 
 def test_step_sets_every_router():
