@@ -4,7 +4,8 @@
 
 Writes bench/results/exchange.json, where rows of another number of ranks stay.
 
-No experts: rows go there and back.  Letters: T tokens of a rank, k choices, E experts, R ranks, H hidden.
+No experts in the first table: rows go there and back.  In the second an ExpertParallel's forward, its tokens cut into
+1, 2, 4 and 8 parts.  Letters: T tokens of a rank, k choices, E experts, R ranks, H hidden, I intermediate.
 """
 
 import argparse
@@ -21,13 +22,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moert import GluExperts
 from moert.cli.machine import machine_facts
 from moert.ops import Dispatched, ExpertMap, combine, dispatch
 from moert.ops.all_to_all import exchange_counts, send_rows
+from moert.parallel import ExpertParallel
 from moert.testing import random_routing
 from moert.types import Routing
 
 OUT = Path(__file__).resolve().parent / "results" / "exchange.json"
+DEGREES, LAYER = (1, 2, 4, 8), (1024, 16, 4, 2048, 512)  # T, E, k, H, I
 SHAPES = ((256, 64, 8, 2048), (1024, 64, 8, 2048), (1024, 8, 2, 4096))  # T, E, k, H
 
 
@@ -41,8 +45,10 @@ def main() -> None:
     torch.set_num_threads(1)
     shapes, seconds = (SHAPES[:1], 0.0) if options.smoke else (SHAPES, options.seconds)
     rows = [row for shape in shapes for row in bench(*shape, torch.bfloat16, seconds)]
+    rows += bench_degrees(*((16, 4, 2, 64, 32) if options.smoke else LAYER), torch.bfloat16, seconds)
     if dist.get_rank() == 0:
-        show(rows)
+        show([row for row in rows if "degree" not in row])
+        show([row for row in rows if "degree" in row])
         if not options.smoke:
             save(options.out, rows)
     dist.destroy_process_group()
@@ -57,6 +63,7 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
     calls = {
         "bytes alone": bytes_alone(x, routing, experts),
         "moert": lambda: combine((there := dispatch(x, routing, experts)).x, there),
+        "moert, int8 there": lambda: combine((there := dispatch(x, routing, experts, payload="int8")).x, there),
         "by hand": lambda: by_hand(x, got),
         "a copy a choice": lambda: choice_copies(x, routing, experts),
         "all-gather, reduce-scatter": lambda: everything(x),
@@ -65,6 +72,7 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
     choices = sum(1 for e in routing.ids.flatten().tolist() if experts.expert_to_rank[e] != rank)
     sent = {
         "moert": away,
+        "moert, int8 there": away,
         "by hand": away,
         "bytes alone": away,
         "a copy a choice": choices,
@@ -82,6 +90,30 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
             "p50_beside_bytes_alone": statistics.median(values) / base,
         }
         for name, values in times.items()
+    ]
+
+
+def bench_degrees(T: int, E: int, k: int, H: int, I: int, dtype: torch.dtype, seconds: float) -> list[dict]:
+    rank, R = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(T, H, generator=generator).to(dtype)
+    routing, experts = random_routing(T, E, k, generator=generator), GluExperts(E, H, I).to(dtype)
+    layers = {f"{degree} parts": ExpertParallel(experts, degree=degree) for degree in DEGREES}
+    with torch.no_grad():
+        times = interleaved({name: lambda layer=layer: layer(x, routing) for name, layer in layers.items()}, seconds)
+        sent = dispatch(x, routing, layers["1 parts"].map).splits.sent
+    base = statistics.median(times["1 parts"])
+    key = {"shape": f"T{T}-E{E}-k{k}-H{H}-I{I}", "ranks": R, "dtype": str(dtype).removeprefix("torch.")}
+    return [
+        {
+            **key,
+            "provider": name,
+            "degree": degree,
+            "rows_sent_by_rank_0": sum(n for r, n in enumerate(sent) if r != rank),
+            **figures(values),
+            "p50_beside_one_part": statistics.median(values) / base,
+        }
+        for degree, (name, values) in zip(DEGREES, times.items(), strict=True)
     ]
 
 
@@ -145,7 +177,7 @@ def interleaved(calls: dict[str, Callable], seconds: float) -> dict[str, list[fl
     while True:
         go_on = torch.tensor([float(time.monotonic() < end)])
         dist.broadcast(go_on, 0)
-        if not go_on and len(times["moert"]) >= 5:
+        if not go_on and len(next(iter(times.values()))) >= 5:
             return times
         for name, call in calls.items():
             dist.barrier()
@@ -169,12 +201,20 @@ def save(out: Path, rows: list[dict]) -> None:
 
 def show(rows: list[dict]) -> None:
     table = Table(title=f"{rows[0]['ranks']} ranks on this machine, {rows[0]['dtype']}, one thread each")
-    for column in ("shape", "provider", "rows sent by rank 0", "ms p50 (p20-p80)", "beside bytes alone"):
+    beside = next(key for key in rows[0] if key.startswith("p50_beside"))
+    columns = (
+        "shape",
+        "provider",
+        "rows sent by rank 0",
+        "ms p50 (p20-p80)",
+        beside.removeprefix("p50_").replace("_", " "),
+    )
+    for column in columns:
         table.add_column(column)
     for row in rows:
         ms = f"{1e3 * row['p50']:.1f} ({1e3 * row['p20']:.1f}-{1e3 * row['p80']:.1f})"
         sent = str(row["rows_sent_by_rank_0"])
-        table.add_row(row["shape"], row["provider"], sent, ms, f"{row['p50_beside_bytes_alone']:.2f}x")
+        table.add_row(row["shape"], row["provider"], sent, ms, f"{row[beside]:.2f}x")
     Console(width=130).print(table)
 
 

@@ -1,4 +1,5 @@
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -196,6 +197,7 @@ def refused() -> list[str]:
         (x.half(), Routing(routing.ids, routing.weights.half() if odd else routing.weights, E), whole),
         (x, routing, other if odd else whole),
         (x.requires_grad_() if odd else x.detach(), routing, whole),
+        (x.detach(), routing, whole, None, False, nullcontext, None, 2 if odd else 1),
         (x.detach(), Routing(routing.ids, routing.weights, 5) if odd else routing, whole),
         (x.detach(), routing, ExpertMap.of(None, E, 4) if odd else whole),
         (x.detach().int() if odd else x.detach(), routing, whole),
@@ -226,6 +228,7 @@ def test_errors():
         "the dtype of weights must be the same on every rank, got float32 on ranks 0, 2, float16 on rank 1",
         r"the checksum of placement must be the same on every rank, got \d+ on ranks 0, 2, \d+ on rank 1",
         "x.requires_grad must be the same on every rank, got no on ranks 0, 2, yes on rank 1",
+        "the number of parts must be the same on every rank, got 1 on ranks 0, 2, 2 on rank 1",
     ]
     own = [
         "routing must be to E=7 experts, got 5",

@@ -79,6 +79,45 @@ def test_forward_and_backward(R):
     assert ranks(R, like_one_process, R) == [None] * R
 
 
+def in_parts(R: int) -> None:
+    """However the tokens are cut, also into more parts than there are tokens: the bits of the whole."""
+    x, dy = tokens(R)
+    onto = Onto(rows=torch.randn(len(mine(x, R)), H), scale=torch.rand(len(mine(x, R))))
+    with batch_invariant(True):
+        for shared in (True, False):
+            results = {}
+            for degree in (1, 2, 4, 8):
+                model = shard_experts_(layer(shared=shared), degree=degree)
+                routing = model.router(mine(x, R))
+                added = model.experts(mine(x, R), routing, onto)
+                results[degree] = *step(model, mine(x, R), mine(dy, R)), added.detach()
+                grads = {name: p.grad.flatten(1) for name, p in model.named_parameters() if p.grad is not None}
+                if degree == 1:
+                    expected = grads
+                assert all(map(torch.equal, results[degree], results[1]))
+                for name, grad in grads.items():
+                    torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("R", [2, 3])
+def test_in_parts(R):
+    assert ranks(R, in_parts, R) == [None] * R
+
+
+def with_a_payload() -> float:
+    """The error of the layer's output beside rows that travel whole, relative."""
+    x = torch.randn(5, H)
+    whole, spread = layer(shared=False), layer(shared=False)
+    shard_experts_(spread, degree=2, payload="int8")
+    assert "degree=2, payload=int8" in repr(spread.experts)
+    expected = whole(x)
+    return ((spread(x) - expected).norm() / expected.norm()).item()
+
+
+def test_a_payload():
+    assert all(1e-4 < error < 0.02 for error in ranks(2, with_a_payload))
+
+
 def bit_for_bit(R: int) -> None:
     """Where no sum is taken in another order the bits are those of one process: one choice, or all on one rank."""
     torch.manual_seed(1)
@@ -188,6 +227,9 @@ def details() -> list[str]:
     for wrong in (
         lambda: ExpertParallel(nn.Linear(2, 2)),
         lambda: ExpertParallel(GluExperts(4, H, I), gradients="all"),
+        lambda: ExpertParallel(GluExperts(4, H, I), degree=0),
+        lambda: ExpertParallel(GluExperts(4, H, I), degree="2"),
+        lambda: ExpertParallel(GluExperts(4, H, I), payload="fp4"),
         lambda: ExpertParallel(GluExperts(4, H, I), placement=[1, 1, 1, 1]),
         lambda: ExpertParallel(GluExperts(1, H, I)),
         lambda: ExpertParallel(GluExperts(4, H, I), group=2),
@@ -329,9 +371,12 @@ def test_one_rank_is_refused():
 
 def test_details_and_errors():
     told = ranks(2, details)
-    assert told[0][:8] == told[1][:8] == [
+    assert told[0][:11] == told[1][:11] == [
         "experts must be of type GluExperts, got Linear",
         "gradients must be one of sum, mean, got all",
+        "degree must be at least 1, got 0",
+        "degree must be of type int, got str",
+        "payload must be None or one of int8, float8_e4m3, got fp4",
         "placement must give every rank an expert, got none for rank 0",
         "placement must give every rank an expert, got none for rank 1",
         "group must be of type ProcessGroup or DeviceMesh or None, got int",
@@ -339,6 +384,6 @@ def test_details_and_errors():
         "placement must name GluExperts of the model (experts), got expert",
         "model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))",
     ]  # fmt: skip
-    assert [t[8] for t in told] == [
+    assert [t[11] for t in told] == [
         f"rows added to experts (shared_experts) must have shape [{n}, 12], got [{n}, 13]" for n in TOKENS[:2]
     ]

@@ -1,7 +1,7 @@
 """The operators, one file each."""
 
 from moert.ops.all_to_all import Splits, all_to_all
-from moert.ops.dispatch import Dispatched, combine, dispatch
+from moert.ops.dispatch import Dispatched, Returning, combine, dispatch, start_combine
 from moert.ops.expert_choice import expert_choice
 from moert.ops.expert_map import ExpertMap
 from moert.ops.fused_experts import fused_experts
@@ -14,6 +14,7 @@ from moert.ops.union_experts import experts_in_use, union_experts
 __all__ = [
     "Dispatched",
     "ExpertMap",
+    "Returning",
     "Splits",
     "all_to_all",
     "combine",
@@ -26,6 +27,7 @@ __all__ = [
     "permute",
     "permute_plan",
     "plan_of",
+    "start_combine",
     "topk_gating",
     "union_experts",
     "unpermute",

@@ -40,9 +40,22 @@ def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
 
     Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.
     """
+    return start_all_to_all(rows, splits, asynchronous=False)[0]
+
+
+def start_all_to_all(rows: Tensor, splits: Splits, asynchronous: bool = True) -> tuple[Tensor, Callable[[], None]]:
+    """all_to_all's rows, not to be read before the function returns that comes with them."""
     if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
         raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
-    return _AllToAll.apply(rows, splits)
+    works: list[dist.Work | None] = []
+    arriving = _AllToAll.apply(rows, splits, asynchronous, works)
+
+    def arrive(sent=rows):  # what is sent must live so long
+        if works[0] is not None:
+            with splits.guard():
+                works[0].wait()
+
+    return arriving, arrive
 
 
 def all_to_all_ref(rows: Tensor, splits: Splits) -> Tensor:
@@ -86,17 +99,19 @@ def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, splits):
+    def forward(ctx, rows, splits, asynchronous, works):
         ctx.splits = splits
-        return send_rows(rows, splits)[0]
+        received, work = send_rows(rows, splits, asynchronous)
+        works.append(work)
+        return received
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows):
-        return send_rows(drows, ctx.splits.reversed)[0], None
+        return send_rows(drows, ctx.splits.reversed)[0], None, None, None
 
 
-WORDS = ("no", "yes", *(str(dtype).removeprefix("torch.") for dtype in (
+WORDS = ("no", "yes", "none", "int8", "float8_e4m3", *(str(dtype).removeprefix("torch.") for dtype in (
     torch.float32, torch.bfloat16, torch.float16, torch.float64
 )))  # fmt: skip
 

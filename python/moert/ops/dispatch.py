@@ -4,7 +4,7 @@ A row travels once to each rank that has any of its experts, its routing with it
 make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import Guard, Splits, all_to_all, exchange_counts, send_rows
+from moert.ops.all_to_all import Guard, Splits, exchange_counts, send_rows, start_all_to_all
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
+from moert.ops.payload import check_payload, decode, encode
 from moert.ops.permute import unpermute
 from moert.ops.same_device import same_device
 from moert.types import DispatchPlan, Routing
@@ -27,19 +28,19 @@ class Dispatched:
 
     The routing's ids are those of this rank's own experts, -1 for choices that are not its business.  plan says where
     each token went (offsets [R+1], tokens [N], slots [T, k]) and splits how many rows went and came: for combine.
-    Nothing of x and routing may be read before wait() where dispatch was asynchronous.
+    Nothing of x and routing may be read before wait() where dispatch was asynchronous; arrive is what wait() calls.
     """
 
     x: Tensor
     routing: Routing
     plan: DispatchPlan
     splits: Splits
-    on_the_way: "tuple[dist.Work, Tensor] | None" = None  # and the rows sent, which must live so long
+    arrive: Callable[[], None] | None = None  # returns when they are here
 
     def wait(self) -> "Dispatched":
-        if self.on_the_way is not None:
+        if self.arrive is not None:
             with self.splits.guard():
-                self.on_the_way[0].wait()
+                self.arrive()
         return self
 
 
@@ -50,23 +51,27 @@ def dispatch(
     group: dist.ProcessGroup | None = None,
     asynchronous: bool = False,
     guard: Guard = nullcontext,
+    payload: str | None = None,
+    parts: int = 1,
 ) -> Dispatched:
     """Send each row of x [T, H] to the ranks of the group (None: all) that hold the experts of its routing.
 
     Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
-    nowhere.  float32, bfloat16, float16, float64; rows arrive bit for bit.  Where H, k, E, the dtypes, the placement or
-    the need for gradients differ between ranks, or one has an error of its own, all raise one that names the ranks.
-    x and routing.weights get gradients, once.  This rank waits for the others inside guard(), also on the way back.
+    nowhere.  float32, bfloat16, float16, float64; rows arrive bit for bit, or with payload "int8" or "float8_e4m3"
+    rounded to it, a scale for each row; gradients and combine's rows travel whole.  parts: of how many such calls this
+    is one.  Where H, k, E, the dtypes, payload, parts, the placement or the need for gradients differ between ranks, or
+    one has an error of its own, all raise one that names the ranks.  x and routing.weights get gradients, once, as if
+    nothing were rounded.  This rank waits for the others inside guard(), also on the way back.
     """
     with refusing(group, guard):
-        plan = _plan(x, routing, experts, group)
+        plan = _plan(x, routing, experts, group, payload)
         counts = plan.offsets.diff()
-    splits = exchange_counts(counts, _facts(x, routing, experts), group, guard)
+    splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts), group, guard)
     plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
-    sent = _Sent(routing, experts, plan, splits, asynchronous)
+    sent = _Sent(routing, experts, plan, splits, asynchronous, payload)
     rows, weights = _Dispatch.apply(x, routing.weights, sent)
     num_local = len(experts.experts_of(dist.get_rank(group)))
-    return Dispatched(rows, Routing(sent.ids, weights, num_local), plan, splits, sent.on_the_way)
+    return Dispatched(rows, Routing(sent.ids, weights, num_local), plan, splits, sent.arrive)
 
 
 @contextmanager
@@ -79,6 +84,20 @@ def refusing(group: dist.ProcessGroup | None, guard: Guard) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class Returning:
+    """Results on their way home: rows [N, H], not to be read before wait(), and the plan of their tokens."""
+
+    rows: Tensor
+    plan: DispatchPlan
+    arrive: Callable[[], None]
+
+    def wait(self, residual: Tensor | None = None) -> Tensor:
+        """combine's [T, H]."""
+        self.arrive()
+        return unpermute(self.rows, self.plan, None, residual)
+
+
 def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
     """Rows back where they came from: y [M, H], what the experts made of dispatched.x, in its dtype -> [T, H].
 
@@ -86,6 +105,11 @@ def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -
     Each token's rows are added in float32 (float64 for float64), in the order of its choices, onto residual [T, H]
     (None: zero).  A token that went nowhere is the residual.
     """
+    return start_combine(y, dispatched, asynchronous=False).wait(residual)
+
+
+def start_combine(y: Tensor, dispatched: Dispatched, asynchronous: bool = True) -> Returning:
+    """combine, begun: this rank may do something else while rows travel.  y must not be written before wait()."""
     expect(Tensor, y=y)
     expect(Dispatched, dispatched=dispatched)
     x = dispatched.x
@@ -94,7 +118,8 @@ def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -
         raise ValueError(f"y must have shape [M={x.shape[0]}, H={x.shape[1]}], got {list(y.shape)}")
     if y.dtype != x.dtype:
         raise ValueError(f"y must have the dtype of the rows dispatched ({x.dtype}), got {y.dtype}")
-    return unpermute(all_to_all(y, dispatched.splits.reversed), dispatched.plan, None, residual)
+    rows, arrive = start_all_to_all(y, dispatched.splits.reversed, asynchronous)
+    return Returning(rows, dispatched.plan, arrive)
 
 
 def dispatch_ref(x: Tensor, routing: Routing, experts: ExpertMap, group: dist.ProcessGroup | None = None):
@@ -159,20 +184,20 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
     return records
 
 
-FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the checksum of placement", "x.requires_grad",
-         "weights.requires_grad")  # fmt: skip
+FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload", "the number of parts",
+         "the checksum of placement", "x.requires_grad", "weights.requires_grad")  # fmt: skip
 
 
-def _facts(x: Tensor, routing: Routing, experts: ExpertMap) -> dict[str, int | str]:
+def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload: str | None, parts: int) -> dict[str, int | str]:
     """What all ranks must agree on: sizes and types of what travels, and whether gradients will travel back."""
     weights = routing.weights
     needs = ["yes" if torch.is_grad_enabled() and t.requires_grad else "no" for t in (x, weights)]
     types = [str(t.dtype).removeprefix("torch.") for t in (x, weights)]
     sizes = (x.shape[1], routing.ids.shape[1], experts.num_experts)
-    return dict(zip(FACTS, (*sizes, *types, experts.checksum, *needs), strict=True))
+    return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *needs), strict=True))
 
 
-def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group) -> DispatchPlan:
+def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group, payload: str | None) -> DispatchPlan:
     expect(Tensor, x=x)
     expect(Routing, routing=routing)
     expect(ExpertMap, experts=experts)
@@ -180,6 +205,7 @@ def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group) -> DispatchPla
         raise ValueError(f"experts must lie on the R={dist.get_world_size(group)} ranks, got {experts.num_ranks}")
     if routing.num_experts != experts.num_experts:
         raise ValueError(f"routing must be to E={experts.num_experts} experts, got {routing.num_experts}")
+    check_payload(payload)
     torch.ops.moert.dispatch_pack(*_routed(x, routing, experts), *_nothing(experts))  # its checks of all the rest
     return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks))
 
@@ -196,22 +222,38 @@ def _nothing(experts: ExpertMap) -> tuple[Tensor, Tensor]:
 class _Sent:
     """What goes through _Dispatch beside its tensors, in and out."""
 
-    def __init__(self, routing, experts, plan, splits, asynchronous):
+    def __init__(self, routing, experts, plan, splits, asynchronous, payload):
         self.routing, self.experts, self.plan, self.splits = routing, experts, plan, splits
-        self.asynchronous, self.ids, self.on_the_way = asynchronous, None, None
+        self.asynchronous, self.payload, self.ids, self.arrive = asynchronous, payload, None, None
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, sent):
-        plan = sent.plan
-        records = torch.ops.moert.dispatch_pack(*_routed(x, sent.routing, sent.experts), plan.offsets, plan.tokens)
+        (_, H), k, plan, payload = x.shape, weights.shape[1], sent.plan, sent.payload
+        travels = encode(x.detach(), payload) if payload else x
+        records = torch.ops.moert.dispatch_pack(
+            *_routed(travels, sent.routing, sent.experts), plan.offsets, plan.tokens
+        )
         received, work = send_rows(records, sent.splits, sent.asynchronous)
-        sent.on_the_way = (work, records) if sent.asynchronous else None
-        ctx.plan, ctx.splits, ctx.H, ctx.k = plan, sent.splits, x.shape[1], weights.shape[1]
-        rows, weights, sent.ids = _fields(received, x.dtype, weights.dtype, ctx.H, ctx.k)
+        rows, arrived, sent.ids = _fields(received, travels.dtype, weights.dtype, travels.shape[1], k)
+        if payload:
+            words, rows = rows, x.new_empty(len(rows), H)
+        here = rows.detach()
+
+        def arrive(sent=records):  # what is sent must live so long
+            if work is not None:
+                work.wait()
+            if payload:
+                here.copy_(decode(words, H, x.dtype, payload))
+
+        if sent.asynchronous:
+            sent.arrive = arrive
+        else:
+            arrive()
+        ctx.plan, ctx.splits, ctx.H, ctx.k = plan, sent.splits, H, k
         ctx.save_for_backward(sent.ids)
-        return rows, weights
+        return rows, arrived
 
     @staticmethod
     @once_differentiable

@@ -13,9 +13,10 @@ from torch.func import functional_call
 from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
 from moert.ops.autocast import autocast
-from moert.ops.dispatch import Dispatched, combine, dispatch, refusing
+from moert.ops.dispatch import Dispatched, dispatch, refusing, start_combine
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
+from moert.ops.payload import check_payload
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
@@ -34,6 +35,9 @@ class ExpertParallel(Experts):
     gradients="mean" of their mean, as DistributedDataParallel and FSDP2 have it for the rest of a model.  replicas is
     the group of ranks that hold the same experts (the data axis of a mesh), over which gradients are added up too.
     Where a rank is lost the others raise an error; pulse, of the same group, makes it name the rank.
+
+    degree: into how many parts the tokens of a call are cut, the experts at work on one while the next and the last
+    travel (Tutel, arXiv 2206.03382).  payload: what rows travel in on their way to the experts (moert.ops.dispatch).
     """
 
     def __init__(
@@ -44,11 +48,18 @@ class ExpertParallel(Experts):
         gradients: str = "sum",
         replicas: Group = None,
         pulse: Pulse | None = None,
+        degree: int = 1,
+        payload: str | None = None,
     ):
         super().__init__()
         expect(GluExperts, experts=experts)
         if gradients not in GRADIENTS:
             raise ValueError(f"gradients must be one of {', '.join(GRADIENTS)}, got {gradients}")
+        expect(int, degree=degree)
+        if degree < 1:
+            raise ValueError(f"degree must be at least 1, got {degree}")
+        check_payload(payload)
+        self.degree, self.payload = degree, payload
         self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
         self.map = ExpertMap.of(placement, experts.num_experts, dist.get_world_size(self.group))
         held = torch.bincount(self.map.expert_to_rank, minlength=self.map.num_ranks)
@@ -71,8 +82,9 @@ class ExpertParallel(Experts):
             check_added(onto.rows, x)
             # Under autocast rows travel in the dtype in which the experts multiply them.
             x, rows, constants = autocast(x, onto.rows, onto.constants)
-        there = dispatch(x, routing, self.map, self.group, asynchronous=shared, guard=self.guard)
         plain = onto.scale is None and onto.mix is None
+        parts = _cut(x, routing, self.degree)
+        there = self._dispatch(*parts[0], asynchronous=shared or len(parts) > 1)
         if shared:
             try:
                 rows = added(given)
@@ -80,8 +92,17 @@ class ExpertParallel(Experts):
                 _, rows = autocast(x, rows)
             finally:
                 there.wait()
-        y = combine(self._local(there), there, rows if plain else None)
+        returning = []
+        for following in (*parts[1:], None):
+            here, there = there, following and self._dispatch(*following, asynchronous=True)
+            returning.append(start_combine(self._local(here.wait()), here, asynchronous=len(parts) > 1))
+        residuals = rows.tensor_split(len(parts)) if plain and rows is not None else [None] * len(parts)
+        y = [back.wait(residual) for back, residual in zip(returning, residuals, strict=True)]
+        y = y[0] if len(y) == 1 else torch.cat(y)
         return y if plain else replace(onto, rows=rows, constants=constants).added_to(y)
+
+    def _dispatch(self, x: Tensor, routing: Routing, asynchronous: bool) -> Dispatched:
+        return dispatch(x, routing, self.map, self.group, asynchronous, self.guard, self.payload, self.degree)
 
     def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
         return self(x, routing, onto)
@@ -96,7 +117,18 @@ class ExpertParallel(Experts):
         return functional_call(self.local, reduced, (there.x, there.routing))
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
+        ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
+        return f"{ranks}, degree={self.degree}, payload={self.payload}"
+
+
+def _cut(x: Tensor, routing: Routing, degree: int) -> list[tuple[Tensor, Routing]]:
+    """Parts of nearly as many tokens each; on every rank as many parts, some of them without tokens."""
+    if degree == 1:
+        return [(x, routing)]
+    cut = zip(
+        x.tensor_split(degree), routing.ids.tensor_split(degree), routing.weights.tensor_split(degree), strict=True
+    )
+    return [(rows, Routing(ids, weights, routing.num_experts)) for rows, ids, weights in cut]
 
 
 def shard_experts_(
@@ -106,6 +138,8 @@ def shard_experts_(
     gradients: str = "sum",
     replicas: Group = None,
     pulse: Pulse | None = None,
+    degree: int = 1,
+    payload: str | None = None,
 ) -> nn.Module:
     """Replace every GluExperts inside model by its ExpertParallel; returns model.
 
@@ -125,7 +159,7 @@ def shard_experts_(
     names = {module: [name for name in found if found[name] is module] for module in found.values()}
     placement = _by_first_name(placement or {}, names)
     for module, (first, *others) in names.items():
-        spread = ExpertParallel(module, group, placement.get(first), gradients, replicas, pulse)
+        spread = ExpertParallel(module, group, placement.get(first), gradients, replicas, pulse, degree, payload)
         for name in (first, *others):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, spread)

@@ -1,0 +1,60 @@
+"""Rows that travel in eight bits an element, a scale for each, as DeepSeek-V3 dispatches in fp8 (arXiv 2412.19437).
+
+Letters: T rows of H elements.
+"""
+
+import torch
+from torch import Tensor
+
+# The type that travels and its largest value.
+PAYLOADS = {"int8": (torch.int8, 127.0), "float8_e4m3": (torch.float8_e4m3fn, 448.0)}
+WORD = torch.float32  # what carries the bytes: it is moved, never computed with
+
+
+def check_payload(payload: str | None) -> None:
+    if payload is not None and payload not in PAYLOADS:
+        raise ValueError(f"payload must be None or one of {', '.join(PAYLOADS)}, got {payload}")
+
+
+def encode(x: Tensor, payload: str) -> Tensor:
+    """x [T, H], floating point -> words [T, ceil(H / 4) + 1]: the elements, zeros up to a word, the row's scale.
+
+    The scale is the row's largest magnitude over the type's, float32.  A row with a value that is not finite arrives as
+    NaN.
+    """
+    dtype, largest = PAYLOADS[payload]
+    T, H = x.shape
+    words = torch.zeros(T, (H + 3) // 4 + 1, dtype=WORD, device=x.device)
+    if H:
+        x = x.float()
+        scale = x.abs().amax(-1, keepdim=True) / largest
+        scale = torch.where(scale.isfinite(), scale, torch.nan)
+        scaled = torch.where(scale > 0, x / scale, 0)  # a row of zeros has scale 0, one of NaN no comparison
+        words[:, :-1].view(dtype)[:, :H] = scaled.round() if dtype == torch.int8 else scaled
+        words[:, -1:] = scale
+    return words
+
+
+def decode(words: Tensor, H: int, dtype: torch.dtype, payload: str) -> Tensor:
+    """words [M, ceil(H / 4) + 1], strided rows -> [M, H] in dtype."""
+    elements = words[:, :-1].view(PAYLOADS[payload][0])[:, :H]
+    return (elements.float() * words[:, -1:]).to(dtype)
+
+
+def rounded_ref(x: Tensor, payload: str) -> Tensor:
+    """What arrives of x [T, H], element by element."""
+    rows = []
+    for row in x.float().tolist():
+        largest = max(map(abs, row), default=0.0)
+        scale = torch.tensor(largest) / (127 if payload == "int8" else 448)
+        for value in row:
+            exact = torch.tensor(value) / scale
+            if not all(torch.tensor(row).isfinite()):
+                rows.append(torch.nan)
+            elif largest == 0:
+                rows.append(0.0)
+            elif payload == "int8":
+                rows.append(round(exact.item()) * scale.item())  # to even, where there are two
+            else:
+                rows.append(exact.to(torch.float8_e4m3fn).item() * scale.item())
+    return torch.tensor(rows, dtype=torch.float32).reshape(x.shape).to(x.dtype)
