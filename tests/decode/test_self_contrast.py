@@ -6,12 +6,12 @@ from tests.decode.models import SIZES, greedy, llama, mixtral
 from transformers import DynamicCache, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import moert.integrations.transformers  # noqa: F401
-from moert import RouterContext
+from moert import GluExperts, MoELayer, RouterContext
 from moert.decode import contrast_logits, self_contrast
 from moert.decode.cached import holding
 from moert.decode.self_contrast import TwoRoutings
 from moert.integrations.transformers.routers import use_routers_
-from moert.routers import given_context, routers_in
+from moert.routers import PrototypeRouter, given_context, routers_in
 from moert.testing import OperatorsRan
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -183,5 +183,10 @@ def test_errors():
         contrast_logits(z, z, beta=-1)
     with pytest.raises(ValueError, match=r"ranks must be in \[1, 8\], got 9"):
         self_contrast(model(), PROMPT, weak_ranks=(9,), max_new_tokens=1)
+    other = llama()
+    other.model.layers[1].mlp = MoELayer(PrototypeRouter(64, 4, uncond_expert=False), GluExperts(4, 64, 8))
+    message = r"model must have routers that read ranks, got PrototypeRouter \(model.layers.1.mlp.router\)"
+    with pytest.raises(ValueError, match=message):
+        self_contrast(other, PROMPT, max_new_tokens=1)
     with pytest.raises(ValueError, match="model must have moert routers with a k, got none"):
         self_contrast(llama(), PROMPT, max_new_tokens=1)

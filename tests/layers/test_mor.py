@@ -270,7 +270,11 @@ def test_dtype_empty_compile_state_and_operators():
     [
         ({"mode": "layer"}, "mode must be expert or token, got layer"),
         ({"gating": "soft"}, "gating must be one of weighted, additive, replace, got soft"),
-        ({"gates": "first"}, "gates must be one of last, every, got first"),
+        ({"mode": "token", "gates": "first"}, "gates must be one of last, every, got first"),
+        ({"gates": "every"}, "gates must be last in mode expert, which has no use for it, got every"),
+        ({"score": "sigmoid"}, "score must be softmax in mode expert, which has no use for it, got sigmoid"),
+        ({"mode": "token", "capacity": [1, 1, 1]}, "capacity must be None in mode token, .*, got"),
+        ({"mode": "token", "threshold": 0.7}, "threshold must be 0.5 in mode token, .*, got 0.7"),
         ({"kv": "none"}, "kv must be one of recursion, shared, update, got none"),
         ({"capacity": [1, 0.5]}, r"capacity must be 3 shares that do not increase, got \[1, 0.5\]"),
         ({"capacity": [0.5, 1, 1]}, r"capacity must be 3 shares that do not increase, got \[0.5, 1, 1\]"),

@@ -3,6 +3,14 @@ import torch
 
 from moert import GroupLimit, RouterContext, TopKRouter, topk_gating
 from moert.ops.gating import SCORES
+from moert.routers import (
+    DeepSeekRouter,
+    FrozenRandomRouter,
+    GatingResidualRouter,
+    RecurrentRouter,
+    RecurrentState,
+    SimilarityRouter,
+)
 from moert.routers.ranks import rank_gating
 from moert.testing import OperatorsRan
 
@@ -84,6 +92,34 @@ def test_weights_are_renormalised_as_the_router_does_or_as_the_context_says():
             routing = router(x, RouterContext(ranks=ranks, renormalize=given))
             ones = own if given is None else given
             torch.testing.assert_close(routing.weights, p / p.sum(-1, keepdim=True) if ones else p)
+
+
+@pytest.mark.parametrize("make", (
+    lambda: TopKRouter(16, E, 2),
+    lambda: TopKRouter(16, E, 2, "softmax_over_topk"),
+    lambda: DeepSeekRouter.v1(16, E, 2),
+    lambda: RecurrentRouter(16, E, 2, RecurrentState(4)),
+    lambda: SimilarityRouter(16, E, 2, "cosine"),
+    lambda: FrozenRandomRouter(16, E, 2),
+    lambda: GatingResidualRouter(16, E, kinds=["ffn"] * 6 + ["copy", "zero"]),
+    lambda: GatingResidualRouter(16, E, renorm="paper"),
+    lambda: GatingResidualRouter(16, E, renorm="mixtral"),
+), ids=("top-k", "over k", "deepseek", "rmoe", "similarity", "frozen", "residual", "paper", "mixtral"))  # fmt: skip
+def test_every_router_of_the_k_best_reads_ranks(make):
+    router, x = make().eval(), torch.randn(30, 16)
+    if hasattr(router, "projection"):
+        torch.nn.init.normal_(router.projection)
+    assert router.reads_ranks
+    plain, first = router(x), router(x, RouterContext(ranks=((1, 2),)))
+    assert torch.equal(plain.ids, first.ids)
+    torch.testing.assert_close(first.weights, plain.weights, rtol=1e-5, atol=1e-7)
+    groups = torch.arange(30) % 2
+    mixed = router(x, RouterContext(ranks=((1, 2), (3,)), group=groups))
+    third = plain.logits.sort(descending=True, stable=True).indices[:, 2]
+    assert torch.equal(mixed.ids[::2], plain.ids[::2]) and torch.equal(mixed.ids[1::2, 0].long(), third[1::2])
+    assert (mixed.ids[1::2, 1] == E).all() and not mixed.weights[1::2, 1].any()
+    alone = router(x, RouterContext(ranks=((3,),))).weights
+    torch.testing.assert_close(mixed.weights[1::2, :1], alone[1::2])
 
 
 def test_gradients():

@@ -62,6 +62,9 @@ class TwoRoutings:
         routers = {name: router for name, router in routers_in(self.model).items() if hasattr(router, "k")}
         if not routers:
             raise ValueError("model must have moert routers with a k, got none (see use_routers_)")
+        for name, router in routers.items():
+            if not router.reads_ranks:
+                raise ValueError(f"model must have routers that read ranks, got {type(router).__name__} ({name})")
         return {name: of(router) for name, router in routers.items()}
 
     @torch.no_grad()

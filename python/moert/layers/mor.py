@@ -73,6 +73,14 @@ class RecursiveStack(TakesContext):
         share = [(depths - r) / depths for r in range(depths)] if capacity is None else list(capacity)
         if mode not in ("expert", "token"):
             raise ValueError(f"mode must be expert or token, got {mode}")
+        idle = {"capacity": (capacity, None), "causal": (causal, "aux"), "bce_coef": (bce_coef, 0.001)}
+        idle |= {"warmup": (warmup, 0), "threshold": (threshold, 0.5)}
+        if mode == "expert":
+            idle = {"balance": (balance, "loss"), "balance_coef": (balance_coef, 0.1), "score": (score, "softmax")}
+            idle |= {"gates": (gates, "last")}
+        for name, (value, default) in idle.items():
+            if value != default:
+                raise ValueError(f"{name} must be {default} in mode {mode}, which has no use for it, got {value}")
         if gating not in GATINGS:
             raise ValueError(f"gating must be one of {', '.join(GATINGS)}, got {gating}")
         if gates not in GATES:

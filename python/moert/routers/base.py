@@ -112,10 +112,12 @@ class Router(TakesContext):
     """Decides which experts each token goes to, and with what weights.
 
     logit_bias [E] is None or a trained parameter that a router adds to its logits (by biased).  What wide names
-    (parameters and buffers) stays float32 when the module moves to a lower precision.
+    (parameters and buffers) stays float32 when the module moves to a lower precision.  reads_ranks says whether it
+    goes by the ranks of a context.
     """
 
     wide: tuple[str, ...] = ()
+    reads_ranks = False
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moert.ops.gating import topk_gating
 from moert.routers.base import Router, RouterContext
+from moert.routers.ranks import gating
 from moert.types import Routing
 
 
@@ -17,6 +17,8 @@ class FrozenRandomRouter(Router):
     another).  All ranks of a process group hold rank 0's.  k may be set at any time between forward and forward:
     KSchedule and set_active_experts do.
     """
+
+    reads_ranks = True
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class FrozenRandomRouter(Router):
 
     def forward(self, x: Tensor, context: RouterContext | None = None) -> Routing:
         logits_TE = self.biased(F.linear(x, self.weight, self.bias), context)
-        weights, ids = topk_gating(logits_TE, self.k, "softmax_over_topk")
+        weights, ids = gating(logits_TE, self.k, context, "softmax_over_topk")
         return Routing(ids, weights, self.num_experts, logits_TE)
 
     @property

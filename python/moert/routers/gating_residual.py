@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moert.ops.gating import topk_gating
 from moert.routers.base import Router, RouterContext
 from moert.routers.capacity import within_capacity
 from moert.routers.linear import wide_dtype
 from moert.routers.losses import balance_terms
+from moert.routers.ranks import gating
 from moert.types import Routing, check_kinds
 
 RENORMS = ("released", "paper", "mixtral")
@@ -31,6 +31,7 @@ class GatingResidualRouter(Router):
     which context.mask counts.
     """
 
+    reads_ranks = True
     wide = ("weight", "hidden_weight", "residual_weight", "logit_bias")
 
     def __init__(
@@ -93,9 +94,9 @@ class GatingResidualRouter(Router):
         context = context or RouterContext()
         logits_TE = self._logits(x, context)
         if self.renorm == "mixtral":
-            weights, ids = topk_gating(logits_TE, self.k, "softmax_over_topk")
+            weights, ids = gating(logits_TE, self.k, context, "softmax_over_topk")
         else:
-            weights, ids = topk_gating(logits_TE, self.k)
+            weights, ids = gating(logits_TE, self.k, context)
         if self.renorm == "released":
             for e in (e for e, kind in enumerate(self.kinds) if kind == "zero"):
                 weights = torch.where(ids == e, 0, weights)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moert.ops.gating import topk_gating
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter
+from moert.routers.ranks import gating
 from moert.types import Routing
 
 ROWS = 512  # of the similarity matrix at a time
@@ -58,6 +59,8 @@ class MixedRouter(LinearRouter):
     does it inside a model).
     """
 
+    reads_ranks = True
+
     def __init__(
         self,
         hidden: int,
@@ -97,7 +100,7 @@ class MixedRouter(LinearRouter):
     def chosen(self, r_TE: Tensor, tokens: Tokens, context: RouterContext) -> Routing:
         """Softmax of log r is r, so the gating operator and the loss take them as they are."""
         logits = r_TE.clamp_min(torch.finfo(r_TE.dtype).tiny).log()
-        weights, ids = topk_gating(logits, self.k, "softmax", renormalize=self.renorm)
+        weights, ids = gating(logits, self.k, context, renormalize=self.renorm)
         routing = Routing(ids, weights, self.num_experts, logits, state=tokens)
         return self.balanced(routing, context)
 

@@ -11,6 +11,23 @@ from moert.routers.base import RouterContext
 from moert.types import GroupLimit
 
 
+def gating(
+    logits: Tensor,
+    k: int,
+    context: RouterContext | None,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    renormalize: bool = False,
+    scale: float = 1.0,
+    groups: GroupLimit | None = None,
+) -> tuple[Tensor, Tensor]:
+    """topk_gating, or rank_gating where the context has ranks, which may also say whether to renormalize."""
+    if context is None or context.ranks is None:
+        return topk_gating(logits, k, score, bias, renormalize, scale, groups)
+    renormalize = renormalize if context.renormalize is None else context.renormalize
+    return rank_gating(logits, context, score, bias, renormalize, scale, groups)
+
+
 def rank_gating(
     logits: Tensor,
     context: RouterContext,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moert.ops.gating import topk_gating
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter
+from moert.routers.ranks import gating
 from moert.types import Routing
 
 
@@ -62,6 +62,8 @@ class RecurrentRouter(LinearRouter):
     losses["balance"] is balance_coef times the Switch loss of this layer (load_balance_loss has that of all together).
     """
 
+    reads_ranks = True
+
     def __init__(
         self,
         hidden: int,
@@ -102,7 +104,7 @@ class RecurrentRouter(LinearRouter):
         with torch.autocast(x.device.type, enabled=False):
             h_Tp = self.state(F.linear(x.to(wide), self.projection.to(wide)), self._before(x, context, wide))
         logits_TE = self.logits(h_Tp, context)
-        weights, ids = topk_gating(logits_TE, self.k, "softmax", renormalize=self.renorm)
+        weights, ids = gating(logits_TE, self.k, context, renormalize=self.renorm)
         routing = Routing(ids, weights, self.num_experts, logits_TE, state=h_Tp)
         return self.balanced(routing, context)
 

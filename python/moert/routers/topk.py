@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from moert.ops.gating import SCORES, topk_gating
+from moert.ops.gating import SCORES
 from moert.ops.kinds import expect
 from moert.routers.base import RouterContext
 from moert.routers.linear import LinearRouter, wide_dtype
-from moert.routers.ranks import rank_gating
+from moert.routers.ranks import gating
 from moert.types import GroupLimit, Routing
 
 
@@ -19,6 +19,7 @@ class TopKRouter(LinearRouter):
     the models with this score: float32 for sigmoid, else the dtype of x.
     """
 
+    reads_ranks = True
     wide = ("expert_bias",)  # in bfloat16 a bias of 1 would swallow every step of 0.001
 
     def __init__(
@@ -60,12 +61,8 @@ class TopKRouter(LinearRouter):
         bias = self.expert_bias
         if bias is not None and logits_TE.dtype != torch.float64:
             bias = bias.float()
-        if context is not None and context.ranks is not None:
-            renormalize = self.renormalize if context.renormalize is None else context.renormalize
-            weights, ids = rank_gating(logits_TE, context, self.score, bias, renormalize, self.scale, self.groups)
-        else:
-            choice = (self.score, bias, self.renormalize, self.scale, self.groups)
-            weights, ids = topk_gating(logits_TE, self.k, *choice)
+        choice = (self.score, bias, self.renormalize, self.scale, self.groups)
+        weights, ids = gating(logits_TE, self.k, context, *choice)
         return Routing(ids, weights, self.num_experts, logits=logits_TE)
 
     @property
