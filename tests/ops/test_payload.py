@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moert import Routing
 from moert.ops.dispatch import combine, dispatch, record_bytes
 from moert.ops.expert_map import ExpertMap
 from moert.ops.payload import PAYLOADS, WORD, decode, encode, rounded_ref
@@ -75,6 +76,8 @@ def differs() -> str:
     experts = ExpertMap.of(None, E, 2)
     with pytest.raises(ValueError, match="payload must be None or one of int8, float8_e4m3, got int4"):
         dispatch(x, routing, experts, payload="int4")
+    with pytest.raises(ValueError, match="routing.weights must be float32 beside a payload, got torch.float16"):
+        dispatch(x.half(), Routing(routing.ids, routing.weights.half(), E), experts, payload="int8")
     with pytest.raises(RuntimeError) as error:
         dispatch(x, routing, experts, payload="int8" if dist.get_rank() else None)
     return str(error.value)

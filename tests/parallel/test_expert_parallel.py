@@ -104,6 +104,28 @@ def test_in_parts(R):
     assert ranks(R, in_parts, R) == [None] * R
 
 
+def within_a_capacity() -> list[int]:
+    """Room for all is the layer without one; none leaves what shared experts make; both also in parts."""
+    x = torch.randn(5, H)
+    routed, dropped = layer(), []
+    alone = layer(shared=False)
+    for degree in (1, 2):
+        plenty = shard_experts_(layer(), degree=degree, capacity=5)
+        torch.testing.assert_close(plenty(x), routed(x), rtol=1e-5, atol=1e-6)
+        none = shard_experts_(layer(), degree=degree, capacity=0, drop="weight")
+        assert torch.equal(none(x), none.shared_experts(x)) and "capacity=0" in repr(none.experts)
+        assert none.experts.dropped > 0 == plenty.experts.dropped
+        one = shard_experts_(layer(shared=False), degree=degree, capacity=1)
+        changed = (one(x) != alone(x)).any(1).sum().item()
+        dropped.append(one.experts.dropped.item())
+        assert changed <= dropped[-1]
+    return dropped
+
+
+def test_a_capacity():
+    assert all(a > b > 0 for a, b in ranks(2, within_a_capacity))
+
+
 def with_a_payload() -> float:
     """The error of the layer's output beside rows that travel whole, relative."""
     x = torch.randn(5, H)
@@ -230,6 +252,8 @@ def details() -> list[str]:
         lambda: ExpertParallel(GluExperts(4, H, I), degree=0),
         lambda: ExpertParallel(GluExperts(4, H, I), degree="2"),
         lambda: ExpertParallel(GluExperts(4, H, I), payload="fp4"),
+        lambda: ExpertParallel(GluExperts(4, H, I), capacity=-1),
+        lambda: ExpertParallel(GluExperts(4, H, I), drop="last"),
         lambda: ExpertParallel(GluExperts(4, H, I), placement=[1, 1, 1, 1]),
         lambda: ExpertParallel(GluExperts(1, H, I)),
         lambda: ExpertParallel(GluExperts(4, H, I), group=2),
@@ -371,12 +395,14 @@ def test_one_rank_is_refused():
 
 def test_details_and_errors():
     told = ranks(2, details)
-    assert told[0][:11] == told[1][:11] == [
+    assert told[0][:13] == told[1][:13] == [
         "experts must be of type GluExperts, got Linear",
         "gradients must be one of sum, mean, got all",
         "degree must be at least 1, got 0",
         "degree must be of type int, got str",
         "payload must be None or one of int8, float8_e4m3, got fp4",
+        "capacity must be None or a number of rows for each rank, got -1",
+        "drop must be one of position, weight, got last",
         "placement must give every rank an expert, got none for rank 0",
         "placement must give every rank an expert, got none for rank 1",
         "group must be of type ProcessGroup or DeviceMesh or None, got int",
@@ -384,6 +410,6 @@ def test_details_and_errors():
         "placement must name GluExperts of the model (experts), got expert",
         "model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))",
     ]  # fmt: skip
-    assert [t[11] for t in told] == [
+    assert [t[13] for t in told] == [
         f"rows added to experts (shared_experts) must have shape [{n}, 12], got [{n}, 13]" for n in TOKENS[:2]
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +19,7 @@ from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload, decode, encode
 from moert.ops.permute import unpermute
+from moert.ops.rank_capacity import check_capacity, plan_within
 from moert.ops.same_device import same_device
 from moert.types import DispatchPlan, Routing
 
@@ -36,6 +38,7 @@ class Dispatched:
     plan: DispatchPlan
     splits: Splits
     arrive: Callable[[], None] | None = None  # returns when they are here
+    dropped: Tensor | None = None  # [], of this rank's rows, for want of capacity
 
     def wait(self) -> "Dispatched":
         if self.arrive is not None:
@@ -53,16 +56,24 @@ def dispatch(
     guard: Guard = nullcontext,
     payload: str | None = None,
     parts: int = 1,
+    capacity: int | None = None,
+    drop: str = "position",
 ) -> Dispatched:
     """Send each row of x [T, H] to the ranks of the group (None: all) that hold the experts of its routing.
 
     Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
     nowhere.  float32, bfloat16, float16, float64; rows arrive bit for bit, or with payload "int8" or "float8_e4m3"
-    rounded to it, a scale for each row; gradients and combine's rows travel whole.  parts: of how many such calls this
-    is one.  Where H, k, E, the dtypes, payload, parts, the placement or the need for gradients differ between ranks, or
-    one has an error of its own, all raise one that names the ranks.  x and routing.weights get gradients, once, as if
-    nothing were rounded.  This rank waits for the others inside guard(), also on the way back.
+    rounded to it, a scale for each row (weights: float32); gradients and combine's rows travel whole.  parts: of how
+    many such calls this is one.  Where H, k, E, the dtypes, payload, parts, the placement or the need for gradients
+    differ between ranks, or one has an error of its own, all raise one that names the ranks.  x and routing.weights get
+    gradients, once, as if nothing were rounded.  This rank waits for the others inside guard(), also on the way back.
+
+    With a capacity every rank sends as many rows to every other: M = R * capacity, some of them empty (zero, without an
+    expert); of more the first are sent, or with drop="weight" those whose choices there weigh most.  Nothing is read on
+    the host then, and nothing compared: what must be the same on every rank is the caller's business.
     """
+    if capacity is not None:
+        return _within_capacity(x, routing, experts, group, asynchronous, guard, payload, capacity, drop)
     with refusing(group, guard):
         plan = _plan(x, routing, experts, group, payload)
         counts = plan.offsets.diff()
@@ -72,6 +83,18 @@ def dispatch(
     rows, weights = _Dispatch.apply(x, routing.weights, sent)
     num_local = len(experts.experts_of(dist.get_rank(group)))
     return Dispatched(rows, Routing(sent.ids, weights, num_local), plan, splits, sent.arrive)
+
+
+def _within_capacity(x, routing, experts, group, asynchronous, guard, payload, capacity, drop) -> Dispatched:
+    check_capacity(capacity, drop)
+    _check(x, routing, experts, group, payload)
+    plan, dropped = plan_within(routing, experts, capacity, drop)
+    sizes = [capacity] * experts.num_ranks
+    splits = Splits(sizes, sizes, group, guard)
+    sent = _Sent(routing, experts, plan, splits, asynchronous, payload, dropped)
+    rows, weights = _Dispatch.apply(x, routing.weights, sent)
+    routing = Routing(sent.ids, weights, len(experts.experts_of(dist.get_rank(group))))
+    return Dispatched(rows, routing, plan, splits, sent.arrive, dropped)
 
 
 @contextmanager
@@ -198,6 +221,11 @@ def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload: str | None,
 
 
 def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group, payload: str | None) -> DispatchPlan:
+    _check(x, routing, experts, group, payload)
+    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks))
+
+
+def _check(x: Tensor, routing: Routing, experts: ExpertMap, group, payload: str | None) -> None:
     expect(Tensor, x=x)
     expect(Routing, routing=routing)
     expect(ExpertMap, experts=experts)
@@ -206,8 +234,9 @@ def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group, payload: str |
     if routing.num_experts != experts.num_experts:
         raise ValueError(f"routing must be to E={experts.num_experts} experts, got {routing.num_experts}")
     check_payload(payload)
+    if payload is not None and routing.weights.dtype != torch.float32:
+        raise ValueError(f"routing.weights must be float32 beside a payload, got {routing.weights.dtype}")
     torch.ops.moert.dispatch_pack(*_routed(x, routing, experts), *_nothing(experts))  # its checks of all the rest
-    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks))
 
 
 def _routed(x: Tensor, routing: Routing, experts: ExpertMap) -> tuple[Tensor, ...]:
@@ -222,9 +251,13 @@ def _nothing(experts: ExpertMap) -> tuple[Tensor, Tensor]:
 class _Sent:
     """What goes through _Dispatch beside its tensors, in and out."""
 
-    def __init__(self, routing, experts, plan, splits, asynchronous, payload):
-        self.routing, self.experts, self.plan, self.splits = routing, experts, plan, splits
+    def __init__(self, routing, experts, plan, splits, asynchronous, payload, dropped=None):
+        self.routing, self.experts, self.plan, self.splits, self.dropped = routing, experts, plan, splits, dropped
         self.asynchronous, self.payload, self.ids, self.arrive = asynchronous, payload, None, None
+
+
+def _one_more(x, weights, ids, *maps):
+    return F.pad(x, (0, 0, 0, 1)), F.pad(weights, (0, 0, 0, 1)), F.pad(ids.int(), (0, 0, 0, 1), value=-1), *maps
 
 
 class _Dispatch(torch.autograd.Function):
@@ -232,9 +265,10 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x, weights, sent):
         (_, H), k, plan, payload = x.shape, weights.shape[1], sent.plan, sent.payload
         travels = encode(x.detach(), payload) if payload else x
-        records = torch.ops.moert.dispatch_pack(
-            *_routed(travels, sent.routing, sent.experts), plan.offsets, plan.tokens
-        )
+        routed, tokens = _routed(travels, sent.routing, sent.experts), plan.tokens
+        if sent.dropped is not None:  # an empty row is that of one token more, which goes nowhere
+            routed, tokens = _one_more(*routed), torch.where(tokens < 0, len(x), tokens)
+        records = torch.ops.moert.dispatch_pack(*routed, plan.offsets, tokens)
         received, work = send_rows(records, sent.splits, sent.asynchronous)
         rows, arrived, sent.ids = _fields(received, travels.dtype, weights.dtype, travels.shape[1], k)
         if payload:

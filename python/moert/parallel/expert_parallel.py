@@ -17,6 +17,7 @@ from moert.ops.dispatch import Dispatched, dispatch, refusing, start_combine
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
+from moert.ops.rank_capacity import check_capacity
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
@@ -37,7 +38,8 @@ class ExpertParallel(Experts):
     Where a rank is lost the others raise an error; pulse, of the same group, makes it name the rank.
 
     degree: into how many parts the tokens of a call are cut, the experts at work on one while the next and the last
-    travel (Tutel, arXiv 2206.03382).  payload: what rows travel in on their way to the experts (moert.ops.dispatch).
+    travel (Tutel, arXiv 2206.03382).  payload, capacity (of each part) and drop are those of moert.ops.dispatch;
+    dropped is how many of this rank's rows the last call had to drop [], None without a capacity.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class ExpertParallel(Experts):
         pulse: Pulse | None = None,
         degree: int = 1,
         payload: str | None = None,
+        capacity: int | None = None,
+        drop: str = "position",
     ):
         super().__init__()
         expect(GluExperts, experts=experts)
@@ -59,7 +63,9 @@ class ExpertParallel(Experts):
         if degree < 1:
             raise ValueError(f"degree must be at least 1, got {degree}")
         check_payload(payload)
-        self.degree, self.payload = degree, payload
+        check_capacity(capacity, drop)
+        self.degree, self.payload, self.capacity, self.drop = degree, payload, capacity, drop
+        self.dropped: Tensor | None = None
         self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
         self.map = ExpertMap.of(placement, experts.num_experts, dist.get_world_size(self.group))
         held = torch.bincount(self.map.expert_to_rank, minlength=self.map.num_ranks)
@@ -76,14 +82,15 @@ class ExpertParallel(Experts):
         """Plus what an Onto adds, or what shared experts make of x, which compute while the tokens travel."""
         shared, given = isinstance(added, nn.Module), x
         onto = added if isinstance(added, Onto) else Onto()
-        with refusing(self.group, self.guard):
+        # With a capacity nobody listens to what goes wrong here.
+        with refusing(self.group, self.guard) if self.capacity is None else nullcontext():
             expect(Tensor, x=x)
             expect((Onto, nn.Module, type(None)), added=added)
             check_added(onto.rows, x)
             # Under autocast rows travel in the dtype in which the experts multiply them.
             x, rows, constants = autocast(x, onto.rows, onto.constants)
         plain = onto.scale is None and onto.mix is None
-        parts = _cut(x, routing, self.degree)
+        parts, self.dropped = _cut(x, routing, self.degree), None
         there = self._dispatch(*parts[0], asynchronous=shared or len(parts) > 1)
         if shared:
             try:
@@ -102,7 +109,11 @@ class ExpertParallel(Experts):
         return y if plain else replace(onto, rows=rows, constants=constants).added_to(y)
 
     def _dispatch(self, x: Tensor, routing: Routing, asynchronous: bool) -> Dispatched:
-        return dispatch(x, routing, self.map, self.group, asynchronous, self.guard, self.payload, self.degree)
+        options = self.payload, self.degree, self.capacity, self.drop
+        there = dispatch(x, routing, self.map, self.group, asynchronous, self.guard, *options)
+        if there.dropped is not None:
+            self.dropped = there.dropped if self.dropped is None else self.dropped + there.dropped
+        return there
 
     def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
         return self(x, routing, onto)
@@ -118,7 +129,7 @@ class ExpertParallel(Experts):
 
     def extra_repr(self) -> str:
         ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
-        return f"{ranks}, degree={self.degree}, payload={self.payload}"
+        return f"{ranks}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
 
 
 def _cut(x: Tensor, routing: Routing, degree: int) -> list[tuple[Tensor, Routing]]:
@@ -135,13 +146,9 @@ def shard_experts_(
     model: nn.Module,
     group: Group = None,
     placement: Mapping[str, object] | None = None,
-    gradients: str = "sum",
-    replicas: Group = None,
-    pulse: Pulse | None = None,
-    degree: int = 1,
-    payload: str | None = None,
+    **options,
 ) -> nn.Module:
-    """Replace every GluExperts inside model by its ExpertParallel; returns model.
+    """Replace every GluExperts inside model by its ExpertParallel, whose options these are; returns model.
 
     placement maps names of these modules (model.named_modules) to expert_to_rank; those it leaves out lie in blocks.
     A module that has several names in the model stays one, and placement has one of them.
@@ -159,7 +166,7 @@ def shard_experts_(
     names = {module: [name for name in found if found[name] is module] for module in found.values()}
     placement = _by_first_name(placement or {}, names)
     for module, (first, *others) in names.items():
-        spread = ExpertParallel(module, group, placement.get(first), gradients, replicas, pulse, degree, payload)
+        spread = ExpertParallel(module, group, placement.get(first), **options)
         for name in (first, *others):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, spread)

@@ -1,0 +1,101 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moert import Routing
+from moert.ops.dispatch import combine, combine_ref, dispatch
+from moert.ops.expert_map import ExpertMap
+from moert.ops.rank_capacity import DROPS, plan_within, plan_within_ref
+from moert.testing import ID_DTYPES, assert_rows_close, random_routing
+from ranks import ranks
+
+E = 7
+
+
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("kind", ["uniform", "one_expert", "empty_experts", "sentinels"])
+@pytest.mark.parametrize("R", [1, 3])
+def test_plan(R, kind, drop):
+    for T, k in ((0, 2), (1, 1), (9, 3), (40, E)):
+        exact = torch.randint(0, 8, (T, k)) / 8  # sums that no order of adding changes
+        routing = replace(random_routing(T, E, k, kind), weights=exact)
+        experts = ExpertMap.of(torch.randint(0, R, (E,)), E, R)
+        for capacity in (0, 1, 5, 100):
+            expected = plan_within_ref(routing, experts, capacity, drop)
+            for dtype in ID_DTYPES:
+                same = Routing(routing.ids.to(dtype), routing.weights, E)
+                (plan, dropped), (other, count) = plan_within(same, experts, capacity, drop), expected
+                assert torch.equal(plan.offsets, other.offsets) and torch.equal(plan.tokens, other.tokens)
+                assert torch.equal(plan.slots, other.slots) and dropped == count
+
+
+def test_ties_stay_in_the_order_of_their_tokens():
+    routing = Routing(torch.zeros(6, 1, dtype=torch.int32), torch.tensor([[1.0], [2], [2], [1], [2], [2]]), 1)
+    plan, dropped = plan_within(routing, ExpertMap.of(None, 1, 1), 3, "weight")
+    assert plan.tokens.tolist() == [1, 2, 4] and dropped == 3
+
+
+def kept(routing: Routing, plan, experts: ExpertMap) -> Routing:
+    """The routing without the choices that were dropped."""
+    where = experts.expert_to_rank[routing.ids.long().clamp(0, E - 1)]
+    sent = torch.zeros(len(routing.ids), experts.num_ranks, dtype=torch.bool)
+    for t, slots in enumerate(plan.slots.tolist()):
+        for slot in slots:
+            if slot >= 0:
+                sent[t, int(torch.searchsorted(plan.offsets, slot, right=True)) - 1] = True
+    good = (routing.ids >= 0) & (routing.ids < E) & sent.gather(1, where.long())
+    return Routing(torch.where(good, routing.ids, -1), routing.weights, E)
+
+
+def travels(capacity: int, drop: str) -> list[int]:
+    """What arrives, what comes back and gradients: those of a dispatch of the routing that is kept."""
+    rank, R = dist.get_rank(), dist.get_world_size()
+    experts, counts = ExpertMap.of([(3 * e + 1) % R for e in range(E)], E, R), []
+    generator = torch.Generator().manual_seed(rank)
+    for T, dtype in ((6, torch.float32), (0, torch.bfloat16), (9, torch.float64)):
+        T += rank
+        x = torch.randn(T, 10, generator=generator).to(dtype).requires_grad_()
+        routing = random_routing(T, E, 3, "sentinels", generator, torch.promote_types(dtype, torch.float32))
+        weights = routing.weights.requires_grad_()
+        got = dispatch(x, routing, experts, capacity=capacity, drop=drop)
+        assert got.x.shape == (R * capacity, 10) and got.routing.ids.shape == (R * capacity, 3)
+        counts.append(got.dropped.item())
+        same = kept(routing, got.plan, experts)
+        plain = dispatch(x, same, experts)
+        used = (got.routing.ids >= 0).any(-1)
+        assert torch.equal(got.x[used], plain.x) and (got.x[~used] == 0).all()
+        assert torch.equal(got.routing.ids[used], plain.routing.ids) and (got.routing.weights[~used] == 0).all()
+        assert torch.equal(got.routing.weights[used], plain.routing.weights)
+        y = torch.cos(got.x) * got.routing.weights.sum(1, keepdim=True).to(dtype)
+        z = torch.cos(plain.x) * plain.routing.weights.sum(1, keepdim=True).to(dtype)
+        back = combine(y, got)
+        assert_rows_close(back.detach(), lambda z: combine_ref(z, same, experts), z.detach())
+        dy = torch.randn(back.shape, generator=generator).to(dtype)
+        grads, expected = (torch.autograd.grad(out, (x, weights), dy) for out in (back, combine(z, plain)))
+        assert all(map(torch.equal, grads, expected))
+        payload = None if dtype == torch.float64 else "int8"
+        later = dispatch(x, routing, experts, asynchronous=True, capacity=capacity, drop=drop, payload=payload).wait()
+        assert torch.equal(later.routing.ids, got.routing.ids) and later.dropped == got.dropped
+    return counts
+
+
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("capacity", [0, 2, 40])
+def test_dispatch(capacity, drop):
+    counts = torch.tensor(ranks(3, travels, capacity, drop))
+    assert (counts > 0).any() if capacity < 40 else (counts == 0).all()
+
+
+def test_errors():
+    assert ranks(1, refused) == [None]
+
+
+def refused() -> None:
+    x, routing, experts = torch.randn(3, 4), random_routing(3, E, 2), ExpertMap.of(None, E, 1)
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"capacity must be None or a number of rows for each rank, got {wrong}"):
+            dispatch(x, routing, experts, capacity=wrong)
+    with pytest.raises(ValueError, match="drop must be one of position, weight, got random"):
+        dispatch(x, routing, experts, capacity=1, drop="random")
