@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Tests run side by side on the same cores: threads that wait must not spin.
 WORKERS ?= 2
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CPP    := build/cpp
 OLDER  := build/transformers-5.23
 export PATH := $(abspath $(BIN)):$(PATH)

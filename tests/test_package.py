@@ -22,8 +22,8 @@ def tool(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
 
 
-def python(code):
-    return tool(sys.executable, "-c", code, env=IN_TESTS)
+def python(code, environment=IN_TESTS):
+    return tool(sys.executable, "-c", code, env=environment)
 
 
 # Light
@@ -31,7 +31,8 @@ def python(code):
 
 def test_import_adds_at_most_a_tenth_of_a_second():
     code = "import time, torch; a = time.process_time(); import moert; print(time.process_time() - a)"
-    assert min(float(python(code)) for _ in range(3)) <= 0.1
+    kept = {name: value for name, value in IN_TESTS.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as pip leaves it
+    assert min(float(python(code, kept)) for _ in range(3)) <= 0.1
 
 
 def test_import_loads_no_optional_package():

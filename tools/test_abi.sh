@@ -14,7 +14,7 @@ for torch in $torches; do
   $env/bin/python -m pip install -q -U "$wanted" pytest pytest-timeout pytest-xdist hypothesis expecttest numpy
   $env/bin/python -m pip install -q --no-deps --force-reinstall $root/wheel/*.whl
   rm -rf $root/run && mkdir $root/run && cp -r tests pyproject.toml $root/run/
-  (cd $root/run && OMP_WAIT_POLICY=passive ../torch-$torch/bin/python -m pytest -q -n 2 --dist worksteal \
+  (cd $root/run && OMP_WAIT_POLICY=passive ../torch-$torch/bin/python -m pytest -q -n 2 --dist loadfile \
     -m "not slow and not gpu" -p no:cacheprovider \
     tests/test_package.py tests/test_info.py tests/ops)
   $env/bin/python -c "import torch, moert; print('torch', torch.__version__, 'CUDA', torch.version.cuda, 'passed with', moert.__file__)"
