@@ -146,6 +146,17 @@ def test_checkpointed_iterations():
     assert len(calls) == 3 + 6
 
 
+def test_checkpointed_iterations_compile():
+    torch._dynamo.reset()
+    layer = chain(2, shared=True, checkpoint=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for T in (5, 9):  # the second of any length
+        x = torch.randn(T, H)
+        got, expected = (torch.autograd.grad(f(x).square().sum(), list(layer.parameters())) for f in (compiled, layer))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_more_choices_than_experts():
     layer, x = chain(3, k=E // 2), torch.randn(5, H)
     assert sum(r.ids.shape[1] for r in layer.forward_with_routing(x)[1]) > E

@@ -149,7 +149,9 @@ class GatingResidualRouter(Router):
                     raise ValueError(f"context.previous.logits must have shape {list(logits_TE.shape)}, got {before}")
                 logits_TE = logits_TE + F.linear(previous.logits.to(x.dtype), self.residual_weight)
         if self.target_std is not None:
-            std_T1 = logits_TE.std(-1, keepdim=True)
+            # The norm has a gradient of zero where it is zero, and takes no tokens as well.
+            spread_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+            std_T1 = spread_TE.norm(dim=-1, keepdim=True) / max(1, self.num_experts - 1) ** 0.5
             logits_TE = logits_TE * (self.target_std / torch.where(std_T1 > 0, std_T1, self.target_std))
         return logits_TE
 
