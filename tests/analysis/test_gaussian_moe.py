@@ -116,6 +116,9 @@ def test_matching_and_voronoi_loss():
     back = matched(swapped, true)
     for name in ("beta1", "beta0", "a", "b", "sigma"):
         torch.testing.assert_close(getattr(back, name), getattr(true, name))
+    shifted = replace(swapped, beta1=swapped.beta1 + 3, beta0=swapped.beta0 - 2)  # which a linear gate does not see
+    torch.testing.assert_close(matched(shifted, true).beta1, true.beta1)
+    torch.testing.assert_close(matched(shifted, true).beta0, true.beta0)
     assert voronoi_loss(true, true) == 0 and voronoi_loss(swapped, true) == 0
     moved = replace(true, a=true.a + tensor(0.1, 0)[:, None], tau=true.tau + 0.3)
     assert voronoi_loss(moved, true) == pytest.approx(0.3 + 0.1 * math.exp(0.5))

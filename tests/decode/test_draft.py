@@ -12,6 +12,12 @@ def test_n_gram():
     assert draft.propose([77], 3, 0.0, None) == ([], None)
 
 
+def test_the_longest_context_counts_and_the_lower_token_of_two():
+    draft = NGramDraft(2, [1, 5, 1, 5, 2, 5, 7])
+    assert draft.propose([2, 5], 1, 0.0, None)[0] == [7]  # after (2, 5), though 5 alone is followed by 1 as often
+    assert draft.propose([9, 5], 1, 0.0, None)[0] == [1]  # 1, 2 and 7 followed 5 once each
+
+
 def test_n_gram_counts_each_token_once():
     draft = NGramDraft(1)
     for end in range(2, 8):

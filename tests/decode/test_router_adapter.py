@@ -228,6 +228,12 @@ def test_a_rising_loss_is_not_taken():
     report = adapt.adapt(IDS)
     assert (report.loss_after > report.loss_before).all() and not report.accepted.any()
     assert not any(delta.any() for delta in adapt.deltas.values())
+    better = adapter(model)
+    assert better.adapt(IDS).accepted.all()
+    kept = {name: delta.clone() for name, delta in better.deltas.items()}
+    better.optimizer, better.lr = adapt.optimizer, 0.1
+    assert not better.adapt(IDS).accepted.any()  # what was there before stays
+    torch.testing.assert_close(better.deltas, kept, rtol=0, atol=0)
 
 
 def test_dropout_is_off_while_adapting():

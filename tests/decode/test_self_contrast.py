@@ -153,6 +153,8 @@ def test_eos_stopping_and_sampling():
     first = tokens[0, 5:].tolist().index(eos)
     assert ended[0, 5 : 6 + first].tolist() == tokens[0, 5 : 6 + first].tolist()
     assert (ended[0, 6 + first :] == 49).all()
+    alone = self_contrast(moe, PROMPT[:1], max_new_tokens=12, eos=eos).tokens
+    assert alone.shape == (1, 6 + first)  # where all are done nothing more comes
     assert self_contrast(moe, PROMPT, max_new_tokens=12, stopping=lambda t: t.shape[1] == 8).tokens.shape == (2, 8)
     one, two = (
         self_contrast(moe, PROMPT, do_sample=True, max_new_tokens=9, generator=torch.Generator().manual_seed(1)).tokens

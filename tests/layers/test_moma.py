@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from moert import RouterContext
 from moert.layers import MoDBlock, MoMaLayer, PackedBlock, all_rows, train_auxiliary, upcycle
-from moert.routers import DepthRouter, causal_routers_
+from moert.routers import DepthRouter, causal_routers_, recorded_routings
 from moert.runtime import SkippableKV
 from moert.testing import OperatorsRan
 
@@ -77,6 +77,9 @@ def test_causal_after_the_auxiliary_routers_have_learnt(trained):
     other = MoMaLayer(H, 24, (2, 3), hidden_aux=32)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.causal()(x, context), layer(x, context))
+    with recorded_routings(layer) as calls:  # what is to be learnt is expert choice, whatever decides now
+        train_auxiliary(layer, [(x, context)], steps=1)
+    assert all(routing.plan is not None for _, routing in calls) and layer.router.routers[0].causal
     assert not layer.causal(False).router.routers[0].causal
 
 

@@ -239,6 +239,14 @@ def test_model_decodes_as_it_recomputes():
     assert kv.first.stored() == kv.last.stored() == 16
 
 
+def test_padding_has_no_depth():
+    stack, x = recursive(mode="token").eval(), torch.randn(2, S, H)
+    mask = torch.arange(S) < torch.tensor([[S], [5]])
+    y = stack(x, RouterContext(mask=mask.flatten()))[0]
+    assert torch.equal(y[~mask], x[~mask])
+    torch.testing.assert_close(y[1:, :5], stack(x[1:, :5])[0], rtol=1e-5, atol=1e-5)
+
+
 def test_padding_is_never_chosen():
     stack, x = recursive(), torch.randn(2, S, H)
     mask = torch.arange(S) < torch.tensor([[S], [5]])

@@ -76,6 +76,16 @@ def test_the_best_expert_stays_whatever_the_threshold():
     assert torch.equal(routing.ids[:, 0].long(), routing.logits.argmax(-1)) and (routing.ids[:, 1:] == E).all()
 
 
+def test_noise_draws_the_best_expert_from_the_softmax():
+    """The largest of logits with Gumbel noise has the probabilities of their softmax."""
+    router, x = DenseToSparseRouter(H, E, tau=(1.0, 0.5)), torch.randn(1, H)
+    p = (x @ router.weight.T).softmax(-1)[0]
+    best = router(x.expand(20_000, H)).ids[:, 0].long()
+    assert (torch.bincount(best, minlength=E) / 20_000 - p).abs().max() < 0.02
+    router.gumbel = False
+    assert torch.equal(router(x).ids, router(x).ids) and router(x).ids[0, 0] == p.argmax()
+
+
 def test_one_number_of_experts_for_the_batch():
     router = DenseToSparseRouter(H, E, 2, threshold=0.1, granularity="batch")
     routing = router(torch.randn(50, H))

@@ -167,6 +167,7 @@ def test_empty_dtype_compile_state_and_operators():
     x = torch.randn(5, H)
     compiled = torch.compile(lambda x: run(routers, [x] * 3)[2].weights, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), run(routers, [x] * 3)[2].weights)
+    routings = run(routers, [x] * 3)
     state, others = stack()
     state.load_state_dict(routers[0].state.state_dict())
     for mine, theirs in zip(others, routers, strict=True):
@@ -174,6 +175,10 @@ def test_empty_dtype_compile_state_and_operators():
     assert torch.equal(run(others, [x] * 3)[2].weights, run(routers, [x] * 3)[2].weights)
     low = RecurrentRouter(H, E, 2, RecurrentState(P)).bfloat16()(x.bfloat16())
     assert low.state.dtype == low.weights.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(routers[0](x).state, routings[0].state) and torch.equal(
+            routers[0](x).logits, routings[0].logits
+        )
 
 
 def test_errors():

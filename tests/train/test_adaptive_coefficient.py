@@ -22,6 +22,11 @@ def test_cap():
     assert coefficient.value == pytest.approx(0.2)
 
 
+def test_a_loss_of_zero_moves_nothing():
+    coefficient = AdaptiveCoefficient(0.5, hold=4, every=2)
+    assert [coefficient.step(0.0) for _ in range(9)] == [0.5] * 9
+
+
 def test_state_dict():
     one, other = (AdaptiveCoefficient(1.0, hold=4, every=2) for _ in range(2))
     for loss in LOSSES[:7]:
