@@ -19,14 +19,14 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     are dropped: the sentinels of expert parallelism, and negative ids.
     """
     w1 = "gate_up_proj" if self.has_gate else "up_proj"
-    w2 = self.down_proj  # read once: a parametrization makes it anew each time
+    w2 = lora.weight(self, "down_proj")  # read once: a parametrization makes it anew each time
     routing = Routing(top_k_index, _weights(top_k_weights, autocast_dtype(w2)), w2.shape[0])
     fused = fused_activation(self)
     if fused is None or self.has_post_expert_norm or lora.adapts(self):
         y = _unfused(self, hidden_states, routing, w1)
     else:
         activation, interleaved = fused
-        x, weight1, weight2, *bias = _cast(hidden_states, getattr(self, w1), w2, *_biases(self, w1))
+        x, weight1, weight2, *bias = _cast(hidden_states, lora.weight(self, w1), w2, *_biases(self, w1))
         layout = ExpertLayout(transposed=self.is_transposed, interleaved=interleaved)
         y = fused_experts(x, routing, weight1, weight2, tuple(bias), activation, layout)
     return y.to(hidden_states.dtype)
