@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+FAULTS = {"PYTHONFAULTHANDLER": "1"}
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ep.py"
 
 
@@ -24,7 +25,7 @@ def torchrun(out: Path, ranks: int, steps: int) -> Iterator[subprocess.Popen]:
     command += [str(SCRIPT), str(out), "--steps", str(steps), "--save-every", "2", "--batch", "4"]
     with (
         open(out.with_suffix(".log"), "w") as log,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as run,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | FAULTS) as run,
     ):
         try:
             yield run
@@ -35,9 +36,13 @@ def torchrun(out: Path, ranks: int, steps: int) -> Iterator[subprocess.Popen]:
 
 
 def printed(run: subprocess.Popen, out: Path) -> str:
-    """All that a run printed, which must come to a good end."""
-    with suppress(subprocess.TimeoutExpired):
+    """All that a run printed, which must come to a good end; where it does not, also what its workers were at."""
+    try:
         run.wait(200)
+    except subprocess.TimeoutExpired:
+        for worker in psutil.Process(run.pid).children(recursive=True):
+            worker.send_signal(signal.SIGABRT)
+        time.sleep(2)
     text = out.with_suffix(".log").read_text()
     assert run.returncode == 0, text
     return text
