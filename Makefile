@@ -30,7 +30,7 @@ test-cpp: $(READY)
 
 # Every instruction set with kernels of its own that this CPU has, but the highest, which all other targets use.
 # Registration and compilation do not depend on it.  ISA_TESTS=tests: the whole suite under each.
-ISA_TESTS ?= tests/ops -k "not opcheck and not compile"
+ISA_TESTS ?= tests/ops -k "not opcheck and not test_compile"
 test-isa: test-cpp
 	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
 	  $(BIN)/ctest --test-dir $(CPP) -Q; $(PYTEST) -q -m "not slow and not gpu" $(ISA_TESTS); done

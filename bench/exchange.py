@@ -193,7 +193,7 @@ def save(out: Path, rows: list[dict]) -> None:
     value = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine_facts(("torch",)),
-        "what": "dispatch and combine without experts over Gloo, loopback, a thread a rank; seconds of the slowest",
+        "what": "dispatch and combine (degree: experts between) over Gloo, loopback, a thread a rank; s of the slowest",
         "rows": [row for row in old if row["ranks"] != rows[0]["ranks"]] + rows,
     }
     out.write_text(json.dumps(value, indent=1) + "\n")

@@ -38,7 +38,7 @@ def torchrun(out: Path, ranks: int, steps: int) -> Iterator[subprocess.Popen]:
 def printed(run: subprocess.Popen, out: Path) -> str:
     """All that a run printed, which must come to a good end; where it does not, also what its workers were at."""
     try:
-        run.wait(200)
+        run.wait(120)
     except subprocess.TimeoutExpired:
         for worker in psutil.Process(run.pid).children(recursive=True):
             worker.send_signal(signal.SIGABRT)
@@ -60,9 +60,10 @@ def whole(out: Path, ranks: int, steps: int) -> str:
 def killed_after_a_save(out: Path, steps: int) -> str:
     """A run of two ranks, the second of which is killed once a checkpoint is there."""
     with torchrun(out, 2, steps) as run:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 120
         while not (out / "latest").exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert (out / "latest").exists(), out.with_suffix(".log").read_text()
         workers = [p for p in psutil.Process(run.pid).children(recursive=True) if str(SCRIPT) in p.cmdline()]
         victim = next(p for p in workers if p.environ().get("RANK") == "1")
         os.kill(victim.pid, signal.SIGKILL)

@@ -52,6 +52,7 @@ def arrives(payload: str) -> None:
         generator = torch.Generator().manual_seed(rank)
         x = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
         routing = random_routing(T, E, k, "sentinels", generator)
+        weights = routing.weights.requires_grad_()
         whole, got = dispatch(x, routing, experts), dispatch(x, routing, experts, payload=payload)
         later = dispatch(x, routing, experts, asynchronous=True, payload=payload).wait()
         expected = rounded_ref(whole.x.detach(), payload)
@@ -59,11 +60,26 @@ def arrives(payload: str) -> None:
             assert torch.equal(there.x, expected) and there.x.dtype == dtype
             assert torch.equal(there.routing.ids, whole.routing.ids)
             assert torch.equal(there.routing.weights, whole.routing.weights)
-        dy = torch.randn(whole.x.shape, generator=generator).to(dtype)
-        (plain,) = torch.autograd.grad(whole.x, x, dy)
+        dy = torch.randn(whole.x.shape, generator=generator).to(dtype), torch.rand(whole.routing.weights.shape)
+        plain = torch.autograd.grad((whole.x, whole.routing.weights), (x, weights), dy)
+        squares = later.x.square()
+        assert torch.equal(combine(later.wait().x, later), combine(expected, whole))  # a second wait changes nothing
+        squares.sum().backward(inputs=[x], retain_graph=True)
         for there in (got, later):
-            assert torch.equal(torch.autograd.grad(there.x, x, dy, retain_graph=True)[0], plain)
-        assert combine(got.x, got).shape == x.shape
+            grads = torch.autograd.grad((there.x, there.routing.weights), (x, weights), dy, retain_graph=True)
+            assert all(map(torch.equal, grads, plain))
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_the_ends_of_float32(payload):
+    """Where a scale is not normal, and where the largest value times its scale rounds up: no sign turns, no inf."""
+    tiny = torch.arange(1, 4000, dtype=torch.int32).view(torch.float32)[:, None] * torch.tensor([1, -1])
+    most = torch.finfo(torch.float32).max
+    for x in (tiny, torch.tensor([[3.4e38, -most], [most, 1.0]])):
+        got = decode(encode(x, payload), 2, x.dtype, payload)
+        assert torch.equal(got, rounded_ref(x, payload).clamp(-most, most))
+        assert ((got == 0) | (got.sign() == x.sign())).all() and got.isfinite().all()
+    assert decode(encode(torch.tensor([[1e39, 1]], dtype=torch.float64), payload), 2, x.dtype, payload).isnan().all()
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from moert import Routing
 from moert.ops.dispatch import combine, combine_ref, dispatch
 from moert.ops.expert_map import ExpertMap
+from moert.ops.payload import rounded_ref
 from moert.ops.rank_capacity import DROPS, plan_within, plan_within_ref
 from moert.testing import ID_DTYPES, assert_rows_close, random_routing
 from ranks import ranks
@@ -78,6 +79,8 @@ def travels(capacity: int, drop: str) -> list[int]:
         payload = None if dtype == torch.float64 else "int8"
         later = dispatch(x, routing, experts, asynchronous=True, capacity=capacity, drop=drop, payload=payload).wait()
         assert torch.equal(later.routing.ids, got.routing.ids) and later.dropped == got.dropped
+        assert torch.equal(later.x, rounded_ref(got.x.detach(), payload) if payload else got.x)
+        assert torch.equal(later.routing.weights, got.routing.weights)
     return counts
 
 
@@ -98,4 +101,8 @@ def refused() -> None:
         with pytest.raises(ValueError, match=f"capacity must be None or a number of rows for each rank, got {wrong}"):
             dispatch(x, routing, experts, capacity=wrong)
     with pytest.raises(ValueError, match="drop must be one of position, weight, got random"):
-        dispatch(x, routing, experts, capacity=1, drop="random")
+        dispatch(x, routing, experts, drop="random")
+    # An id of 64 bits whose lower half is an expert's is none.
+    far = Routing(torch.tensor([[0, 2**32 + 1]]), torch.ones(1, 2), E)
+    for capacity in (None, 1):
+        assert dispatch(x[:1], far, experts, capacity=capacity).routing.ids.tolist() == [[0, -1]]

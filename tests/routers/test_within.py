@@ -58,6 +58,17 @@ def test_recorded_routings():
     assert torch.equal(calls[0][1].ids, model.one.router(x).ids)
 
 
+def test_whoever_came_first_may_leave_first():
+    router = TopKRouter(4, 3, 1)
+    first, second = recorded_routings(router), recorded_routings(router)
+    calls = [first.__enter__(), second.__enter__()]
+    first.__exit__(None, None, None)
+    router(torch.randn(2, 4))
+    second.__exit__(None, None, None)
+    router(torch.randn(2, 4))
+    assert [len(each) for each in calls] == [0, 1] and not router.hears
+
+
 def test_given_context_reaches_every_router():
     model, x = Model(), torch.randn(5, 8)
     bias = torch.tensor([0.0, 9.0, 0.0, 5.0])

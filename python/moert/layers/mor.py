@@ -77,10 +77,11 @@ class RecursiveStack(TakesContext):
         idle |= {"warmup": (warmup, 0), "threshold": (threshold, 0.5)}
         if mode == "expert":
             idle = {"balance": (balance, "loss"), "balance_coef": (balance_coef, 0.1), "score": (score, "softmax")}
+        if mode == "expert" or gating in ("additive", "replace"):
             idle |= {"gates": (gates, "last")}
         for name, (value, default) in idle.items():
             if value != default:
-                raise ValueError(f"{name} must be {default} in mode {mode}, which has no use for it, got {value}")
+                raise ValueError(f"{name} must be {default} in mode {mode}, gating {gating}: unused there, got {value}")
         if gating not in GATINGS:
             raise ValueError(f"gating must be one of {', '.join(GATINGS)}, got {gating}")
         if gates not in GATES:

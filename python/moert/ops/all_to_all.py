@@ -47,7 +47,7 @@ def start_all_to_all(rows: Tensor, splits: Splits, asynchronous: bool = True) ->
     """all_to_all's rows, not to be read before the function returns that comes with them."""
     if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
         raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
-    works: list[dist.Work | None] = []
+    rows, works = rows.contiguous(), []
     arriving = _AllToAll.apply(rows, splits, asynchronous, works)
 
     def arrive(sent=rows):  # what is sent must live so long

@@ -72,6 +72,7 @@ def dispatch(
     expert); of more the first are sent, or with drop="weight" those whose choices there weigh most.  Nothing is read on
     the host then, and nothing compared: what must be the same on every rank is the caller's business.
     """
+    check_capacity(capacity, drop)
     if capacity is not None:
         return _within_capacity(x, routing, experts, group, asynchronous, guard, payload, capacity, drop)
     with refusing(group, guard):
@@ -86,7 +87,6 @@ def dispatch(
 
 
 def _within_capacity(x, routing, experts, group, asynchronous, guard, payload, capacity, drop) -> Dispatched:
-    check_capacity(capacity, drop)
     _check(x, routing, experts, group, payload)
     plan, dropped = plan_within(routing, experts, capacity, drop)
     sizes = [capacity] * experts.num_ranks
@@ -257,7 +257,7 @@ class _Sent:
 
 
 def _one_more(x, weights, ids, *maps):
-    return F.pad(x, (0, 0, 0, 1)), F.pad(weights, (0, 0, 0, 1)), F.pad(ids.int(), (0, 0, 0, 1), value=-1), *maps
+    return F.pad(x, (0, 0, 0, 1)), F.pad(weights, (0, 0, 0, 1)), F.pad(ids.long(), (0, 0, 0, 1), value=-1), *maps
 
 
 class _Dispatch(torch.autograd.Function):
@@ -271,15 +271,18 @@ class _Dispatch(torch.autograd.Function):
         records = torch.ops.moert.dispatch_pack(*routed, plan.offsets, tokens)
         received, work = send_rows(records, sent.splits, sent.asynchronous)
         rows, arrived, sent.ids = _fields(received, travels.dtype, weights.dtype, travels.shape[1], k)
-        if payload:
-            words, rows = rows, x.new_empty(len(rows), H)
+        words, rows = rows, x.new_empty(len(rows), H) if payload else rows
         here = rows.detach()
 
-        def arrive(sent=records):  # what is sent must live so long
-            if work is not None:
-                work.wait()
-            if payload:
-                here.copy_(decode(words, H, x.dtype, payload))
+        travelling = [(work, records, words)]  # what is sent must live so long
+
+        def arrive():
+            if travelling:
+                work, _, words = travelling.pop()
+                if work is not None:
+                    work.wait()
+                if payload:
+                    here.copy_(decode(words, H, x.dtype, payload))
 
         if sent.asynchronous:
             sent.arrive = arrive

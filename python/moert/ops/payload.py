@@ -19,8 +19,8 @@ def check_payload(payload: str | None) -> None:
 def encode(x: Tensor, payload: str) -> Tensor:
     """x [T, H], floating point -> words [T, ceil(H / 4) + 1]: the elements, zeros up to a word, the row's scale.
 
-    The scale is the row's largest magnitude over the type's, float32.  A row with a value that is not finite arrives as
-    NaN.
+    The scale is the row's largest magnitude over the type's, float32.  A row with a value that is not finite in float32
+    arrives as NaN.
     """
     dtype, largest = PAYLOADS[payload]
     T, H = x.shape
@@ -30,6 +30,7 @@ def encode(x: Tensor, payload: str) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / largest
         scale = torch.where(scale.isfinite(), scale, torch.nan)
         scaled = torch.where(scale > 0, x / scale, 0)  # a row of zeros has scale 0, one of NaN no comparison
+        scaled = scaled.clamp(-largest, largest)  # a scale that is not normal is too small by as much as a third
         words[:, :-1].view(dtype)[:, :H] = scaled.round() if dtype == torch.int8 else scaled
         words[:, -1:] = scale
     return words
@@ -38,7 +39,8 @@ def encode(x: Tensor, payload: str) -> Tensor:
 def decode(words: Tensor, H: int, dtype: torch.dtype, payload: str) -> Tensor:
     """words [M, ceil(H / 4) + 1], strided rows -> [M, H] in dtype."""
     elements = words[:, :-1].view(PAYLOADS[payload][0])[:, :H]
-    return (elements.float() * words[:, -1:]).to(dtype)
+    most = torch.finfo(WORD).max  # which the largest magnitude times its scale may round past
+    return (elements.float() * words[:, -1:]).clamp(-most, most).to(dtype)
 
 
 def rounded_ref(x: Tensor, payload: str) -> Tensor:
@@ -48,7 +50,7 @@ def rounded_ref(x: Tensor, payload: str) -> Tensor:
         largest = max(map(abs, row), default=0.0)
         scale = torch.tensor(largest) / (127 if payload == "int8" else 448)
         for value in row:
-            exact = torch.tensor(value) / scale
+            exact = (torch.tensor(value) / scale).clamp(-127, 127) if payload == "int8" else torch.tensor(value) / scale
             if not all(torch.tensor(row).isfinite()):
                 rows.append(torch.nan)
             elif largest == 0:

@@ -1,6 +1,6 @@
 """Expert parallelism: each rank of a group holds some of the experts, and tokens travel to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -85,12 +85,13 @@ class ExpertParallel(Experts):
         # With a capacity nobody listens to what goes wrong here.
         with refusing(self.group, self.guard) if self.capacity is None else nullcontext():
             expect(Tensor, x=x)
+            expect(Routing, routing=routing)
             expect((Onto, nn.Module, type(None)), added=added)
             check_added(onto.rows, x)
             # Under autocast rows travel in the dtype in which the experts multiply them.
             x, rows, constants = autocast(x, onto.rows, onto.constants)
+            parts, self.dropped = _cut(x, routing, self.degree), None
         plain = onto.scale is None and onto.mix is None
-        parts, self.dropped = _cut(x, routing, self.degree), None
         there = self._dispatch(*parts[0], asynchronous=shared or len(parts) > 1)
         if shared:
             try:
@@ -99,10 +100,10 @@ class ExpertParallel(Experts):
                 _, rows = autocast(x, rows)
             finally:
                 there.wait()
-        returning = []
+        returning, local = [], self._local()
         for following in (*parts[1:], None):
             here, there = there, following and self._dispatch(*following, asynchronous=True)
-            returning.append(start_combine(self._local(here.wait()), here, asynchronous=len(parts) > 1))
+            returning.append(start_combine(local(here.wait()), here, asynchronous=len(parts) > 1))
         residuals = rows.tensor_split(len(parts)) if plain and rows is not None else [None] * len(parts)
         y = [back.wait(residual) for back, residual in zip(returning, residuals, strict=True)]
         y = y[0] if len(y) == 1 else torch.cat(y)
@@ -121,11 +122,12 @@ class ExpertParallel(Experts):
     def beside(self, x: Tensor, routing: Routing, shared: nn.Module) -> Tensor:
         return self(x, routing, shared)
 
-    def _local(self, there: Dispatched) -> Tensor:
+    def _local(self) -> Callable[[Dispatched], Tensor]:
+        """The experts of a call, whose gradients are reduced once for all its parts."""
         if self.parts == 1 and self.replicas is None:
-            return self.local(there.x, there.routing)
+            return lambda there: self.local(there.x, there.routing)
         reduced = {name: _Reduced.apply(p, self.replicas, self.parts) for name, p in self.local.named_parameters()}
-        return functional_call(self.local, reduced, (there.x, there.routing))
+        return lambda there: functional_call(self.local, reduced, (there.x, there.routing))
 
     def extra_repr(self) -> str:
         ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"

@@ -104,6 +104,8 @@ class TakesContext(nn.Module):
     def __init_subclass__(cls, **options):
         # Code of its own for each class: torch.compile bounds how often one code is compiled again.
         super().__init_subclass__(**options)
+        if "__call__" in cls.__dict__:
+            return
         call = TakesContext.__call__
         cls.__call__ = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__)
 

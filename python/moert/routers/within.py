@@ -52,12 +52,13 @@ def given_context(model: nn.Module, context: Given | Mapping[str, Given]) -> Ite
 
 @contextmanager
 def _with(module: TakesContext, name: str, each) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, (*before, each))
+    setattr(module, name, (*getattr(module, name), each))
     try:
         yield
     finally:
-        setattr(module, name, before)
+        left = list(getattr(module, name))  # others may have come since, or gone
+        del left[next(i for i in reversed(range(len(left))) if left[i] is each)]
+        setattr(module, name, tuple(left))
 
 
 def _takers(model: nn.Module) -> Iterator[TakesContext]:
