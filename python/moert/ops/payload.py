@@ -45,12 +45,12 @@ def decode(words: Tensor, H: int, dtype: torch.dtype, payload: str) -> Tensor:
 
 def rounded_ref(x: Tensor, payload: str) -> Tensor:
     """What arrives of x [T, H], element by element."""
-    rows = []
+    rows, limit = [], 127 if payload == "int8" else 448
     for row in x.float().tolist():
         largest = max(map(abs, row), default=0.0)
-        scale = torch.tensor(largest) / (127 if payload == "int8" else 448)
+        scale = torch.tensor(largest) / limit
         for value in row:
-            exact = (torch.tensor(value) / scale).clamp(-127, 127) if payload == "int8" else torch.tensor(value) / scale
+            exact = (torch.tensor(value) / scale).clamp(-limit, limit)
             if not all(torch.tensor(row).isfinite()):
                 rows.append(torch.nan)
             elif largest == 0:
