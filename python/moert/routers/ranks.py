@@ -12,20 +12,14 @@ from moert.types import GroupLimit
 
 
 def gating(
-    logits: Tensor,
-    k: int,
-    context: RouterContext | None,
-    score: str = "softmax",
-    bias: Tensor | None = None,
-    renormalize: bool = False,
-    scale: float = 1.0,
-    groups: GroupLimit | None = None,
+    logits: Tensor, k: int, context: RouterContext | None, score: str = "softmax", **options
 ) -> tuple[Tensor, Tensor]:
-    """topk_gating, or rank_gating where the context has ranks, which may also say whether to renormalize."""
+    """topk_gating, whose options these are, or rank_gating where the context has ranks; it may say renormalize too."""
     if context is None or context.ranks is None:
-        return topk_gating(logits, k, score, bias, renormalize, scale, groups)
-    renormalize = renormalize if context.renormalize is None else context.renormalize
-    return rank_gating(logits, context, score, bias, renormalize, scale, groups)
+        return topk_gating(logits, k, score, **options)
+    if context.renormalize is not None:
+        options["renormalize"] = context.renormalize
+    return rank_gating(logits, context, score, **options)
 
 
 def rank_gating(

@@ -61,8 +61,8 @@ class TopKRouter(LinearRouter):
         bias = self.expert_bias
         if bias is not None and logits_TE.dtype != torch.float64:
             bias = bias.float()
-        choice = (self.score, bias, self.renormalize, self.scale, self.groups)
-        weights, ids = gating(logits_TE, self.k, context, *choice)
+        options = {"bias": bias, "renormalize": self.renormalize, "scale": self.scale, "groups": self.groups}
+        weights, ids = gating(logits_TE, self.k, context, self.score, **options)
         return Routing(ids, weights, self.num_experts, logits=logits_TE)
 
     @property
