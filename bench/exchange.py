@@ -26,6 +26,7 @@ from moert import GluExperts
 from moert.cli.machine import machine_facts
 from moert.ops import Dispatched, ExpertMap, combine, dispatch
 from moert.ops.all_to_all import exchange_counts, send_rows
+from moert.ops.ranks import Ranks
 from moert.parallel import ExpertParallel
 from moert.testing import random_routing
 from moert.types import Routing
@@ -151,7 +152,7 @@ def choice_copies(x: Tensor, routing: Routing, experts: ExpertMap) -> Tensor:
     T, k = routing.ids.shape
     where = experts.expert_to_rank[routing.ids.long()].flatten()
     order = where.argsort(stable=True)
-    splits = exchange_counts(torch.bincount(where, minlength=dist.get_world_size()), {"H": x.shape[1]}, None)
+    splits = exchange_counts(torch.bincount(where, minlength=dist.get_world_size()), {"H": x.shape[1]}, Ranks())
     arrived, _ = send_rows(x[order // k], splits)
     back, _ = send_rows(arrived, splits.reversed)
     rows = torch.empty_like(back)

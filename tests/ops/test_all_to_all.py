@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 
 from moert.ops.all_to_all import Splits, all_to_all, all_to_all_ref, exchange_counts, send_rows
+from moert.ops.ranks import Ranks
 from ranks import ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8)
@@ -24,7 +25,7 @@ def exchanges(R: int) -> None:
     silent[0] = 0
     for counts in (uneven, one_takes_all, silent, torch.zeros(R, R, dtype=torch.int64)):
         splits, rank = splits_of(counts.tolist()), dist.get_rank()
-        assert exchange_counts(counts[rank], {"H": 3}, None) == splits
+        assert exchange_counts(counts[rank], {"H": 3}, Ranks()) == splits
         for dtype in DTYPES:
             rows = (100 * torch.randn(sum(splits.sent), 3)).to(dtype)
             got = all_to_all(rows, splits)
@@ -55,14 +56,14 @@ def disagreements() -> list[str]:
         (None if rank == 2 else ones, {"H": 8}),
     ):
         try:
-            exchange_counts(counts, facts, None)
+            exchange_counts(counts, facts, Ranks())
             told.append("")
         except RuntimeError as error:
             told.append(str(error))
     pair = dist.new_group([1, 2])
     if rank:
         with pytest.raises(RuntimeError, match="H must be the same on every rank, got 1 on rank 1, 2 on rank 2"):
-            exchange_counts(ones[:2], {"H": rank}, pair)
+            exchange_counts(ones[:2], {"H": rank}, Ranks(pair))
     rows = torch.zeros(3, 2, requires_grad=True)
     (grad,) = torch.autograd.grad(all_to_all(rows, Splits([1] * 3, [1] * 3)).square().sum(), rows, create_graph=True)
     for wrong in (

@@ -1,5 +1,4 @@
 import re
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -197,7 +196,7 @@ def refused() -> list[str]:
         (x.half(), Routing(routing.ids, routing.weights.half() if odd else routing.weights, E), whole),
         (x, routing, other if odd else whole),
         (x.requires_grad_() if odd else x.detach(), routing, whole),
-        (x.detach(), routing, whole, None, False, nullcontext, None, 2 if odd else 1),
+        (x.detach(), routing, whole, None, False, None, None, 2 if odd else 1),
         (x.detach(), Routing(routing.ids, routing.weights, 5) if odd else routing, whole),
         (x.detach(), routing, ExpertMap.of(None, E, 4) if odd else whole),
         (x.detach().int() if odd else x.detach(), routing, whole),

@@ -8,7 +8,7 @@ from moert import Routing
 from moert.ops.dispatch import combine, combine_ref, dispatch
 from moert.ops.expert_map import ExpertMap
 from moert.ops.payload import rounded_ref
-from moert.ops.rank_capacity import DROPS, plan_within, plan_within_ref
+from moert.ops.rank_capacity import DROPS, Capacity, plan_within, plan_within_ref
 from moert.testing import ID_DTYPES, assert_rows_close, random_routing
 from ranks import ranks
 
@@ -23,18 +23,19 @@ def test_plan(R, kind, drop):
         exact = torch.randint(0, 8, (T, k)) / 8  # sums that no order of adding changes
         routing = replace(random_routing(T, E, k, kind), weights=exact)
         experts = ExpertMap.of(torch.randint(0, R, (E,)), E, R)
-        for capacity in (0, 1, 5, 100):
-            expected = plan_within_ref(routing, experts, capacity, drop)
+        for rows in (0, 1, 5, 100):
+            capacity = Capacity(rows, drop)
+            expected = plan_within_ref(routing, experts, capacity)
             for dtype in ID_DTYPES:
                 same = Routing(routing.ids.to(dtype), routing.weights, E)
-                (plan, dropped), (other, count) = plan_within(same, experts, capacity, drop), expected
+                (plan, dropped), (other, count) = plan_within(same, experts, capacity), expected
                 assert torch.equal(plan.offsets, other.offsets) and torch.equal(plan.tokens, other.tokens)
                 assert torch.equal(plan.slots, other.slots) and dropped == count
 
 
 def test_ties_stay_in_the_order_of_their_tokens():
     routing = Routing(torch.zeros(6, 1, dtype=torch.int32), torch.tensor([[1.0], [2], [2], [1], [2], [2]]), 1)
-    plan, dropped = plan_within(routing, ExpertMap.of(None, 1, 1), 3, "weight")
+    plan, dropped = plan_within(routing, ExpertMap.of(None, 1, 1), Capacity(3, "weight"))
     assert plan.tokens.tolist() == [1, 2, 4] and dropped == 3
 
 
@@ -50,7 +51,7 @@ def kept(routing: Routing, plan, experts: ExpertMap) -> Routing:
     return Routing(torch.where(good, routing.ids, -1), routing.weights, E)
 
 
-def travels(capacity: int, drop: str) -> list[int]:
+def travels(capacity: Capacity) -> list[int]:
     """What arrives, what comes back and gradients: those of a dispatch of the routing that is kept."""
     rank, R = dist.get_rank(), dist.get_world_size()
     experts, counts = ExpertMap.of([(3 * e + 1) % R for e in range(E)], E, R), []
@@ -60,8 +61,8 @@ def travels(capacity: int, drop: str) -> list[int]:
         x = torch.randn(T, 10, generator=generator).to(dtype).requires_grad_()
         routing = random_routing(T, E, 3, "sentinels", generator, torch.promote_types(dtype, torch.float32))
         weights = routing.weights.requires_grad_()
-        got = dispatch(x, routing, experts, capacity=capacity, drop=drop)
-        assert got.x.shape == (R * capacity, 10) and got.routing.ids.shape == (R * capacity, 3)
+        got = dispatch(x, routing, experts, capacity=capacity)
+        assert got.x.shape == (R * capacity.rows, 10) and got.routing.ids.shape == (R * capacity.rows, 3)
         counts.append(got.dropped.item())
         same = kept(routing, got.plan, experts)
         plain = dispatch(x, same, experts)
@@ -77,7 +78,7 @@ def travels(capacity: int, drop: str) -> list[int]:
         grads, expected = (torch.autograd.grad(out, (x, weights), dy) for out in (back, combine(z, plain)))
         assert all(map(torch.equal, grads, expected))
         payload = None if dtype == torch.float64 else "int8"
-        later = dispatch(x, routing, experts, asynchronous=True, capacity=capacity, drop=drop, payload=payload).wait()
+        later = dispatch(x, routing, experts, asynchronous=True, capacity=capacity, payload=payload).wait()
         assert torch.equal(later.routing.ids, got.routing.ids) and later.dropped == got.dropped
         assert torch.equal(later.x, rounded_ref(got.x.detach(), payload) if payload else got.x)
         assert torch.equal(later.routing.weights, got.routing.weights)
@@ -85,10 +86,10 @@ def travels(capacity: int, drop: str) -> list[int]:
 
 
 @pytest.mark.parametrize("drop", DROPS)
-@pytest.mark.parametrize("capacity", [0, 2, 40])
-def test_dispatch(capacity, drop):
-    counts = torch.tensor(ranks(3, travels, capacity, drop))
-    assert (counts > 0).any() if capacity < 40 else (counts == 0).all()
+@pytest.mark.parametrize("rows", [0, 2, 40])
+def test_dispatch(rows, drop):
+    counts = torch.tensor(ranks(3, travels, Capacity(rows, drop)))
+    assert (counts > 0).any() if rows < 40 else (counts == 0).all()
 
 
 def test_errors():
@@ -97,12 +98,15 @@ def test_errors():
 
 def refused() -> None:
     x, routing, experts = torch.randn(3, 4), random_routing(3, E, 2), ExpertMap.of(None, E, 1)
-    for wrong in (-1, 2.5):
-        with pytest.raises(ValueError, match=f"capacity must be None or a number of rows for each rank, got {wrong}"):
-            dispatch(x, routing, experts, capacity=wrong)
+    with pytest.raises(TypeError, match="capacity must be of type Capacity or None, got int"):
+        dispatch(x, routing, experts, capacity=2)
+    with pytest.raises(ValueError, match="rows must be at least 0, got -1"):
+        Capacity(-1)
+    with pytest.raises(TypeError, match="rows must be of type int, got float"):
+        Capacity(2.5)
     with pytest.raises(ValueError, match="drop must be one of position, weight, got random"):
-        dispatch(x, routing, experts, drop="random")
+        Capacity(1, "random")
     # An id of 64 bits whose lower half is an expert's is none.
     far = Routing(torch.tensor([[0, 2**32 + 1]]), torch.ones(1, 2), E)
-    for capacity in (None, 1):
+    for capacity in (None, Capacity(1)):
         assert dispatch(x[:1], far, experts, capacity=capacity).routing.ids.tolist() == [[0, -1]]

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moert import GluExperts, MoELayer, Routing, TopKRouter, batch_invariant
 from moert.analysis import record_routings
 from moert.layers import FeedForward
+from moert.ops.rank_capacity import Capacity
 from moert.parallel import ExpertParallel, expert_parameters, shard_experts_
 from moert.testing import DTYPES, assert_rows_close
 from moert.types import Onto
@@ -104,18 +105,34 @@ def test_in_parts(R):
     assert ranks(R, in_parts, R) == [None] * R
 
 
+def in_two_levels() -> None:
+    """Nodes of two ranks: the bits of the straight way, also in parts."""
+    x, dy = tokens(4)
+    with batch_invariant(True):
+        for degree in (1, 2):
+            results = []
+            for local_size in (None, 2):
+                model = shard_experts_(layer(), degree=degree, local_size=local_size)
+                results.append([*step(model, mine(x, 4), mine(dy, 4)), *(p.grad for p in model.parameters())])
+            assert all(map(torch.equal, *results))
+
+
+def test_in_two_levels():
+    assert ranks(4, in_two_levels) == [None] * 4
+
+
 def within_a_capacity() -> list[int]:
     """Room for all is the layer without one; none leaves what shared experts make; both also in parts."""
     x = torch.randn(5, H)
     routed, dropped = layer(), []
     alone = layer(shared=False)
     for degree in (1, 2):
-        plenty = shard_experts_(layer(), degree=degree, capacity=5)
+        plenty = shard_experts_(layer(), degree=degree, capacity=Capacity(5))
         torch.testing.assert_close(plenty(x), routed(x), rtol=1e-5, atol=1e-6)
-        none = shard_experts_(layer(), degree=degree, capacity=0, drop="weight")
-        assert torch.equal(none(x), none.shared_experts(x)) and "capacity=0" in repr(none.experts)
+        none = shard_experts_(layer(), degree=degree, capacity=Capacity(0, "weight"))
+        assert torch.equal(none(x), none.shared_experts(x)) and "capacity=Capacity(rows=0" in repr(none.experts)
         assert none.experts.dropped > 0 == plenty.experts.dropped
-        one = shard_experts_(layer(shared=False), degree=degree, capacity=1)
+        one = shard_experts_(layer(shared=False), degree=degree, capacity=Capacity(1))
         with batch_invariant(True):
             changed = (one(x) != alone(x)).any(1).sum().item()
         dropped.append(one.experts.dropped.item())
@@ -253,8 +270,8 @@ def details() -> list[str]:
         lambda: ExpertParallel(GluExperts(4, H, I), degree=0),
         lambda: ExpertParallel(GluExperts(4, H, I), degree="2"),
         lambda: ExpertParallel(GluExperts(4, H, I), payload="fp4"),
-        lambda: ExpertParallel(GluExperts(4, H, I), capacity=-1),
-        lambda: ExpertParallel(GluExperts(4, H, I), drop="last"),
+        lambda: ExpertParallel(GluExperts(4, H, I), capacity=2),
+        lambda: ExpertParallel(GluExperts(4, H, I), local_size=3),
         lambda: ExpertParallel(GluExperts(4, H, I), placement=[1, 1, 1, 1]),
         lambda: ExpertParallel(GluExperts(1, H, I)),
         lambda: ExpertParallel(GluExperts(4, H, I), group=2),
@@ -405,8 +422,8 @@ def test_details_and_errors():
         "degree must be at least 1, got 0",
         "degree must be of type int, got str",
         "payload must be None or one of int8, float8_e4m3, got fp4",
-        "capacity must be None or a number of rows for each rank, got -1",
-        "drop must be one of position, weight, got last",
+        "capacity must be of type Capacity or None, got int",
+        "local_size must divide the R=2 ranks, got 3",
         "placement must give every rank an expert, got none for rank 0",
         "placement must give every rank an expert, got none for rank 1",
         "group must be of type ProcessGroup or DeviceMesh or None, got int",

@@ -9,11 +9,15 @@ from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.ops.gating import topk_gating
 from moert.ops.grouped_gemm import grouped_gemm
 from moert.ops.permute import permute, permute_plan, plan_of, unpermute
+from moert.ops.rank_capacity import Capacity
+from moert.ops.ranks import Ranks
 from moert.ops.union_experts import experts_in_use, union_experts
 
 __all__ = [
+    "Capacity",
     "Dispatched",
     "ExpertMap",
+    "Ranks",
     "Returning",
     "Splits",
     "all_to_all",

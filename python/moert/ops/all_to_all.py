@@ -6,7 +6,6 @@ N rows sent, M rows received.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for others: it may say more of what goes wrong
+from moert.ops.ranks import Ranks, named
+from moert.ops.two_level import TwoSteps, send_numbers
+
 FAILED = -1  # as a rank's number of rows: it raised an error of its own instead
 
 
@@ -22,17 +23,18 @@ FAILED = -1  # as a rank's number of rows: it raised an error of its own instead
 class Splits:
     """How many rows this rank has for each rank of the group (R numbers, N in all), and each for it (M in all).
 
-    Every wait for another rank happens inside guard().
+    Where ranks are reached in two levels, between [m, A] is what passes here (see two_level), back the way home.
     """
 
     sent: list[int]
     received: list[int]
-    group: dist.ProcessGroup | None = None
-    guard: Guard = field(default=nullcontext, compare=False)
+    ranks: Ranks = field(default=Ranks(), compare=False)
+    between: Tensor | None = field(default=None, compare=False)
+    back: bool = field(default=False, compare=False)
 
     @property
     def reversed(self) -> "Splits":
-        return Splits(self.received, self.sent, self.group, self.guard)
+        return Splits(self.received, self.sent, self.ranks, self.between, not self.back)
 
 
 def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
@@ -52,7 +54,7 @@ def start_all_to_all(rows: Tensor, splits: Splits, asynchronous: bool = True) ->
 
     def arrive(sent=rows):  # what is sent must live so long
         if works[0] is not None:
-            with splits.guard():
+            with splits.ranks.guard():
                 works[0].wait()
 
     return arriving, arrive
@@ -60,41 +62,47 @@ def start_all_to_all(rows: Tensor, splits: Splits, asynchronous: bool = True) ->
 
 def all_to_all_ref(rows: Tensor, splits: Splits) -> Tensor:
     """The same by giving every rank the rows of all."""
-    rank, everything = dist.get_rank(splits.group), [None] * dist.get_world_size(splits.group)
-    dist.all_gather_object(everything, (rows.detach(), splits.sent), splits.group)
+    rank, everything = splits.ranks.rank, [None] * splits.ranks.size
+    dist.all_gather_object(everything, (rows.detach(), splits.sent), splits.ranks.group)
     return torch.cat([theirs.split(sent)[rank] for theirs, sent in everything])
 
 
-def exchange_counts(
-    counts: Tensor | None, facts: dict[str, int | str], group: dist.ProcessGroup | None, guard: Guard = nullcontext
-) -> Splits:
+def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], ranks: Ranks) -> Splits:
     """How many rows each rank has for each: counts [R], of this rank, integers.
 
     facts say what must be the same on every rank, by name: a size, or one of a few words; they travel with the counts.
     Where they differ every rank raises the same RuntimeError, which names the ranks; so it does for a rank whose counts
     are None, which says by this that it is about to raise an error of its own.
     """
-    said = torch.zeros(dist.get_world_size(group), 1 + len(facts), dtype=torch.int64)
+    said = torch.zeros(ranks.size, 1 + len(facts), dtype=torch.int64)
     said[:, 0] = FAILED if counts is None else counts
     said[:, 1:] = torch.tensor([_number(value) for value in facts.values()])
-    heard = torch.empty_like(said)
-    with guard():
-        dist.all_to_all_single(heard, said, group=group)
+    heard, between = torch.empty_like(said), None
+    with ranks.guard():
+        if ranks.levels is None:
+            dist.all_to_all_single(heard, said, group=ranks.group)
+        else:
+            heard, between = send_numbers(said, ranks.levels)
     if counts is not None:
-        _check_same(heard, facts, group)
-    return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), group, guard)
+        _check_same(heard, facts, ranks.group)
+    return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), ranks, between)
 
 
-def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple[Tensor, dist.Work | None]:
+def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple[Tensor, dist.Work | TwoSteps | None]:
     """The exchange itself, without gradient: the rows that arrive, and what to wait for before they are read.
 
     rows must live until then.
     """
     rows = rows.contiguous()
     received = rows.new_empty(sum(splits.received), rows.shape[1])
-    sizes = splits.received, splits.sent, splits.group, asynchronous
-    with splits.guard():
-        return received, dist.all_to_all_single(received.view(torch.uint8), rows.view(torch.uint8), *sizes)
+    given, taken, ranks = rows.view(torch.uint8), received.view(torch.uint8), splits.ranks
+    with ranks.guard():
+        if ranks.levels is None:
+            sizes = splits.received, splits.sent, ranks.group, asynchronous
+            return received, dist.all_to_all_single(taken, given, *sizes)
+        sizes = torch.tensor(splits.sent), torch.tensor(splits.received), splits.between
+        work = TwoSteps(given, taken, *sizes, ranks.levels, splits.back)
+        return received, work if asynchronous else work.wait()
 
 
 class _AllToAll(torch.autograd.Function):
@@ -133,9 +141,3 @@ def _check_same(heard: Tensor, facts: dict[str, int | str], group: dist.ProcessG
             told = sorted(holders.items(), key=lambda item: -len(item[1]))
             got = ", ".join(f"{WORDS[v] if isinstance(own, str) else v} on {named(ranks, group)}" for v, ranks in told)
             raise RuntimeError(f"{name} must be the same on every rank, got {got}")
-
-
-def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:
-    """Ranks of the group by their numbers among all processes, as logs and launchers have them."""
-    numbers = [dist.get_global_rank(group or dist.group.WORLD, rank) for rank in ranks]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, numbers))}"

@@ -5,7 +5,7 @@ make of the row before it goes back.  Letters: T tokens, k choices, E experts of
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import Guard, Splits, exchange_counts, send_rows, start_all_to_all
+from moert.ops.all_to_all import Splits, exchange_counts, send_rows, start_all_to_all
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload, decode, encode
 from moert.ops.permute import unpermute
-from moert.ops.rank_capacity import check_capacity, plan_within
+from moert.ops.rank_capacity import Capacity, plan_within
+from moert.ops.ranks import Ranks
 from moert.ops.same_device import same_device
 from moert.types import DispatchPlan, Routing
 
@@ -42,7 +43,7 @@ class Dispatched:
 
     def wait(self) -> "Dispatched":
         if self.arrive is not None:
-            with self.splits.guard():
+            with self.splits.ranks.guard():
                 self.arrive()
         return self
 
@@ -51,13 +52,11 @@ def dispatch(
     x: Tensor,
     routing: Routing,
     experts: ExpertMap,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Ranks | None = None,
     asynchronous: bool = False,
-    guard: Guard = nullcontext,
     payload: str | None = None,
+    capacity: Capacity | None = None,
     parts: int = 1,
-    capacity: int | None = None,
-    drop: str = "position",
 ) -> Dispatched:
     """Send each row of x [T, H] to the ranks of the group (None: all) that hold the experts of its routing.
 
@@ -66,44 +65,44 @@ def dispatch(
     rounded to it, a scale for each row (weights: float32); gradients and combine's rows travel whole.  parts: of how
     many such calls this is one.  Where H, k, E, the dtypes, payload, parts, the placement or the need for gradients
     differ between ranks, or one has an error of its own, all raise one that names the ranks.  x and routing.weights get
-    gradients, once, as if nothing were rounded.  This rank waits for the others inside guard(), also on the way back.
+    gradients, once, as if nothing were rounded.  group: also Ranks, which may be reached in two levels, for the same
+    bits, or be waited for inside a guard.
 
-    With a capacity every rank sends as many rows to every other: M = R * capacity, some of them empty (zero, without an
-    expert); of more the first are sent, or with drop="weight" those whose choices there weigh most.  Nothing is read on
-    the host then, and nothing compared: what must be the same on every rank is the caller's business.
+    With a capacity every rank sends as many rows to every other: M = R * capacity.rows, some of them empty (zero,
+    without an expert).  Nothing is read on the host then, and nothing compared: what must be the same on every rank is
+    the caller's business.
     """
-    check_capacity(capacity, drop)
-    if capacity is not None:
-        return _within_capacity(x, routing, experts, group, asynchronous, guard, payload, capacity, drop)
-    with refusing(group, guard):
-        plan = _plan(x, routing, experts, group, payload)
-        counts = plan.offsets.diff()
-    splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts), group, guard)
-    plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
-    sent = _Sent(routing, experts, plan, splits, asynchronous, payload)
-    rows, weights = _Dispatch.apply(x, routing.weights, sent)
-    num_local = len(experts.experts_of(dist.get_rank(group)))
-    return Dispatched(rows, Routing(sent.ids, weights, num_local), plan, splits, sent.arrive)
-
-
-def _within_capacity(x, routing, experts, group, asynchronous, guard, payload, capacity, drop) -> Dispatched:
-    _check(x, routing, experts, group, payload)
-    plan, dropped = plan_within(routing, experts, capacity, drop)
-    sizes = [capacity] * experts.num_ranks
-    splits = Splits(sizes, sizes, group, guard)
+    expect((Capacity, type(None)), capacity=capacity)
+    ranks, dropped = Ranks.of(group), None
+    if capacity is None:
+        with refusing(ranks):
+            plan = _plan(x, routing, experts, ranks, payload)
+            counts = plan.offsets.diff()
+        splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts), ranks)
+        plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
+    else:
+        _check(x, routing, experts, ranks, payload)
+        plan, dropped = plan_within(routing, experts, capacity)
+        splits = _even(capacity.rows, ranks)
     sent = _Sent(routing, experts, plan, splits, asynchronous, payload, dropped)
     rows, weights = _Dispatch.apply(x, routing.weights, sent)
-    routing = Routing(sent.ids, weights, len(experts.experts_of(dist.get_rank(group))))
-    return Dispatched(rows, routing, plan, splits, sent.arrive, dropped)
+    arrived = Routing(sent.ids, weights, len(experts.experts_of(ranks.rank)))
+    return Dispatched(rows, arrived, plan, splits, sent.arrive, dropped)
+
+
+def _even(rows: int, ranks: Ranks) -> Splits:
+    sizes, levels = [rows] * ranks.size, ranks.levels
+    between = levels and torch.full((dist.get_world_size(levels.node), dist.get_world_size(levels.rail)), rows)
+    return Splits(sizes, sizes, ranks, between)
 
 
 @contextmanager
-def refusing(group: dist.ProcessGroup | None, guard: Guard) -> Iterator[None]:
+def refusing(ranks: Ranks) -> Iterator[None]:
     """Before dispatch: an error inside is raised, and the others, who dispatch, raise one that names this rank."""
     try:
         yield
     except Exception:
-        exchange_counts(None, dict.fromkeys(FACTS, 0), group, guard)  # the others must not wait for this rank
+        exchange_counts(None, dict.fromkeys(FACTS, 0), ranks)  # the others must not wait for this rank
         raise
 
 
@@ -220,17 +219,17 @@ def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload: str | None,
     return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *needs), strict=True))
 
 
-def _plan(x: Tensor, routing: Routing, experts: ExpertMap, group, payload: str | None) -> DispatchPlan:
-    _check(x, routing, experts, group, payload)
+def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> DispatchPlan:
+    _check(x, routing, experts, ranks, payload)
     return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks))
 
 
-def _check(x: Tensor, routing: Routing, experts: ExpertMap, group, payload: str | None) -> None:
+def _check(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> None:
     expect(Tensor, x=x)
     expect(Routing, routing=routing)
     expect(ExpertMap, experts=experts)
-    if experts.num_ranks != dist.get_world_size(group):
-        raise ValueError(f"experts must lie on the R={dist.get_world_size(group)} ranks, got {experts.num_ranks}")
+    if experts.num_ranks != ranks.size:
+        raise ValueError(f"experts must lie on the R={ranks.size} ranks, got {experts.num_ranks}")
     if routing.num_experts != experts.num_experts:
         raise ValueError(f"routing must be to E={experts.num_experts} experts, got {routing.num_experts}")
     check_payload(payload)

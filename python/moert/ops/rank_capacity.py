@@ -3,24 +3,35 @@
 Letters: T tokens, k choices, E experts of R ranks, C rows of each rank for each.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from moert.ops.expert_map import ExpertMap
+from moert.ops.kinds import expect
 from moert.ops.permute import permute_plan
 from moert.types import DispatchPlan, Routing
 
 DROPS = ("position", "weight")
 
 
-def check_capacity(capacity: int | None, drop: str) -> None:
-    if capacity is not None and not (isinstance(capacity, int) and capacity >= 0):
-        raise ValueError(f"capacity must be None or a number of rows for each rank, got {capacity}")
-    if drop not in DROPS:
-        raise ValueError(f"drop must be one of {', '.join(DROPS)}, got {drop}")
+@dataclass(frozen=True)
+class Capacity:
+    """Rows that every rank sends to every other; of more the last are dropped, or (drop="weight") the lightest."""
+
+    rows: int
+    drop: str = "position"
+
+    def __post_init__(self):
+        expect(int, rows=self.rows)
+        if self.rows < 0:
+            raise ValueError(f"rows must be at least 0, got {self.rows}")
+        if self.drop not in DROPS:
+            raise ValueError(f"drop must be one of {', '.join(DROPS)}, got {self.drop}")
 
 
-def plan_within(routing: Routing, experts: ExpertMap, capacity: int, drop: str) -> tuple[DispatchPlan, Tensor]:
+def plan_within(routing: Routing, experts: ExpertMap, capacity: Capacity) -> tuple[DispatchPlan, Tensor]:
     """dispatch_plan with C slots for each rank: offsets [R+1], tokens [R*C] (-1: none), slots [T, k]; rows dropped [].
 
     Of the tokens that a rank has too many of the first stay, or those whose choices there weigh most (ties: the first).
@@ -32,33 +43,33 @@ def plan_within(routing: Routing, experts: ExpertMap, capacity: int, drop: str) 
     where = torch.where(known, experts.expert_to_rank[ids.clamp(0, E - 1)].long(), R) if E else torch.full_like(ids, R)
     again = (where[:, :, None] == where[:, None, :]).tril(-1).any(-1)
     wanted = torch.where(again, R, where)
-    if drop == "weight":
+    if capacity.drop == "weight":
         mass = routing.weights.new_zeros(len(ids), R + 1).scatter_add(1, where, routing.weights.detach())
         goes = torch.zeros_like(mass, dtype=torch.bool).scatter(1, wanted, True)
         order = mass.masked_fill(~goes, -torch.inf).argsort(stable=True, dim=0, descending=True)
         place = torch.empty_like(order).scatter(
             0, order, torch.arange(len(ids), device=ids.device)[:, None].expand_as(order)
         )
-        stays = torch.where(place.gather(1, wanted) < capacity, wanted, R)
+        stays = torch.where(place.gather(1, wanted) < capacity.rows, wanted, R)
     else:
         stays = wanted
-    plan = permute_plan(stays, R, capacity)
+    plan = permute_plan(stays, R, capacity.rows)
     return plan, (wanted < R).sum() - (plan.slots >= 0).sum()
 
 
-def plan_within_ref(routing: Routing, experts: ExpertMap, capacity: int, drop: str) -> tuple[DispatchPlan, Tensor]:
+def plan_within_ref(routing: Routing, experts: ExpertMap, capacity: Capacity) -> tuple[DispatchPlan, Tensor]:
     (T, k), R = routing.ids.shape, experts.num_ranks
-    tokens, slots, dropped = [-1] * (R * capacity), [[-1] * k for _ in range(T)], 0
+    tokens, slots, dropped = [-1] * (R * capacity.rows), [[-1] * k for _ in range(T)], 0
     for r in range(R):
         mine, found = set(experts.experts_of(r)), []
         for t, (ids, weights) in enumerate(zip(routing.ids.tolist(), routing.weights.tolist(), strict=True)):
             here = [j for j, e in enumerate(ids) if e in mine]
             if here:
-                found.append((-sum(weights[j] for j in here) if drop == "weight" else t, t, here[0]))
-        dropped += max(0, len(found) - capacity)
-        kept = sorted(found)[:capacity]
-        for n, (_, t, j) in enumerate(sorted(kept, key=lambda copy: copy[1]), r * capacity):
+                found.append((-sum(weights[j] for j in here) if capacity.drop == "weight" else t, t, here[0]))
+        dropped += max(0, len(found) - capacity.rows)
+        kept = sorted(found)[: capacity.rows]
+        for n, (_, t, j) in enumerate(sorted(kept, key=lambda copy: copy[1]), r * capacity.rows):
             tokens[n], slots[t][j] = t, n
-    offsets = torch.arange(R + 1) * capacity
+    offsets = torch.arange(R + 1) * capacity.rows
     plan = DispatchPlan(offsets.int(), torch.tensor(tokens).int(), torch.tensor(slots).int().reshape(T, k))
     return plan, torch.tensor(dropped)

@@ -17,7 +17,8 @@ from moert.ops.dispatch import Dispatched, dispatch, refusing, start_combine
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
-from moert.ops.rank_capacity import check_capacity
+from moert.ops.rank_capacity import Capacity
+from moert.ops.ranks import Ranks
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
@@ -38,8 +39,9 @@ class ExpertParallel(Experts):
     Where a rank is lost the others raise an error; pulse, of the same group, makes it name the rank.
 
     degree: into how many parts the tokens of a call are cut, the experts at work on one while the next and the last
-    travel (Tutel, arXiv 2206.03382).  payload, capacity (of each part) and drop are those of moert.ops.dispatch;
-    dropped is how many of this rank's rows the last call had to drop [], None without a capacity.
+    travel (Tutel, arXiv 2206.03382).  payload and capacity (of each part) are those of moert.ops.dispatch; dropped is
+    how many of this rank's rows the last call had to drop [], None without a capacity.  local_size: of how many ranks
+    each node is, to send rows in two levels (Ranks.in_nodes); None: straight.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class ExpertParallel(Experts):
         pulse: Pulse | None = None,
         degree: int = 1,
         payload: str | None = None,
-        capacity: int | None = None,
-        drop: str = "position",
+        capacity: Capacity | None = None,
+        local_size: int | None = None,
     ):
         super().__init__()
         expect(GluExperts, experts=experts)
@@ -63,17 +65,20 @@ class ExpertParallel(Experts):
         if degree < 1:
             raise ValueError(f"degree must be at least 1, got {degree}")
         check_payload(payload)
-        check_capacity(capacity, drop)
-        self.degree, self.payload, self.capacity, self.drop = degree, payload, capacity, drop
+        expect((Capacity, type(None)), capacity=capacity)
+        self.degree, self.payload, self.capacity = degree, payload, capacity
         self.dropped: Tensor | None = None
         self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
-        self.map = ExpertMap.of(placement, experts.num_experts, dist.get_world_size(self.group))
+        guard = nullcontext if pulse is None else pulse.exchanging
+        self.ranks = Ranks(self.group, guard)
+        self.map = ExpertMap.of(placement, experts.num_experts, self.ranks.size)
         held = torch.bincount(self.map.expert_to_rank, minlength=self.map.num_ranks)
         if held.min() == 0:
             raise ValueError(f"placement must give every rank an expert, got none for rank {held.argmin().item()}")
         self.num_experts, self.gradients = experts.num_experts, gradients
-        self.guard = nullcontext if pulse is None else pulse.exchanging
-        self.expert_ids = self.map.experts_of(dist.get_rank(self.group))
+        if local_size is not None:
+            self.ranks = Ranks.in_nodes(local_size, self.group, guard)
+        self.expert_ids = self.map.experts_of(self.ranks.rank)
         self.local = _part(experts, self.expert_ids)
         holders = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.parts = holders * self.map.num_ranks if gradients == "mean" else 1
@@ -83,7 +88,7 @@ class ExpertParallel(Experts):
         shared, given = isinstance(added, nn.Module), x
         onto = added if isinstance(added, Onto) else Onto()
         # With a capacity nobody listens to what goes wrong here.
-        with refusing(self.group, self.guard) if self.capacity is None else nullcontext():
+        with refusing(self.ranks) if self.capacity is None else nullcontext():
             expect(Tensor, x=x)
             expect(Routing, routing=routing)
             expect((Onto, nn.Module, type(None)), added=added)
@@ -110,8 +115,7 @@ class ExpertParallel(Experts):
         return y if plain else replace(onto, rows=rows, constants=constants).added_to(y)
 
     def _dispatch(self, x: Tensor, routing: Routing, asynchronous: bool) -> Dispatched:
-        options = self.payload, self.degree, self.capacity, self.drop
-        there = dispatch(x, routing, self.map, self.group, asynchronous, self.guard, *options)
+        there = dispatch(x, routing, self.map, self.ranks, asynchronous, self.payload, self.capacity, self.degree)
         if there.dropped is not None:
             self.dropped = there.dropped if self.dropped is None else self.dropped + there.dropped
         return there

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _world
 
-from moert.ops.all_to_all import named
 from moert.ops.kinds import expect
+from moert.ops.ranks import named
 
 Group = dist.ProcessGroup | DeviceMesh | None
 BEATS = 3  # intervals without a sign of life, after which a rank counts as gone

@@ -1,0 +1,76 @@
+"""The ranks of a group, how to reach them, and what to say when one is not there.
+
+Letters: R ranks, on A nodes of m ranks each where there are two levels.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moert.ops.kinds import expect
+
+Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for others: it may say more of what goes wrong
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The groups of this rank for an exchange in two levels: the m ranks of its node, the A ranks with its index."""
+
+    node: dist.ProcessGroup
+    rail: dist.ProcessGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """A group (None: all), and the way to its ranks: straight, or within nodes first.  Waits happen inside guard()."""
+
+    group: dist.ProcessGroup | None = None
+    guard: Guard = nullcontext
+    levels: Levels | None = None
+
+    @classmethod
+    def of(cls, group: "dist.ProcessGroup | Ranks | None") -> "Ranks":
+        return group if isinstance(group, Ranks) else cls(group)
+
+    @classmethod
+    def in_nodes(cls, local_size: int, group: dist.ProcessGroup | None = None, guard: Guard = nullcontext) -> "Ranks":
+        """Ranks r of node r // local_size: what goes to another node goes to one rank of each node (Tutel's 2DH).
+
+        Every rank of the group must call it: it makes two groups.  A single node, or nodes of a single rank, are
+        reached straight.
+        """
+        R = dist.get_world_size(group)
+        expect(int, local_size=local_size)
+        if local_size < 1 or R % local_size:
+            raise ValueError(f"local_size must divide the R={R} ranks, got {local_size}")
+        if local_size in (1, R):
+            return cls(group, guard)
+        ranks = torch.tensor(dist.get_process_group_ranks(group or dist.group.WORLD)).view(-1, local_size)
+        node, index = divmod(dist.get_rank(group), local_size)
+        groups = (_group(members, group) for members in (ranks[node], ranks[:, index]))
+        return cls(group, guard, Levels(*groups))
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+
+def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:
+    """Ranks of the group by their numbers among all processes, as logs and launchers have them."""
+    numbers = [dist.get_global_rank(group or dist.group.WORLD, rank) for rank in ranks]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, numbers))}"
+
+
+def _group(members: Tensor, whole: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Its members alone make it, in their order; it has the time limit of the whole group."""
+    whole = whole or dist.group.WORLD
+    limit = whole._get_backend(whole._device_types[0]).options._timeout
+    return dist.new_group(members.tolist(), timeout=limit, use_local_synchronization=True, sort_ranks=False)
