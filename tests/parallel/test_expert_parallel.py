@@ -1,4 +1,5 @@
 import copy
+import importlib
 
 import pytest
 import torch
@@ -103,6 +104,36 @@ def in_parts(R: int) -> None:
 @pytest.mark.parametrize("R", [2, 3])
 def test_in_parts(R):
     assert ranks(R, in_parts, R) == [None] * R
+
+
+def overlapped() -> list[str]:
+    """What happens in the backward pass of three parts: an exchange begun, one waited for, the experts."""
+    modules = [importlib.import_module(f"moert.ops.{name}") for name in ("all_to_all", "dispatch")]
+    events, real = [], modules[0].Sending
+
+    class Watched(real):
+        def __init__(self, *args):
+            super().__init__(*args)
+            events.append("send")
+
+        def wait(self):
+            events.append("wait")
+            return super().wait()
+
+    for module in modules:
+        module.Sending = Watched
+    model = shard_experts_(layer(shared=False), degree=3)
+    model.experts.local.register_full_backward_hook(lambda *_: events.append("experts"))
+    y = model(torch.randn(6, H, requires_grad=True))
+    events.clear()
+    y.sum().backward()
+    return events
+
+
+def test_backward_overlaps():
+    """Results' gradients set out together; experts work while rows' gradients of the next part go home."""
+    results, rows = ["send"] * 3 + ["wait", "experts", "send"], ["wait", "experts", "send", "wait"]
+    assert ranks(2, overlapped) == [results + rows + rows + ["wait"]] * 2
 
 
 def in_two_levels() -> None:

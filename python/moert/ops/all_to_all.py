@@ -42,22 +42,25 @@ def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
 
     Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.
     """
-    return start_all_to_all(rows, splits, asynchronous=False)[0]
+    return AllToAll(rows, splits, asynchronous=False).wait()
 
 
-def start_all_to_all(rows: Tensor, splits: Splits, asynchronous: bool = True) -> tuple[Tensor, Callable[[], None]]:
-    """all_to_all's rows, not to be read before the function returns that comes with them."""
-    if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
-        raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
-    rows, works = rows.contiguous(), []
-    arriving = _AllToAll.apply(rows, splits, asynchronous, works)
+class AllToAll:
+    """all_to_all, begun: wait() gives the rows [M, H].  Those sent must not be written before it.
 
-    def arrive(sent=rows):  # what is sent must live so long
-        if works[0] is not None:
-            with splits.ranks.guard():
-                works[0].wait()
+    The gradient is sent by the node of wait(), made there, and waited for by one made here.
+    """
 
-    return arriving, arrive
+    def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool = True):
+        if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
+            raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
+        self._flight, self._rows = _Flight(rows, splits, asynchronous), None
+        (self._held,) = Hold.apply(self._flight.home, rows)
+
+    def wait(self) -> Tensor:
+        if self._rows is None:
+            self._rows = _Arrive.apply(self._held, self._flight)
+        return self._rows
 
 
 def all_to_all_ref(rows: Tensor, splits: Splits) -> Tensor:
@@ -105,18 +108,73 @@ def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple
         return received, work if asynchronous else work.wait()
 
 
-class _AllToAll(torch.autograd.Function):
+class Sending:
+    """send_rows, begun: wait() gives the rows that arrive."""
+
+    def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool = True):
+        self._sent, self._guard = rows.contiguous(), splits.ranks.guard  # what is sent must live so long
+        self._received, self._work = send_rows(self._sent, splits, asynchronous)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            with self._guard():
+                self._work.wait()
+        self._work = self._sent = None
+        return self._received
+
+
+class Hold(torch.autograd.Function):
+    """Tensors as they are; their gradients are what home() gives, which a later node has sent for.
+
+    Autograd runs nodes in the reverse order of their making: what lies between the two overlaps with the exchange.
+    """
+
     @staticmethod
-    def forward(ctx, rows, splits, asynchronous, works):
-        ctx.splits = splits
-        received, work = send_rows(rows, splits, asynchronous)
-        works.append(work)
-        return received
+    def forward(ctx, home: Callable[[], tuple[Tensor | None, ...]], *tensors: Tensor):
+        ctx.home = home
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *_):
+        return None, *ctx.home()
+
+
+def stand_in(shape: torch.Size, like: Tensor) -> Tensor:
+    """For a gradient that Hold replaces."""
+    return like.new_zeros(1).expand(shape)
+
+
+class _Flight:
+    """What the two nodes of an AllToAll share: rows on their way, then their gradient on its way home."""
+
+    def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool):
+        self.shape, self._splits = rows.shape, splits
+        self._there, self._back = Sending(rows.detach(), splits, asynchronous), None
+
+    def arrive(self) -> Tensor:
+        rows, self._there = self._there.wait(), None
+        return rows
+
+    def send_back(self, drows: Tensor) -> None:
+        self._back = Sending(drows, self._splits.reversed)
+
+    def home(self) -> tuple[Tensor]:
+        back, self._back = self._back, None
+        return (back.wait(),)
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, held, flight):
+        ctx.flight = flight
+        return flight.arrive()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows):
-        return send_rows(drows, ctx.splits.reversed)[0], None, None, None
+        ctx.flight.send_back(drows)
+        return stand_in(ctx.flight.shape, drows), None
 
 
 WORDS = ("no", "yes", "none", "int8", "float8_e4m3", *(str(dtype).removeprefix("torch.") for dtype in (

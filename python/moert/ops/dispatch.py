@@ -4,9 +4,8 @@ A row travels once to each rank that has any of its experts, its routing with it
 make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import Splits, exchange_counts, send_rows, start_all_to_all
+from moert.ops.all_to_all import AllToAll, Hold, Sending, Splits, exchange_counts, stand_in
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload, decode, encode
@@ -25,27 +24,33 @@ from moert.ops.same_device import same_device
 from moert.types import DispatchPlan, Routing
 
 
-@dataclass(frozen=True)
 class Dispatched:
     """x [M, H] and routing (ids [M, k] int16, weights [M, k]) of what arrived, in the order of ranks and their tokens.
 
     The routing's ids are those of this rank's own experts, -1 for choices that are not its business.  plan says where
     each token went (offsets [R+1], tokens [N], slots [T, k]) and splits how many rows went and came: for combine.
-    Nothing of x and routing may be read before wait() where dispatch was asynchronous; arrive is what wait() calls.
+    dropped [] is how many of this rank's rows had no room, None without a capacity.  wait() returns when rows are here,
+    this object; whoever reads x or routing waits too.
     """
 
-    x: Tensor
-    routing: Routing
-    plan: DispatchPlan
-    splits: Splits
-    arrive: Callable[[], None] | None = None  # returns when they are here
-    dropped: Tensor | None = None  # [], of this rank's rows, for want of capacity
+    def __init__(self, x: Tensor, weights: Tensor, flight: "_Flight"):
+        self.plan, self.splits, self.dropped = flight.plan, flight.splits, flight.dropped
+        self._flight, self._held = flight, Hold.apply(flight.home, x, weights)
+        self._x, self._routing = None, None
 
     def wait(self) -> "Dispatched":
-        if self.arrive is not None:
-            with self.splits.ranks.guard():
-                self.arrive()
+        if self._x is None:
+            self._x, weights = _Arrive.apply(*self._held, self._flight)
+            self._routing = Routing(self._flight.ids, weights, self._flight.num_local)
         return self
+
+    @property
+    def x(self) -> Tensor:
+        return self.wait()._x
+
+    @property
+    def routing(self) -> Routing:
+        return self.wait()._routing
 
 
 def dispatch(
@@ -84,10 +89,10 @@ def dispatch(
         _check(x, routing, experts, ranks, payload)
         plan, dropped = plan_within(routing, experts, capacity)
         splits = _even(capacity.rows, ranks)
-    sent = _Sent(routing, experts, plan, splits, asynchronous, payload, dropped)
-    rows, weights = _Dispatch.apply(x, routing.weights, sent)
-    arrived = Routing(sent.ids, weights, len(experts.experts_of(ranks.rank)))
-    return Dispatched(rows, arrived, plan, splits, sent.arrive, dropped)
+    flight = _Flight(x, routing, experts, (plan, splits, dropped), payload)
+    flight.start(x.detach(), routing, experts, asynchronous)
+    there = Dispatched(x, routing.weights, flight)
+    return there if asynchronous else there.wait()
 
 
 def _even(rows: int, ranks: Ranks) -> Splits:
@@ -106,18 +111,15 @@ def refusing(ranks: Ranks) -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True)
 class Returning:
-    """Results on their way home: rows [N, H], not to be read before wait(), and the plan of their tokens."""
+    """Results on their way home."""
 
-    rows: Tensor
-    plan: DispatchPlan
-    arrive: Callable[[], None]
+    def __init__(self, y: Tensor, dispatched: Dispatched, asynchronous: bool):
+        self._rows, self._plan = AllToAll(y, dispatched.splits.reversed, asynchronous), dispatched.plan
 
     def wait(self, residual: Tensor | None = None) -> Tensor:
         """combine's [T, H]."""
-        self.arrive()
-        return unpermute(self.rows, self.plan, None, residual)
+        return unpermute(self._rows.wait(), self._plan, None, residual)
 
 
 def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
@@ -140,8 +142,7 @@ def start_combine(y: Tensor, dispatched: Dispatched, asynchronous: bool = True) 
         raise ValueError(f"y must have shape [M={x.shape[0]}, H={x.shape[1]}], got {list(y.shape)}")
     if y.dtype != x.dtype:
         raise ValueError(f"y must have the dtype of the rows dispatched ({x.dtype}), got {y.dtype}")
-    rows, arrive = start_all_to_all(y, dispatched.splits.reversed, asynchronous)
-    return Returning(rows, dispatched.plan, arrive)
+    return Returning(y, dispatched, asynchronous)
 
 
 def dispatch_ref(x: Tensor, routing: Routing, experts: ExpertMap, group: dist.ProcessGroup | None = None):
@@ -247,64 +248,68 @@ def _nothing(experts: ExpertMap) -> tuple[Tensor, Tensor]:
     return torch.zeros(experts.num_ranks + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
 
 
-class _Sent:
-    """What goes through _Dispatch beside its tensors, in and out."""
-
-    def __init__(self, routing, experts, plan, splits, asynchronous, payload, dropped=None):
-        self.routing, self.experts, self.plan, self.splits, self.dropped = routing, experts, plan, splits, dropped
-        self.asynchronous, self.payload, self.ids, self.arrive = asynchronous, payload, None, None
-
-
 def _one_more(x, weights, ids, *maps):
     return F.pad(x, (0, 0, 0, 1)), F.pad(weights, (0, 0, 0, 1)), F.pad(ids.long(), (0, 0, 0, 1), value=-1), *maps
 
 
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, sent):
-        (_, H), k, plan, payload = x.shape, weights.shape[1], sent.plan, sent.payload
-        travels = encode(x.detach(), payload) if payload else x
-        routed, tokens = _routed(travels, sent.routing, sent.experts), plan.tokens
-        if sent.dropped is not None:  # an empty row is that of one token more, which goes nowhere
+class _Flight:
+    """What the two nodes of a dispatch share: rows and weights on their way, then their gradients on the way home."""
+
+    def __init__(self, x: Tensor, routing: Routing, experts: ExpertMap, where: tuple, payload: str | None):
+        self.plan, self.splits, self.dropped = where
+        self.shapes, self._payload = (x.shape, routing.weights.shape), payload
+        self._types, self._needs = (x.dtype, routing.weights.dtype), (x.requires_grad, routing.weights.requires_grad)
+        self.num_local, self.ids = len(experts.experts_of(self.splits.ranks.rank)), None
+
+    def start(self, x: Tensor, routing: Routing, experts: ExpertMap, asynchronous: bool) -> None:
+        travels = encode(x, self._payload) if self._payload else x
+        routed, tokens = _routed(travels, routing, experts), self.plan.tokens
+        if self.dropped is not None:  # an empty row is that of one token more, which goes nowhere
             routed, tokens = _one_more(*routed), torch.where(tokens < 0, len(x), tokens)
-        records = torch.ops.moert.dispatch_pack(*routed, plan.offsets, tokens)
-        received, work = send_rows(records, sent.splits, sent.asynchronous)
-        rows, arrived, sent.ids = _fields(received, travels.dtype, weights.dtype, travels.shape[1], k)
-        words, rows = rows, x.new_empty(len(rows), H) if payload else rows
-        here = rows.detach()
+        records = torch.ops.moert.dispatch_pack(*routed, self.plan.offsets, tokens)
+        self._there, self._word = Sending(records, self.splits, asynchronous), (travels.dtype, travels.shape[1])
 
-        travelling = [(work, records, words)]  # what is sent must live so long
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        """Rows [M, H] and weights [M, k]; sets the ids."""
+        (_, H), (_, k) = self.shapes
+        (dtype, weight_dtype), (word, width) = self._types, self._word
+        rows, weights, self.ids = _fields(self._there.wait(), word, weight_dtype, width, k)
+        self._there = None
+        return decode(rows, H, dtype, self._payload) if self._payload else rows, weights
 
-        def arrive():
-            if travelling:
-                work, _, words = travelling.pop()
-                if work is not None:
-                    work.wait()
-                if payload:
-                    here.copy_(decode(words, H, x.dtype, payload))
+    def send_back(self, drows: Tensor, dweights: Tensor) -> None:
+        records = torch.empty(len(drows), record_bytes(*self._types, *self._returned()), dtype=torch.uint8)
+        to_rows, to_weights, _ = _fields(records, *self._types, *self._returned())
+        to_rows.copy_(drows)
+        # Each choice has its gradient from the one copy that came for it.
+        to_weights.copy_(torch.where(self.ids >= 0, dweights, 0)[:, : to_weights.shape[1]])
+        self._back = Sending(records, self.splits.reversed)
 
-        if sent.asynchronous:
-            sent.arrive = arrive
-        else:
-            arrive()
-        ctx.plan, ctx.splits, ctx.H, ctx.k = plan, sent.splits, H, k
-        ctx.save_for_backward(sent.ids)
-        return rows, arrived
+    def home(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the weights, added up over the ranks."""
+        back, self._back = self._back, None
+        drows, dweights, _ = _fields(back.wait(), *self._types, *self._returned())
+        pairs = zip((drows, dweights), self._needs, strict=True)
+        return tuple(unpermute(rows, self.plan) if needed else None for rows, needed in pairs)
+
+    def _returned(self) -> tuple[int, int]:
+        """H, and how many weights' gradients travel."""
+        (_, H), (_, k) = self.shapes
+        return H, k if self._needs[1] else 0
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, flight):
+        ctx.flight = flight
+        return flight.arrive()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows, dweights):
-        H, k = ctx.H, ctx.k if ctx.needs_input_grad[1] else 0
-        records = torch.empty(len(drows), record_bytes(drows.dtype, dweights.dtype, H, k), dtype=torch.uint8)
-        to_rows, to_weights, _ = _fields(records, drows.dtype, dweights.dtype, H, k)
-        to_rows.copy_(drows)
-        (ids,) = ctx.saved_tensors
-        # Each choice has its gradient from the one copy that came for it.
-        to_weights.copy_(torch.where(ids >= 0, dweights, 0)[:, :k])
-        received, _ = send_rows(records, ctx.splits.reversed)
-        drows, dweights, _ = _fields(received, drows.dtype, dweights.dtype, H, k)
-        dx = unpermute(drows, ctx.plan) if ctx.needs_input_grad[0] else None
-        return dx, unpermute(dweights, ctx.plan) if ctx.needs_input_grad[1] else None, None
+        flight = ctx.flight
+        flight.send_back(drows, dweights)
+        return *map(stand_in, flight.shapes, (drows, dweights)), None
 
 
 def record_bytes(dtype: torch.dtype, weight_dtype: torch.dtype, H: int, k: int) -> int:
