@@ -36,6 +36,8 @@ def exchanges(R: int) -> None:
         dy = torch.randn(sum(splits.received), 3)
         (drows,) = torch.autograd.grad(all_to_all(rows, splits), rows, dy)
         assert torch.equal(drows, all_to_all_ref(dy, splits.reversed))
+        (ones,) = torch.autograd.grad(all_to_all(rows, splits).sum(), rows)  # of a gradient without strides
+        assert torch.equal(ones, torch.ones_like(rows))
         received, work = send_rows(rows.detach(), splits, asynchronous=True)
         work.wait()
         assert torch.equal(received, all_to_all_ref(rows, splits))

@@ -96,7 +96,8 @@ def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple
 
     rows must live until then.
     """
-    rows = rows.contiguous()
+    # Without rows any strides are contiguous, but not all can be seen as bytes.
+    rows = rows.contiguous() if len(rows) else rows.new_empty(rows.shape)
     received = rows.new_empty(sum(splits.received), rows.shape[1])
     given, taken, ranks = rows.view(torch.uint8), received.view(torch.uint8), splits.ranks
     with ranks.guard():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moert.ops.all_to_all import AllToAll, Hold, Sending, Splits, exchange_counts, stand_in
+from moert.ops.compiled_dispatch import CompiledSplits
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload, decode, encode
@@ -33,10 +34,9 @@ class Dispatched:
     this object; whoever reads x or routing waits too.
     """
 
-    def __init__(self, x: Tensor, weights: Tensor, flight: "_Flight"):
-        self.plan, self.splits, self.dropped = flight.plan, flight.splits, flight.dropped
-        self._flight, self._held = flight, Hold.apply(flight.home, x, weights)
-        self._x, self._routing = None, None
+    def __init__(self, plan: DispatchPlan, splits: Splits, dropped: Tensor | None, held=(), flight=None):
+        self.plan, self.splits, self.dropped = plan, splits, dropped
+        self._held, self._flight, self._x, self._routing = held, flight, None, None
 
     def wait(self) -> "Dispatched":
         if self._x is None:
@@ -78,27 +78,53 @@ def dispatch(
     the caller's business.
     """
     expect((Capacity, type(None)), capacity=capacity)
-    ranks, dropped = Ranks.of(group), None
+    ranks = Ranks.of(group)
+    if torch.compiler.is_compiling():
+        return _compiled(x, routing, experts, ranks, payload, capacity, parts)
+    flight = exchange(x, routing, experts, ranks, payload, capacity, parts, None, asynchronous)
+    there = Dispatched(flight.plan, flight.splits, flight.dropped, Hold.apply(flight.home, x, routing.weights), flight)
+    return there if asynchronous else there.wait()
+
+
+def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynchronous=False) -> "_Flight":
+    """dispatch without its part in the graph; needs: whether x and the weights need gradients (None: they say it)."""
+    dropped = None
     if capacity is None:
         with refusing(ranks):
-            plan = _plan(x, routing, experts, ranks, payload)
+            plan, needs = _plan(x, routing, experts, ranks, payload), needs or _needs(x, routing)
             counts = plan.offsets.diff()
-        splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts), ranks)
+        splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts, needs), ranks)
         plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
     else:
         _check(x, routing, experts, ranks, payload)
+        needs = needs or _needs(x, routing)
         plan, dropped = plan_within(routing, experts, capacity)
         splits = _even(capacity.rows, ranks)
-    flight = _Flight(x, routing, experts, (plan, splits, dropped), payload)
+    flight = _Flight(x, routing, experts, (plan, splits, dropped), payload, needs)
     flight.start(x.detach(), routing, experts, asynchronous)
-    there = Dispatched(x, routing.weights, flight)
-    return there if asynchronous else there.wait()
+    return flight
+
+
+def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
+    return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, routing.weights))
+
+
+def _compiled(x, routing, experts, ranks, payload, capacity, parts) -> Dispatched:
+    rows, drop = (None, "") if capacity is None else (capacity.rows, capacity.drop)
+    maps = experts.expert_to_rank, experts.local_ids
+    options = ranks.name, payload, rows, drop, parts, list(_needs(x, routing))
+    x, weights, ids, offsets, tokens, slots, *splits, dropped = torch.ops.moert.dispatch_rows(
+        x, routing.weights, routing.ids, *maps, *options
+    )
+    sizes = CompiledSplits(*splits, ranks.name)
+    there = Dispatched(DispatchPlan(offsets, tokens, slots), sizes, None if capacity is None else dropped)
+    there._x, there._routing = x, Routing(ids, weights, experts.held[ranks.rank])
+    return there
 
 
 def _even(rows: int, ranks: Ranks) -> Splits:
     sizes, levels = [rows] * ranks.size, ranks.levels
-    between = levels and torch.full((dist.get_world_size(levels.node), dist.get_world_size(levels.rail)), rows)
-    return Splits(sizes, sizes, ranks, between)
+    return Splits(sizes, sizes, ranks, levels and torch.full(levels.shape, rows))
 
 
 @contextmanager
@@ -115,11 +141,14 @@ class Returning:
     """Results on their way home."""
 
     def __init__(self, y: Tensor, dispatched: Dispatched, asynchronous: bool):
-        self._rows, self._plan = AllToAll(y, dispatched.splits.reversed, asynchronous), dispatched.plan
+        splits, self._plan = dispatched.splits, dispatched.plan
+        compiled = isinstance(splits, CompiledSplits)
+        self._rows = splits.back(y, self._plan) if compiled else AllToAll(y, splits.reversed, asynchronous)
 
     def wait(self, residual: Tensor | None = None) -> Tensor:
         """combine's [T, H]."""
-        return unpermute(self._rows.wait(), self._plan, None, residual)
+        rows = self._rows if isinstance(self._rows, Tensor) else self._rows.wait()
+        return unpermute(rows, self._plan, None, residual)
 
 
 def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
@@ -211,13 +240,12 @@ FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload",
          "the checksum of placement", "x.requires_grad", "weights.requires_grad")  # fmt: skip
 
 
-def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload: str | None, parts: int) -> dict[str, int | str]:
+def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload, parts: int, needs) -> dict[str, int | str]:
     """What all ranks must agree on: sizes and types of what travels, and whether gradients will travel back."""
-    weights = routing.weights
-    needs = ["yes" if torch.is_grad_enabled() and t.requires_grad else "no" for t in (x, weights)]
-    types = [str(t.dtype).removeprefix("torch.") for t in (x, weights)]
+    types = [str(t.dtype).removeprefix("torch.") for t in (x, routing.weights)]
+    words = ["yes" if needed else "no" for needed in needs]
     sizes = (x.shape[1], routing.ids.shape[1], experts.num_experts)
-    return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *needs), strict=True))
+    return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *words), strict=True))
 
 
 def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> DispatchPlan:
@@ -255,11 +283,13 @@ def _one_more(x, weights, ids, *maps):
 class _Flight:
     """What the two nodes of a dispatch share: rows and weights on their way, then their gradients on the way home."""
 
-    def __init__(self, x: Tensor, routing: Routing, experts: ExpertMap, where: tuple, payload: str | None):
+    def __init__(
+        self, x: Tensor, routing: Routing, experts: ExpertMap, where: tuple, payload: str | None, needs: tuple
+    ):
         self.plan, self.splits, self.dropped = where
         self.shapes, self._payload = (x.shape, routing.weights.shape), payload
-        self._types, self._needs = (x.dtype, routing.weights.dtype), (x.requires_grad, routing.weights.requires_grad)
-        self.num_local, self.ids = len(experts.experts_of(self.splits.ranks.rank)), None
+        self._types, self._needs = (x.dtype, routing.weights.dtype), needs
+        self.num_local, self.ids = experts.held[self.splits.ranks.rank], None
 
     def start(self, x: Tensor, routing: Routing, experts: ExpertMap, asynchronous: bool) -> None:
         travels = encode(x, self._payload) if self._payload else x

@@ -1,7 +1,7 @@
 """Which rank holds which expert.  Letters: E experts of all ranks together, R ranks."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -20,6 +20,10 @@ class ExpertMap:
     expert_to_rank: Tensor
     local_ids: Tensor
     num_ranks: int
+    held: list[int] = field(init=False)  # how many experts each rank has
+
+    def __post_init__(self):
+        object.__setattr__(self, "held", torch.bincount(self.expert_to_rank, minlength=self.num_ranks).tolist())
 
     @classmethod
     def of(cls, placement, num_experts: int, num_ranks: int) -> "ExpertMap":

@@ -6,6 +6,9 @@ Letters: R ranks, on A nodes of m ranks each where there are two levels.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,12 +19,21 @@ from moert.ops.kinds import expect
 Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for others: it may say more of what goes wrong
 
 
+HANDLES: "WeakValueDictionary[str, Ranks]" = WeakValueDictionary()
+_NUMBERS = count()
+
+
 @dataclass(frozen=True)
 class Levels:
     """The groups of this rank for an exchange in two levels: the m ranks of its node, the A ranks with its index."""
 
     node: dist.ProcessGroup
     rail: dist.ProcessGroup
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, A)"""
+        return dist.get_world_size(self.node), dist.get_world_size(self.rail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +43,18 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     guard: Guard = nullcontext
     levels: Levels | None = None
+
+    handle: ClassVar[str | None] = None  # of an object that says more than its group does
+
+    def __post_init__(self):
+        if self.guard is not nullcontext or self.levels is not None:
+            object.__setattr__(self, "handle", f"moert.ranks.{next(_NUMBERS)}")
+            HANDLES[self.handle] = self
+
+    @property
+    def name(self) -> str:
+        """By which compiled code finds it."""
+        return self.handle or ("" if self.group is None else self.group.group_name)
 
     @classmethod
     def of(cls, group: "dist.ProcessGroup | Ranks | None") -> "Ranks":

@@ -72,9 +72,8 @@ class ExpertParallel(Experts):
         guard = nullcontext if pulse is None else pulse.exchanging
         self.ranks = Ranks(self.group, guard)
         self.map = ExpertMap.of(placement, experts.num_experts, self.ranks.size)
-        held = torch.bincount(self.map.expert_to_rank, minlength=self.map.num_ranks)
-        if held.min() == 0:
-            raise ValueError(f"placement must give every rank an expert, got none for rank {held.argmin().item()}")
+        if 0 in self.map.held:
+            raise ValueError(f"placement must give every rank an expert, got none for rank {self.map.held.index(0)}")
         self.num_experts, self.gradients = experts.num_experts, gradients
         if local_size is not None:
             self.ranks = Ranks.in_nodes(local_size, self.group, guard)

@@ -1,0 +1,122 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from moert import GluExperts, MoELayer, Routing, TopKRouter
+from moert.layers import FeedForward
+from moert.ops import Capacity, ExpertMap, Ranks, combine, dispatch
+from moert.parallel import Pulse, shard_experts_
+from moert.testing import random_routing
+from ranks import ranks
+
+E, H, k = 7, 12, 2
+
+
+def problem(T: int, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(10 * T + dist.get_rank())
+    x = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
+    routing = random_routing(T, E, k, "sentinels", generator)
+    return x, routing.ids, routing.weights.requires_grad_()
+
+
+def there_and_back(experts: ExpertMap, **options):
+    def run(x, ids, weights):
+        there = dispatch(x, Routing(ids, weights, E), experts, **options)
+        y = torch.tanh(there.x) * there.routing.weights.sum(1, keepdim=True).to(x.dtype)
+        return combine(y, there, x), there.routing.ids, y
+
+    return run
+
+
+def operators_of_one_piece() -> None:
+    """One graph for any T: results and gradients have the bits of eager calls."""
+    rank, R = dist.get_rank(), dist.get_world_size()
+    experts = ExpertMap.of([(3 * e + 1) % R for e in range(E)], E, R)
+    for options in (
+        {},
+        {"payload": "int8"},
+        {"capacity": Capacity(3, "weight")},
+        {"group": Ranks.in_nodes(2)},
+        {"group": Ranks.in_nodes(2), "capacity": Capacity(2)},
+        {"group": dist.new_group(range(R))},
+    ):
+        run = there_and_back(experts, **options)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+        for T in (20, 30, 2, 0):
+            x, *routed = problem(T + (rank if T else 0))
+            expected, got = run(x, *routed), compiled(x, *routed)
+            assert all(map(torch.equal, got, expected))
+            dy = torch.randn_like(x)
+            grads = [torch.autograd.grad(y[0], (x, routed[1]), dy) for y in (expected, got)]
+            assert all(map(torch.equal, *grads))
+        assert counter.frame_count <= 2  # no tokens are a case of their own
+        with torch.no_grad():
+            x, *routed = problem(4, torch.bfloat16)
+            assert torch.equal(compiled(x, *routed)[0], run(x, *routed)[0])
+
+
+def test_one_graph():
+    assert ranks(4, operators_of_one_piece) == [None] * 4
+
+
+def layers(backend: str) -> None:
+    """A whole layer, shared experts and parts, mean gradients, a pulse: forward and backward as in eager mode."""
+    torch.manual_seed(0)
+    plain = MoELayer(TopKRouter(H, E, k), GluExperts(E, H, 10), FeedForward(H, 10))
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    with Pulse() as pulse:
+        for options in ({}, {"degree": 2, "gradients": "mean", "replicas": alone}, {"pulse": pulse}):
+            torch.manual_seed(0)
+            model = MoELayer(TopKRouter(H, E, k), GluExperts(E, H, 10), FeedForward(H, 10))
+            model.load_state_dict(plain.state_dict())
+            shard_experts_(model, **options)
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+            for T in (6, 11):
+                x, _, _ = problem(T + dist.get_rank())
+                results = []
+                for call in (model, compiled):
+                    y = call(x)
+                    y.square().sum().backward()
+                    results.append((y.detach(), x.grad, *(p.grad for p in model.parameters())))
+                    x.grad = None
+                    model.zero_grad()
+                for got, expected in zip(*results, strict=True):
+                    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_layers(backend):
+    assert ranks(2, layers, backend) == [None] * 2
+
+
+def differs() -> str:
+    run = torch.compile(there_and_back(ExpertMap.of(None, E, 2)), backend="aot_eager", fullgraph=True, dynamic=True)
+    x, *routed = problem(3)
+    with pytest.raises(RuntimeError) as error:
+        run(x.half() if dist.get_rank() else x, *routed)
+    return str(error.value)
+
+
+def test_errors():
+    text = "the dtype of x must be the same on every rank, got float32 on rank 0, float16 on rank 1"
+    assert all(text in told for told in ranks(2, differs))
+
+
+def checked() -> None:
+    experts = ExpertMap.of(None, E, 1)
+    for T in (0, 3):
+        x, ids, weights = problem(T)
+        for rows in (None, 4):
+            args = x, weights, ids, experts.expert_to_rank, experts.local_ids, "", None, rows, "position", 1
+            opcheck(torch.ops.moert.dispatch_rows.default, (*args, [True, True]))
+        sizes = torch.tensor([T]), torch.tensor([T]), torch.empty(0, 0, dtype=torch.int64)
+        opcheck(torch.ops.moert.dispatch_exchange.default, (x, *sizes, "", False, T))
+
+
+def test_opcheck():
+    assert ranks(1, checked) == [None]
