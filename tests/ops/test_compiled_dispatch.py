@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ from moert import GluExperts, MoELayer, Routing, TopKRouter
 from moert.layers import FeedForward
 from moert.ops import Capacity, ExpertMap, Ranks, combine, dispatch
 from moert.parallel import Pulse, shard_experts_
+from moert.placement import PlacedLayer
 from moert.testing import random_routing
 from ranks import ranks
 
@@ -68,8 +70,9 @@ def layers(backend: str) -> None:
     torch.manual_seed(0)
     plain = MoELayer(TopKRouter(H, E, k), GluExperts(E, H, 10), FeedForward(H, 10))
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    copied = {"placement": {"experts": PlacedLayer("experts", np.array([0, 1] * 3 + [0]), ((0, 1), (3, 0)))}}
     with Pulse() as pulse:
-        for options in ({}, {"degree": 2, "gradients": "mean", "replicas": alone}, {"pulse": pulse}):
+        for options in ({}, {"degree": 2, "gradients": "mean", "replicas": alone}, {"pulse": pulse}, copied):
             torch.manual_seed(0)
             model = MoELayer(TopKRouter(H, E, k), GluExperts(E, H, 10), FeedForward(H, 10))
             model.load_state_dict(plain.state_dict())

@@ -30,10 +30,11 @@ def of_rank(paths: list[str]) -> list[tuple[list[int], list[list[float]]]]:
     rank, (experts, x, routing), results = dist.get_rank(), everything(), []
     mine = slice(rank * T // R, (rank + 1) * T // R)
     for path in paths:
-        layer = ExpertParallel(experts, placement=ExpertPlacement.load(path).by_module()["layers.0"])
+        placement = ExpertPlacement.load(path).by_module()["layers.0"]
+        layer = ExpertParallel(experts, placement=placement, local_size=R // 2)
         own = Routing(routing.ids[mine], routing.weights[mine], E)
         with torch.no_grad():
-            sent = dispatch(x[mine], own, layer.map).splits.sent
+            sent = dispatch(x[mine], layer.copies.routed(own), layer.map).splits.sent
             results.append((list(sent), layer(x[mine], own).tolist()))
     return results
 
@@ -42,7 +43,9 @@ def test_outputs_are_the_same_and_rows_as_predicted(tmp_path):
     topology, (experts, x, routing) = Topology(R, 2), everything()
     with torch.no_grad():
         expected = experts(x, routing)
-    placements = contiguous(TRACE, R), moetuner_placement(TRACE, topology).placement
+    tuned, copied = (moetuner_placement(TRACE, topology, extra=n).placement for n in (0, 2))
+    assert copied.layers[0].replicas
+    placements = contiguous(TRACE, R), tuned, copied
     first = [ExpertPlacement(R, placement.layers[:1]) for placement in placements]
     paths = [str(tmp_path / f"{i}.json") for i in range(len(first))]
     for placement, path in zip(first, paths, strict=True):
@@ -53,4 +56,4 @@ def test_outputs_are_the_same_and_rows_as_predicted(tmp_path):
         assert torch.allclose(y, expected, rtol=1e-6, atol=1e-6)
         sent.append(np.array([counts for counts, _ in of_ranks]))
         assert np.array_equal(sent[-1], replay(RoutingTrace(TRACE.layers[:1]), placement, topology).rows)
-    assert not np.array_equal(*sent)
+    assert not any(np.array_equal(sent[i], sent[j]) for i, j in ((0, 1), (1, 2)))

@@ -19,6 +19,7 @@ from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
 from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import Ranks
+from moert.parallel.copies import Copies
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
@@ -28,10 +29,11 @@ GRADIENTS = ("sum", "mean")
 class ExpertParallel(Experts):
     """This rank's part of `experts`, which every rank of the group makes alike: same results as all of them here.
 
-    placement is expert_to_rank [E], any sequence of integers (None: contiguous blocks); every rank must hold an expert.
-    local are the GluExperts that this rank holds, in the order of their ids; the others are gone.  Every rank of the
-    group must call forward, and backward where it called forward, equally often; each with tokens of its own, or none.
-    Which parameters are frozen must be the same on every rank.
+    placement is expert_to_rank [E], any sequence of integers (None: contiguous blocks), or a PlacedLayer, whose
+    replicas are copies of experts on further ranks, trained as one; every rank must hold an expert.  local are the
+    GluExperts that this rank holds, expert_ids which they are; the others are gone.  Every rank of the group must call
+    forward, and backward where it called forward, equally often; each with tokens of its own, or none.  The same
+    parameters must be frozen on every rank.
 
     The experts' gradients are those of the sum of the ranks' losses, as in one process with everybody's tokens; with
     gradients="mean" of their mean, as DistributedDataParallel and FSDP2 have it for the rest of a model.  replicas is
@@ -71,13 +73,15 @@ class ExpertParallel(Experts):
         self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
         guard = nullcontext if pulse is None else pulse.exchanging
         self.ranks = Ranks(self.group, guard)
-        self.map = ExpertMap.of(placement, experts.num_experts, self.ranks.size)
+        self.map = ExpertMap.of(getattr(placement, "expert_to_rank", placement), experts.num_experts, self.ranks.size)
+        self.copies = Copies.of(self.map, getattr(placement, "replicas", ()), self.ranks.rank, local_size)
+        self.map = self.copies.map
         if 0 in self.map.held:
             raise ValueError(f"placement must give every rank an expert, got none for rank {self.map.held.index(0)}")
         self.num_experts, self.gradients = experts.num_experts, gradients
         if local_size is not None:
             self.ranks = Ranks.in_nodes(local_size, self.group, guard)
-        self.expert_ids = self.map.experts_of(self.ranks.rank)
+        self.expert_ids = self.copies.expert_ids
         self.local = _part(experts, self.expert_ids)
         holders = 1 if self.replicas is None else dist.get_world_size(self.replicas)
         self.parts = holders * self.map.num_ranks if gradients == "mean" else 1
@@ -94,7 +98,7 @@ class ExpertParallel(Experts):
             check_added(onto.rows, x)
             # Under autocast rows travel in the dtype in which the experts multiply them.
             x, rows, constants = autocast(x, onto.rows, onto.constants)
-            parts, self.dropped = _cut(x, routing, self.degree), None
+            parts, self.dropped = _cut(x, self.copies.routed(routing), self.degree), None
         plain = onto.scale is None and onto.mix is None
         there = self._dispatch(*parts[0], asynchronous=shared or len(parts) > 1)
         if shared:
@@ -127,13 +131,15 @@ class ExpertParallel(Experts):
 
     def _local(self) -> Callable[[Dispatched], Tensor]:
         """The experts of a call, whose gradients are reduced once for all its parts."""
-        if self.parts == 1 and self.replicas is None:
+        if self.parts == 1 and self.replicas is None and not self.copies.num_shared:
             return lambda there: self.local(there.x, there.routing)
-        reduced = {name: _Reduced.apply(p, self.replicas, self.parts) for name, p in self.local.named_parameters()}
+        reduced = {name: _Reduced.apply(p, self) for name, p in self.local.named_parameters()}
         return lambda there: functional_call(self.local, reduced, (there.x, there.routing))
 
     def extra_repr(self) -> str:
-        ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
+        copies = self.map.num_experts - self.num_experts
+        ranks = f"num_experts={self.num_experts}, copies={copies}, num_ranks={self.map.num_ranks}"
+        ranks = f"{ranks}, gradients={self.gradients}"
         return f"{ranks}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
 
 
@@ -155,7 +161,8 @@ def shard_experts_(
 ) -> nn.Module:
     """Replace every GluExperts inside model by its ExpertParallel, whose options these are; returns model.
 
-    placement maps names of these modules (model.named_modules) to expert_to_rank; those it leaves out lie in blocks.
+    placement maps names of these modules (model.named_modules) to expert_to_rank or a PlacedLayer; those it leaves out
+    lie in blocks.
     A module that has several names in the model stays one, and placement has one of them.
     """
     modules = list(model.named_modules(remove_duplicate=False))
@@ -208,23 +215,26 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Reduced(torch.autograd.Function):
-    """A parameter as it is; its gradient added up over replicas and divided by parts.
+    """A parameter as it is; its gradient added up over copies and replicas, and divided by parts.
 
     In the graph: hooks would be lost with the parameter that load_state_dict(assign=True) or to_empty replaces.
     """
 
     @staticmethod
-    def forward(ctx, parameter, replicas, parts):
-        ctx.replicas, ctx.parts = replicas, parts
+    def forward(ctx, parameter, spread):
+        ctx.spread = spread
         return parameter.view_as(parameter)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if ctx.replicas is not None:
+        spread = ctx.spread
+        if spread.copies.num_shared:
+            grad = spread.copies.add_up(grad, spread.group)
+        if spread.replicas is not None:
             grad = grad.contiguous().clone()
-            dist.all_reduce(grad, group=ctx.replicas)
-        return grad / ctx.parts, None, None
+            dist.all_reduce(grad, group=spread.replicas)
+        return grad / spread.parts, None
 
 
 def _part(experts: GluExperts, ids: list[int]) -> GluExperts:

@@ -64,12 +64,9 @@ class ExpertPlacement:
         for layer in self.layers:
             _check(layer, self.num_ranks)
 
-    def by_module(self) -> dict[str, np.ndarray]:
-        """Name of the experts module -> expert_to_rank [E]; replicas are an error, for they would get lost."""
-        for layer in self.layers:
-            if layer.replicas:
-                raise ValueError(f"replicas must be none for a map from expert to rank, got {layer.name} with some")
-        return {layer.name: layer.expert_to_rank for layer in self.layers}
+    def by_module(self) -> "dict[str, np.ndarray | PlacedLayer]":
+        """Name of the experts module -> expert_to_rank [E], or the layer where it has replicas: for shard_experts_."""
+        return {layer.name: layer if layer.replicas else layer.expert_to_rank for layer in self.layers}
 
     def save(self, path: Path | str) -> None:
         """JSON, there whole or not at all."""
