@@ -137,10 +137,9 @@ class ExpertParallel(Experts):
         return lambda there: functional_call(self.local, reduced, (there.x, there.routing))
 
     def extra_repr(self) -> str:
+        ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
         copies = self.map.num_experts - self.num_experts
-        ranks = f"num_experts={self.num_experts}, copies={copies}, num_ranks={self.map.num_ranks}"
-        ranks = f"{ranks}, gradients={self.gradients}"
-        return f"{ranks}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
+        return f"{ranks}, copies={copies}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
 
 
 def _cut(x: Tensor, routing: Routing, degree: int) -> list[tuple[Tensor, Routing]]:
