@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from experiment import Claim, Experiment, main
-from moert.analysis.gaussian_moe import GaussianMoE, fit, matched
+from moert.analysis.gaussian_moe import GaussianMoE, matched
 
 SIZES, REPEATS = (1000, 4000, 16_000), 16
 NAMED = (("tanh", "tanh"), ("GELU", "gelu"), ("sigmoid", "sigmoid"))
@@ -31,13 +31,8 @@ def truth(act):
         return torch.tensor(values, dtype=torch.float64)
 
     gate = {"gate": "linear" if act == "identity" else "activation", "act": act}
-    experts = {"a": tensor(-2, 2)[:, None], "b": tensor(3, -3), "sigma": tensor(0.3, 0.4)}
-    return GaussianMoE(tensor(*beta1)[:, None], tensor(beta0, 0), tensor(tau)[0], **experts, **gate)
-
-
-def draw(model, n, generator):
-    x = 8 * torch.rand(n, 1, dtype=torch.float64, generator=generator) - 4
-    return x, model.sample(x, generator)
+    gate |= {"beta1": tensor(*beta1)[:, None], "beta0": tensor(beta0, 0), "tau": tensor(tau)[0]}
+    return GaussianMoE(2, **gate, a=tensor(-2, 2)[:, None], b=tensor(3, -3), sigma=tensor(0.3, 0.4))
 
 
 def errors(fitted, true):
@@ -61,13 +56,13 @@ def variant(act):
         found, converged = {n: [] for n in sizes}, []
         for _ in progress.steps(REPEATS):
             for n in sizes:
-                x, y = draw(true, n, generator)
+                x, y = true.draw(n, generator)
                 noise = 0.1 * torch.randn(len(true.free()), dtype=torch.float64, generator=generator)
-                fitted = fit(true.with_free(true.free() + noise), x, y)
+                fitted = true.with_free(true.free() + noise).fit(x, y)
                 found[n].append(errors(fitted, true))
                 converged.append((fitted.log_density(x, y).mean() >= true.log_density(x, y).mean()).item())
         medians = [[median(error[i] for error in found[n]) for n in sizes] for i in (0, 1)]
-        eigenvalues = torch.linalg.eigvalsh(true.fisher(*draw(true, 100 if progress.quick else 10_000, generator)))
+        eigenvalues = torch.linalg.eigvalsh(true.fisher(100 if progress.quick else 10_000, generator))
         return {
             "gate slope": slope(sizes, medians[0]),
             "expert slope": slope(sizes, medians[1]),

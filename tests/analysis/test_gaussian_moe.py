@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moert.analysis.gaussian_moe import GaussianMoE, fit, matched, voronoi_loss
+from moert.analysis.gaussian_moe import GaussianMoE, matched
 
 
 def tensor(*values):
@@ -14,13 +14,28 @@ def tensor(*values):
 def model(act="identity", gate=None, K=None):
     gate = gate or ("linear" if act == "identity" else "activation")
     experts = {"a": tensor(-2, 2)[:, None], "b": tensor(1, -1), "sigma": tensor(0.3, 0.4)}
-    return GaussianMoE(tensor(2, 0.7)[:, None], tensor(0.5, 0), tensor(0.2)[0], **experts, gate=gate, act=act, K=K)
+    gates = {"beta1": tensor(2, 0.7)[:, None], "beta0": tensor(0.5, 0), "tau": tensor(0.2)[0]}
+    return GaussianMoE(2, gate, act, K, **gates, **experts)
 
 
 def data(true, n=400, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = 8 * torch.rand(n, 1, dtype=torch.float64, generator=generator) - 4
-    return x, true.sample(x, generator)
+    return true.draw(n, torch.Generator().manual_seed(seed))
+
+
+def test_parameters_not_given():
+    """Four experts of three inputs, drawn anew by seed; what they say of data is a density."""
+    torch.manual_seed(3)
+    one = GaussianMoE(4, gate="activation", act="gelu", d=3)
+    assert one.beta1.shape == one.a.shape == (4, 3) and one.beta0[-1] == 0 and one.tau == 1
+    assert torch.equal(one.sigma, torch.ones(4, dtype=torch.float64)) and not torch.equal(one.a[0], one.a[1])
+    x, y = data(one, 50)
+    assert x.shape == (50, 3) and x.abs().max() <= 4 and one.log_density(x, y).isfinite().all()
+    torch.manual_seed(3)
+    assert torch.equal(GaussianMoE(4, gate="activation", act="gelu", d=3).a, one.a)
+    information = one.fisher(50, torch.Generator().manual_seed(0))
+    assert torch.equal(information, one.information(x, y))
+    with pytest.raises(ValueError, match=r"a must have shape \[4, 3\], got \[4, 1\]"):
+        replace(one, a=one.a[:, :1])
 
 
 def test_density_against_a_loop():
@@ -55,9 +70,9 @@ def test_the_bias_may_be_inside_the_activation():
     again = inside.with_free(free)
     for name in ("beta1", "beta0", "tau", "a", "b", "sigma"):
         torch.testing.assert_close(getattr(again, name), getattr(inside, name))
-    information = inside.fisher(x, y)
+    information = inside.information(x, y)
     assert information.shape == (11, 11) and torch.linalg.eigvalsh(information)[0] > 1e-5
-    best = fit(inside.with_free(free + 0.05), x, y)
+    best = inside.with_free(free + 0.05).fit(x, y)
     assert best.beta0[-1] != inside.beta0[-1] and (best.a - inside.a).abs().max() < 0.05
     assert best.log_density(x, y).mean() >= inside.log_density(x, y).mean()
     swapped = replace(inside, **{n: getattr(inside, n).flip(0) for n in ("beta1", "beta0", "a", "b", "sigma")})
@@ -76,9 +91,9 @@ def test_a_linear_gate_does_not_know_its_temperature(c):
 
 def test_information():
     # Linear: the ray, and the common shift of beta1; an activation leaves no direction without information.
-    assert torch.linalg.eigvalsh(model().fisher(*data(model(), 10_000)))[:2].abs().max() < 1e-10
+    assert torch.linalg.eigvalsh(model().information(*data(model(), 10_000)))[:2].abs().max() < 1e-10
     for act in ("tanh", "gelu", "sigmoid"):
-        assert torch.linalg.eigvalsh(model(act).fisher(*data(model(act), 10_000)))[0] > 1e-5
+        assert torch.linalg.eigvalsh(model(act).information(*data(model(act), 10_000)))[0] > 1e-5
 
 
 def test_topk_gate_keeps_k_experts():
@@ -96,7 +111,7 @@ def test_fit_climbs_and_comes_near(method):
     true = model("tanh")
     x, y = data(true, 2000)
     start = true.with_free(true.free() + 0.1 * torch.randn(len(true.free()), dtype=torch.float64))
-    best = fit(start, x, y, method)
+    best = start.fit(x, y, method)
     assert best.log_density(x, y).mean() >= true.log_density(x, y).mean() > start.log_density(x, y).mean()
     assert (best.a - true.a).abs().max() < 0.05 and (best.b - true.b).abs().max() < 0.1
     assert best.beta0[-1] == true.beta0[-1]
@@ -105,7 +120,7 @@ def test_fit_climbs_and_comes_near(method):
 def test_both_methods_find_the_same():
     true = model()
     x, y = data(true, 1000)
-    one, other = (fit(true, x, y, method, 500) for method in ("bfgs", "em"))
+    one, other = (true.fit(x, y, method, 500) for method in ("bfgs", "em"))
     torch.testing.assert_close(one.a, other.a, rtol=0, atol=1e-3)
     assert one.log_density(x, y).mean().item() == pytest.approx(other.log_density(x, y).mean().item(), abs=1e-5)
 
@@ -119,14 +134,14 @@ def test_matching_and_voronoi_loss():
     shifted = replace(swapped, beta1=swapped.beta1 + 3, beta0=swapped.beta0 - 2)  # which a linear gate does not see
     torch.testing.assert_close(matched(shifted, true).beta1, true.beta1)
     torch.testing.assert_close(matched(shifted, true).beta0, true.beta0)
-    assert voronoi_loss(true, true) == 0 and voronoi_loss(swapped, true) == 0
+    assert true.voronoi_loss(true) == 0 and swapped.voronoi_loss(true) == 0
     moved = replace(true, a=true.a + tensor(0.1, 0)[:, None], tau=true.tau + 0.3)
-    assert voronoi_loss(moved, true) == pytest.approx(0.3 + 0.1 * math.exp(0.5))
+    assert moved.voronoi_loss(true) == pytest.approx(0.3 + 0.1 * math.exp(0.5))
     twice = {n: torch.cat([getattr(true, n)[:1], getattr(true, n)]) for n in ("beta1", "a", "b", "sigma")}
-    split = replace(true, beta0=tensor(0.5 - math.log(2), 0.5 - math.log(2), 0), **twice)
-    assert voronoi_loss(split, true) == pytest.approx(0, abs=1e-12)
+    split = replace(true, k=3, beta0=tensor(0.5 - math.log(2), 0.5 - math.log(2), 0), **twice)
+    assert split.voronoi_loss(true) == pytest.approx(0, abs=1e-12)
     near = replace(split, b=split.b + tensor(0.1, 0, 0))
-    assert voronoi_loss(near, true) == pytest.approx(0.01 * math.exp(0.5) / 2)
+    assert near.voronoi_loss(true) == pytest.approx(0.01 * math.exp(0.5) / 2)
 
 
 @pytest.mark.parametrize(
@@ -145,4 +160,4 @@ def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         replace(model(), **options)
     with pytest.raises(ValueError, match="method must be bfgs or em, got sgd"):
-        fit(model(), *data(model(), 5), method="sgd")
+        model().fit(*data(model(), 5), method="sgd")

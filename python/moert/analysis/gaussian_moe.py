@@ -19,7 +19,9 @@ SIGMA_FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class GaussianMoE:
-    """beta1 [k, d], beta0 [k], tau [], a [k, d], b [k], sigma [k].
+    """k experts of d inputs: beta1 [k, d], beta0 [k], tau [], a [k, d], b [k], sigma [k].
+
+    Parameters that are not given: tau and sigma 1, beta0[-1] 0, the others standard normal (torch.manual_seed).
 
     The gate is softmax((act(beta1 x) + beta0) / tau), or with bias "inside" act(beta1 x + beta0); "linear" has no act
     and "topk" keeps the K largest of beta1 x (+ beta0 if rank_with_bias), ties by the lower expert.  beta0[-1] (unless
@@ -27,17 +29,19 @@ class GaussianMoE:
     shift.
     """
 
-    beta1: Tensor
-    beta0: Tensor
-    tau: Tensor
-    a: Tensor
-    b: Tensor
-    sigma: Tensor
+    k: int
     gate: str = "linear"
     act: str = "identity"
     K: int | None = None
     rank_with_bias: bool = False
     bias: str = "outside"
+    d: int = 1
+    beta1: Tensor | None = None
+    beta0: Tensor | None = None
+    tau: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    sigma: Tensor | None = None
 
     def __post_init__(self):
         if self.gate not in GATES:
@@ -50,10 +54,12 @@ class GaussianMoE:
             raise ValueError(f"bias must be outside, or inside with gate activation, got {self.bias} with {self.gate}")
         if (self.gate == "topk") != (self.K is not None) or (self.K is not None and not 1 <= self.K <= self.k):
             raise ValueError(f"K must be in [1, k={self.k}] with gate topk and None without, got {self.K}")
-
-    @property
-    def k(self) -> int:
-        return len(self.b)
+        shapes = {"beta1": (self.k, self.d), "beta0": (self.k,), "tau": (), "a": (self.k, self.d), "b": (self.k,)}
+        for name, shape in (shapes | {"sigma": (self.k,)}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, _initial(name, shape))
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(getattr(self, name).shape)}")
 
     def log_gate(self, x: Tensor) -> Tensor:
         """x [n, d] -> log pi [n, k], -inf where an expert is not among the K."""
@@ -82,6 +88,11 @@ class GaussianMoE:
         noise = torch.randn(len(x), dtype=x.dtype, generator=generator)
         return mean + self.sigma[expert[:, 0]] * noise
 
+    def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """x [n, d], uniform in [-4, 4], and y [n]."""
+        x = 8 * torch.rand(n, self.d, dtype=torch.float64, generator=generator) - 4
+        return x, self.sample(x, generator)
+
     @property
     def _biases(self) -> int:
         """How many of beta0 are free."""
@@ -109,7 +120,11 @@ class GaussianMoE:
             sigma=log_sigma.exp().clamp_min(SIGMA_FLOOR),
         )
 
-    def fisher(self, x: Tensor, y: Tensor) -> Tensor:
+    def fisher(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """information of n draws."""
+        return self.information(*self.draw(n, generator))
+
+    def information(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean outer product of the scores of every parameter [Q, Q], with all of beta1 and tau itself free."""
         names = ("beta1", "beta0", "tau", "a", "b", "sigma")
         parts = [getattr(self, name) if name != "beta0" else self.beta0[: self._biases] for name in names]
@@ -124,39 +139,37 @@ class GaussianMoE:
         scores = torch.func.vmap(torch.func.grad(of), (None, 0, 0))(flat, x, y)
         return scores.T @ scores / len(x)
 
+    def fit(self, x: Tensor, y: Tensor, method: str = "bfgs", iterations: int = 200) -> "GaussianMoE":
+        """Maximum likelihood from here on: "bfgs" on the likelihood, or "em"."""
+        if method == "bfgs":
+            return _ascend(self, lambda m: m.log_density(x, y).mean(), iterations)
+        if method != "em":
+            raise ValueError(f"method must be bfgs or em, got {method}")
+        model, before = self, -math.inf
+        for _ in range(iterations):
+            joint = model.log_joint(x, y)
+            likelihood = joint.logsumexp(-1).mean().item()
+            if likelihood - before < 1e-8:
+                break
+            before = likelihood
+            model = _maximise(model, x, y, (joint - joint.logsumexp(-1, keepdim=True)).exp())
+        return model
 
-def fit(model: GaussianMoE, x: Tensor, y: Tensor, method: str = "bfgs", iterations: int = 200) -> GaussianMoE:
-    """Maximum likelihood from `model` on: "bfgs" on the likelihood, or "em"."""
-    if method == "bfgs":
-        return _ascend(model, lambda m: m.log_density(x, y).mean(), iterations)
-    if method != "em":
-        raise ValueError(f"method must be bfgs or em, got {method}")
-    before = -math.inf
-    for _ in range(iterations):
-        joint = model.log_joint(x, y)
-        likelihood = joint.logsumexp(-1).mean().item()
-        if likelihood - before < 1e-8:
-            break
-        before = likelihood
-        model = _maximise(model, x, y, (joint - joint.logsumexp(-1, keepdim=True)).exp())
-    return model
+    def voronoi_loss(self, true: "GaussianMoE") -> float:
+        """Distance of two mixing measures: atoms count for the nearest true one, squared where several share it.
 
-
-def voronoi_loss(fitted: GaussianMoE, true: GaussianMoE) -> float:
-    """Distance of two mixing measures: atoms of fitted count for the nearest true one, squared where several share it.
-
-    Sum over true atoms of the difference of masses e^beta0 and of e^beta0_i times the distances of (beta1, a, b,
-    sigma), plus |tau - tau'|.
-    """
-    atoms = [torch.cat([m.beta1, m.a, m.b[:, None], m.sigma[:, None]], 1) for m in (fitted, true)]
-    cell, mass = torch.cdist(*atoms).argmin(1), fitted.beta0.exp()
-    total = (fitted.tau - true.tau).abs()
-    for j in range(true.k):
-        mine = cell == j
-        distance = (atoms[0][mine] - atoms[1][j]).abs()
-        distance = distance if int(mine.sum()) < 2 else distance.square()
-        total = total + (mass[mine].sum() - true.beta0[j].exp()).abs() + (mass[mine, None] * distance).sum()
-    return total.item()
+        Sum over true atoms of the difference of masses e^beta0 and of e^beta0_i times the distances of (beta1, a, b,
+        sigma), plus |tau - tau'|.
+        """
+        atoms = [torch.cat([m.beta1, m.a, m.b[:, None], m.sigma[:, None]], 1) for m in (self, true)]
+        cell, mass = torch.cdist(*atoms).argmin(1), self.beta0.exp()
+        total = (self.tau - true.tau).abs()
+        for j in range(true.k):
+            mine = cell == j
+            distance = (atoms[0][mine] - atoms[1][j]).abs()
+            distance = distance if int(mine.sum()) < 2 else distance.square()
+            total = total + (mass[mine].sum() - true.beta0[j].exp()).abs() + (mass[mine, None] * distance).sum()
+        return total.item()
 
 
 def matched(fitted: GaussianMoE, true: GaussianMoE) -> GaussianMoE:
@@ -171,7 +184,16 @@ def matched(fitted: GaussianMoE, true: GaussianMoE) -> GaussianMoE:
     if fitted.bias == "outside":
         beta0 = beta0 - beta0[-1] + true.beta0[-1]
     rest = {name: getattr(fitted, name)[order] for name in ("a", "b", "sigma")}
-    return replace(fitted, beta0=beta0, beta1=beta1, **rest)
+    return replace(fitted, k=true.k, beta0=beta0, beta1=beta1, **rest)
+
+
+def _initial(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name in ("tau", "sigma"):
+        return torch.ones(shape, dtype=torch.float64)
+    drawn = torch.randn(shape, dtype=torch.float64)
+    if name == "beta0":
+        drawn[-1:] = 0
+    return drawn
 
 
 def _ascend(model: GaussianMoE, value, iterations: int) -> GaussianMoE:
