@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from moert import GluExperts, MoELayer
 from moert.layers import ChainMoELayer, FeedForward, losses_of
 from moert.routers import DeepSeekRouter
 from moert.testing import OperatorsRan, row_error
+from moert.types import Onto
 
 H, I, E = 12, 10, 8
 
@@ -54,6 +57,29 @@ def test_two_iterations_are_two_layers_that_share_experts():
     got, want = (torch.autograd.grad(y, inputs, dy) for y in (layer(x), expected))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("checkpoint", (False, True))
+@pytest.mark.parametrize("C", (2, 4))
+def test_gradients_of_the_iterations_are_added_in_float32(C, checkpoint, dtype):
+    """And rounded once: beside experts and shared experts of its own for each iteration, bit for bit."""
+    layer, x = chain(C, shared=True, checkpoint=checkpoint).to(dtype), torch.randn(9, H).to(dtype)
+    own = [(copy.deepcopy(layer.experts), copy.deepcopy(layer.shared_experts)) for _ in range(C)]
+    y = x
+    for router, (experts, shared) in zip(layer.routers, own, strict=True):
+        y = experts.onto(y, router(y), Onto(shared(y))) + y
+    got, dy = layer(x), torch.randn(9, H).to(dtype)
+    assert torch.equal(got, y)
+    y.backward(dy)
+    layer.zero_grad()
+    got.backward(dy)
+    for part, of_iterations in zip((layer.experts, layer.shared_experts), zip(*own, strict=True), strict=True):
+        for name, weight in part.named_parameters():
+            grads = [each.get_parameter(name).grad for each in of_iterations]
+            # The last iteration's gradient comes first; float32 sums of few numbers hardly depend on it.
+            sums = sum(g.double() for g in grads).to(dtype), sum(g.float() for g in grads).to(dtype)
+            assert any(torch.equal(weight.grad, each) for each in sums)
 
 
 @pytest.mark.parametrize("layout", ("renorm", "released", "prenorm"))

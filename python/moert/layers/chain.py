@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from moert.experts.base import Experts
@@ -11,6 +12,7 @@ from moert.routers.base import Router, RouterContext
 from moert.types import Onto, Routing
 
 LAYOUTS = ("renorm", "released", "prenorm")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class ChainMoELayer(nn.Module):
@@ -20,7 +22,8 @@ class ChainMoELayer(nn.Module):
     is the residual stream h, and layout says where the norm stands: "renorm" h <- h + moe(norm(h)) in each iteration,
     "released" loop(norm(h)), without h itself, "prenorm" h + loop(norm(h)) - norm(h).  A single router serves all.
     subtract_input gives what there is to add to the input, for blocks that add it themselves.  checkpoint keeps the
-    activations of one iteration at a time for the backward pass, which computes the others again.
+    activations of one iteration at a time for the backward pass, which computes the others again.  Gradients of the
+    experts and shared experts are added up over the iterations in float32 at least.
     """
 
     def __init__(
@@ -56,10 +59,11 @@ class ChainMoELayer(nn.Module):
         """y, and the routing of every iteration: losses are the caller's to add, see losses_of."""
         h_TH, routings = x.reshape(-1, x.shape[-1]), []
         renorm = self.norm is not None and self.layout == "renorm"
+        weights = self._weights()
         start_TH = y_TH = h_TH if self.norm is None or renorm else self.norm(h_TH)
         for t in range(self.iterations):
             residual = y_TH if self.residual == "inner" else None
-            step = (t, self.norm(y_TH) if renorm else y_TH, residual, context)
+            step = (t, self.norm(y_TH) if renorm else y_TH, residual, context, weights[t])
             again = self.checkpoint and torch.is_grad_enabled()
             y_TH, routing = checkpoint(self._iteration, *step, use_reentrant=False) if again else self._iteration(*step)
             routings.append(routing)
@@ -71,13 +75,48 @@ class ChainMoELayer(nn.Module):
             y_TH = y_TH - h_TH
         return y_TH.view(x.shape), routings
 
+    def _weights(self) -> list[dict[str, dict[str, Tensor]]]:
+        """For each iteration the weights that take the place of the modules' own: none where autograd adds as well."""
+        weights: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(self.iterations)]
+        if self.iterations < 3 or not torch.is_grad_enabled():  # one sum of two is rounded once in any case
+            return weights
+        for part in ("experts", "shared_experts"):
+            for name, weight in getattr(self, part).named_parameters() if getattr(self, part) is not None else ():
+                if type(weight) is nn.Parameter and weight.requires_grad and weight.dtype in HALF:
+                    for t, view in enumerate(_AddedInFloat32.apply(weight, self.iterations)):
+                        weights[t].setdefault(part, {})[name] = view
+        return weights
+
     def _iteration(
-        self, t: int, x_TH: Tensor, residual: Tensor | None, context: RouterContext | None
+        self, t: int, x_TH: Tensor, residual: Tensor | None, context: RouterContext | None, weights: dict
     ) -> tuple[Tensor, Routing]:
+        def call(part: str, *args):
+            module = getattr(self, part)
+            return functional_call(module, weights[part], args) if part in weights else module(*args)
+
         routing = self.routers[t if len(self.routers) > 1 else 0](x_TH, context)
-        added = residual if self.shared_experts is None else self.shared_experts(x_TH)
-        y_TH = self.experts(x_TH, routing) if added is None else self.experts.onto(x_TH, routing, Onto(added))
+        added = residual if self.shared_experts is None else call("shared_experts", x_TH)
+        if added is None or not self.experts.fuses_onto:
+            y_TH = call("experts", x_TH, routing)
+            y_TH = y_TH if added is None else Onto(added).added_to(y_TH)
+        else:
+            y_TH = call("experts", x_TH, routing, Onto(added))
         return y_TH if residual is None or self.shared_experts is None else y_TH + residual, routing
+
+
+class _AddedInFloat32(torch.autograd.Function):
+    """A weight n times, for as many uses; their gradients are added in float32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, n: int):
+        return tuple(weight.view_as(weight) for _ in range(n))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        total = grads[0].float()
+        for grad in grads[1:]:
+            total = total + grad
+        return total.to(grads[0].dtype), None
 
 
 def losses_of(routings: Sequence[Routing]) -> dict[str, Tensor]:
