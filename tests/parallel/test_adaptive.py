@@ -16,6 +16,7 @@ from moert.parallel import (
     AdaptiveExperts,
     Pulse,
     Setting,
+    adaptive,
     expert_parameters,
     load_checkpoint,
     save_checkpoint,
@@ -222,6 +223,7 @@ def learnt() -> list:
             call(5, backward=False)
     told.append(len(experts.caches))
     assert experts.caches["auto", "auto", "auto", False].knows(5)
+    assert not any(p._backward_hooks for p in experts.parameters())  # those of clocks are gone
     experts.r = 2
     tried.clear()
     for _ in range(6):
@@ -243,6 +245,48 @@ def test_learnt_alike_on_every_rank():
     assert set(tried[13:]) == {(found.r, found.degree)} and len(tried) == 20
     assert after == ((0, 1), False) and caches == 2 and loads == [0]
     assert fixed[:4] == [(2, degree) for degree in DEGREES] and fixed[4] == fixed[5]
+
+
+class FakeTime:
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def slowest(monkeypatch: pytest.MonkeyPatch) -> int:
+    """r = 0 takes 0.5 s and 0.5 or 6.5 s back, r = 1 takes 4 s and 2 s back on both ranks; others' time is not its."""
+    fake, rank = FakeTime(), dist.get_rank()
+    monkeypatch.setattr(adaptive, "time", fake)
+    experts = AdaptiveExperts(experts_of(2), degree=1)
+
+    def slow(compute, forward, backward):
+        def call(x, *args):
+            fake.now += forward
+            x.register_hook(lambda grad: setattr(fake, "now", fake.now + backward))
+            return compute(x, *args)
+
+        return call
+
+    experts.slices.here = slow(experts.slices.here, 0.5, (0.5, 6.5)[rank])
+    experts.slices.forward = slow(experts.slices.forward, 4, 2)
+    for _ in range(3):
+        x, routing = torch.randn(3, H, requires_grad=True), random_routing(3, 2, 1)
+        y = experts(x, routing)
+        fake.now += 100
+        y.tanh().sum().backward()
+        fake.now += 100
+    return experts.caches["auto", 1, "auto", True].choose(3).r
+
+
+def with_fake_time() -> int:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return slowest(monkeypatch)
+
+
+def test_the_slowest_rank_decides():
+    assert ranks(2, with_fake_time) == [1, 1]
 
 
 def dynamic() -> None:
