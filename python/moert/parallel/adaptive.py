@@ -214,6 +214,7 @@ class _Clock:
 
     def _end(self, grads) -> None:
         self.seconds = self._forward + time.perf_counter() - self._began
+        self.forget()
 
     def forget(self) -> None:
         for hook in self._hooks:
