@@ -88,6 +88,7 @@ class AdaptiveExperts(Experts):
         self.caches: dict[tuple, SettingsCache] = {}  # by r, degree, levels and whether gradients flow
         self._clocks: dict[tuple, _Clock] = {}
 
+    @torch.compiler.disable  # a graph holds one way, and no clock
     def forward(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None = None) -> Tensor:
         (r, degree, levels), clock = self._agree(x, routing, added)
         if clock is not None:
