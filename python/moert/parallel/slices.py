@@ -52,7 +52,7 @@ class SlicedExperts(ExpertParallel):
     def _own(self) -> dict[str, Tensor]:
         own = dict(self.local.named_parameters())
         if self.parts > 1 or self.replicas is not None:
-            own = {name: _Reduced.apply(p, self.replicas, self.parts) for name, p in own.items()}
+            own = {name: _Reduced.apply(p, self) for name, p in own.items()}
         return own
 
     def _joined(self, n: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
