@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moert.ops.kinds import expect
 
@@ -75,7 +74,7 @@ class Ranks:
             return cls(group, guard)
         ranks = torch.tensor(dist.get_process_group_ranks(group or dist.group.WORLD)).view(-1, local_size)
         node, index = divmod(dist.get_rank(group), local_size)
-        groups = (_group(members, group) for members in (ranks[node], ranks[:, index]))
+        groups = (subgroup(members.tolist(), group) for members in (ranks[node], ranks[:, index]))
         return cls(group, guard, Levels(*groups))
 
     @property
@@ -93,8 +92,8 @@ def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, numbers))}"
 
 
-def _group(members: Tensor, whole: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Its members alone make it, in their order; it has the time limit of the whole group."""
+def subgroup(members: list[int], whole: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Of ranks by their numbers among all processes: they alone make it; it has the time limit of the whole group."""
     whole = whole or dist.group.WORLD
     limit = whole._get_backend(whole._device_types[0]).options._timeout
-    return dist.new_group(members.tolist(), timeout=limit, use_local_synchronization=True, sort_ranks=False)
+    return dist.new_group(members, timeout=limit, use_local_synchronization=True, sort_ranks=False)

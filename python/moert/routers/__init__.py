@@ -1,7 +1,7 @@
 """Routers: x [T, H] -> Routing, one file each; the losses are functions of the Routing."""
 
 from moert.routers.base import Router, RouterContext, TakesContext
-from moert.routers.capacity import within_capacity
+from moert.routers.capacity import CapacityPolicy, within_capacity
 from moert.routers.deepseek import DeepSeekRouter
 from moert.routers.dense_to_sparse import DenseToSparseRouter
 from moert.routers.depth import DepthRouter, TokenDepthRouter
@@ -36,6 +36,7 @@ from moert.routers.within import (
 __all__ = [
     "AttentionAwareRouter",
     "AuxiliaryRouter",
+    "CapacityPolicy",
     "DeepSeekRouter",
     "DenseToSparseRouter",
     "DepthRouter",

@@ -1,0 +1,222 @@
+"""Experts whose kind of parallelism may be another at each call, while no parameter moves (Tutel, arXiv 2206.03382).
+
+Letters: E experts, R ranks, s slices of each expert, k choices per token.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from moert.experts.base import Experts, check_added
+from moert.experts.glu import GluExperts
+from moert.ops.all_to_all import exchange_counts
+from moert.ops.kinds import expect
+from moert.ops.ranks import Ranks
+from moert.parallel.pulse import Group, Pulse, process_group
+from moert.parallel.settings import DEGREES, Setting, SettingsCache, check_window
+from moert.parallel.slices import SlicedExperts, divisors
+from moert.types import Onto, Routing
+
+AUTO = "auto"
+NAMES = Setting._fields
+FACTS = (*(f'{name} == "auto"' for name in NAMES), *NAMES, "the need for gradients")
+
+
+class AdaptiveExperts(Experts):
+    """This rank's part of `experts`, which every rank of the group makes alike: same results whatever r and degree are.
+
+    A rank holds E / R whole experts, or where E < R one of the s = R / E equal slices of an expert's intermediate size
+    (s = 1 otherwise).  r, degree and levels, attributes that may be set between calls, alike on every rank, say what
+    travels:
+
+        r = 0       every rank gathers all parameters and computes its own tokens; no token travels
+        r = 1       a token travels to one rank for each of its experts, which has gathered that expert's slices
+        1 < r < s   to r ranks, each of which has gathered s / r slices; r must divide s
+        r = s       to the s ranks that hold the expert's slices; no parameter travels
+        degree      into how many parts tokens are cut, as in ExpertParallel: 1, 2, 4 or 8 (r = 0: no matter)
+        levels      1: tokens travel straight, or 2: within nodes of local_size ranks first (Ranks.in_nodes)
+
+    "auto": the best for the load, which is the most choices (T * k) of any rank, is learnt for each `window` of them by
+    a SettingsCache, apart for calls with and without gradients.  While it is not known each call tries a setting; what
+    counts is the time of the slowest rank, by time.perf_counter: from the call to its return, and where gradients flow
+    from that of the output until all those of the inputs and parameters are there.  allowed holds what may be tried; it
+    may be narrowed, alike on every rank: r copies of each token need memory.
+
+    Every rank must call forward, and backward where it called forward, equally often.  gradients, replicas and pulse
+    are those of ExpertParallel; so is `added`.  Where r, degree, levels or the need for gradients differ between
+    ranks, or one has an error of its own, all raise one that names the ranks, before anything else travels.
+    """
+
+    def __init__(
+        self,
+        experts: GluExperts,
+        group: Group = None,
+        r: int | str = AUTO,
+        degree: int | str = AUTO,
+        levels: int | str = AUTO,
+        window: int = 128,
+        local_size: int | None = None,
+        gradients: str = "sum",
+        replicas: Group = None,
+        pulse: Pulse | None = None,
+    ):
+        super().__init__()
+        expect(GluExperts, experts=experts)
+        self.group = process_group(group)
+        check_window(window)
+        E, R = experts.num_experts, dist.get_world_size(self.group)
+        if E % R and R % E:
+            raise ValueError(f"experts must be a multiple or a divisor of the R={R} ranks, got {E}")
+        s = max(1, R // E)
+        if experts.intermediate % s:
+            raise ValueError(f"experts must have an intermediate size that {s} divides, got {experts.intermediate}")
+        if experts.down_proj_bias is not None and experts.hidden % s:
+            raise ValueError(f"experts with bias must have a hidden size that {s} divides, got {experts.hidden}")
+        self.num_experts, self.hidden, self.s, self.window = E, experts.hidden, s, window
+        self.slices = SlicedExperts(experts, s, self.group, gradients=gradients, replicas=replicas, pulse=pulse)
+        self._ways = [self.slices.ranks]
+        in_nodes = local_size and Ranks.in_nodes(local_size, self.group, self.slices.ranks.guard)
+        if in_nodes and in_nodes.levels is not None:
+            self._ways.append(in_nodes)
+        self.allowed = {"r": (0, *divisors(s)), "degree": DEGREES, "levels": (1, 2)[: len(self._ways)]}
+        self.r, self.degree, self.levels = r, degree, levels
+        self._check_settings()
+        self.caches: dict[tuple, SettingsCache] = {}  # by r, degree, levels and whether gradients flow
+        self._clocks: dict[tuple, _Clock] = {}
+
+    @torch.compiler.disable  # a graph holds one way, and no clock
+    def forward(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None = None) -> Tensor:
+        (r, degree, levels), clock = self._agree(x, routing, added)
+        if clock is not None:
+            x, routing = clock.start(x, routing, self.parameters())
+        if r == 0:
+            onto = Onto(added(x)) if isinstance(added, nn.Module) else added
+            check_added(None if onto is None else onto.rows, x)
+            y = self.slices.here(x, routing, onto)
+        else:
+            slices = self.slices
+            slices.degree, slices.together, slices.ranks = degree, self.s // r, self._ways[levels - 1]
+            y = slices(x, self._to_slices(routing, r), added)
+        return y if clock is None else clock.stop(y)
+
+    def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
+        return self(x, routing, onto)
+
+    def beside(self, x: Tensor, routing: Routing, shared: nn.Module) -> Tensor:
+        return self(x, routing, shared)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters of all experts by name, [E, ...] as in GluExperts; every rank of the group must ask for them."""
+        return self.slices.whole()
+
+    def _to_slices(self, routing: Routing, r: int) -> Routing:
+        """Each choice as r, of slices on ranks that lie s / r apart; which of these s / r the token's place decides."""
+        if self.s == 1:
+            return routing
+        n, ids = self.s // r, routing.ids.long()
+        first = ids * self.s + (torch.arange(len(ids), device=ids.device) % n)[:, None]
+        known = (ids >= 0) & (ids < self.num_experts)
+        slices = torch.where(known, first, -1)[:, :, None] + torch.arange(r, device=ids.device) * n
+        slices = torch.where(known[:, :, None], slices, -1).flatten(1)
+        return Routing(slices, routing.weights.repeat_interleave(r, 1), self.num_experts * self.s)
+
+    def _agree(self, x: Tensor, routing: Routing, added) -> tuple[Setting, "_Clock | None"]:
+        """The setting of this call, the same on every rank, and a clock where it is to be timed."""
+        ranks = self._ways[0]
+        try:
+            self._check(x, routing, added)
+        except Exception:
+            exchange_counts(None, dict.fromkeys(FACTS, 0), ranks)  # the others must not wait for this rank
+            raise
+        asked = [getattr(self, name) for name in NAMES]
+        inputs = (x, routing.weights, *self.parameters())
+        needs = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        numbers = (0 if spec == AUTO else spec for spec in asked)
+        facts = zip(FACTS, (*(_yes(spec == AUTO) for spec in asked), *numbers, _yes(needs)), strict=True)
+        counts = torch.full((ranks.size,), routing.ids.numel())
+        size = max(exchange_counts(counts, dict(facts), ranks).received)
+        candidates = [self.allowed[n] if spec == AUTO else (spec,) for n, spec in zip(NAMES, asked, strict=True)]
+        if all(len(each) == 1 for each in candidates):
+            return Setting(*(each[0] for each in candidates)), None
+        key = *asked, needs
+        cache = self.caches.setdefault(key, SettingsCache(*candidates, self.window))
+        if key in self._clocks:
+            self._record(self._clocks.pop(key), cache)
+        setting = cache.choose(size)
+        if cache.knows(size):
+            return setting, None
+        self._clocks[key] = _Clock(size)
+        return setting, self._clocks[key]
+
+    def _record(self, clock: "_Clock", cache: SettingsCache) -> None:
+        """Unless a rank has not come to the end of its backward: then the same setting is tried again."""
+        seconds = torch.tensor(torch.inf if clock.seconds is None else clock.seconds, dtype=torch.float64)
+        with self._ways[0].guard():
+            dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.group)
+        clock.forget()
+        if seconds.isfinite():
+            cache.record(clock.size, seconds.item())
+
+    def _check(self, x: Tensor, routing: Routing, added) -> None:
+        expect(Tensor, x=x)
+        expect(Routing, routing=routing)
+        expect((Onto, nn.Module, type(None)), added=added)
+        self._check_settings()
+        if x.dim() != 2 or x.shape[1] != self.hidden:
+            raise ValueError(f"x must have shape [T, H={self.hidden}], got {list(x.shape)}")
+        if routing.num_experts != self.num_experts:
+            raise ValueError(f"routing must be to E={self.num_experts} experts, got {routing.num_experts}")
+        if isinstance(added, Onto):
+            check_added(added.rows, x)
+
+    def _check_settings(self) -> None:
+        for name, allowed in self.allowed.items():
+            if (got := getattr(self, name)) != AUTO and got not in allowed:
+                raise ValueError(f'{name} must be "auto" or one of {", ".join(map(str, allowed))}, got {got}')
+
+    def extra_repr(self) -> str:
+        asked = ", ".join(f"{name}={getattr(self, name)}" for name in NAMES)
+        return f"num_experts={self.num_experts}, slices_of_each={self.s}, {asked}"
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+class _Clock:
+    """How long a call took on this rank, with its backward where it has one; None until that has ended."""
+
+    def __init__(self, size: int):
+        self.size, self.seconds = size, None
+        self._inputs, self._hooks, self._began, self._forward = [], [], 0.0, 0.0
+
+    def start(self, x: Tensor, routing: Routing, parameters) -> tuple[Tensor, Routing]:
+        # Views, whose gradients are those of this call alone.
+        x, routing = x.view_as(x), replace(routing, weights=routing.weights.view_as(routing.weights))
+        self._inputs = [t for t in (x, routing.weights, *parameters) if t.requires_grad]
+        self._began = time.perf_counter()
+        return x, routing
+
+    def stop(self, y: Tensor) -> Tensor:
+        self._forward = time.perf_counter() - self._began
+        if y.requires_grad:
+            self._hooks = [y.register_hook(self._turn), register_multi_grad_hook(self._inputs, self._end)]
+        else:
+            self.seconds = self._forward
+        self._inputs = []
+        return y
+
+    def _turn(self, grad: Tensor) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, grads) -> None:
+        self.seconds = self._forward + time.perf_counter() - self._began
+        self.forget()
+
+    def forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
