@@ -25,7 +25,8 @@ CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 def test_every_operator_is_listed():
     names = {n.removeprefix("moert::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("moert::")}
-    assert names == set(cuda.OPERATORS)
+    in_python = {"dispatch_rows", "dispatch_exchange"}  # over those with kernels
+    assert names - in_python == set(cuda.OPERATORS)
 
 
 @pytest.mark.parametrize("name", cuda.OPERATORS)
@@ -58,9 +59,9 @@ def test_reasons(monkeypatch, built, version, message):
     with pytest.raises(RuntimeError, match=message):
         cuda._refusal("f")(torch.zeros(1))
     with pytest.raises(
-        RuntimeError, match="dispatch_plan must be on the CPU, got a GPU: this version has no CUDA kernel"
+        RuntimeError, match="fused_experts_quantized must be on the CPU, got a GPU: this version has no CUDA kernel"
     ):
-        cuda._refusal("dispatch_plan")(torch.zeros(1))
+        cuda._refusal("fused_experts_quantized")(torch.zeros(1))
 
 
 def bound():
@@ -94,7 +95,7 @@ def test_bindings_of_both_devices_are_compiled_for_both():
     for path in BINDINGS:
         text = path.read_text()
         assert ("MOERT_DISPATCH_KEY, m" in text) == (path.name in cuda_sources()), path.name
-    only_cpu = {"dispatch.cpp", "fused_experts_quantized.cpp"}
+    only_cpu = {"fused_experts_quantized.cpp"}
     assert cuda_sources() == {file for file, *_ in bound().values()} - only_cpu
 
 

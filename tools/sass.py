@@ -28,6 +28,7 @@ STORE_128 = r"\bSTG\.E(?:\.\w+)*\.128"
 # Kernels that memory bounds, in their aligned variants; tensor-core kernels of one architecture.
 RULES = (
     Rule(r"permute_kernel\w*Chunk", ".*", (LOAD_128, STORE_128), "rows are copied 16 bytes at a time"),
+    Rule(r"pack_kernel\w*Chunk", ".*", (LOAD_128, STORE_128), "rows are packed 16 bytes at a time"),
     Rule(r"unpermute_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are summed 16 bytes at a time"),
     Rule(r"unpermute_backward_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are read 16 bytes at a time"),
     Rule(r"gating_kernelIfLi(?:8|16|32)E", ".*", (LOAD_128,), "logits are read 16 bytes at a time"),
