@@ -1,16 +1,21 @@
 """Every operator with a CUDA kernel beside its reference in float64, on the GPU.  `make test-gpu` runs it."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import moert
 from moert import ExpertLayout, Routing, cuda
+from moert.ops import Capacity, ExpertMap, combine, dispatch
 from moert.ops.expert_choice import expert_choice_ref
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
 from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
 from moert.ops.union_experts import union_experts, union_experts_ref
+from moert.parallel import shard_experts_
 from moert.testing import (
     DTYPES,
     FUSED_EXPERTS_SHAPES,
@@ -206,3 +211,51 @@ def test_what_the_kernel_does_not_do_is_refused(given, message):
     args = zeros(3, 8), zeros(3, 2, **ints), zeros(3, 2), zeros(4, 10, 8), zeros(4, 8, 5), None, None
     with pytest.raises(RuntimeError, match=message):
         torch.ops.moert.fused_experts(*args, "swiglu", 1.0, 1.0, False, False, "output", False, **tensors)
+
+
+@pytest.fixture
+def one_rank():
+    """A group of this process alone, rows over NCCL, numbers over Gloo."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"payload": "int8"}, {"capacity": Capacity(40)}, {"asynchronous": True}), ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dispatch(dtype, options, one_rank):
+    """Rows there and back, and gradients: the bits of the CPU's."""
+    for shape in PERMUTE_SHAPES:
+        routing, experts = shape.routing(), ExpertMap.of(None, shape.E, 1)
+        leaves, dy = (torch.randn(shape.T, shape.H).to(dtype), routing.weights.float()), torch.randn(shape.T, shape.H)
+
+        def run(x, weights, ids, dy, experts=experts, E=shape.E):
+            x, weights = x.requires_grad_(), weights.requires_grad_()
+            got = dispatch(x, Routing(ids, weights, E), experts, **options).wait()
+            y = combine(got.x * got.routing.weights.sum(1, keepdim=True).to(x.dtype), got)
+            return got.x, got.routing.ids, y, *torch.autograd.grad(y, (x, weights), dy.to(y.dtype))
+
+        expected = run(*(leaf.clone() for leaf in leaves), routing.ids, dy)
+        got = run(*map(there, leaves), there(routing.ids), there(dy))
+        for name, a, b in zip(("x", "ids", "y", "dx", "dweights"), got, expected, strict=True):
+            close = name in ("y", "dx", "dweights")
+            assert torch.allclose(a.cpu(), b, rtol=1e-2 if close else 0, atol=1e-2 if close else 0), name
+
+
+def test_expert_parallel(one_rank):
+    """A layer whose experts are spread over one rank is the layer; forward, backward, in parts."""
+    torch.manual_seed(0)
+    alone = moert.MoELayer(moert.TopKRouter(64, 8, 2), moert.GluExperts(8, 64, 32)).to(DEVICE)
+    for degree in (1, 4):
+        spread = shard_experts_(copy.deepcopy(alone), degree=degree)
+        x = torch.randn(50, 64, device=DEVICE)
+        results = []
+        for model in (alone, spread):
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

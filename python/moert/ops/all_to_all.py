@@ -77,7 +77,7 @@ def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], ranks: R
     Where they differ every rank raises the same RuntimeError, which names the ranks; so it does for a rank whose counts
     are None, which says by this that it is about to raise an error of its own.
     """
-    said = torch.zeros(ranks.size, 1 + len(facts), dtype=torch.int64)
+    said = torch.zeros(ranks.size, 1 + len(facts), dtype=torch.int64, device=ranks.device)
     said[:, 0] = FAILED if counts is None else counts
     said[:, 1:] = torch.tensor([_number(value) for value in facts.values()])
     heard, between = torch.empty_like(said), None
@@ -88,6 +88,7 @@ def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], ranks: R
             heard, between = send_numbers(said, ranks.levels)
     if counts is not None:
         _check_same(heard, facts, ranks.group)
+    between = between if between is None else between.cpu()
     return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), ranks, between)
 
 

@@ -67,7 +67,7 @@ def dispatch_rows(
     here, there = flight.arrive(), flight.splits
     sizes = (torch.tensor(each, dtype=torch.int64) for each in (there.sent, there.received))
     between = torch.empty(0, 0, dtype=torch.int64) if there.between is None else there.between.clone()
-    dropped = torch.zeros((), dtype=torch.int64) if flight.dropped is None else flight.dropped
+    dropped = ids.new_zeros((), dtype=torch.int64) if flight.dropped is None else flight.dropped
     # The parts of a record share memory, which results of an operator must not.
     arrived = (each.clone(memory_format=torch.contiguous_format) for each in (*here, flight.ids))
     plan = flight.plan
@@ -79,11 +79,11 @@ def _(x, weights, ids, expert_to_rank, local_ids, ranks, payload, rows, drop, pa
     way, (T, k) = ranks_of(ranks), ids.shape
     R, ctx = way.size, torch.library.get_ctx()
     N, M = (ctx.new_dynamic_size(), ctx.new_dynamic_size()) if rows is None else (R * rows, R * rows)
-    counts = ids.new_empty(R, dtype=torch.int64)
+    counts = torch.empty(R, dtype=torch.int64, device="cpu")
     between = counts.new_empty(way.levels.shape if way.levels else (0, 0))
     plan = (ids.new_empty(shape, dtype=torch.int32) for shape in ((R + 1,), (N,), (T, k)))
     arrived = x.new_empty(M, x.shape[1]), weights.new_empty(M, k), ids.new_empty(M, k, dtype=torch.int16)
-    return *arrived, *plan, counts, torch.empty_like(counts), between, counts.new_empty(())
+    return *arrived, *plan, counts, torch.empty_like(counts), between, ids.new_empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("moert::dispatch_exchange", mutates_args=())

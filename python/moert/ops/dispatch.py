@@ -250,7 +250,7 @@ def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload, parts: int,
 
 def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> DispatchPlan:
     _check(x, routing, experts, ranks, payload)
-    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks))
+    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.on(x.device)[0], experts.num_ranks))
 
 
 def _check(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> None:
@@ -264,16 +264,16 @@ def _check(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payloa
     check_payload(payload)
     if payload is not None and routing.weights.dtype != torch.float32:
         raise ValueError(f"routing.weights must be float32 beside a payload, got {routing.weights.dtype}")
-    torch.ops.moert.dispatch_pack(*_routed(x, routing, experts), *_nothing(experts))  # its checks of all the rest
+    torch.ops.moert.dispatch_pack(*_routed(x, routing, experts), *_nothing(x, experts))  # its checks of all the rest
 
 
 def _routed(x: Tensor, routing: Routing, experts: ExpertMap) -> tuple[Tensor, ...]:
-    return x.detach(), routing.weights.detach(), routing.ids, experts.expert_to_rank, experts.local_ids
+    return x.detach(), routing.weights.detach(), routing.ids, *experts.on(x.device)
 
 
-def _nothing(experts: ExpertMap) -> tuple[Tensor, Tensor]:
+def _nothing(x: Tensor, experts: ExpertMap) -> tuple[Tensor, Tensor]:
     """Offsets and tokens of a plan that sends nothing."""
-    return torch.zeros(experts.num_ranks + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    return x.new_zeros(experts.num_ranks + 1, dtype=torch.int32), x.new_zeros(0, dtype=torch.int32)
 
 
 def _one_more(x, weights, ids, *maps):
@@ -308,7 +308,7 @@ class _Flight:
         return decode(rows, H, dtype, self._payload) if self._payload else rows, weights
 
     def send_back(self, drows: Tensor, dweights: Tensor) -> None:
-        records = torch.empty(len(drows), record_bytes(*self._types, *self._returned()), dtype=torch.uint8)
+        records = drows.new_empty(len(drows), record_bytes(*self._types, *self._returned()), dtype=torch.uint8)
         to_rows, to_weights, _ = _fields(records, *self._types, *self._returned())
         to_rows.copy_(drows)
         # Each choice has its gradient from the one copy that came for it.

@@ -12,7 +12,7 @@ MOST_LOCAL_EXPERTS = 32767  # a local id travels in 16 bits
 
 @dataclass(frozen=True, eq=False)
 class ExpertMap:
-    """expert_to_rank [E] and local_ids [E], both int32: where each expert lies, and its number among that rank's own.
+    """expert_to_rank [E] and local_ids [E], int32 on the CPU: where each expert lies, its number among that rank's own.
 
     A rank's experts are numbered in the order of their ids.  A rank may hold none.
     """
@@ -21,6 +21,7 @@ class ExpertMap:
     local_ids: Tensor
     num_ranks: int
     held: list[int] = field(init=False)  # how many experts each rank has
+    _elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "held", torch.bincount(self.expert_to_rank, minlength=self.num_ranks).tolist())
@@ -49,6 +50,14 @@ class ExpertMap:
     @property
     def num_experts(self) -> int:
         return len(self.expert_to_rank)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """expert_to_rank and local_ids there."""
+        if device.type == "cpu":
+            return self.expert_to_rank, self.local_ids
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.expert_to_rank.to(device), self.local_ids.to(device)
+        return self._elsewhere[device]
 
     def experts_of(self, rank: int) -> list[int]:
         """Ids of the experts that a rank holds, in the order in which it holds them."""

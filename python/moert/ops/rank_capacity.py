@@ -40,7 +40,9 @@ def plan_within(routing: Routing, experts: ExpertMap, capacity: Capacity) -> tup
     ids = routing.ids.long()
     known = (ids >= 0) & (ids < E)
     # [T, k]: the rank of each choice, R where it has none.
-    where = torch.where(known, experts.expert_to_rank[ids.clamp(0, E - 1)].long(), R) if E else torch.full_like(ids, R)
+    where = (
+        torch.where(known, experts.on(ids.device)[0][ids.clamp(0, E - 1)].long(), R) if E else torch.full_like(ids, R)
+    )
     again = (where[:, :, None] == where[:, None, :]).tril(-1).any(-1)
     wanted = torch.where(again, R, where)
     if capacity.drop == "weight":

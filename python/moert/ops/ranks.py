@@ -85,6 +85,12 @@ class Ranks:
     def rank(self) -> int:
         return dist.get_rank(self.group)
 
+    @property
+    def device(self) -> torch.device:
+        """Where numbers for the host travel from: the CPU, or the device of a backend that knows no other."""
+        kinds = (self.group or dist.group.WORLD)._device_types
+        return torch.device("cpu") if torch.device("cpu") in kinds else torch.empty(0, device=kinds[0]).device
+
 
 def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:
     """Ranks of the group by their numbers among all processes, as logs and launchers have them."""

@@ -154,7 +154,8 @@ class AdaptiveExperts(Experts):
 
     def _record(self, clock: "_Clock", cache: SettingsCache) -> None:
         """Unless a rank has not come to the end of its backward: then the same setting is tried again."""
-        seconds = torch.tensor(torch.inf if clock.seconds is None else clock.seconds, dtype=torch.float64)
+        taken = torch.inf if clock.seconds is None else clock.seconds
+        seconds = torch.tensor(taken, dtype=torch.float64, device=self._ways[0].device)
         with self._ways[0].guard():
             dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.group)
         clock.forget()

@@ -67,16 +67,17 @@ class Copies:
             raise ValueError(f"routing must be to E={len(self.turns)} experts, got {routing.num_experts}")
         ids = routing.ids.long()
         known = (ids >= 0) & (ids < len(self.turns))
-        ids = torch.where(known, ids, 0)
-        turn = torch.arange(len(ids))[:, None] % self.turns[ids]
-        return Routing(torch.where(known, self.nearest[ids, turn], -1), routing.weights, self.map.num_experts)
+        ids, turns, nearest = torch.where(known, ids, 0), self.turns.to(ids.device), self.nearest.to(ids.device)
+        turn = torch.arange(len(ids), device=ids.device)[:, None] % turns[ids]
+        return Routing(torch.where(known, nearest[ids, turn], -1), routing.weights, self.map.num_experts)
 
     def add_up(self, grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """Of this rank's stack [held, ...]: the rows of experts with copies, summed over all of these."""
         sums = grad.new_zeros(self.num_shared, *grad.shape[1:], dtype=torch.promote_types(grad.dtype, torch.float32))
-        sums[self.slots] = grad[self.mine].to(sums.dtype)
+        mine, slots = self.mine.to(grad.device), self.slots.to(grad.device)
+        sums[slots] = grad[mine].to(sums.dtype)
         dist.all_reduce(sums, group=group)
-        return grad.index_copy(0, self.mine, sums[self.slots].to(grad.dtype))
+        return grad.index_copy(0, mine, sums[slots].to(grad.dtype))
 
 
 def _nearest(holders: dict[int, int], rank: int, local_size: int | None) -> list[int]:
