@@ -75,6 +75,11 @@ class Conversion:
         return self.files.nbytes(self.files.stored)
 
     @property
+    def work(self) -> int:
+        """What advance hears of in all: the input's bytes, tensors that two parts are made of twice."""
+        return sum(self.files.nbytes(part.sources) for part in self.parts)
+
+    @property
     def bits_per_weight(self) -> float:
         """Of the experts that are packed, scales included."""
         packed = [part for part in self.parts if part.layer]

@@ -62,7 +62,7 @@ def _convert(source: Path, target: Path, options) -> None:
     conversion = Conversion(source, target, options)
     try:
         with _bar() as bar:
-            task = bar.add_task("", total=conversion.nbytes)
+            task = bar.add_task("", total=conversion.work)
             conversion.run(lambda title, nbytes: bar.update(task, description=title, advance=nbytes))
     except OSError as error:
         raise CommandError(f"OUT must be writable: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -108,11 +109,12 @@ class Layer:
 def layers(model: PreTrainedModel, config: MoertConfig, names: Iterable[str]) -> list[Layer]:
     """The layers of the model, on the meta device, that config packs; names are those of the checkpoint's tensors."""
     chosen = chosen_experts(model, config.skip)
-    weights = _weights(model, names)
+    weights, tied = _weights(model, names), model.all_tied_weights_keys
     fmt = format_of(config.format, config.group)
     found = []
     for name, module in chosen.items():
         own = [f"{name}.{attribute}" for attribute in weight_names(module)]
+        own = [key if key in weights else tied.get(key, key) for key in own]  # DiffusionGemma's encoder: its decoder's
         if missing := [key for key in own if key not in weights]:
             raise ValueError(f"checkpoint must hold tensors for {missing[0]}, got none")
         packed = quantized_(module, fmt, config.precision)
@@ -137,7 +139,27 @@ def _weights(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Weight]:
             found[renamed] = Weight(renamed, transform)
         found[renamed].sources.setdefault(pattern or name, []).append(name)
     model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # what save_pretrained will undo
-    return found
+    return {weight.name: weight for each in found.values() for weight in _dealt_out(each)}
+
+
+def _dealt_out(weight: Weight) -> list[Weight]:
+    """The weights of several modules whose experts are one list in the checkpoint, each of its share; else itself.
+
+    Ernie 4.5 VL: of the experts 0 … 2E - 1 the first half reads text, the other pictures.
+    """
+    operations = getattr(weight.transform, "operations", None) or [None]
+    if type(operations[0]) is not ErnieFuseAndSplitTextVisionExperts:
+        return [weight]
+    (dealing,), targets = operations, weight.transform.target_patterns
+    within = [Concatenate(dealing.concat_dim)] if len(weight.transform.source_patterns) > 1 else []
+    dealt = []
+    for i, target in enumerate(targets):
+        transform = WeightConverter(
+            weight.transform.source_patterns, target, [MergeModulelist(dealing.stack_dim), *within]
+        )
+        shares = {p: dealing.split_list_into_chunks(names, len(targets))[i] for p, names in weight.sources.items()}
+        dealt.append(Weight(weight.name.replace(targets[0], target), transform, shares))
+    return dealt
 
 
 def _check_shape(name: str, got: torch.Size, wanted: torch.Size) -> None:
