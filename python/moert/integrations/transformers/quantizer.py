@@ -26,7 +26,8 @@ class MoertConfig(QuantizationConfigMixin):
     format, group, skip and precision as in moert.quantize_.  experts: of a saved model whose weights are in several
     formats or of a size that the format does not tell (sub1), the format, group and codewords of both weights of every
     module, by its name: {"model.layers.0.mlp.experts": [["sub1", None, 4711], ["int8", 32, None]]}.
-    made_of: the fingerprint of the checkpoint that `moert quantize` has read.
+    made_of and calibrated: the fingerprint of the checkpoint that `moert quantize` has read, and by which method and
+    tokens it was calibrated.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class MoertConfig(QuantizationConfigMixin):
         precision: str = "auto",
         experts: dict[str, list[list]] | None = None,
         made_of: str | None = None,
+        calibrated: dict | None = None,
         quant_method: str = "moert",
     ):
         self.quant_method = quant_method
@@ -47,6 +49,8 @@ class MoertConfig(QuantizationConfigMixin):
             self.experts = experts
         if made_of is not None:
             self.made_of = made_of
+        if calibrated is not None:
+            self.calibrated = calibrated
         any_format_of(format, group)
         check_options(skip or (), precision)
 
