@@ -139,21 +139,22 @@ class Layerwise(nn.Module):
         """An error unless the model calls each layer once, in order, with no more than the one before it returned."""
         last = len(self._layers) - 1
         other = tree_map(lambda x: torch.zeros_like(x) if isinstance(x, Tensor) else x, output)
-        same = self._dry([output] * (last + 1))
-        changed = self._dry([other] * (last - 1) + [output] * 2)
+        calls, same = self._dry([output] * (last + 1))
+        _, changed = self._dry([other] * (last - 1) + [output] * 2)
         name = type(self.model).__name__
-        if [index for index, _ in same] != list(range(last + 1)):
+        if calls != list(range(last + 1)):
             raise ValueError(f"model must call each layer once, in order, to be calibrated as it streams, got {name}")
-        arguments = [tree_leaves(calls[last][1]) for calls in (same, changed)]
-        if len(arguments[0]) != len(arguments[1]) or not all(map(_equal, *arguments)):
+        if len(same) != len(changed) or not all(map(_equal, same, changed)):
             raise ValueError(f"layers must depend on the one before to be calibrated as they stream, got {name}")
 
-    def _dry(self, outputs: list[Any]) -> list[tuple[int, Any]]:
-        """The calls of layers, and their arguments, in a pass of the first batch in which they return outputs."""
-        calls = []
+    def _dry(self, outputs: list[Any]) -> tuple[list[int], list[Any]]:
+        """Which layers are called, and the last one's arguments, in a pass of a batch where they return outputs."""
+        calls, arguments = [], []
 
         def stand_in(index, *args, **kwargs):
-            calls.append((index, tree_map(_copied, (args, kwargs))))
+            calls.append(index)
+            if index == len(outputs) - 1:
+                arguments.extend(tree_leaves(tree_map(_copied, (args, kwargs))))
             return tree_map(_copied, outputs[index])
 
         def stop(*_):
@@ -171,7 +172,7 @@ class Layerwise(nn.Module):
                 layer.__dict__.pop("forward", None)
             if hook is not None:
                 hook.remove()
-        return calls
+        return calls, arguments
 
 
 class Weights:
