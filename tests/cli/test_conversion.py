@@ -12,12 +12,14 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import moert.cli.conversion as conversion_module
 from moert import quantize_
+from moert.cli.calibration import Calibration
 from moert.cli.conversion import RECORD, Conversion
 from moert.cli.errors import CommandError
+from moert.cli.quantize_report import measure
 from moert.cli.tensor_files import TensorFiles, sha256
 from moert.integrations.transformers import MoertConfig
 
@@ -26,6 +28,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {  # experts in tensors of their own, under other names, and all in one
     "qwen3": Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **SIZES),
     "mixtral": MixtralConfig(num_local_experts=4, **SIZES),
+    "olmoe": OlmoeConfig(num_experts=4, num_experts_per_tok=2, **SIZES),
     "gpt_oss": GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **SIZES),
 }
 OPTIONS = MoertConfig("int4", 32, ["model.layers.1"])
@@ -41,21 +44,15 @@ def floats(kind, folder, dtype=torch.bfloat16, **options):
     return folder
 
 
-def convert(source, target, options=OPTIONS):
-    Conversion(source, target, options).run(lambda title, nbytes: None)
+def convert(source, target, options=OPTIONS, calibration=None):
+    Conversion(source, target, options, calibration).run(lambda title, nbytes: None)
 
 
 def all_tensors(folder):
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """Every kind, its folder OUT, and the logits of a new process that loads it."""
-    root = tmp_path_factory.mktemp("kinds")
-    for kind in CONFIGS:
-        convert(floats(kind, root / kind), root / f"{kind}.out")
-    code = """
+RELOAD = """
 import sys, torch, moert.integrations.transformers
 from transformers import AutoModelForCausalLM
 from pathlib import Path
@@ -66,7 +63,19 @@ for out in Path(sys.argv[1]).glob("*.out"):
     with torch.no_grad():
         torch.save(model(torch.arange(3, 17).view(2, 7)).logits, out.with_suffix(".logits"))
 """
-    subprocess.run([sys.executable, "-c", code, root], check=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Every kind, its folder OUT, and the logits of a new process that loads it."""
+    root = tmp_path_factory.mktemp("kinds")
+    for kind in CONFIGS:
+        convert(floats(kind, root / kind), root / f"{kind}.out")
+    return reloaded(root)
+
+
+def reloaded(root):
+    subprocess.run([sys.executable, "-c", RELOAD, root], check=True, capture_output=True, timeout=120)
     return root
 
 
@@ -85,6 +94,52 @@ def test_the_same_as_a_loaded_model_that_is_saved(kind, elsewhere, tmp_path):
     assert ours == theirs and ours["quantization_config"]["quant_method"] == "moert"
     with torch.no_grad():
         assert torch.equal(torch.load(elsewhere / f"{kind}.logits"), model(IDS).logits)
+
+
+CALIBRATION = Calibration(torch.randint(64, (1100,), generator=torch.Generator().manual_seed(1)).tolist())
+
+
+def aligned(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
+@pytest.mark.parametrize("format", ["sub1", "ternary2"])
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral", "olmoe"])
+def test_calibrated_as_a_loaded_model_is(kind, format, tmp_path):
+    """Bit for bit: layers see the same rows, products and sums have the same order."""
+    source, out = floats(kind, tmp_path / kind), tmp_path / "calibrated.out"
+    options = MoertConfig(format, skip=["model.layers.1"], calibrated=CALIBRATION.facts)
+    convert(source, out, options, CALIBRATION)
+    model = aligned(source)
+    quantize_(model, format, skip=["model.layers.1"], calibration=CALIBRATION.batches)
+    model.save_pretrained(tmp_path / "saved")
+    expected, made = all_tensors(tmp_path / "saved"), all_tensors(out)
+    assert made.keys() == expected.keys()
+    assert not [name for name in made if not torch.equal(made[name], expected[name])]
+    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (out, tmp_path / "saved"))
+    assert ours["quantization_config"].pop("calibrated") == CALIBRATION.facts
+    assert len(ours["quantization_config"].pop("made_of")) == 64
+    assert ours == theirs and ("experts" in ours["quantization_config"]) == (format == "sub1")
+    reloaded(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "calibrated.logits"), model(IDS).logits)
+
+
+@pytest.mark.parametrize("format", ["sub1", "int4"])
+def test_calibrated_layers_are_nearer_than_rounded_ones(format, tmp_path):
+    source = floats("qwen3", tmp_path / "in")
+    convert(source, tmp_path / "rounded", MoertConfig(format))
+    convert(source, tmp_path / "calibrated", MoertConfig(format, calibrated=CALIBRATION.facts), CALIBRATION)
+    plain, rounded, calibrated = (aligned(tmp_path / name) for name in ("in", "rounded", "calibrated"))
+    saved = aligned(source)
+    quantize_(saved, format)
+    assert all(torch.equal(saved.state_dict()[name], value) for name, value in rounded.state_dict().items())
+    errors = [measure(plain, packed, CALIBRATION.ids)[0] for packed in (rounded, calibrated)]
+    for before, after in zip(*errors, strict=True):
+        assert after.summary()["output_error"] < 0.9 * before.summary()["output_error"]
 
 
 def test_many_shards_and_the_files_beside_them(tmp_path):
@@ -107,9 +162,10 @@ def test_many_shards_and_the_files_beside_them(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 import moert.cli.conversion as conversion
+from moert.cli.calibration import Calibration
 from moert.integrations.transformers import MoertConfig
 calls, write = [], conversion.write_tensors
 def dies(path, tensors, pieces):
@@ -120,7 +176,11 @@ def dies(path, tensors, pieces):
             os.kill(os.getpid(), signal.SIGKILL)
     return write(path, tensors, halfway)
 conversion.write_tensors = dies
-work = conversion.Conversion(Path(sys.argv[1]), Path(sys.argv[2]), MoertConfig("int4", 32, ["model.layers.1"]))
+options, calibration = MoertConfig("int4", 32, ["model.layers.1"]), None
+if len(sys.argv) > 4:
+    calibration = Calibration(json.loads(sys.argv[4]))
+    options = MoertConfig("sub1", calibrated=calibration.facts)
+work = conversion.Conversion(Path(sys.argv[1]), Path(sys.argv[2]), options, calibration)
 work.run(lambda title, nbytes: None)
 """
 
@@ -149,16 +209,45 @@ def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
     assert {p.name: sha256(p) for p in out.iterdir()} == {p.name: sha256(p) for p in (tmp_path / "fresh").iterdir()}
 
 
+def test_goes_on_calibrating_after_a_kill(tmp_path, monkeypatch):
+    source, out, partial = floats("qwen3", tmp_path / "in"), tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, "-c", KILLED, source, out, "3", json.dumps(CALIBRATION.ids)]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    assert not out.exists() and len(list(partial.glob("*.safetensors"))) == 2
+    other = Calibration(CALIBRATION.ids[1:])
+    with pytest.raises(CommandError, match="out.partial must come from the same input and options: remove it"):
+        convert(source, out, MoertConfig("sub1", calibrated=other.facts), other)
+    work = Conversion(source, out, MoertConfig("sub1", calibrated=CALIBRATION.facts), CALIBRATION)
+    told = []
+    work.run(lambda title, nbytes: told.append(nbytes))
+    assert sum(told) == work.work == work.nbytes
+    assert [report.name for report in work.reports] == [f"model.layers.{i}.mlp.experts" for i in (1, 2)]
+    convert(source, tmp_path / "fresh", MoertConfig("sub1", calibrated=CALIBRATION.facts), CALIBRATION)
+    assert {p.name: sha256(p) for p in out.iterdir()} == {p.name: sha256(p) for p in (tmp_path / "fresh").iterdir()}
+
+
+def test_a_text_that_the_model_cannot_read_leaves_no_result(tmp_path):
+    source, wrong = floats("qwen3", tmp_path / "in"), Calibration([64] * 40)
+    with pytest.raises(CommandError, match="model must run on the text layer by layer, got IndexError: index out of"):
+        convert(source, tmp_path / "out", MoertConfig("int4", calibrated=wrong.facts), wrong)
+    assert not (tmp_path / "out").exists()
+
+
 MEASURED = """
-import sys
+import json, sys
 from pathlib import Path
+from moert.cli.calibration import Calibration
 from moert.cli.conversion import Conversion
 from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
 from moert.integrations.transformers import MoertConfig
+from moert.quant import GPTQ
+ids = json.loads(sys.argv[2])
+calibration = Calibration(ids, GPTQ(memory=1)) if ids else None  # the Hessians of one expert
 def convert(name):
-    Conversion(Path(sys.argv[1]) / name, Path(sys.argv[1]) / f"{name}.out", MoertConfig("int4")).run(lambda *_: None)
+    source, out = Path(sys.argv[1]) / name, Path(sys.argv[1]) / f"{name}.out"
+    Conversion(source, out, MoertConfig("int4"), calibration).run(lambda *_: None)
 convert("small")
-for name in sys.argv[2:]:
+for name in sys.argv[3:]:
     reset_peak()
     before = resident_bytes()
     convert(name)
@@ -166,10 +255,9 @@ for name in sys.argv[2:]:
 """
 
 
-def large(kind, folder):
+def large(kind, folder, E=16, H=512, layers=6):
     """A checkpoint of many layers with one tensor an expert (Qwen3) or one a layer (gpt-oss); a layer's bytes."""
-    E, H, I = 16, 512, 512  # noqa: E741
-    sizes = {"hidden_size": H, "intermediate_size": I, "moe_intermediate_size": I, "num_hidden_layers": 6}
+    sizes = {"hidden_size": H, "intermediate_size": H, "moe_intermediate_size": H, "num_hidden_layers": layers}
     counts = {"num_experts": E} if kind == "qwen3" else {"num_local_experts": E}
     config = type(CONFIGS[kind])(num_experts_per_tok=2, **SIZES | sizes | counts)
     with torch.device("meta"):
@@ -185,19 +273,31 @@ def large(kind, folder):
     config.save_pretrained(folder)
     tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
-    return 3 * E * H * I * 2
+    return 3 * E * H * H * 2
+
+
+def layers_at_the_peak(folder, ids, **layers):
+    """Of converting each checkpoint, whose layers have so many bytes, in a process of its own.
+
+    Above what the process held after a small model.
+    """
+    floats("qwen3", folder / "small")
+    command = [sys.executable, "-c", MEASURED, folder, json.dumps(ids), *layers]
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back at once
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=returned)
+    assert done.returncode == 0, done.stderr
+    return [peak / layer for layer, peak in zip(layers.values(), map(int, done.stdout.split()), strict=True)]
 
 
 def test_memory_of_one_layer(tmp_path):
-    """In a process of its own: the peak of converting six layers, above what the process held after a small model."""
-    floats("qwen3", tmp_path / "small")
-    layers = [large(kind, tmp_path / kind) for kind in ("qwen3", "gpt_oss")]
-    command = [sys.executable, "-c", MEASURED, tmp_path, "qwen3", "gpt_oss"]
-    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back at once
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=returned)
-    assert done.returncode == 0, done.stderr
-    for layer, peak in zip(layers, map(int, done.stdout.split()), strict=True):
-        assert peak < 1.2 * layer, f"{peak / layer:.2f} layers"
+    layers = {kind: large(kind, tmp_path / kind) for kind in ("qwen3", "gpt_oss")}
+    assert max(layers_at_the_peak(tmp_path, [], **layers)) < 1.2
+
+
+def test_memory_of_two_layers_when_calibrated(tmp_path):
+    """Experts in float, packed, and packed to be written."""
+    layers = {"qwen3": large("qwen3", tmp_path / "qwen3", 32, 256, 4)}
+    assert max(layers_at_the_peak(tmp_path, list(range(60)) * 2, **layers)) < 2.4
 
 
 def absent(out):

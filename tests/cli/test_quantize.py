@@ -34,6 +34,9 @@ def test_packs_and_says_how_large(checkpoint, tmp_path):
         (["--group", "7"], "group must be one of 32, 64, 128 for int4, got 7"),
         (["--precision", "int9"], "precision must be one of auto, .*, got int9"),
         (["--report-tokens", "9"], "report-tokens must be left out without --report"),
+        (["--calibrate-tokens", "9"], "calibrate-tokens must be left out without --calibrate"),
+        (["--format", "fp8", "--calibrate", "text"], "calibrate must be left out for fp8, which is rounded to nearest"),
+        (["--calibrate", "nothing.txt"], "the text must be a readable UTF-8 file, got .*nothing.txt"),
         (["--skip", "model"], "experts of transformers' interface that skip does not name"),
     ],
 )
@@ -42,6 +45,29 @@ def test_options(checkpoint, tmp_path, options, message):
     assert done.exit_code == 2 and done.stderr.startswith("moert quantize: ") and done.stderr.count("\n") == 1
     assert re.search(message, done.stderr)
     assert not list(tmp_path.iterdir())
+
+
+def test_sub_one_bit_says_what_it_does_without_data(checkpoint, tmp_path):
+    done = quantize(checkpoint, tmp_path / "out", "--format", "sub1")
+    assert done.exit_code == 0, done.output
+    assert "sub1 without --calibrate TEXT rounds to nearest; by data its outputs err" in done.stderr
+    assert " bits a packed weight" in done.stdout
+
+
+def test_calibrated_by_a_text(checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play. " * 60)
+    options = ["--format", "ternary2", "--calibrate", text, "--calibrate-tokens", 900, "--report", text]
+    done = quantize(checkpoint, tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    (rounded,) = re.findall(
+        r"(\d+) of 16 experts packed by this call saw fewer than 32 rows of the text and were rounded", done.stdout
+    )
+    assert 0 < int(rounded) < 16 and "UserWarning" not in done.stderr  # one sentence sends little to some experts
+    assert quantize(checkpoint, tmp_path / "out", *options).exit_code == 0  # reports only
+    options[5] = 901
+    done = quantize(checkpoint, tmp_path / "out", *options)
+    assert done.exit_code == 2 and "OUT must not exist or be packed with the same options" in done.stderr
 
 
 def test_bad_input_is_one_line_and_nothing_is_left(checkpoint, dense_checkpoint, tmp_path):

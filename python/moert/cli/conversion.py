@@ -6,6 +6,7 @@ the same input and options goes on from them.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -15,23 +16,29 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import moert
+from moert.cli.calibration import Calibration
 from moert.cli.checkpoint import INDEX, check_files, class_of, has_interface, load_config, read_json, skeleton
 from moert.cli.errors import CommandError, first_line
-from moert.cli.tensor_files import Stored, TensorFiles, sha256, write_tensors
+from moert.cli.tensor_files import Stored, TensorFiles, header, sha256, write_tensors
 from moert.integrations.transformers.quantizer import MoertConfig
 from moert.integrations.transformers.streaming import Layer, layers
+from moert.quant.float_experts import LayerReport
 
 RECORD = "moert_quantize.json"
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
 REST_BYTES = 1 << 29  # of the tensors that are copied, in one file
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
-    """A file of the result: a layer's experts, or tensors that are copied as they are."""
+    """A file of the result: a layer's experts, or tensors that are copied as they are.
+
+    tensors: of sub1 with sizes that are a guess until the file is written.
+    """
 
     file: str
     tensors: dict[str, Stored]
@@ -48,10 +55,15 @@ class Part:
 
 
 class Conversion:
-    """All that the headers of the input tell to be wrong is an error here, before anything is written."""
+    """All that the headers of the input tell to be wrong is an error here, before anything is written.
 
-    def __init__(self, source: Path, target: Path, options: MoertConfig):
-        self.source, self.target, self.options = source, target, options
+    calibration: what the codes are chosen by, which options.calibrated tells of; without it weights are rounded.
+    reports: what calibrated experts saw, of those packed by this call.
+    """
+
+    def __init__(self, source: Path, target: Path, options: MoertConfig, calibration: Calibration | None = None):
+        self.source, self.target, self.options, self.calibration = source, target, options, calibration
+        self.reports: list[LayerReport] = []
         self.partial = target.with_name(target.name + ".partial")
         if target.exists() or target.is_symlink():
             raise CommandError(f"OUT must not exist, got {target}")
@@ -68,11 +80,18 @@ class Conversion:
             raise CommandError(f"model must have experts that can be packed, got {name} without any")
         self.dtype = config.dtype or self.files.first_float()
         self.parts = self._plan()
+        packed = [part.layer for part in self.parts if part.layer]
+        self._layerwise = calibration and calibration.start(source, self.files, self.dtype, packed)
 
     @property
     def nbytes(self) -> int:
         """Of the input's tensors."""
         return self.files.nbytes(self.files.stored)
+
+    @property
+    def work(self) -> int:
+        """What advance hears of in all: the input's bytes, tensors that two parts are made of twice."""
+        return sum(self.files.nbytes(part.sources) for part in self.parts)
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,6 +112,7 @@ class Conversion:
             self._check_space(sum(part.nbytes for part in self.parts if part.file not in whole))
             for part in self.parts:
                 if part.file in whole:
+                    self._take(part)
                     advance(part.title, self.files.nbytes(part.sources))
                     continue
                 done[part.file] = self._write(part, lambda nbytes, title=part.title: advance(title, nbytes))
@@ -167,12 +187,42 @@ class Conversion:
 
         if part.layer is None:
             return write_tensors(self.partial / part.file, part.tensors, copied)
-        try:
-            with torch.no_grad():
-                packed = part.layer.pack(self.dtype, read)
-        except (ValueError, TypeError, RuntimeError) as error:  # sizes that do not fit, weights that are not finite
-            raise CommandError(f"{part.layer.name} must be experts of this config: {first_line(error)}") from error
+        if self._layerwise:
+            packed = self._calibrated(part, advance)
+        else:
+            try:
+                with torch.no_grad():
+                    packed = part.layer.pack(self.dtype, read)
+            except (ValueError, TypeError, RuntimeError) as error:  # sizes that do not fit, weights that are not finite
+                raise CommandError(f"{part.layer.name} must be experts of this config: {first_line(error)}") from error
+        part.tensors = {name: Stored.of(tensor) for name, tensor in packed.items()}
         return write_tensors(self.partial / part.file, part.tensors, lambda name: _bytes(packed.pop(name)))
+
+    def _calibrated(self, part: Part, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        """advance hears of bytes as experts are done: to read them takes no time beside that."""
+        E, nbytes, done = part.layer.num_experts, self.files.nbytes(part.sources), 0
+
+        def on_experts(count: int) -> None:
+            nonlocal done
+            before, done = done, done + count
+            advance(nbytes * done // E - nbytes * before // E)
+
+        try:
+            packed, report = self._layerwise.pack(part.layer, on_experts)
+        except (CommandError, OSError):
+            raise
+        except Exception as error:  # whatever the weights, the text and a class of transformers can provoke
+            got = f"{type(error).__name__}: {first_line(error)}"
+            raise CommandError(f"model must run on the text layer by layer, got {got}") from error
+        self.reports.append(report)
+        return packed
+
+    def _take(self, part: Part) -> None:
+        """A part that an earlier call has written."""
+        path = self.partial / part.file
+        part.tensors = {name: stored for name, (stored, _) in header(path).items()}
+        if self._layerwise and part.layer:
+            self._layerwise.take(part.layer, functools.partial(load_file, path))
 
     def _finish(self) -> None:
         """The small files, then the name; OUT without the record's is complete as well."""
@@ -180,9 +230,9 @@ class Conversion:
             if path.suffix in COPIED and path.is_file() and path.name not in ("config.json", INDEX, RECORD):
                 shutil.copyfile(path, self.partial / path.name)
         dtype = str(self.dtype).removeprefix("torch.")
-        packed = {**self.options.to_dict(), "made_of": self.files.fingerprint()}
+        packed = {**self.options.to_dict(), **self._sizes(), "made_of": self.files.fingerprint()}
         self._write_json("config.json", {"dtype": dtype, **self.config, "quantization_config": packed})
-        weight_map = {name: part.file for part in self.parts for name in part.tensors}
+        weight_map = {name: part.file for part in self.parts for name in sorted(part.tensors)}
         total = {"total_size": sum(part.nbytes for part in self.parts)}
         self._write_json(INDEX, {"metadata": total, "weight_map": weight_map})
         for path in self.partial.glob("*.unfinished"):
@@ -191,6 +241,13 @@ class Conversion:
         self.partial.rename(self.target)
         _on_disk(self.target.parent)
         (self.target / RECORD).unlink()
+
+    def _sizes(self) -> dict:
+        """What the format leaves open (MoertConfig.experts)."""
+        packed = [part for part in self.parts if part.layer]
+        shapes = {name: stored.shape for part in packed for name, stored in part.tensors.items()}
+        entries = {part.layer.name: part.layer.entry(shapes) for part in packed}
+        return {"experts": entries} if all(entries.values()) else {}
 
     def _write_json(self, name: str, value: dict) -> None:
         unfinished = self.partial / f"{name}.unfinished"

@@ -1,5 +1,6 @@
 """`moert quantize`: a float checkpoint to a packed one, about one layer's experts in memory at a time."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,12 @@ def quantize(
         list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")
     ] = None,
     precision: Annotated[str, typer.Option(help="Rows of the products: auto, full, int8 or int8_group32.")] = "auto",
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="TEXT", help="Choose codes by GPTQ on this text, layer by layer.")
+    ] = None,
+    calibrate_tokens: Annotated[
+        int | None, typer.Option(min=2, help="How much of its text --calibrate takes; default 65536 tokens.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="TEXT", help="Compare OUT with IN on this text; both have to fit in memory.")
     ] = None,
@@ -40,10 +47,12 @@ def quantize(
         options = MoertConfig(format, group, skip, precision)
     except ValueError as error:
         raise CommandError(first_line(error)) from error
+    for name, text, tokens in (("calibrate", calibrate, calibrate_tokens), ("report", report, report_tokens)):
+        if text is None and tokens is not None:
+            raise CommandError(f"{name}-tokens must be left out without --{name}")
+    calibration = _calibration(source, options, calibrate, calibrate_tokens)
     if report is None:
-        if report_tokens is not None:
-            raise CommandError("report-tokens must be left out without --report")
-        _convert(source, target, options)
+        _convert(source, target, options, calibration)
         return
     from moert.cli import quantize_report
     from moert.cli.perplexity import TEXT_TOKENS, tokens_of
@@ -52,17 +61,38 @@ def quantize(
     if target.exists():
         _check_made_with(source, target, options)
     else:
-        _convert(source, target, options)
+        _convert(source, target, options, calibration)
     quantize_report.report(source, target, report, ids, Console(highlight=False))
 
 
-def _convert(source: Path, target: Path, options) -> None:
+def _calibration(source: Path, options, text: Path | None, tokens: int | None):
+    from moert.quant.format import RowFormat
+    from moert.quant.quantize import any_format_of
+    from moert.quant.sub1 import SubOneBit
+
+    if text is None:
+        if options.format == SubOneBit.spelling:
+            told = "sub1 without --calibrate TEXT rounds to nearest; by data its outputs err less than half as much"
+            typer.echo(told, err=True)
+        return None
+    from moert.cli.calibration import Calibration
+
+    fmt = any_format_of(options.format, options.group)
+    if not isinstance(fmt, RowFormat | SubOneBit):
+        raise CommandError(f"calibrate must be left out for {options.format}, which is rounded to nearest")
+    calibration = Calibration.of(source, text, tokens)
+    options.calibrated = calibration.facts
+    return calibration
+
+
+def _convert(source: Path, target: Path, options, calibration) -> None:
     from moert.cli.conversion import Conversion
 
-    conversion = Conversion(source, target, options)
+    conversion = Conversion(source, target, options, calibration)
     try:
-        with _bar() as bar:
-            task = bar.add_task("", total=conversion.nbytes)
+        with _bar() as bar, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".* experts of .* had fewer than min_rows", UserWarning)  # said below
+            task = bar.add_task("", total=conversion.work)
             conversion.run(lambda title, nbytes: bar.update(task, description=title, advance=nbytes))
     except OSError as error:
         raise CommandError(f"OUT must be writable: {first_line(error)}") from error
@@ -71,6 +101,11 @@ def _convert(source: Path, target: Path, options) -> None:
         f"{target}: {decimal(after)} of tensors ({decimal(conversion.nbytes)} before), "
         f"{conversion.bits_per_weight:.2f} bits a packed weight"
     )
+    if rounded := sum(len(report.rounded) for report in conversion.reports):
+        count = sum(len(report.rows) for report in conversion.reports)
+        least = calibration.settings.min_rows
+        few = f"saw fewer than {least} rows of the text and were rounded to nearest"
+        typer.echo(f"{rounded} of {count} experts packed by this call {few}")
 
 
 def _check_made_with(source: Path, target: Path, options) -> None:
@@ -81,6 +116,8 @@ def _check_made_with(source: Path, target: Path, options) -> None:
     check_files(target)
     made_with = read_json(target / "config.json").get("quantization_config")
     made_of = made_with.pop("made_of", None) if isinstance(made_with, dict) else None
+    if isinstance(made_with, dict):
+        made_with.pop("experts", None)  # sizes, that came out
     if made_with != options.to_dict():
         raise CommandError(f"OUT must not exist or be packed with the same options, got {made_with}")
     check_files(source)

@@ -32,17 +32,28 @@ def calibrate_(
     Time, beside GPTQ's own: a forward pass of all batches, and one up to each layer.
     """
     batches = checked_batches(calibration)
+    with Progress(sum(each.shapes[0][0] for each in experts.values()), "experts") as progress:
+        return calibrate_quietly_(model, experts, batches, fmt, settings, progress.advance)
+
+
+def calibrate_quietly_(
+    model: nn.Module,
+    experts: Mapping[str, FloatExperts],
+    batches: list,
+    fmt: PackFormat,
+    settings: GPTQ,
+    advance: Callable[[int, str], None],
+) -> list[LayerReport]:
+    """The same, telling advance how many experts of which module are done."""
     reports = []
     with evaluating(model), torch.no_grad():
         calls = [called(model, batch, experts) for batch in batches]
         order = list(dict.fromkeys(name for names in calls for name in names))
         order += [name for name in experts if name not in order]  # never called: they are rounded
-        total = sum(each.shapes[0][0] for each in experts.values())
-        with Progress(total, "experts") as progress:
-            for name in order:
-                counts = [names.count(name) for names in calls]
-                x, ids = rows_of(model, batches, counts, experts[name])
-                reports.append(_pack(name, experts[name], x, ids, fmt, settings, progress))
+        for name in order:
+            counts = [names.count(name) for names in calls]
+            x, ids = rows_of(model, batches, counts, experts[name])
+            reports.append(_pack(name, experts[name], x, ids, fmt, settings, advance))
     return reports
 
 
@@ -107,16 +118,16 @@ def _real_tokens(batch: Any) -> Tensor | None:
     return mask.bool().flatten()
 
 
-def _pack(name, experts, x, ids, fmt, settings, progress) -> LayerReport:
+def _pack(name, experts, x, ids, fmt, settings, advance) -> LayerReport:
     try:
-        packed, rows = pack_experts(experts, x, ids, (fmt, fmt), settings, partial(progress.advance, text=name))
+        packed, rows = pack_experts(experts, x, ids, (fmt, fmt), settings, lambda count: advance(count, name))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
     experts.replace(packed)
     rounded = tuple(e for e, count in enumerate(rows) if count < settings.min_rows)
     if rounded:
         least = f"fewer than min_rows={settings.min_rows} rows of calibration and were rounded to nearest"
-        warnings.warn(f"{len(rounded)} of {len(rows)} experts of {name} had {least}: {_listed(rounded)}", stacklevel=4)
+        warnings.warn(f"{len(rounded)} of {len(rows)} experts of {name} had {least}: {_listed(rounded)}", stacklevel=5)
     return LayerReport(name, rows, rounded)
 
 

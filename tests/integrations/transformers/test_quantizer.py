@@ -32,6 +32,7 @@ def aligned_(model):
 
 
 def logits(model):
+    torch.manual_seed(0)  # DiffusionGemma begins with random tokens
     with torch.no_grad():
         return model(**tiny_inputs(model)).logits
 
@@ -69,6 +70,25 @@ def test_saved_and_reloaded_bit_for_bit(kind, tmp_path):
     options = {"quantization_config": config, "dtype": torch.float32}
     loading = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **options).eval()
     assert torch.equal(logits(aligned_(loading)), expected)
+
+
+def test_tied_experts_are_packed_in_each_of_their_modules(tmp_path):
+    """DiffusionGemma's encoder has the weights of its decoder."""
+    model = model_of("DiffusionGemmaText")
+    model.save_pretrained(tmp_path / "float")
+    model = type(model).from_pretrained(tmp_path / "float", dtype=torch.float32).eval()
+    assert len(quantize_(model, "int4")) == 4
+    expected = logits(aligned_(model))
+    model.save_pretrained(tmp_path / "packed")
+    again = type(model).from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(logits(aligned_(again)), expected)
+    options = {"quantization_config": MoertConfig("int4"), "dtype": torch.float32}
+    loading = type(model).from_pretrained(tmp_path / "float", **options).eval()
+    assert torch.equal(logits(aligned_(loading)), expected)
+    encoder, decoder = "model.encoder.language_model.layers.0.experts", "model.decoder.layers.0.experts"
+    message = f"skip must name all experts of common weights or none, got {decoder} without {encoder}"
+    with pytest.raises(ValueError, match=message):
+        quantize_(model_of("DiffusionGemmaText"), "int4", skip=["model.decoder"])
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -26,7 +26,8 @@ class MoertConfig(QuantizationConfigMixin):
     format, group, skip and precision as in moert.quantize_.  experts: of a saved model whose weights are in several
     formats or of a size that the format does not tell (sub1), the format, group and codewords of both weights of every
     module, by its name: {"model.layers.0.mlp.experts": [["sub1", None, 4711], ["int8", 32, None]]}.
-    made_of: the fingerprint of the checkpoint that `moert quantize` has read.
+    made_of and calibrated: the fingerprint of the checkpoint that `moert quantize` has read, and by which method and
+    tokens it was calibrated.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class MoertConfig(QuantizationConfigMixin):
         precision: str = "auto",
         experts: dict[str, list[list]] | None = None,
         made_of: str | None = None,
+        calibrated: dict | None = None,
         quant_method: str = "moert",
     ):
         self.quant_method = quant_method
@@ -47,6 +49,8 @@ class MoertConfig(QuantizationConfigMixin):
             self.experts = experts
         if made_of is not None:
             self.made_of = made_of
+        if calibrated is not None:
+            self.calibrated = calibrated
         any_format_of(format, group)
         check_options(skip or (), precision)
 
@@ -97,15 +101,24 @@ class MoertQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         config = self.quantization_config
+        self._tied: list[tuple[PackedExperts, str, str]] = []
         for name, module in chosen_experts(model, config.skip).items():
             formats = config.formats_of(name)
             quantized_(module, formats[0][0], config.precision)
-            if self.pre_quantized:
-                for place, (fmt, codewords) in zip(("w1", "w2"), formats, strict=True):
+            for place, weight, (fmt, codewords) in zip(("w1", "w2"), weight_names(module), formats, strict=True):
+                # A tie is of parameters: packed experts have none, and are stored with each of their modules.
+                tied = model.all_tied_weights_keys.pop(f"{name}.{weight}", None)
+                if tied and not self.pre_quantized:
+                    self._tied.append((module, place, tied.rpartition(".")[0]))
+                if tied or self.pre_quantized:
                     module.allocate_(place, fmt, codewords)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         """transformers fills what a checkpoint lacks with memory as it comes: here that is an error."""
+        for module, place, owner in self._tied:
+            source = model.get_submodule(owner)
+            for part in (part for part in source.dtypes() if part.startswith(place)):
+                setattr(module, part, getattr(source, part).clone())
         for name, module in experts_modules(model).items():
             if not isinstance(module, PackedExperts):
                 continue
@@ -198,6 +211,11 @@ def chosen_experts(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module
     if not chosen:
         got = f"{len(found)} of them in {type(model).__name__}, skip={list(skip)}"
         raise ValueError(f"model must have experts of transformers' interface that skip does not name, got {got}")
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        pair = [name.rpartition(".")[0] for name in (target, source)]
+        if len(owned := [name for name in pair if name in chosen]) == 1 and all(name in found for name in pair):
+            (left,) = set(pair) - set(owned)
+            raise ValueError(f"skip must name all experts of common weights or none, got {left} without {owned[0]}")
     return chosen
 
 
