@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moert import GluExperts, MoELayer, TopKRouter
+from moert.ops import Ranks
 from moert.parallel import Pulse, shard_experts_
 from ranks import ranks
 
@@ -49,9 +50,11 @@ def exchanges(how: str, folder: str, seed: int) -> tuple[str, float]:
     model = torch.nn.Sequential(*(MoELayer(TopKRouter(8, 6, 2), GluExperts(6, 8, 8)) for _ in range(3)))
     pulse = Pulse(group, INTERVAL)
     shard_experts_(model, group, pulse=pulse)
-    at = random.Random(seed).randrange(20, 90)  # a step has 15 exchanges: five a layer
+    at = random.Random(seed).randrange(20, 120)  # a step has 21 guarded calls: three a layer forward, four backward
     if lost:
-        model[0].experts.guard = model[1].experts.guard = model[2].experts.guard = counted(at, fault, pulse)
+        guarded = Ranks(group, counted(at, fault, pulse))
+        for each in model:
+            each.experts.ranks = guarded
     x = torch.randn(9, 8)
     try:
         for _ in range(100):
