@@ -102,4 +102,6 @@ def subgroup(members: list[int], whole: dist.ProcessGroup | None) -> dist.Proces
     """Of ranks by their numbers among all processes: they alone make it; it has the time limit of the whole group."""
     whole = whole or dist.group.WORLD
     limit = whole._get_backend(whole._device_types[0]).options._timeout
-    return dist.new_group(members, timeout=limit, use_local_synchronization=True, sort_ranks=False)
+    # torch 2.11 knows no order but the rising one.
+    order = {} if members == sorted(members) else {"sort_ranks": False}
+    return dist.new_group(members, timeout=limit, use_local_synchronization=True, **order)
