@@ -204,18 +204,42 @@ def test_gradients_without_saved_pre_activations():
     )
 
 
-def test_saved_are_the_arguments_and_the_pre_activations_only():
-    args, run = case(LARGE, torch.bfloat16)
-    leaves, kept = [a if a is None else a.requires_grad_() for a in args], {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        y = run(fused_experts, *leaves)
-    given = {a.data_ptr() for a in leaves if a is not None}
-    # What is not an argument: the ids, which the test's routing holds, and the pre-activations.
-    ids, h = sorted((t for p, t in kept.items() if p not in given), key=torch.is_floating_point)
-    assert ids.shape == (LARGE.T, LARGE.k) and not ids.is_floating_point()
-    assert h.shape == (LARGE.T * LARGE.k, 2 * LARGE.I) and h.dtype == torch.bfloat16
+def bytes_of(*tensors):
+    """Of the memory that they hold, each piece once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+# the activation, whether there are biases and a plan, what is added: rows, scale, mix, constants
+KEPT = (
+    pytest.param("swiglu", False, False, (0, 0, 0, 0), id="swiglu"),
+    pytest.param("swiglu", True, False, (0, 0, 0, 0), id="bias"),
+    pytest.param("relu2", False, False, (0, 0, 0, 0), id="ungated"),
+    pytest.param("swiglu", False, True, (0, 0, 0, 0), id="plan"),
+    pytest.param("swiglu", False, False, (1, 0, 0, 0), id="onto-rows"),
+    pytest.param("swiglu", True, True, (1, 1, 1, 1), id="all"),
+)
+
+
+@pytest.mark.parametrize("activation,biased,planned,given", KEPT)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
+def test_kept_for_backward_are_x_pre_activations_and_routing_only(shape, activation, biased, planned, given):
+    (x, weights, *parameters), _ = case(shape, torch.bfloat16, activation, bias=biased)
+    w1, w2, *bias = parameters
+    ids, kept = shape.routing().ids, []
+    plan = permute_plan(ids, shape.E) if planned else None
+    parts = [t if here else None for t, here in zip(added(shape, torch.bfloat16), given, strict=True)]
+    leaves = [t.requires_grad_() for t in (x, weights, *parameters, *parts) if t is not None]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = fused_experts_onto(x, Routing(ids, weights, shape.E, plan=plan), w1, w2, Onto(*parts), bias, activation)
+    own = {t.data_ptr() for t in parameters if t is not None}
+    kept = [t for t in kept if t.data_ptr() not in own]  # parameters are there in any case
+    routing = (ids, weights) if plan is None else (ids, weights, plan.offsets, plan.tokens, plan.slots)
+    factors = parts if given[1] else parts[1:]  # rows that nothing scales are in no product
+    rule = 2 * (shape.T * shape.H + shape.T * shape.k * w1.shape[1]) + bytes_of(*routing, *factors)
+    assert bytes_of(*kept) <= 1.02 * rule
     y.sum().backward()
-    assert all(leaf.grad is not None for leaf in leaves if leaf is not None)
+    assert all(leaf.grad is not None for leaf in leaves)
 
 
 def test_only_what_is_needed_is_computed():

@@ -169,7 +169,9 @@ def _(
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs[:14]
     absent = (None,) * (21 - len(inputs))  # arguments at the end that were left out
-    ctx.save_for_backward(*tensors, output[1], *inputs[14:], *absent)
+    *plan, rows, scale, mix, constants = (*inputs[14:], *absent)
+    # The gradient of rows that nothing scales is dy: whoever made them may free them.
+    ctx.save_for_backward(*tensors, output[1], *plan, None if scale is None else rows, scale, mix, constants)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
