@@ -1,8 +1,8 @@
 """dispatch and combine beside the exchanges that one would write by hand; each rank of torchrun is a process.
 
-    torchrun --nproc-per-node 4 bench/exchange.py [--smoke]
+    torchrun --nproc-per-node 4 bench/exchange.py [--keep-memory] [--smoke]
 
-Writes bench/results/exchange.json, where rows of another number of ranks stay.
+Writes bench/results/exchange.json, where rows of another number of ranks, and of memory kept or not, stay.
 
 No experts in the first table: rows go there and back.  In the second an ExpertParallel's forward, its tokens cut into
 1, 2, 4 and 8 parts.  Letters: T tokens of a rank, k choices, E experts, R ranks, H hidden, I intermediate.
@@ -28,6 +28,7 @@ from moert.ops import Dispatched, ExpertMap, combine, dispatch
 from moert.ops.all_to_all import exchange_counts, send_rows
 from moert.ops.ranks import Ranks
 from moert.parallel import ExpertParallel
+from moert.runtime import keep_memory
 from moert.testing import random_routing
 from moert.types import Routing
 
@@ -40,8 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="for all providers of a shape together")
     parser.add_argument("--smoke", action="store_true", help="the smallest shape, a few calls; writes nothing")
+    parser.add_argument("--keep-memory", action="store_true", help="as moert.runtime.keep_memory() does, for all ways")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    if options.keep_memory:
+        keep_memory()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     shapes, seconds = (SHAPES[:1], 0.0) if options.smoke else (SHAPES, options.seconds)
@@ -51,7 +55,7 @@ def main() -> None:
         show([row for row in rows if "degree" not in row])
         show([row for row in rows if "degree" in row])
         if not options.smoke:
-            save(options.out, rows)
+            save(options.out, [row | {"kept_memory": options.keep_memory} for row in rows])
     dist.destroy_process_group()
 
 
@@ -61,11 +65,12 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
     x = torch.randn(T, H, generator=generator).to(dtype)
     routing, experts = random_routing(T, E, k, generator=generator), ExpertMap.of(None, E, R)
     got = dispatch(x, routing, experts)
+    y = got.x.contiguous()  # what experts would make of it
     calls = {
         "bytes alone": bytes_alone(x, routing, experts),
-        "moert": lambda: combine((there := dispatch(x, routing, experts)).x, there),
-        "moert, int8 there": lambda: combine((there := dispatch(x, routing, experts, payload="int8")).x, there),
-        "by hand": lambda: by_hand(x, got),
+        "moert": lambda: combine(y, dispatch(x, routing, experts)),
+        "moert, int8 there": lambda: combine(y, dispatch(x, routing, experts, payload="int8")),
+        "by hand": lambda: by_hand(x, y, got),
         "a copy a choice": lambda: choice_copies(x, routing, experts),
         "all-gather, reduce-scatter": lambda: everything(x),
     }
@@ -139,11 +144,11 @@ def bytes_alone(x: Tensor, routing: Routing, experts: ExpertMap) -> Callable[[],
     return run
 
 
-def by_hand(x: Tensor, got: Dispatched) -> Tensor:
+def by_hand(x: Tensor, y: Tensor, got: Dispatched) -> Tensor:
     """The same rows without their routing, which both sides know already: gathered, sent, sent back, added up."""
     tokens = got.plan.tokens.long()
-    arrived, _ = send_rows(x[tokens], got.splits)
-    back, _ = send_rows(arrived, got.splits.reversed)
+    send_rows(x[tokens], got.splits)
+    back, _ = send_rows(y, got.splits.reversed)
     return torch.zeros(x.shape).index_add_(0, tokens, back.float()).to(x.dtype)
 
 
@@ -195,9 +200,13 @@ def save(out: Path, rows: list[dict]) -> None:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine_facts(("torch",)),
         "what": "dispatch and combine (degree: experts between) over Gloo, loopback, a thread a rank; s of the slowest",
-        "rows": [row for row in old if row["ranks"] != rows[0]["ranks"]] + rows,
+        "rows": [row for row in old if _kind(row) != _kind(rows[0])] + rows,
     }
     out.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _kind(row: dict) -> tuple:
+    return row["ranks"], row.get("kept_memory", False)
 
 
 def show(rows: list[dict]) -> None:
