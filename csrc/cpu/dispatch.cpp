@@ -74,7 +74,8 @@ void dispatch_pack(const Packing& p, int64_t threads, void* records) {
       char* record = static_cast<char*>(records) + n * layout.bytes;
       const int64_t token = p.tokens[n];
       const int64_t r = std::upper_bound(p.offsets, p.offsets + p.R + 1, int32_t(n)) - p.offsets - 1;
-      std::memcpy(record, static_cast<const char*>(p.x) + token * p.x_stride * size, p.H * size);
+      // Rows without elements may have no address.
+      if (p.H > 0) std::memcpy(record, static_cast<const char*>(p.x) + token * p.x_stride * size, p.H * size);
       std::memset(record + p.H * size, 0, layout.weights - p.H * size);
       auto* ids = reinterpret_cast<int16_t*>(record + layout.ids);
       pack_choices(p, token, r, record + layout.weights, ids);
