@@ -121,6 +121,33 @@ def test_learnt_alike_on_every_rank():
     assert fixed[:4] == [(2, degree) for degree in DEGREES] and fixed[4] == fixed[5]
 
 
+def narrowed() -> tuple[list[bool], float | None]:
+    """What is found once fewer are allowed, and the time of a call whose backward never came, but another's did."""
+    experts = AdaptiveExperts(experts_of(1))
+
+    def call():
+        return experts(torch.randn(3, H), Routing(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 1))
+
+    call()
+    (clock,) = experts._clocks.values()
+    experts.r, experts.degree = 0, 1
+    call().sum().backward()
+    seconds = clock.seconds
+    experts.r = experts.degree = "auto"
+    found = []
+    for allowed in ((0, 1, 2), (2,), (1,)):
+        experts.allowed["r"], experts.allowed["degree"] = allowed, (1, 2)
+        for _ in range(8):
+            call().sum().backward()
+        (best,) = experts.caches["auto", "auto", "auto", True].best.values()
+        found.append(best.r in allowed)
+    return found, seconds
+
+
+def test_allowed_may_be_narrowed():
+    assert ranks(2, narrowed) == [([True] * 3, None)] * 2
+
+
 class FakeTime:
     def __init__(self):
         self.now = 0.0

@@ -143,9 +143,14 @@ class AdaptiveExperts(Experts):
         if all(len(each) == 1 for each in candidates):
             return Setting(*(each[0] for each in candidates)), None
         key = *asked, needs
-        cache = self.caches.setdefault(key, SettingsCache(*candidates, self.window))
-        if key in self._clocks:
-            self._record(self._clocks.pop(key), cache)
+        cache, fresh = self.caches.get(key), SettingsCache(*candidates, self.window)
+        clock = self._clocks.pop(key, None)
+        if cache is None or cache.candidates != fresh.candidates:  # allowed is another one
+            cache = self.caches[key] = fresh
+            if clock is not None:
+                clock.forget()
+        elif clock is not None:
+            self._record(clock, cache)
         setting = cache.choose(size)
         if cache.knows(size):
             return setting, None
@@ -194,6 +199,7 @@ class _Clock:
     def __init__(self, size: int):
         self.size, self.seconds = size, None
         self._inputs, self._hooks, self._began, self._forward = [], [], 0.0, 0.0
+        self._turned = False
 
     def start(self, x: Tensor, routing: Routing, parameters) -> tuple[Tensor, Routing]:
         # Views, whose gradients are those of this call alone.
@@ -212,9 +218,11 @@ class _Clock:
         return y
 
     def _turn(self, grad: Tensor) -> None:
-        self._began = time.perf_counter()
+        self._began, self._turned = time.perf_counter(), True
 
     def _end(self, grads) -> None:
+        if not self._turned:  # gradients of another call
+            return
         self.seconds = self._forward + time.perf_counter() - self._began
         self.forget()
 
