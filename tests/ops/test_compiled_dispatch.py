@@ -24,8 +24,8 @@ def problem(T: int, dtype=torch.float32):
 
 
 def there_and_back(experts: ExpertMap, **options):
-    def run(x, ids, weights):
-        there = dispatch(x, Routing(ids, weights, E), experts, **options)
+    def run(x, ids, weights, num_experts=E):
+        there = dispatch(x, Routing(ids, weights, num_experts), experts, **options)
         y = torch.tanh(there.x) * there.routing.weights.sum(1, keepdim=True).to(x.dtype)
         return combine(y, there, x), there.routing.ids, y
 
@@ -97,17 +97,22 @@ def test_layers(backend):
     assert ranks(2, layers, backend) == [None] * 2
 
 
-def differs() -> str:
+def differs() -> list[str]:
     run = torch.compile(there_and_back(ExpertMap.of(None, E, 2)), backend="aot_eager", fullgraph=True, dynamic=True)
     x, *routed = problem(3)
     with pytest.raises(RuntimeError) as error:
         run(x.half() if dist.get_rank() else x, *routed)
-    return str(error.value)
+    with pytest.raises((ValueError, RuntimeError)) as other:
+        run(x, routed[0], routed[1], E + dist.get_rank())
+    return [str(error.value), str(other.value)]
 
 
 def test_errors():
     text = "the dtype of x must be the same on every rank, got float32 on rank 0, float16 on rank 1"
-    assert all(text in told for told in ranks(2, differs))
+    told = ranks(2, differs)
+    assert all(text in each[0] for each in told)
+    assert "every rank must be able to dispatch, got an error on rank 1 (see there)" in told[0][1]
+    assert f"routing must be to E={E} experts, got {E + 1}" in told[1][1]
 
 
 def checked() -> None:
@@ -115,7 +120,7 @@ def checked() -> None:
     for T in (0, 3):
         x, ids, weights = problem(T)
         for rows in (None, 4):
-            args = x, weights, ids, experts.expert_to_rank, experts.local_ids, "", None, rows, "position", 1
+            args = x, weights, ids, experts.expert_to_rank, experts.local_ids, E, 1, "", None, rows, "position", 1
             opcheck(torch.ops.moert.dispatch_rows.default, (*args, [True, True]))
         sizes = torch.tensor([T]), torch.tensor([T]), torch.empty(0, 0, dtype=torch.int64)
         opcheck(torch.ops.moert.dispatch_exchange.default, (x, *sizes, "", False, T))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from moert.ops.all_to_all import Splits, send_rows
+from moert.ops.compiled_order import register_exchange
 from moert.ops.expert_map import ExpertMap
 from moert.ops.permute import unpermute
 from moert.ops.rank_capacity import Capacity
@@ -49,6 +50,8 @@ def dispatch_rows(
     ids: Tensor,
     expert_to_rank: Tensor,
     local_ids: Tensor,
+    num_experts: int,
+    num_ranks: int,
     ranks: str,
     payload: str | None,
     rows: int | None,
@@ -56,12 +59,13 @@ def dispatch_rows(
     parts: int,
     needs_gradient: list[bool],
 ) -> Arrived:
-    """dispatch, in plain tensors.  rows and drop: of the capacity; needs_gradient: of x and of the weights."""
+    """dispatch, in plain tensors.  num_experts: the routing's; num_ranks: of the maps; rows and drop: of the capacity;
+    needs_gradient: of x and of the weights.
+    """
     from moert.ops.dispatch import exchange  # which imports this module
 
     way = ranks_of(ranks)
-    experts = ExpertMap(expert_to_rank, local_ids, way.size)
-    routing = Routing(ids, weights, len(expert_to_rank))
+    experts, routing = ExpertMap(expert_to_rank, local_ids, num_ranks), Routing(ids, weights, num_experts)
     capacity = None if rows is None else Capacity(rows, drop)
     flight = exchange(x, routing, experts, way, payload, capacity, parts, tuple(needs_gradient))
     here, there = flight.arrive(), flight.splits
@@ -74,8 +78,12 @@ def dispatch_rows(
     return *arrived, plan.offsets, plan.tokens.clone(), plan.slots, *sizes, between, dropped
 
 
+order_dispatch = register_exchange(torch.ops.moert.dispatch_rows.default)
+
+
 @dispatch_rows.register_fake
-def _(x, weights, ids, expert_to_rank, local_ids, ranks, payload, rows, drop, parts, needs_gradient):
+def _(x, weights, ids, expert_to_rank, local_ids, num_experts, num_ranks, ranks, payload, rows, drop, parts, needs):
+    order_dispatch()
     way, (T, k) = ranks_of(ranks), ids.shape
     R, ctx = way.size, torch.library.get_ctx()
     N, M = (ctx.new_dynamic_size(), ctx.new_dynamic_size()) if rows is None else (R * rows, R * rows)
@@ -95,8 +103,12 @@ def sent_rows(
     return send_rows(rows, splits)[0]
 
 
+order_exchange = register_exchange(torch.ops.moert.dispatch_exchange.default)
+
+
 @sent_rows.register_fake
 def _(rows, sent, received, between, ranks, back, num_rows):
+    order_exchange()
     return rows.new_empty(num_rows, rows.shape[1])
 
 
@@ -114,7 +126,7 @@ sent_rows.register_autograd(_send_back, setup_context=_keep_send)
 
 
 def _keep_dispatch(ctx, inputs, output):
-    _, _, _, _, _, ctx.ranks, *_, ctx.needs = inputs
+    *_, ctx.ranks, _, _, _, _, ctx.needs = inputs
     _, _, ids, _, tokens, slots, sent, received, between, _ = output
     ctx.save_for_backward(ids, tokens, slots, sent, received, between)
     ctx.mark_non_differentiable(*output[2:])
@@ -131,7 +143,7 @@ def _dispatch_back(ctx, drows, dweights, *_):
     dweights = torch.ops.moert.dispatch_exchange(own, *home) if needs[1] else None
     plan = DispatchPlan(None, tokens, slots)
     grads = (None if rows is None else unpermute(rows, plan) for rows in (dx, dweights))
-    return *grads, *[None] * 9
+    return *grads, *[None] * 11
 
 
 dispatch_rows.register_autograd(_dispatch_back, setup_context=_keep_dispatch)

@@ -111,7 +111,7 @@ def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
 
 def _compiled(x, routing, experts, ranks, payload, capacity, parts) -> Dispatched:
     rows, drop = (None, "") if capacity is None else (capacity.rows, capacity.drop)
-    maps = experts.expert_to_rank, experts.local_ids
+    maps = experts.expert_to_rank, experts.local_ids, routing.num_experts, experts.num_ranks
     options = ranks.name, payload, rows, drop, parts, list(_needs(x, routing))
     x, weights, ids, offsets, tokens, slots, *splits, dropped = torch.ops.moert.dispatch_rows(
         x, routing.weights, routing.ids, *maps, *options

@@ -98,9 +98,11 @@ class ExpertParallel(Experts):
             check_added(onto.rows, x)
             # Under autocast rows travel in the dtype in which the experts multiply them.
             x, rows, constants = autocast(x, onto.rows, onto.constants)
-            parts, self.dropped = _cut(x, self.copies.routed(routing), self.degree), None
+            # Nothing overlaps in a graph; a capacity is that of each part.
+            degree = 1 if torch.compiler.is_compiling() and self.capacity is None else self.degree
+            parts, self.dropped = _cut(x, self.copies.routed(routing), degree), None
         plain = onto.scale is None and onto.mix is None
-        there = self._dispatch(*parts[0], asynchronous=shared or len(parts) > 1)
+        there = self._dispatch(parts, 0, shared or len(parts) > 1)
         if shared:
             try:
                 rows = added(given)
@@ -109,16 +111,17 @@ class ExpertParallel(Experts):
             finally:
                 there.wait()
         returning, local = [], self._local()
-        for following in (*parts[1:], None):
-            here, there = there, following and self._dispatch(*following, asynchronous=True)
+        for following in range(1, len(parts) + 1):
+            here, there = there, self._dispatch(parts, following, True) if following < len(parts) else None
             returning.append(start_combine(local(here.wait()), here, asynchronous=len(parts) > 1))
         residuals = rows.tensor_split(len(parts)) if plain and rows is not None else [None] * len(parts)
         y = [back.wait(residual) for back, residual in zip(returning, residuals, strict=True)]
         y = y[0] if len(y) == 1 else torch.cat(y)
         return y if plain else replace(onto, rows=rows, constants=constants).added_to(y)
 
-    def _dispatch(self, x: Tensor, routing: Routing, asynchronous: bool) -> Dispatched:
-        there = dispatch(x, routing, self.map, self.ranks, asynchronous, self.payload, self.capacity, self.degree)
+    def _dispatch(self, parts: list[tuple[Tensor, Routing]], number: int, asynchronous: bool) -> Dispatched:
+        options = asynchronous, self.payload, self.capacity, len(parts)
+        there = dispatch(*parts[number], self.map, self.ranks, *options)
         if there.dropped is not None:
             self.dropped = there.dropped if self.dropped is None else self.dropped + there.dropped
         return there
