@@ -14,6 +14,7 @@ from moert.ops.dispatch import (
     dispatch_pack_ref,
     dispatch_plan_ref,
     dispatch_ref,
+    start_combine,
 )
 from moert.ops.expert_map import ExpertMap
 from moert.ops.fused_experts import fused_experts_ref
@@ -308,3 +309,23 @@ def test_opcheck(op):
     for shape in PERMUTE_SHAPES[:8]:
         args = pack_args(shape, torch.bfloat16, 3)
         opcheck(getattr(OPS, op).default, args if op == "dispatch_pack" else (args[2], args[3], 3))
+
+
+def read_early() -> None:
+    """A reader that needs no gradient takes none from the others: rows of dispatch, results of combine."""
+    x = torch.randn(4, 6, requires_grad=True)
+    routing, experts = random_routing(4, E, 2), ExpertMap.of(None, E, dist.get_world_size())
+    grads = []
+    for early in (False, True):
+        there = dispatch(x, routing, experts, asynchronous=True)
+        with torch.set_grad_enabled(not early):
+            there.wait()
+        back = start_combine(there.x.cos(), there)
+        with torch.set_grad_enabled(not early):
+            back._rows.wait()
+        grads.append(torch.autograd.grad(back.wait().sum(), x)[0])
+    assert torch.equal(*grads) and grads[0].any()
+
+
+def test_first_read_without_gradient():
+    assert ranks(2, read_early) == [None] * 2

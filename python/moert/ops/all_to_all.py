@@ -59,7 +59,8 @@ class AllToAll:
 
     def wait(self) -> Tensor:
         if self._rows is None:
-            self._rows = _Arrive.apply(self._held, self._flight)
+            with torch.set_grad_enabled(self._held.requires_grad):  # as where it was begun
+                self._rows = _Arrive.apply(self._held, self._flight)
         return self._rows
 
 

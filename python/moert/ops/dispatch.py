@@ -40,7 +40,8 @@ class Dispatched:
 
     def wait(self) -> "Dispatched":
         if self._x is None:
-            self._x, weights = _Arrive.apply(*self._held, self._flight)
+            with torch.set_grad_enabled(any(held.requires_grad for held in self._held)):  # whoever is first to read
+                self._x, weights = _Arrive.apply(*self._held, self._flight)
             self._routing = Routing(self._flight.ids, weights, self._flight.num_local)
         return self
 
