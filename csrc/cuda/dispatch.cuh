@@ -50,11 +50,12 @@ MOERT_DEVICE_INLINE uint16_t after_row(const Packing& p, const RecordLayout& lay
   const int32_t id = p.ids[token * p.k + j];
   if (rank_of(id, p.expert_to_rank, p.E, p.R) != rank) return nothing;
   const int32_t local = p.local_ids[id];
+  if (local < 0 || local > kMostLocalExperts) return nothing;
   if (is_weight) {
     const auto* weights = static_cast<const uint16_t*>(p.weights) + token * p.k * (p.weight_size / 2);
     return weights[(byte - layout.weights) / 2];
   }
-  return local >= 0 && local <= kMostLocalExperts ? uint16_t(local) : nothing;
+  return uint16_t(local);
 }
 
 // records[n]: the row of tokens[n], H units of Unit, and what follows it.

@@ -100,8 +100,8 @@ void numbers_out_of_range() {
                        locals_there.data(), starts.data(), tokens_there.data(), 2, 2, 2, 3, 1, 2},
                       nullptr, records.data());
   const std::vector<char> got = records.read();
-  const float first[4] = {1, 2, .1f, 0}, second[4] = {};
-  const int16_t none[2] = {-1, -1};  // the one that goes has a number that 16 bits cannot hold
+  const float first[4] = {1, 2, 0, 0}, second[4] = {};
+  const int16_t none[2] = {-1, -1};  // the one expert of the rank has a number that 16 bits cannot hold
   EXPECT(std::memcmp(got.data(), first, 16) == 0 && std::memcmp(got.data() + 16, none, 4) == 0);
   EXPECT(std::memcmp(got.data() + 32, second, 16) == 0 && std::memcmp(got.data() + 48, none, 4) == 0);
 }

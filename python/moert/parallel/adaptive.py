@@ -181,7 +181,8 @@ class AdaptiveExperts(Experts):
 
     def _check_settings(self) -> None:
         for name, allowed in self.allowed.items():
-            if (got := getattr(self, name)) != AUTO and got not in allowed:
+            got = getattr(self, name)
+            if got != AUTO and not (type(got) is int and got in allowed):
                 raise ValueError(f'{name} must be "auto" or one of {", ".join(map(str, allowed))}, got {got}')
 
     def extra_repr(self) -> str:

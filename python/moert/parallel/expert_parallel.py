@@ -88,6 +88,16 @@ class ExpertParallel(Experts):
 
     def forward(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None = None) -> Tensor:
         """Plus what an Onto adds, or what shared experts make of x, which compute while the tokens travel."""
+        # Sums over ranks of torch's own have no order among the exchanges of a graph: ranks could wait for each other.
+        if self.copies.num_shared or self.replicas is not None:
+            return self._outside_graphs(x, routing, added)
+        return self._run(x, routing, added)
+
+    @torch.compiler.disable
+    def _outside_graphs(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None) -> Tensor:
+        return self._run(x, routing, added)
+
+    def _run(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None) -> Tensor:
         shared, given = isinstance(added, nn.Module), x
         onto = added if isinstance(added, Onto) else Onto()
         # With a capacity nobody listens to what goes wrong here.
