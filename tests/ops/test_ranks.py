@@ -34,6 +34,8 @@ def groups() -> None:
     ):
         with pytest.raises(kind, match=text):
             Ranks.in_nodes(wrong)
+    again = Ranks.in_nodes(2, odd).levels
+    assert again.node is near.levels.node and again.rail is near.levels.rail
     node, index = divmod(near.rank, 2)
     assert members(near.levels.node) == order[2 * node : 2 * node + 2]
     assert members(near.levels.rail) == order[index::2]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for other
 
 HANDLES: "WeakValueDictionary[str, Ranks]" = WeakValueDictionary()
 _NUMBERS = count()
+_SUBGROUPS: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Ranks:
     def in_nodes(cls, local_size: int, group: dist.ProcessGroup | None = None, guard: Guard = nullcontext) -> "Ranks":
         """Ranks r of node r // local_size: what goes to another node goes to one rank of each node (Tutel's 2DH).
 
-        Every rank of the group must call it: it makes two groups.  A single node, or nodes of a single rank, are
-        reached straight.
+        Every rank of the group must call it: the first call makes two groups.  A single node, or nodes of a single
+        rank, are reached straight.
         """
         R = dist.get_world_size(group)
         expect(int, local_size=local_size)
@@ -99,8 +100,15 @@ def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:
 
 
 def subgroup(members: list[int], whole: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Of ranks by their numbers among all processes: they alone make it; it has the time limit of the whole group."""
+    """Of ranks by their numbers among all processes: they alone make it, once; it has the whole group's time limit."""
     whole = whole or dist.group.WORLD
+    made = _SUBGROUPS.setdefault(whole, {})  # layers share them: a group has threads and connections of its own
+    if tuple(members) not in made:
+        made[tuple(members)] = _new_group(members, whole)
+    return made[tuple(members)]
+
+
+def _new_group(members: list[int], whole: dist.ProcessGroup) -> dist.ProcessGroup:
     limit = whole._get_backend(whole._device_types[0]).options._timeout
     # torch 2.11 knows no order but the rising one.
     order = {} if members == sorted(members) else {"sort_ranks": False}

@@ -242,7 +242,8 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx, grad):
         spread = ctx.spread
         if spread.copies.num_shared:
-            grad = spread.copies.add_up(grad, spread.group)
+            with spread.ranks.guard():
+                grad = spread.copies.add_up(grad, spread.group)
         if spread.replicas is not None:
             grad = grad.contiguous().clone()
             dist.all_reduce(grad, group=spread.replicas)
