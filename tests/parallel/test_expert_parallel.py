@@ -1,6 +1,7 @@
 import copy
 import importlib
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,12 +16,14 @@ from moert.analysis import record_routings
 from moert.layers import FeedForward
 from moert.ops.rank_capacity import Capacity
 from moert.parallel import ExpertParallel, expert_parameters, shard_experts_
+from moert.placement import PlacedLayer
 from moert.testing import DTYPES, assert_rows_close
 from moert.types import Onto
 from ranks import ranks
 
 E, H, I, k = 7, 12, 10, 2
 TOKENS = (6, 0, 9, 5)  # of the ranks
+COPIED = PlacedLayer("", np.array([0, 1] * 3 + [0]), ((0, 1), (3, 0)))
 
 
 def layer(dtype=torch.float32, bias=False, shared=True) -> MoELayer:
@@ -237,14 +240,15 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def dense_part_by(wrap: str, shape: tuple[int, int]) -> None:
+def dense_part_by(wrap: str, shape: tuple[int, int], placed: PlacedLayer | None) -> None:
     """Some training steps on a mesh of (copies, ranks of the experts): weights like those of one process."""
     R, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "ep"))
     x = torch.randn(R * 4, H, generator=torch.Generator().manual_seed(2))
     alone, spread = block(), block()
     train(alone, x)
-    shard_experts_(spread, mesh["ep"], gradients="mean", replicas=mesh["data"], degree=2)
+    placement = placed and {"moe.experts": placed}
+    shard_experts_(spread, mesh["ep"], placement, gradients="mean", replicas=mesh["data"], degree=2)
     own = expert_parameters(spread)
     assert list(own) == ["moe.experts.local.gate_up_proj", "moe.experts.local.down_proj"]
     if wrap == "DDP":
@@ -263,8 +267,10 @@ def dense_part_by(wrap: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)], ids=str)
-def test_with_data_parallelism_around(wrap, shape):
-    assert ranks(shape[0] * shape[1], dense_part_by, wrap, shape) == [None] * (shape[0] * shape[1])
+@pytest.mark.parametrize("placed", [None, COPIED], ids=["once", "copies"])
+def test_with_data_parallelism_around(wrap, shape, placed):
+    R = shape[0] * shape[1]
+    assert ranks(R, dense_part_by, wrap, shape, placed) == [None] * R
 
 
 def details() -> list[str]:
