@@ -44,6 +44,15 @@ def ranks(n: int, function: Callable, *args, timeout: float = 150, may_end: tupl
                 process.join()
 
 
+def error_of(call: Callable, *args) -> str:
+    """The text of the error that call(*args) raises; empty where it raises none."""
+    try:
+        call(*args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
 def _collect(readers: list[Connection], timeout: float, may_end: tuple[int, ...]) -> list:
     results, deadline = dict.fromkeys(may_end), time.monotonic() + timeout
     while len(results) < len(readers):

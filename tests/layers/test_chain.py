@@ -82,6 +82,14 @@ def test_gradients_of_the_iterations_are_added_in_float32(C, checkpoint, dtype):
             assert any(torch.equal(weight.grad, each) for each in sums)
 
 
+def test_experts_add_the_residual_in_their_own_way(monkeypatch):
+    """As those on several ranks do: by their onto, which is asked once an iteration."""
+    layer, calls, onto = chain(2), [], GluExperts.onto
+    monkeypatch.setattr(GluExperts, "onto", lambda self, *args: calls.append(args[0].shape) or onto(self, *args))
+    layer(torch.randn(5, H))
+    assert calls == [(5, H)] * 2
+
+
 @pytest.mark.parametrize("layout", ("renorm", "released", "prenorm"))
 def test_layouts_agree_with_their_formula(layout):
     norm, x = nn.RMSNorm(H), torch.randn(5, H)

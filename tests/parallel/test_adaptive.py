@@ -22,7 +22,7 @@ from moert.parallel import (
 )
 from moert.testing import assert_rows_close, random_routing
 from moert.types import ExpertLayout, Onto
-from ranks import ranks
+from ranks import error_of, ranks
 
 H, I, DEGREES = 8, 16, (1, 2, 4, 8)
 TOKENS = (5, 0, 7, 4)  # of the ranks
@@ -264,11 +264,7 @@ def refused() -> list[str]:
     ):
         experts.r, experts.degree = 1, 1
         experts.requires_grad_(len(told) < 18)
-        try:
-            wrong()
-            told.append("")
-        except (TypeError, ValueError, RuntimeError) as error:
-            told.append(str(error))
+        told.append(error_of(wrong))
     return told
 
 

@@ -90,18 +90,19 @@ class ChainMoELayer(nn.Module):
     def _iteration(
         self, t: int, x_TH: Tensor, residual: Tensor | None, context: RouterContext | None, weights: dict
     ) -> tuple[Tensor, Routing]:
-        def call(part: str, *args):
-            module = getattr(self, part)
-            return functional_call(module, weights[part], args) if part in weights else module(*args)
-
         routing = self.routers[t if len(self.routers) > 1 else 0](x_TH, context)
-        added = residual if self.shared_experts is None else call("shared_experts", x_TH)
-        if added is None or not self.experts.fuses_onto:
-            y_TH = call("experts", x_TH, routing)
-            y_TH = y_TH if added is None else Onto(added).added_to(y_TH)
-        else:
-            y_TH = call("experts", x_TH, routing, Onto(added))
+        added = residual
+        if self.shared_experts is not None:
+            added = functional_call(self.shared_experts, weights.get("shared_experts", {}), (x_TH,))
+        y_TH = self._experts(x_TH, routing, added, weights.get("experts"))
         return y_TH if residual is None or self.shared_experts is None else y_TH + residual, routing
+
+    def _experts(self, x_TH: Tensor, routing: Routing, added: Tensor | None, weights: dict | None) -> Tensor:
+        if weights is None:
+            return self.experts(x_TH, routing) if added is None else self.experts.onto(x_TH, routing, Onto(added))
+        fused = () if added is None or not self.experts.fuses_onto else (Onto(added),)
+        y_TH = functional_call(self.experts, weights, (x_TH, routing, *fused))
+        return y_TH if fused or added is None else Onto(added).added_to(y_TH)
 
 
 class _AddedInFloat32(torch.autograd.Function):

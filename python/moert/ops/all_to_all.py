@@ -5,7 +5,8 @@ disagree would end a Gloo process (std::terminate), so they are compared before 
 N rows sent, M rows received.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +92,16 @@ def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], ranks: R
         _check_same(heard, facts, ranks.group)
     between = between if between is None else between.cpu()
     return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), ranks, between)
+
+
+@contextmanager
+def refusing(ranks: Ranks, facts: Iterable[str]) -> Iterator[None]:
+    """Before exchange_counts with facts of these names: an error inside is raised, and the others raise one too."""
+    try:
+        yield
+    except Exception:
+        exchange_counts(None, dict.fromkeys(facts, 0), ranks)  # the others must not wait for this rank
+        raise
 
 
 def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple[Tensor, dist.Work | TwoSteps | None]:

@@ -4,16 +4,13 @@ A row travels once to each rank that has any of its experts, its routing with it
 make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import AllToAll, Hold, Sending, Splits, exchange_counts, stand_in
+from moert.ops.all_to_all import AllToAll, Hold, Sending, Splits, exchange_counts, refusing, stand_in
 from moert.ops.compiled_dispatch import CompiledSplits
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
@@ -91,7 +88,7 @@ def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynch
     """dispatch without its part in the graph; needs: whether x and the weights need gradients (None: they say it)."""
     dropped = None
     if capacity is None:
-        with refusing(ranks):
+        with refusing(ranks, FACTS):
             plan, needs = _plan(x, routing, experts, ranks, payload), needs or _needs(x, routing)
             counts = plan.offsets.diff()
         splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts, needs), ranks)
@@ -126,16 +123,6 @@ def _compiled(x, routing, experts, ranks, payload, capacity, parts) -> Dispatche
 def _even(rows: int, ranks: Ranks) -> Splits:
     sizes, levels = [rows] * ranks.size, ranks.levels
     return Splits(sizes, sizes, ranks, levels and torch.full(levels.shape, rows))
-
-
-@contextmanager
-def refusing(ranks: Ranks) -> Iterator[None]:
-    """Before dispatch: an error inside is raised, and the others, who dispatch, raise one that names this rank."""
-    try:
-        yield
-    except Exception:
-        exchange_counts(None, dict.fromkeys(FACTS, 0), ranks)  # the others must not wait for this rank
-        raise
 
 
 class Returning:

@@ -13,7 +13,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
-from moert.ops.all_to_all import exchange_counts
+from moert.ops.all_to_all import exchange_counts, refusing
 from moert.ops.kinds import expect
 from moert.ops.ranks import Ranks
 from moert.parallel.pulse import Group, Pulse, process_group
@@ -127,11 +127,8 @@ class AdaptiveExperts(Experts):
     def _agree(self, x: Tensor, routing: Routing, added) -> tuple[Setting, "_Clock | None"]:
         """The setting of this call, the same on every rank, and a clock where it is to be timed."""
         ranks = self._ways[0]
-        try:
+        with refusing(ranks, FACTS):
             self._check(x, routing, added)
-        except Exception:
-            exchange_counts(None, dict.fromkeys(FACTS, 0), ranks)  # the others must not wait for this rank
-            raise
         asked = [getattr(self, name) for name in NAMES]
         inputs = (x, routing.weights, *self.parameters())
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
+from moert.ops.all_to_all import refusing
 from moert.ops.autocast import autocast
-from moert.ops.dispatch import Dispatched, dispatch, refusing, start_combine
+from moert.ops.dispatch import FACTS, Dispatched, dispatch, start_combine
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
@@ -101,7 +102,7 @@ class ExpertParallel(Experts):
         shared, given = isinstance(added, nn.Module), x
         onto = added if isinstance(added, Onto) else Onto()
         # With a capacity nobody listens to what goes wrong here.
-        with refusing(self.ranks) if self.capacity is None else nullcontext():
+        with refusing(self.ranks, FACTS) if self.capacity is None else nullcontext():
             expect(Tensor, x=x)
             expect(Routing, routing=routing)
             expect((Onto, nn.Module, type(None)), added=added)
@@ -144,10 +145,15 @@ class ExpertParallel(Experts):
 
     def _local(self) -> Callable[[Dispatched], Tensor]:
         """The experts of a call, whose gradients are reduced once for all its parts."""
+        weights = self._own()
+        return lambda there: functional_call(self.local, weights, (there.x, there.routing))
+
+    def _own(self) -> dict[str, Tensor]:
+        """This rank's parameters, with what becomes of their gradients."""
+        own = dict(self.local.named_parameters())
         if self.parts == 1 and self.replicas is None and not self.copies.num_shared:
-            return lambda there: self.local(there.x, there.routing)
-        reduced = {name: _Reduced.apply(p, self) for name, p in self.local.named_parameters()}
-        return lambda there: functional_call(self.local, reduced, (there.x, there.routing))
+            return own
+        return {name: _Reduced.apply(p, self) for name, p in own.items()}
 
     def extra_repr(self) -> str:
         ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"

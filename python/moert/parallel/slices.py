@@ -15,7 +15,7 @@ from torch.func import functional_call
 from moert.experts.glu import GluExperts
 from moert.ops.dispatch import Dispatched
 from moert.ops.ranks import Guard, subgroup
-from moert.parallel.expert_parallel import ExpertParallel, _Reduced
+from moert.parallel.expert_parallel import ExpertParallel
 from moert.parallel.pulse import Group
 from moert.types import Onto, Routing
 
@@ -48,12 +48,6 @@ class SlicedExperts(ExpertParallel):
             before = first * self.hidden // self.s
             weights["down_proj_bias"] = F.pad(bias, (before, self.hidden - before - bias.shape[1]))
         return lambda there: functional_call(self.local, weights, (there.x, there.routing))
-
-    def _own(self) -> dict[str, Tensor]:
-        own = dict(self.local.named_parameters())
-        if self.parts > 1 or self.replicas is not None:
-            own = {name: _Reduced.apply(p, self) for name, p in own.items()}
-        return own
 
     def _joined(self, n: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
         """Of the slices of all ranks of the group n and n together."""
