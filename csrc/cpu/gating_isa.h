@@ -17,9 +17,10 @@ struct GatingCall {
   void* dlogits;  // written by the backward
 };
 
-// Rows of 64 bytes that a thread needs: experts, then the choices, their ids and keys, then the groups.
+// Rows of 64 bytes that a thread needs: experts and their keys, the choices in blocks of 16, their ids and keys, then
+// the groups.
 constexpr int64_t gating_scratch_rows(int64_t E, int64_t k, int64_t num_groups) {
-  return (E + 15) / 16 * 16 + 3 * k + 2 * num_groups;
+  return (E + 15) / 16 * 32 + (k + 15) / 16 * 48 + 2 * num_groups;
 }
 
 // Tokens [begin, end) of the call; scratch is aligned to 64 bytes.

@@ -10,6 +10,8 @@ namespace {
 
 MOERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+MOERT_INLINE int64_t whole_blocks(int64_t n) { return (n + 15) / 16 * 16; }
+
 // e^x for x <= 0, to 0.97 ulp; 0 below -87.33, where float32 has no normal numbers; NaN stays.
 MOERT_INLINE VecF exp_negative(VecF x) {
   // n = round(x / ln 2), left in the low bits by the addition of 1.5 * 2^23; r = x - n ln 2, ln 2 in two parts.
@@ -92,23 +94,27 @@ struct Gating {
       source[lane] = static_cast<const In*>(call.logits) + smaller(token + lane, call.T - 1) * call.stride;
     for (int64_t e = 0; e < call.E; e += lanes) {
       Reals tile[lanes];
-      const int64_t width = smaller(lanes, call.E - e);
-      for (int lane = 0; lane < lanes; ++lane)
-        tile[lane] = width == lanes ? load(source[lane] + e) : load_first(source[lane] + e, width);
+      if (const int64_t width = call.E - e; width < lanes) {
+        for (int lane = 0; lane < lanes; ++lane) tile[lane] = load_first(source[lane] + e, width);
+      } else {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < lanes; ++lane) tile[lane] = load(source[lane] + e);
+      }
       transpose<lanes / 2>(tile);
       for (int i = 0; i < lanes; ++i) rows[e + i] = tile[i];
     }
   }
 
+  // out [count, n] = the first `count` lanes of rows [n], which can be read in whole blocks.
   template <typename Out>
-  static void store_rows(const GatingCall& call, int64_t token, int64_t count, const Reals* rows) {
-    for (int64_t e = 0; e < call.E; e += lanes) {
+  static void store_rows(const Reals* rows, int64_t n, int64_t count, Out* out) {
+    for (int64_t e = 0; e < n; e += lanes) {
       Reals tile[lanes];
       for (int i = 0; i < lanes; ++i) tile[i] = rows[e + i];
       transpose<lanes / 2>(tile);
-      const int64_t width = smaller(lanes, call.E - e);
+      const int64_t width = smaller(lanes, n - e);
       for (int64_t lane = 0; lane < count; ++lane) {
-        Out* target = static_cast<Out*>(call.dlogits) + (token + lane) * call.E + e;
+        Out* target = out + lane * n + e;
         if (width == lanes)
           store(target, tile[lane]);
         else
@@ -129,14 +135,27 @@ struct Gating {
   }
 
   static void store_any(const GatingCall& call, int64_t token, int64_t count, const Reals* rows) {
+    const auto store_as = [&](auto* dlogits) { store_rows(rows, call.E, count, dlogits + token * call.E); };
     if constexpr (sizeof(Real) == 8)
-      return store_rows<double>(call, token, count, rows);
+      return store_as(static_cast<double*>(call.dlogits));
     else if (call.dtype == DType::f32)
-      return store_rows<float>(call, token, count, rows);
+      return store_as(static_cast<float*>(call.dlogits));
     else if (call.dtype == DType::bf16)
-      return store_rows<bf16>(call, token, count, rows);
+      return store_as(static_cast<bf16*>(call.dlogits));
     else
-      return store_rows<f16>(call, token, count, rows);
+      return store_as(static_cast<f16*>(call.dlogits));
+  }
+
+  // The choices of `count` tokens: weights and ids [k], which can be read in whole blocks.
+  static void store_choices(const GatingCall& call, int64_t token, int64_t count, const Reals* weights,
+                            const Ints* ids) {
+    const int64_t k = call.k;
+    store_rows(weights, k, count, static_cast<Real*>(call.weights) + token * k);
+    int32_t* out = call.ids + token * k;
+    if constexpr (sizeof(Int) == 4)  // moved as floats, bit for bit
+      return store_rows(reinterpret_cast<const Reals*>(ids), k, count, reinterpret_cast<float*>(out));
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t j = 0; j < k; ++j) out[lane * k + j] = int32_t(ids[j][lane]);
   }
 
   // rows = e^(rows - max), returns their sum: four partial sums in the order of the experts.
@@ -176,9 +195,12 @@ struct Gating {
     if (score != Score::softmax && score != Score::softmax_over_topk) return;
     divide(call.k, softmax_numerators(call.k, weights), weights);
     if (score == Score::softmax_over_topk) return;
-    Reals poison = {};
-    for (int64_t e = 0; e < call.E; ++e) poison = rows[e] == rows[e] ? poison : rows[e];
-    for (int64_t j = 0; j < call.k; ++j) weights[j] += poison;
+    constexpr int kChains = lanes < 4 ? lanes : 4;  // none waits for the others; rows beyond E are zero
+    Reals poison[kChains] = {};
+    for (int64_t e = 0; e < call.E; e += kChains)
+      for (int i = 0; i < kChains; ++i) poison[i] = rows[e + i] == rows[e + i] ? poison[i] : rows[e + i];
+    for (int i = 1; i < kChains; ++i) poison[0] += poison[i];
+    for (int64_t j = 0; j < call.k; ++j) weights[j] += poison[0];
   }
 
   static MOERT_INLINE Reals selection(const GatingCall& call, const Reals* rows, int64_t e) {
@@ -207,6 +229,17 @@ struct Gating {
     }
   }
 
+  // keys [E, in whole blocks] = selection scores as integers; what may not be chosen has none.
+  static void order_rows(const GatingCall& call, const Reals* rows, const Ints* allowed, Ints* keys) {
+    const auto* bias = static_cast<const Real*>(call.bias);
+    for (int64_t e = 0; !bias && e < call.E; ++e) keys[e] = order(rows[e]);
+    for (int64_t e = 0; bias && e < call.E; ++e) keys[e] = order(rows[e] + bias[e]);
+    const int64_t groups = call.options->num_groups, size = call.E / groups;
+    for (int64_t g = 0; allowed && g < groups; ++g)
+      for (int64_t e = g * size; e < (g + 1) * size; ++e) keys[e] = allowed[g] ? keys[e] : splat(kNone);
+    for (int64_t e = call.E; e < whole_blocks(call.E); ++e) keys[e] = splat(kNone);
+  }
+
 #if defined(__AVX2__)
   // Selection by sorting networks over N experts at a time, k <= N, descending.  A score and its expert share one
   // integer, the lower expert above the higher, so that no two are equal and a minimum and a maximum order a pair.
@@ -228,46 +261,33 @@ struct Gating {
     for (int i = 0; i < N; ++i) best[i] = list[i];
   }
 
-  static MOERT_INLINE Ints key(const GatingCall& call, const Reals* rows, const Ints* allowed, int64_t size,
-                               int64_t e) {
-    if (e >= call.E) return splat(kNone);
-    const Ints key = order(selection(call, rows, e));
-    if (!allowed) return key;
-    return allowed[e / size] ? key : splat(kNone);
-  }
-
-  // The expert takes the place of a score's last 8 bits.  False where those could have decided: then ids are not set.
-  // They are zero in logits of 16 bits (exact), and rarely decide among others.
+  // The expert takes the place of a score's last bits, 8 at most.  False where those could have decided: then ids are
+  // not set.  They are zero in logits of 16 bits (exact), and rarely decide among others.
   template <int N>
-  static bool select_by_high_bits(const GatingCall& call, const Reals* rows, const Ints* allowed, bool exact,
-                                  Ints* ids) {
-    constexpr Int kExpert = 0xff;
-    const int64_t size = call.E / call.options->num_groups;
+  static bool select_by_high_bits(const GatingCall& call, const Ints* keys, bool exact, Ints* ids) {
+    Int expert = 15;
+    while (expert < call.E - 1) expert = 2 * expert + 1;
     Ints best[N], lost = splat(kNone), clash = {};
-    const auto packed = [&](int64_t e) {
-      return (key(call, rows, allowed, size, e) & ~kExpert) | ((kExpert - Int(e)) & kExpert);
-    };
+    const auto packed = [&](int64_t e) { return (keys[e] & ~expert) | (expert - Int(e)); };
     largest<N>(call.E, packed, best, exact ? nullptr : &lost);
     if (!exact) {
-      for (int64_t j = 0; j < call.k; ++j) clash |= ((best[j] ^ (j + 1 < N ? best[j + 1] : lost)) & ~kExpert) == 0;
+      for (int64_t j = 0; j < call.k; ++j) clash |= ((best[j] ^ (j + 1 < N ? best[j + 1] : lost)) & ~expert) == 0;
       for (int lane = 0; lane < lanes; ++lane)
         if (clash[lane]) return false;
     }
-    for (int64_t j = 0; j < call.k; ++j) ids[j] = kExpert - (best[j] & kExpert);
+    for (int64_t j = 0; j < call.k; ++j) ids[j] = expert - (best[j] & expert);
     return true;
   }
 
   // All bits of the score above those of the expert, in 64 bits; half the lanes at a time.
   template <int N>
-  static void select_by_all_bits(const GatingCall& call, const Reals* rows, const Ints* allowed, Ints* ids) {
+  static void select_by_all_bits(const GatingCall& call, const Ints* keys, Ints* ids) {
     typedef Int Half __attribute__((vector_size(kVectorBytes / 2)));
     using Wide = Vec<int64_t>;
-    const int64_t size = call.E / call.options->num_groups;
     for (int half = 0; half < 2; ++half) {
       const auto packed = [&](int64_t e) {
-        const Ints whole = key(call, rows, allowed, size, e);
         Half part;
-        std::memcpy(&part, reinterpret_cast<const char*>(&whole) + half * sizeof part, sizeof part);
+        std::memcpy(&part, reinterpret_cast<const char*>(keys + e) + half * sizeof part, sizeof part);
         return (__builtin_convertvector(part, Wide) << 32) + int64_t(0xffffffff - e);
       };
       Wide best[N];
@@ -280,39 +300,35 @@ struct Gating {
   }
 
   template <int N>
-  static void select_sorted(const GatingCall& call, const Reals* rows, const Ints* allowed, bool exact, Ints* ids) {
-    if (call.E > 256 || !select_by_high_bits<N>(call, rows, allowed, exact, ids))
-      select_by_all_bits<N>(call, rows, allowed, ids);
+  static void select_sorted(const GatingCall& call, const Ints* keys, bool exact, Ints* ids) {
+    if (call.E > 256 || !select_by_high_bits<N>(call, keys, exact, ids)) select_by_all_bits<N>(call, keys, ids);
   }
 #endif
 
   // best and ids [k] = the largest selection scores in descending order: an insertion sort that moves four experts at
   // a time down the list.  From the last expert to the first, so that whoever comes from above wins a tie.
-  static void select(const GatingCall& call, const Reals* rows, const Ints* allowed, [[maybe_unused]] bool exact,
-                     Ints* best, Ints* ids) {
+  static void select(const GatingCall& call, const Ints* keys, [[maybe_unused]] bool exact, Ints* best, Ints* ids) {
 #if defined(__AVX2__)
     if constexpr (sizeof(Real) == 4) {
-      if (2 < call.k && call.k <= 8) return select_sorted<8>(call, rows, allowed, exact, ids);
-      if (8 < call.k && call.k <= 16) return select_sorted<16>(call, rows, allowed, exact, ids);
+      if (2 < call.k && call.k <= 8) return select_sorted<8>(call, keys, exact, ids);
+      if (8 < call.k && call.k <= 16) return select_sorted<16>(call, keys, exact, ids);
     }
 #endif
-    const int64_t E = call.E, k = call.k, size = E / call.options->num_groups;
+    const int64_t E = call.E, k = call.k;
     for (int64_t j = 0; j < k; ++j) best[j] = splat(kNone), ids[j] = Ints{};
     for (int64_t last = E - 1; last >= 0; last -= 4) {
-      Ints keys[4], names[4];
+      Ints next[4], names[4];
       for (int i = 0; i < 4; ++i) {
-        const int64_t e = last - i;
-        keys[i] = e >= 0 ? order(selection(call, rows, e)) : splat(kNone);
-        if (allowed && e >= 0) keys[i] = allowed[e / size] ? keys[i] : splat(kNone);
-        names[i] = splat(Int(e));
+        next[i] = last >= i ? keys[last - i] : splat(kNone);
+        names[i] = splat(Int(last - i));
       }
       const int64_t filled = smaller(k, E - last + 3);
       for (int64_t j = 0; j < filled; ++j) {
         Ints key = best[j], name = ids[j];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const Ints wins = keys[i] >= key;
-          exchange(wins, keys[i], key);
+          const Ints wins = next[i] >= key;
+          exchange(wins, next[i], key);
           exchange(wins, names[i], name);
         }
         best[j] = key;
@@ -335,10 +351,11 @@ struct Gating {
     const GatingOptions& options = *call.options;
     const int64_t E = call.E, k = call.k, G = options.num_groups;
     Reals* rows = static_cast<Reals*>(scratch);
-    Reals* weights = rows + (E + 15) / 16 * 16;
-    Ints* ids = reinterpret_cast<Ints*>(weights + k);
-    Ints* best = ids + k;
-    Ints* groups = best + k;
+    Ints* keys = reinterpret_cast<Ints*>(rows + whole_blocks(E));
+    Reals* weights = rows + 2 * whole_blocks(E);
+    Ints* ids = reinterpret_cast<Ints*>(weights + whole_blocks(k));
+    Ints* best = ids + whole_blocks(k);
+    Ints* groups = best + whole_blocks(k);
     const bool limited = options.topk_groups < G;
     const bool by_top2 = limited && options.group_score == GroupScore::top2;
     // A score grows with its logit: where nothing is added, the order of the logits is that of the scores before
@@ -347,7 +364,8 @@ struct Gating {
 
     const auto choose = [&] {
       if (limited) limit_groups(call, rows, groups, groups + G);
-      select(call, rows, limited ? groups + G : nullptr, by_logit && call.dtype != DType::f32, best, ids);
+      order_rows(call, rows, limited ? groups + G : nullptr, keys);
+      select(call, keys, by_logit && call.dtype != DType::f32, best, ids);
     };
     load_any(call, token, rows);
     if (by_logit) choose();
@@ -360,14 +378,7 @@ struct Gating {
       for (int lane = 0; lane < lanes; ++lane) weights[j][lane] = rows[ids[j][lane]][lane];
     if (chosen_alone) score_chosen(call, rows, weights);
     weigh(call, weights);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      Real* weights_out = static_cast<Real*>(call.weights) + (token + lane) * k;
-      int32_t* ids_out = call.ids + (token + lane) * k;
-      for (int64_t j = 0; j < k; ++j) {
-        weights_out[j] = weights[j][lane];
-        ids_out[j] = int32_t(ids[j][lane]);
-      }
-    }
+    store_choices(call, token, count, weights, ids);
   }
 
   // dweights -> dscores, in place: through the scale and the renormalisation.
@@ -405,7 +416,7 @@ struct Gating {
     const Score score = call.options->score;
     const int64_t E = call.E, k = call.k;
     Reals* rows = static_cast<Reals*>(scratch);
-    Reals* scores = rows + (E + 15) / 16 * 16;
+    Reals* scores = rows + whole_blocks(E);
     Reals* d = scores + k;
     load_any(call, token, rows);
     score_rows(call, rows);
@@ -433,10 +444,22 @@ struct Gating {
   }
 };
 
+// The logits of `count` tokens, on their way from memory: each row is short, so that the CPU foresees little.
+MOERT_INLINE void fetch_tokens(const GatingCall& call, int64_t token, int64_t count) {
+  const int64_t size = size_of(call.dtype);
+  for (int64_t t = token; t < token + count; ++t) {
+    const char* row = static_cast<const char*>(call.logits) + t * call.stride * size;
+    for (int64_t i = 0; i < call.E * size; i += 64) __builtin_prefetch(row + i);
+  }
+}
+
 template <typename Real>
 void forward_tokens(const GatingCall& call, int64_t begin, int64_t end, void* scratch) {
   constexpr int64_t step = kLanes<Real>;
-  for (int64_t t = begin; t < end; t += step) Gating<Real>::forward(call, t, smaller(step, end - t), scratch);
+  for (int64_t t = begin; t < end; t += step) {
+    fetch_tokens(call, t + step, smaller(step, end - t - step));
+    Gating<Real>::forward(call, t, smaller(step, end - t), scratch);
+  }
 }
 
 template <typename Real>

@@ -113,16 +113,24 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
   if (H == 0) return;
   const int64_t size = size_of(dtype), bytes = H * size;
   advise_huge_pages(rows, S * bytes);
+  const auto row = [&](int64_t s) { return static_cast<char*>(rows) + s * bytes; };
+  const auto from = [&](int64_t t) { return static_cast<const char*>(x) + t * x_stride * size; };
+  if (S * bytes < kStreamBytes) {
+    for_rows(S, bytes, threads, [&](int64_t s) {
+      if (tokens[s] < 0) return void(std::memset(row(s), 0, bytes));
+      std::memcpy(row(s), from(tokens[s]), bytes);
+    });
+    return;
+  }
+  // Token by token, past the caches: each row of x is read from memory once for all of its slots.
+  std::vector<int32_t> first(T + 1), slots(S), places(S);  // slots of token t: slots[first[t]] .. slots[first[t+1]-1]
+  permute_plan(tokens, S, 1, T, -1, threads, first.data(), slots.data(), places.data());
   const auto stream_row = kernels().stream_row;
-  const bool stream = S * bytes >= kStreamBytes;
+  for_rows(T, S / std::max<int64_t>(1, T) * bytes, threads, [&](int64_t t) {
+    for (int32_t i = first[t]; i < first[t + 1]; ++i) stream_row(from(t), row(slots[i]), bytes);
+  });
   for_rows(S, bytes, threads, [&](int64_t s) {
-    char* row = static_cast<char*>(rows) + s * bytes;
-    if (tokens[s] < 0) return void(std::memset(row, 0, bytes));
-    const char* from = static_cast<const char*>(x) + tokens[s] * x_stride * size;
-    if (stream)
-      stream_row(from, row, bytes);
-    else
-      std::memcpy(row, from, bytes);
+    if (tokens[s] < 0) std::memset(row(s), 0, bytes);
   });
 }
 
