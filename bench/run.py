@@ -1,13 +1,15 @@
 """The benches' only entry: tests first, then times.  `bench/run.py --help` says the options.
 
 Rows go to bench/results/<machine>.json (or --out): op, provider, mode, dtype, shape, seconds at p20/p50/p80, roofline
-share (the time that the machine's own limits would need, over the time taken), threads, commit, date.
+share (the time that the machine's own limits would need, sampled beside the call, over the time taken: the median),
+threads, commit, date.
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,9 @@ from rich.table import Table
 
 from moert.cli.machine import machine_facts
 from moert.info import openmp_runtimes
+from moert.runtime import keep_memory
 from moert.testing import BENCH_SHAPES, Shape, row_error
-from timing import interleaved, limits, percentile
+from timing import Limits, interleaved, percentile
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "bench" / "python"
@@ -44,15 +47,18 @@ def main() -> None:
     if len(runtimes) > 1:
         sys.exit(f"OpenMP must be loaded once, got {', '.join(runtimes)}")
     facts = {**machine_facts(("torch",)), "threads": torch.get_num_threads(), "commit": commit("HEAD")}
-    bounds = limits([DTYPES[name] for name in options.dtype])
-    rows = beside_base(options) if options.base else [row for op in options.op for row in bench(op, options, bounds)]
+    if options.keep_memory:
+        keep_memory()
+    limits = Limits([DTYPES[name] for name in options.dtype])
+    rows = beside_base(options) if options.base else [row for op in options.op for row in bench(op, options, limits)]
     if options.raw:
         options.out.write_text(json.dumps(rows))
         return
-    rows = [{name: value for name, value in row.items() if name != "times"} for row in rows]
-    show(rows, bounds)
+    rows = [{name: value for name, value in row.items() if name not in ("times", "ideals")} for row in rows]
+    rates = limits.rates()
+    show(rows, rates)
     if options.out or not options.smoke:
-        save(options.out or default_path(facts["processor"]), {"machine": facts, "limits": bounds, "rows": rows})
+        save(options.out or default_path(facts["processor"]), {"machine": facts, "limits": rates, "rows": rows})
 
 
 def parse() -> argparse.Namespace:
@@ -64,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", type=int, default=99, help="only the first so many")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each provider of each row")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--keep-memory", action="store_true", help="so that no page is fresh")
     parser.add_argument("--base", metavar="REV", help="also build and time that commit, in turns with this one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="smallest shape, one call each, no tests")
@@ -80,7 +87,7 @@ def run_tests(ops: list[str]) -> None:
         sys.exit("the operators' tests must pass before they are timed")
 
 
-def bench(op: str, options: argparse.Namespace, bounds: dict) -> list[dict]:
+def bench(op: str, options: argparse.Namespace, limits: Limits) -> list[dict]:
     """The rows of one operator."""
     module = import_module(f"bench_{op}")
     shapes = getattr(module, "SHAPES", BENCH_SHAPES)[: options.shapes]
@@ -91,7 +98,7 @@ def bench(op: str, options: argparse.Namespace, bounds: dict) -> list[dict]:
         name = f"{op} {variant}" if variant else op
         check(name, shape, case)
         for mode in (mode for mode in options.mode if mode in getattr(module, "MODES", MODES)):
-            rows += measure(name, case, mode, dtype, shape, options, bounds)
+            rows += measure(name, case, mode, dtype, shape, options, limits)
     return rows
 
 
@@ -103,22 +110,25 @@ def check(op: str, shape: Shape, case) -> None:
             sys.exit(f"{op} {shape}: {name} must agree with torch, got a row that is off by {error:.2g}")
 
 
-def measure(op, case, mode: str, dtype: str, shape: Shape, options, bounds: dict) -> list[dict]:
+def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limits) -> list[dict]:
     providers = {"moert": case.providers["moert"]} if options.raw else case.providers
     calls = {name: call(provider, case.inputs, mode) for name, provider in providers.items()}
-    times = interleaved(calls, options.seconds, rounds=1 if options.smoke else None)
+    bounds = {name: limits.functions[name] for name in (case.like, dtype)}
+    times = interleaved(calls, options.seconds, rounds=1 if options.smoke else None, limits=bounds)
     work = 1 if mode == "forward" else 3
-    ideal = work * max(case.flop / bounds["flop_per_second"][dtype], case.bytes / bounds["read_bytes_per_second"])
+    moved, computed = work * case.bytes / limits.work[case.like], work * case.flop / limits.work[dtype]
+    ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], times[dtype], strict=True)]
     key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape)}
-    return [row({**key, "provider": name}, seconds, ideal) for name, seconds in times.items()]
+    return [row({**key, "provider": name}, times[name], ideals) for name in calls]
 
 
-def row(key: dict, times: list[float], ideal: float) -> dict:
+def row(key: dict, times: list[float], ideals: list[float]) -> dict:
     p20, p50, p80 = (percentile(times, share) for share in (0.2, 0.5, 0.8))
+    share = statistics.median(ideal / t for ideal, t in zip(ideals, times, strict=True))
     today = datetime.now(timezone.utc).date().isoformat()
     facts = {"threads": torch.get_num_threads(), "commit": commit("HEAD"), "date": today}
-    times_of = {"metric": "seconds", "p20": p20, "p50": p50, "p80": p80, "samples": len(times), "times": times}
-    return {**key, **times_of, "ideal": ideal, "roofline_share": ideal / p50, **facts}
+    measured = {"metric": "seconds", "p20": p20, "p50": p50, "p80": p80, "samples": len(times), "times": times}
+    return {**key, **measured, "ideals": ideals, "roofline_share": share, **facts}
 
 
 def call(provider, inputs, mode: str):
@@ -145,8 +155,9 @@ def beside_base(options: argparse.Namespace) -> list[dict]:
                 for provider, path in (("moert", None), ("base", site)):
                     for got in turn(options, op, path, Path(folder) / "rows.json", turns):
                         key = (got["op"], got["dtype"], got["shape"], got["mode"], provider)
-                        times = rows[key]["times"] + got["times"] if key in rows else got["times"]
-                        rows[key] = row({**got, "provider": provider}, times, got["ideal"])
+                        before = rows.get(key, {"times": [], "ideals": []})
+                        samples = (before[name] + got[name] for name in ("times", "ideals"))
+                        rows[key] = row({**got, "provider": provider}, *samples)
                         rows[key]["commit"] = revision if path else got["commit"]
     return list(rows.values())
 
@@ -167,17 +178,18 @@ def turn(options: argparse.Namespace, op: str, site: Path | None, out: Path, tur
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--raw", "--out", str(out), "--op", op]
     command += ["--dtype", *options.dtype, "--mode", *options.mode, "--shapes", str(options.shapes)]
     command += ["--seconds", str(options.seconds / turns), "--threads", str(torch.get_num_threads())]
+    command += ["--keep-memory"] if options.keep_memory else []
     # In front of everything, also of an editable install's finder: its hooks only answer what the path does not.
     environment = {**os.environ, **({"PYTHONPATH": str(site)} if site else {})}
     subprocess.check_call(command + (["--smoke"] if options.smoke else []), env=environment)
     return json.loads(out.read_text())
 
 
-def show(rows: list[dict], bounds: dict) -> None:
+def show(rows: list[dict], rates: dict) -> None:
     """Milliseconds, and how many times as fast as torch (or the base commit) at the median."""
-    table = Table(title=f"reads {bounds['read_bytes_per_second'] / 1e9:.1f} GB/s; " + "; ".join(
-        f"{name} product {flops / 1e9:.0f} GFLOP/s" for name, flops in bounds["flop_per_second"].items()
-    ))  # fmt: skip
+    products = (f"{name} product {rates[name] / 1e9:.0f} GFLOP/s" for name in DTYPES if name in rates)
+    moves = (f"{name} {rates[name] / 1e9:.1f} GB/s" for name in ("read", "copy"))
+    table = Table(title="; ".join((*moves, *products)))
     for column in ("op", "shape", "dtype", "mode", "provider", "ms p50 (p20-p80)", "roofline", "speedup"):
         table.add_column(column, justify="right" if column in ("roofline", "speedup") else "left")
     base = {case_of(r): r["p50"] for r in rows if r["provider"] in ("torch", "base")}

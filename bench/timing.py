@@ -5,21 +5,35 @@ from collections.abc import Callable
 
 import torch
 
+SAMPLE = 0.1  # seconds for which a sample of the limits holds
+
+Functions = dict[str, Callable[[], object]]
+
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], seconds: float, rounds: int | None = None, cold: bool = True
+    functions: Functions,
+    seconds: float,
+    rounds: int | None = None,
+    cold: bool = True,
+    limits: Functions | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of single calls, one of each function a round, from cold caches; about `seconds` for each function.
 
-    Not cold: of a second call right after the first.
+    Not cold: of a second call right after the first.  limits: functions whose times say what the machine can do; each
+    round has those that were sampled last, at most SAMPLE seconds before it.
 
     Interleaved, because a machine that slows down for a while would otherwise slow down one of them only.
     """
     flush = torch.zeros(2**24)  # 64 MiB: more than the caches that this process can hope to keep
     longest = max(_warm_up(function, 0.0 if rounds else seconds / 10) for function in functions.values())
     count = rounds or max(5, min(1000, int(seconds / max(longest, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in (*functions, *(limits or ()))}
+    sample, due = {}, 0.0
     for _ in range(count):
+        if limits and time.perf_counter() >= due:
+            sample, due = {name: _seconds(limit) for name, limit in limits.items()}, time.perf_counter() + SAMPLE
+        for name, taken in sample.items():
+            times[name].append(taken)
         for name, function in functions.items():
             flush.add_(1) if cold else function()
             start = time.perf_counter()
@@ -28,17 +42,23 @@ def interleaved(
     return times
 
 
-def limits(dtypes: list[torch.dtype]) -> dict:
-    """What this machine can do now, with torch's threads: bytes read per second, FLOP per second of a product."""
-    source = torch.ones(2**26)
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    return {
-        "read_bytes_per_second": source.nbytes / _best(source.sum),
-        "flop_per_second": {
-            str(dtype).removeprefix("torch."): 2 * 1024**3 / _best(_product(a.to(dtype), b.to(dtype)))
-            for dtype in dtypes
-        },
-    }
+class Limits:
+    """What this machine can do with torch's threads: bytes read, bytes copied, FLOP of a product, in a second."""
+
+    def __init__(self, dtypes: list[torch.dtype]):
+        source, target = torch.ones(2**26), torch.zeros(2**25)
+        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        self.functions: Functions = {"read": source.sum, "copy": lambda: target.copy_(source[: len(target)])}
+        # A copy reads half of these bytes and writes the other half.
+        self.work = {"read": source.nbytes, "copy": 2 * target.nbytes}
+        for dtype in dtypes:
+            name = str(dtype).removeprefix("torch.")
+            self.functions[name] = _product(a.to(dtype), b.to(dtype))
+            self.work[name] = 2 * 1024**3
+
+    def rates(self) -> dict[str, float]:
+        """The best of a few samples."""
+        return {name: self.work[name] / _best(function) for name, function in self.functions.items()}
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -26,7 +26,7 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
         "torch": lambda x, weights: _torch(x, weights, routing.ids),
     }
     rows = shape.k * x.nbytes
-    return Case((x, routing.weights), providers, 2 * shape.k * x.numel(), 2 * x.nbytes + 2 * rows)
+    return Case((x, routing.weights), providers, 2 * shape.k * x.numel(), 2 * x.nbytes + 2 * rows, like="copy")
 
 
 def _moert(x, weights, ids, num_experts, capacity=None, residual=None):
