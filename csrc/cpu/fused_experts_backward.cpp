@@ -117,13 +117,14 @@ struct Backward {
     });
   }
 
-  // out[e, n] = sum over the slots of e of (scale *) rows[s, n], columns `width` at a time over threads.
-  void sum_rows(Team& team, const Rows& rows, bool scaled, int64_t columns, const ExpertVector& out,
-                int64_t out_stride) const {
+  // out[e, n] (+)= sum over the slots of e of (scale *) rows[s, n], columns over threads.
+  void sum_rows(Team& team, const Rows& rows, bool scaled, int64_t columns, const ExpertVector& out, int64_t out_stride,
+                bool accumulate) const {
     if (!out.data) return;
     const int64_t blocks = (columns + kTileColumns - 1) / kTileColumns;
     team.for_each(w.E * blocks, [&](int64_t i) {
       const int64_t e = i / blocks, n = i % blocks * kTileColumns, N = std::min(kTileColumns, columns - n);
+      if (accumulate && plan.offsets[e] == plan.offsets[e + 1]) return;
       const TileMemory<A> memory = tile_memory<A>();
       std::fill(memory.row0, memory.row0 + N, A(0));
       for (int64_t s = plan.offsets[e]; s < plan.offsets[e + 1]; ++s) {
@@ -132,7 +133,9 @@ struct Backward {
         for (int64_t c = 0; c < N; ++c) memory.row0[c] += scale * memory.row1[c];
       }
       void* to = const_cast<char*>(at(out.data, out.dtype, e * out.expert_stride + n * out_stride));
-      kernels.store({1, N, memory.row0, nullptr, nullptr, ScaleOn::output, to, out.dtype, 0, out_stride});
+      StoreTile sums{1, N, memory.row0, nullptr, nullptr, ScaleOn::output, to, out.dtype, 0, out_stride};
+      sums.accumulate = accumulate;
+      kernels.store(sums);
     });
   }
 
@@ -149,9 +152,9 @@ struct Backward {
     });
   }
 
-  WeightGradient<A> weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right,
-                                    const ExpertMatrix& out) const {
-    return WeightGradient<A>({slots, w.E, N, K, plan.offsets, left, right}, out);
+  WeightGradient<A> weight_gradient(int64_t N, int64_t K, const Rows& left, const Rows& right, const ExpertMatrix& out,
+                                    bool accumulate) const {
+    return WeightGradient<A>({slots, w.E, N, K, plan.offsets, left, right, false, accumulate}, out);
   }
 
   void run(const void* saved) const {
@@ -165,17 +168,18 @@ struct Backward {
     const auto h_tasks = tile_tasks(plan.offsets, w.E, 0, w.I, kTileColumns, 1);
     const bool row_weights = gradients.dweights && !scale_output;
     const CombinedRows<A> rows(plan, gradients.dx || row_weights ? w.H : 0, threads, row_weights);
-    const auto ddown = weight_gradient(w.H, w.I, dy_slots, {act.get(), between, w.I}, gradients.ddown);
-    const auto dgate_weight = weight_gradient(w.I, w.H, dgate, x_slots, gradients.dgate);
-    const auto dup_weight = weight_gradient(w.I, w.H, dup, x_slots, gradients.dup);
+    const auto& onto = gradients.accumulate;
+    const auto ddown = weight_gradient(w.H, w.I, dy_slots, {act.get(), between, w.I}, gradients.ddown, onto.w2);
+    const auto dgate_weight = weight_gradient(w.I, w.H, dgate, x_slots, gradients.dgate, onto.w1);
+    const auto dup_weight = weight_gradient(w.I, w.H, dup, x_slots, gradients.dup, onto.w1);
 
     parallel_region(threads, [&](Team& team) {
       if (!saved) first.run(team);
       activation_backward(team, h_tasks, saved ? saved : recomputed.get(), dh.get(), act.get(), sums.get());
       ddown.run(team);
-      sum_rows(team, dy_slots, scale_output, w.H, gradients.ddown_bias, 1);
-      sum_rows(team, dgate, false, w.I, gradients.dgate_bias, w.bias1_stride);
-      if (gated) sum_rows(team, dup, false, w.I, gradients.dup_bias, w.bias1_stride);
+      sum_rows(team, dy_slots, scale_output, w.H, gradients.ddown_bias, 1, onto.b2);
+      sum_rows(team, dgate, false, w.I, gradients.dgate_bias, w.bias1_stride, onto.b1);
+      if (gated) sum_rows(team, dup, false, w.I, gradients.dup_bias, w.bias1_stride, onto.b1);
       if (gradients.dweights && scale_output) output_weight_gradient(team, sums.get());
       rows.run(team, !scale_output, gradients.dx, tokens.x.dtype,
                [&](const TileTask& task, const TileMemory<A>& memory) -> const A* {

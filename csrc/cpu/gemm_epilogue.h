@@ -30,9 +30,13 @@ void store_rows(const StoreTile& t) {
       Vec<A> x = load(c + n, count) * first;
       if (bias) x += load(bias + n, count);
       x *= last;
+      if (t.accumulate && t.col_stride == 1) x += load(out + n, count);
       if (past_caches && count == kLanes<A>) return stream(out + n, x);
       if (t.col_stride == 1) return store(out + n, x, count);
-      for (int64_t i = 0; i < count; ++i) narrow(x[i], out[(n + i) * t.col_stride]);
+      for (int64_t i = 0; i < count; ++i) {
+        T& to = out[(n + i) * t.col_stride];
+        narrow(t.accumulate ? x[i] + A(to_float(to)) : A(x[i]), to);
+      }
     });
   }
 }

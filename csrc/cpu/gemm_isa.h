@@ -40,7 +40,7 @@ struct TileOperand {
   bool panels = false;
 };
 
-// out[m, n] = c[m, n] * scale[m] + bias[n] (scale_on input) or (c[m, n] + bias[n]) * scale[m] (scale_on output).
+// out[m, n] (+)= c[m, n] * scale[m] + bias[n] (scale_on input) or (c[m, n] + bias[n]) * scale[m] (scale_on output).
 struct StoreTile {
   int64_t M, N;
   const void* c;      // values, rows kTileColumns apart
@@ -52,6 +52,7 @@ struct StoreTile {
   int64_t row_stride, col_stride;
   // Past the caches: for outputs larger than they are, which would be read before they are written.
   bool stream = false;
+  bool accumulate = false;  // added to what out holds, before it is rounded to out's type
 };
 
 // c[m, n] (+)= sum over k of a(m, k) * b(n, k), in values; where multiplies_bf16 and both are bfloat16, in pairs along

@@ -1,4 +1,4 @@
-// dw[e] = left^T right over the slots of e, as tiles of the whole dw.  A is the type of values.
+// dw[e] (+)= left^T right over the slots of e, as tiles of the whole dw.  A is the type of values.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -11,7 +11,8 @@ template <typename A>
 class WeightGradient {
  public:
   // Nothing where dw.data is null.
-  WeightGradient(const GroupedGemmWgrad& p, const ExpertMatrix& dw) : dw_(dw), offsets_(p.offsets) {
+  WeightGradient(const GroupedGemmWgrad& p, const ExpertMatrix& dw)
+      : dw_(dw), offsets_(p.offsets), accumulate_(p.accumulate) {
     // The side of dw whose elements lie side by side becomes the columns of the tiles.
     const bool swap = dw.col_stride > dw.row_stride;
     if (swap) std::swap(dw_.row_stride, dw_.col_stride);
@@ -19,12 +20,12 @@ class WeightGradient {
     right_ = swap ? p.dy : p.x;
     M_ = swap ? p.K : p.N;
     N_ = swap ? p.N : p.K;
-    stream_ = p.E * M_ * N_ * size_of(dw.dtype) >= kStreamBytes;
+    stream_ = !accumulate_ && p.E * M_ * N_ * size_of(dw.dtype) >= kStreamBytes;
     if (!dw.data || M_ == 0 || N_ == 0) return;
-    if (dw.expert_stride > 0)
+    if (dw.expert_stride > 0 && !accumulate_)
       advise_huge_pages(const_cast<void*>(dw.data), size_t((p.E - 1) * dw.expert_stride * size_of(dw.dtype)));
     experts_ = busiest_first(p.offsets, p.E);
-    for (int64_t e = 0; e < p.E; ++e)
+    for (int64_t e = 0; e < p.E && !accumulate_; ++e)  // zeros
       if (p.offsets[e] == p.offsets[e + 1]) experts_.push_back(e);
     tiles_m_ = (M_ + kTileRows - 1) / kTileRows;
     tiles_n_ = (N_ + kTileColumns - 1) / kTileColumns;
@@ -56,6 +57,7 @@ class WeightGradient {
                   dw_.row_stride,
                   dw_.col_stride};
     out.stream = stream_;
+    out.accumulate = accumulate_;
     GemmTile tile{
         M, N, slots, operand_of(left_, begin, m, true), operand_of(right_, begin, n, true), memory.c0, memory.scratch};
     tile.finish = &out;
@@ -66,7 +68,7 @@ class WeightGradient {
   const int32_t* offsets_;
   Rows left_, right_;
   int64_t M_, N_, tiles_m_ = 0, tiles_n_ = 0;
-  bool stream_;
+  bool accumulate_, stream_;
   std::vector<int64_t> experts_;
 };
 

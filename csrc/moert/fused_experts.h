@@ -74,6 +74,11 @@ struct ExpertGradients {
   void* dweights = nullptr;              // [T, k], float32 (float64 where x is)
   ExpertMatrix dgate{}, dup{}, ddown{};  // like gate, up, down
   ExpertVector dgate_bias, dup_bias, ddown_bias;
+  // Of w1 (gate and up), w2 and the biases of either: the gradient, in the type of sums, is added to what is there, and
+  // an expert without rows keeps its bits; not on a GPU.
+  struct {
+    bool w1 = false, w2 = false, b1 = false, b2 = false;
+  } accumulate{};
 };
 
 namespace cpu {

@@ -1,5 +1,6 @@
 #include "moert/fused_experts.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -136,8 +137,36 @@ void backward() {
   EXPECT(close(by_w1, by_x));
 }
 
+// Added to what is there: twice the same bits as one more addition; what nobody chose is not touched.
+void accumulate(int64_t threads) {
+  const auto dy = uniform(T * H, 5), start1 = uniform(E * 2 * I * H, 6), start2 = uniform(E * H * I, 7);
+  auto without_1 = ids;
+  std::replace(without_1.begin(), without_1.end(), 1, int32_t(E));
+  RoutedRows routed = tokens();
+  routed.ids = without_1.data();
+  const auto run = [&](std::vector<float>& dw1, std::vector<float>& dw2, bool add) {
+    ExpertGradients gradients{};
+    gradients.dgate = {dw1.data(), DType::f32, 2 * I * H, H, 1};
+    gradients.dup = {dw1.data() + I * H, DType::f32, 2 * I * H, H, 1};
+    gradients.ddown = {dw2.data(), DType::f32, H * I, I, 1};
+    gradients.accumulate.w1 = gradients.accumulate.w2 = add;
+    cpu::fused_experts_backward({dy.data(), DType::f32, H}, routed, experts(), nullptr, threads, gradients);
+  };
+  std::vector<float> dw1(E * 2 * I * H, NAN), dw2(E * H * I, NAN);
+  run(dw1, dw2, false);
+  auto sum1 = start1, sum2 = start2;
+  std::fill_n(sum1.begin() + 2 * I * H, 2 * I * H, NAN);
+  for (int step = 0; step < 2; ++step) run(sum1, sum2, true);
+  for (int64_t i = 0; i < E * 2 * I * H; ++i) {
+    const bool chosen = i / (2 * I * H) != 1;
+    EXPECT(chosen ? sum1[i] == start1[i] + dw1[i] + dw1[i] : std::isnan(sum1[i]) && dw1[i] == 0);
+  }
+  for (int64_t i = 0; i < E * H * I; ++i) EXPECT(sum2[i] == start2[i] + dw2[i] + dw2[i]);
+}
+
 int main() {
   forward();
   panels();
   backward();
+  for (int64_t threads : {1, 3}) accumulate(threads);
 }

@@ -51,8 +51,8 @@ void forward(int64_t N, int64_t K, bool transposed, ScaleOn scale_on, int64_t th
 void wgrad(int64_t N, int64_t K, int64_t threads) {
   const auto dy = integers(S * N, 5), x = integers(S * K, 6);
   std::vector<float> dw(E * N * K, NAN);
-  cpu::grouped_gemm_wgrad({S, E, N, K, kOffsets, {dy.data(), DType::f32, N}, {x.data(), DType::f32, K}}, threads,
-                          {dw.data(), DType::f32, N * K, K, 1});
+  GroupedGemmWgrad product{S, E, N, K, kOffsets, {dy.data(), DType::f32, N}, {x.data(), DType::f32, K}};
+  cpu::grouped_gemm_wgrad(product, threads, {dw.data(), DType::f32, N * K, K, 1});
   for (int64_t e = 0; e < E; ++e)
     for (int64_t n = 0; n < N; ++n)
       for (int64_t c = 0; c < K; ++c) {
@@ -60,6 +60,20 @@ void wgrad(int64_t N, int64_t K, int64_t threads) {
         for (int64_t s = kOffsets[e]; s < kOffsets[e + 1]; ++s) sum += dy[s * N + n] * x[s * K + c];
         EXPECT(dw[e * N * K + n * K + c] == sum);
       }
+
+  product.accumulate = true;
+  for (const bool swap : {false, true}) {  // dw [E, N, K], or [E, K, N], and every second element of another's
+    std::vector<float> onto(2 * E * N * K, -0.0f);
+    const ExpertMatrix to{onto.data(), DType::f32, 2 * N * K, swap ? 2 : 2 * K, swap ? 2 * N : 2};
+    for (int step = 0; step < 2; ++step) cpu::grouped_gemm_wgrad(product, threads, to);
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t c = 0; c < K; ++c) {
+          const float* at = onto.data() + e * 2 * N * K + n * to.row_stride + c * to.col_stride;
+          EXPECT(at[0] == 2 * dw[e * N * K + n * K + c] && std::signbit(at[1]));
+          if (kOffsets[e] == kOffsets[e + 1]) EXPECT(std::signbit(at[0]));  // as it was
+        }
+  }
 }
 
 int main() {
