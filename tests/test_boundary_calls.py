@@ -26,6 +26,12 @@ def ints(*values):
 PLAN = {"tokens": TOKENS, "slots": SLOTS}
 WHOLE_PLAN = {"offsets": OFFSETS, **PLAN}
 ADDED = {"onto_rows": ones(T, H), "onto_scale": ones(T), "mix": ones(T, 2), "constants": ones(2, H)}
+MAIN_GRADS = {
+    "w1_main_grad": torch.zeros(E, 2 * I, H),
+    "w2_main_grad": torch.zeros(E, H, I),
+    "b1_main_grad": torch.zeros(E, 2 * I),
+    "b2_main_grad": torch.zeros(E, H),
+}
 GEMM = {"x": ones(S, H), "w": ones(E, I, H), "offsets": OFFSETS, "bias": ones(E, I), "tokens": None, "scale": ones(S)}
 EXPERTS = {
     "x": ones(T, H),
@@ -101,13 +107,21 @@ VALID = {
         "tokens": None,
         "transposed": False,
     },
-    "fused_experts": {**EXPERTS, "save": False, **WHOLE_PLAN, **ADDED},
+    "fused_experts": {**EXPERTS, "save": False, **WHOLE_PLAN, **ADDED, **MAIN_GRADS},
     "union_experts": {
         **{name: value for name, value in EXPERTS.items() if name not in ("weights", "scale_on")},
         "ids": ints(3, 0, 4),
         "gains": ones(T, E),
     },
     "fused_experts_backward": {"dy": ones(T, H), **EXPERTS, "h": ones(S, 2 * I), "needs": 63, **WHOLE_PLAN},
+    "fused_experts_backward_": {
+        "dy": ones(T, H),
+        **EXPERTS,
+        "h": ones(S, 2 * I),
+        **MAIN_GRADS,
+        "needs": 63,
+        **WHOLE_PLAN,
+    },
     "fused_experts_quantized": QUANTIZED,
     "fused_experts_quantized_backward": {
         "dy": ones(T, H),
@@ -308,6 +322,8 @@ BAD = {
         ("constants", ones(2, I), r"constants must have shape \[C, H=6\], got \[2, 5\]"),
         ("constants", ones(2, H).bfloat16(), "constants must have the dtype of x, Float, got BFloat16"),
         ("ids", IDS.flip(0), r"slots must be those of the plan of ids \(permute_plan\), got others"),
+        ("w1_main_grad", ones(E, 2 * I, H).half(), "w1_main_grad must have dtype Float, got Half"),
+        ("b1", None, "b1_main_grad must be None where b1 is, got a tensor"),
     ],
     "union_experts": [
         ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),
@@ -324,6 +340,13 @@ BAD = {
         ("dy", ones(T, H).double(), "dy must have the dtype of x, Float, got Double"),
         ("h", ones(S, I), r"h must be what fused_experts returned, \[S=6, 2I\] or \[0, 2I\], got \[6, 5\]"),
         ("h", ones(S, 2 * I).half(), "h must have the dtype of x, Float, got Half"),
+    ],
+    "fused_experts_backward_": [
+        ("dy", ones(T, H + 1), r"dy must have shape \[T=3, H=6\], got \[3, 7\]"),
+        ("w1_main_grad", ones(E, H, 2 * I), r"w1_main_grad must have the shape of w1, \[4, 10, 6\], got \[4, 6, 10\]"),
+        ("w2_main_grad", ones(E, I, H).mT, "w2_main_grad must be contiguous, got other strides"),
+        ("b1_main_grad", ones(E, 2 * I).double(), "b1_main_grad must have dtype Float, got Double"),
+        ("b2", None, "b2_main_grad must be None where b2 is, got a tensor"),
     ],
     "fused_experts_quantized": [
         ("x", ones(H), r"x must be \[T, H\], got shape \[6\]"),

@@ -126,6 +126,103 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   return call;
 }
 
+// Tensors that gradients are added to, in the type of sums, where they are given.
+struct MainGrads {
+  const std::optional<Tensor>&w1, &w2, &b1, &b2;
+};
+
+// What gradients are of.
+struct Inputs {
+  const Tensor &x, &weights, &w1, &w2;
+  const std::optional<Tensor>&b1, &b2;
+};
+
+void check_main_grad(const char* of, const std::optional<Tensor>& given, [[maybe_unused]] const Tensor* w,
+                     [[maybe_unused]] const Tensor& x) {
+  if (!given) return;
+#if defined(MOERT_CUDA)
+  STD_TORCH_CHECK(false, of, "_main_grad must be None on a GPU, whose kernels do not add to it yet, got a tensor");
+#else
+  const ScalarType type = accumulate_type(x);
+  STD_TORCH_CHECK(w, of, "_main_grad must be None where ", of, " is, got a tensor");
+  STD_TORCH_CHECK(is_beside(*given, x), of,
+                  "_main_grad must be on " MOERT_DEVICE_NAME " like the other arguments, got another device");
+  STD_TORCH_CHECK(given->scalar_type() == type, of, "_main_grad must have dtype ", torch::headeronly::toString(type),
+                  ", got ", torch::headeronly::toString(given->scalar_type()));
+  STD_TORCH_CHECK(shape(*given) == shape(*w), of, "_main_grad must have the shape of ", of, ", ", shape(*w), ", got ",
+                  shape(*given));
+  STD_TORCH_CHECK(given->is_contiguous(), of, "_main_grad must be contiguous, got other strides");
+#endif
+}
+
+void check_main_grads(const MainGrads& given, const Inputs& in) {
+  check_main_grad("w1", given.w1, &in.w1, in.x);
+  check_main_grad("w2", given.w2, &in.w2, in.x);
+  check_main_grad("b1", given.b1, in.b1 ? &*in.b1 : nullptr, in.x);
+  check_main_grad("b2", given.b2, in.b2 ? &*in.b2 : nullptr, in.x);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Inputs& in,
+                                                                    const Call& call, const Tensor& h, bool transposed,
+                                                                    int64_t needs, const MainGrads& main_grads) {
+  const Tensor& x = in.x;
+  CHECK_SAME_DEVICE(dy, x);
+  CHECK_SAME_DTYPE(dy, x);
+  STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",
+                  shape(dy));
+  CHECK_SAME_DEVICE(h, x);
+  CHECK_SAME_DTYPE(h, x);
+  const int64_t width = call.experts.width;
+  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.S, width}) || has_shape(h, {0, width})),
+                  "h must be what fused_experts returned, [S=", call.S, ", 2I] or [0, 2I], got ", shape(h));
+  check_main_grads(main_grads, in);
+
+  // needs has one bit per output, in order; what is not needed, or is added to a main_grad, comes back empty.
+  const auto wants = [&](int64_t bit) { return bool(needs >> bit & 1); };
+  const auto output = [&](int64_t bit, const Tensor& like, const std::optional<Tensor>& main_grad) {
+    return wants(bit) && !main_grad ? torch::stable::new_empty(like, like.sizes())
+                                    : torch::stable::new_empty(like, {0});
+  };
+  Tensor dx = output(0, x, {}), dw1 = output(2, in.w1, main_grads.w1), dw2 = output(3, in.w2, main_grads.w2);
+  Tensor dweights = torch::stable::new_empty(call.weights, {wants(1) ? call.T : 0, call.k});
+  Tensor db1 = output(4, in.b1.value_or(x), main_grads.b1), db2 = output(5, in.b2.value_or(x), main_grads.b2);
+
+  ExpertGradients gradients;
+  gradients.accumulate = {main_grads.w1.has_value(), main_grads.w2.has_value(), main_grads.b1.has_value(),
+                          main_grads.b2.has_value()};
+  const bool gated = call.experts.gated;
+  const Halves& halves = call.experts.halves;
+  if (wants(0)) gradients.dx = dx.mutable_data_ptr();
+  if (wants(1)) gradients.dweights = dweights.mutable_data_ptr();
+  if (wants(2)) {
+    const Tensor& to = main_grads.w1 ? *main_grads.w1 : dw1;
+    gradients.dgate = halves.matrix(to, false);
+    if (gated) gradients.dup = halves.matrix(to, true);
+  }
+  if (wants(3)) gradients.ddown = expert_matrix(main_grads.w2 ? *main_grads.w2 : dw2, transposed);
+  if (in.b1 && wants(4)) {
+    const Tensor& to = main_grads.b1 ? *main_grads.b1 : db1;
+    gradients.dgate_bias = halves.vector(to, false);
+    if (gated) gradients.dup_bias = halves.vector(to, true);
+  }
+  if (in.b2 && wants(5)) gradients.ddown_bias = expert_vector(main_grads.b2 ? *main_grads.b2 : db2);
+
+  const Tensor rows = dense_rows(dy);
+  const void* kept = h.size(0) ? h.const_data_ptr() : nullptr;
+  const Execution execution(x);
+#if defined(MOERT_CUDA)
+  Tensor workspace =
+      bytes_beside(x, cuda::fused_experts_backward_workspace(call.tokens, call.experts.weights, kept, gradients));
+  cuda::fused_experts_backward(rows_of(rows), call.tokens, call.experts.weights, kept, workspace.mutable_data_ptr(),
+                               execution, gradients);
+#else
+  cpu::fused_experts_backward(rows_of(rows), call.tokens, call.experts.weights, kept, execution, gradients);
+#endif
+  if (in.weights.scalar_type() != dweights.scalar_type())
+    dweights = torch::stable::to(dweights, in.weights.scalar_type());
+  return {dx, dweights, dw1, dw2, db1, db2};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1,
@@ -135,10 +232,14 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& ids, con
                                          bool save, std::optional<Tensor> offsets, std::optional<Tensor> tokens,
                                          std::optional<Tensor> slots, std::optional<Tensor> onto_rows,
                                          std::optional<Tensor> onto_scale, std::optional<Tensor> mix,
-                                         std::optional<Tensor> constants) {
+                                         std::optional<Tensor> constants, std::optional<Tensor> w1_main_grad,
+                                         std::optional<Tensor> w2_main_grad, std::optional<Tensor> b1_main_grad,
+                                         std::optional<Tensor> b2_main_grad) {
   Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
                     {offsets, tokens, slots}, true);
   take_onto({onto_rows, onto_scale, mix, constants}, call);
+  // What backward will add to is refused here, before it is too late.
+  check_main_grads({w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad}, {x, weights, w1, w2, b1, b2});
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
   const int64_t width = call.experts.width;
   Tensor h = torch::stable::new_empty(x, {save ? call.S : 0, width});
@@ -161,61 +262,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     std::optional<Tensor> offsets, std::optional<Tensor> tokens, std::optional<Tensor> slots) {
   const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
                           {offsets, tokens, slots});
-  CHECK_SAME_DEVICE(dy, x);
-  CHECK_SAME_DTYPE(dy, x);
-  STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",
-                  shape(dy));
-  CHECK_SAME_DEVICE(h, x);
-  CHECK_SAME_DTYPE(h, x);
-  const int64_t width = call.experts.width;
-  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.S, width}) || has_shape(h, {0, width})),
-                  "h must be what fused_experts returned, [S=", call.S, ", 2I] or [0, 2I], got ", shape(h));
-
-  // needs has one bit per output, in order; what is not needed comes back empty.
-  const auto output = [&](int64_t bit, const Tensor& like) {
-    Tensor out = needs >> bit & 1 ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(like, {0});
-    return out;
-  };
-  Tensor dx = output(0, x), dw1 = output(2, w1), dw2 = output(3, w2);
-  const int64_t weight_rows = needs >> 1 & 1 ? call.T : 0;
-  Tensor dweights = torch::stable::new_empty(call.weights, {weight_rows, call.k});
-  Tensor db1 = b1 ? output(4, *b1) : torch::stable::new_empty(x, {0});
-  Tensor db2 = b2 ? output(5, *b2) : torch::stable::new_empty(x, {0});
-
-  ExpertGradients gradients;
-  const bool gated = call.experts.gated;
-  const Halves& halves = call.experts.halves;
-  if (needs & 1) gradients.dx = dx.mutable_data_ptr();
-  if (needs >> 1 & 1) gradients.dweights = dweights.mutable_data_ptr();
-  if (needs >> 2 & 1) {
-    gradients.dgate = halves.matrix(dw1, false);
-    if (gated) gradients.dup = halves.matrix(dw1, true);
-  }
-  if (needs >> 3 & 1) gradients.ddown = expert_matrix(dw2, transposed);
-  if (b1 && needs >> 4 & 1) {
-    gradients.dgate_bias = halves.vector(db1, false);
-    if (gated) gradients.dup_bias = halves.vector(db1, true);
-  }
-  if (b2 && needs >> 5 & 1) gradients.ddown_bias = expert_vector(db2);
-
-  const Tensor rows = dense_rows(dy);
-  const void* kept = h.size(0) ? h.const_data_ptr() : nullptr;
-  const Execution execution(x);
-#if defined(MOERT_CUDA)
-  Tensor workspace =
-      bytes_beside(x, cuda::fused_experts_backward_workspace(call.tokens, call.experts.weights, kept, gradients));
-  cuda::fused_experts_backward(rows_of(rows), call.tokens, call.experts.weights, kept, workspace.mutable_data_ptr(),
-                               execution, gradients);
-#else
-  cpu::fused_experts_backward(rows_of(rows), call.tokens, call.experts.weights, kept, execution, gradients);
-#endif
-  if (weights.scalar_type() != dweights.scalar_type()) dweights = torch::stable::to(dweights, weights.scalar_type());
-  return {dx, dweights, dw1, dw2, db1, db2};
+  return backward(dy, {x, weights, w1, w2, b1, b2}, call, h, transposed, needs, {{}, {}, {}, {}});
 }
+
+#if !defined(MOERT_CUDA)
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backward_(
+    const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
+    const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const Tensor& h,
+    std::optional<Tensor> w1_main_grad, std::optional<Tensor> w2_main_grad, std::optional<Tensor> b1_main_grad,
+    std::optional<Tensor> b2_main_grad, std::string activation, double alpha, double limit, bool transposed,
+    bool interleaved, std::string scale_on, int64_t needs, std::optional<Tensor> offsets, std::optional<Tensor> tokens,
+    std::optional<Tensor> slots) {
+  const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
+                          {offsets, tokens, slots});
+  return backward(dy, {x, weights, w1, w2, b1, b2}, call, h, transposed, needs,
+                  {w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad});
+}
+
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
   m.impl("fused_experts", TORCH_BOX(&fused_experts));
   m.impl("fused_experts_backward", TORCH_BOX(&fused_experts_backward));
+#if !defined(MOERT_CUDA)
+  m.impl("fused_experts_backward_", TORCH_BOX(&fused_experts_backward_));
+#endif
 }
 
 }  // namespace moert

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 
 # Not written yet for a GPU.
-PLANNED = ("fused_experts_quantized", "fused_experts_quantized_backward")
+PLANNED = ("fused_experts_backward_", "fused_experts_quantized", "fused_experts_quantized_backward")
 # All that have kernels; to ask torch for them would take a fortieth of what `import moert` may.
 OPERATORS = (
     *("topk_gating", "topk_gating_backward", "expert_choice"),

@@ -38,6 +38,23 @@ def test_gradients_reach_every_parameter():
     }
 
 
+def test_gradients_are_added_to_main_grad():
+    experts = GluExperts(E, H, I, bias=True, dtype=torch.bfloat16)
+    batches = [(torch.randn(T, H).bfloat16(), random_routing(T, E, k)) for _ in range(2)]
+    parameters = list(experts.parameters())
+    first, second = (torch.autograd.grad(experts(*batch).square().sum(), parameters) for batch in batches)
+    for p in parameters:
+        p.main_grad = torch.zeros(p.shape)
+    experts(*batches[0]).square().sum().backward()
+    after_one = [p.main_grad.clone() for p in parameters]
+    experts(*batches[1]).square().sum().backward()
+    assert all(p.grad is None for p in parameters)
+    for p, one, g1, g2 in zip(parameters, after_one, first, second, strict=True):
+        assert torch.equal(one.bfloat16(), g1)
+        # of one more addition, in float32
+        torch.testing.assert_close((p.main_grad - one).bfloat16(), g2, rtol=2**-8, atol=1e-5 * float(one.abs().max()))
+
+
 def test_names_and_shapes_are_those_of_hugging_face():
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

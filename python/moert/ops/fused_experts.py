@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moert.ops.autocast import autocast
-from moert.ops.kinds import expect, two_biases
+from moert.ops.kinds import OPTIONAL, expect, two_biases
 from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Onto, Routing
@@ -32,6 +32,9 @@ def fused_experts(
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
     Ids outside [0, E) are dropped: they add nothing and get no gradient.  A routing.plan must be that of the ids.
     w1 and w2 may lie in panels, as moert.prepack_ leaves them; then there are no gradients.
+
+    A weight or bias with a tensor as its attribute main_grad (float32, float64 for float64; contiguous, of its shape;
+    Megatron-LM's gradient accumulation fusion) gets no gradient: the backward adds it to main_grad, unrounded.
     """
     return _fused_experts(x, routing, w1, w2, Onto(), bias, activation, layout, scale_on)
 
@@ -57,9 +60,10 @@ def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on)
     expect(Tensor, ids=routing.ids, weights=routing.weights)
     expect(Onto, onto=onto)
     expect(ExpertLayout, layout=layout)
+    parameters = (w1, w2, *two_biases(bias))  # autocast's have no attributes
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
-    x, w1, w2, b1, b2, rows, constants = autocast(x, w1, w2, *two_biases(bias), onto.rows, onto.constants)
+    x, w1, w2, b1, b2, rows, constants = autocast(x, *parameters, onto.rows, onto.constants)
     onto = replace(onto, rows=rows, constants=constants)
     # Kernels of other devices sort the ids themselves, and what is to be added comes after them.
     plan, fused = (routing.plan, onto) if x.device.type == "cpu" else (None, Onto())
@@ -71,10 +75,18 @@ def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on)
     gate = (activation.name, activation.alpha, activation.limit, layout.transposed, layout.interleaved)
     routed = (x, routing.ids, routing.weights, w1, w2, b1, b2)
     plan = (None, None, None) if plan is None else (plan.offsets, plan.tokens, plan.slots)
+    rest = (*plan, *added, *(_main_grads(parameters) if save else (None,) * 4))
     # For one token every argument counts: what nobody gave is left out.
-    rest = (*plan, *added) if any(t is not None for t in (*plan, *added)) else ()
+    rest = rest if any(t is not None for t in rest) else ()
     y = torch.ops.moert.fused_experts(*routed, *gate, scale_on, save, *rest)[0]
     return y if fused is onto else onto.added_to(y)
+
+
+def _main_grads(parameters):
+    grads = tuple(getattr(p, "main_grad", None) for p in parameters)
+    names = ("w1_main_grad", "w2_main_grad", "b1_main_grad", "b2_main_grad")
+    expect(OPTIONAL, **dict(zip(names, grads, strict=True)))
+    return grads
 
 
 def apply_activation(h: Tensor, activation: Activation, interleaved: bool = False) -> Tensor:
@@ -137,10 +149,12 @@ def fused_experts_onto_ref(x, routing, w1, w2, onto, bias=(None, None), activati
 def _(
     x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save,
     offsets=None, tokens=None, slots=None, onto_rows=None, onto_scale=None, mix=None, constants=None,
+    w1_main_grad=None, w2_main_grad=None, b1_main_grad=None, b2_main_grad=None,
 ):  # fmt: skip
     same_device(
         x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, offsets=offsets, tokens=tokens, slots=slots,
         onto_rows=onto_rows, onto_scale=onto_scale, mix=mix, constants=constants,
+        w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad, b1_main_grad=b1_main_grad, b2_main_grad=b2_main_grad,
     )  # fmt: skip
     rows = ids.shape[0] * ids.shape[1] if tokens is None else tokens.shape[0]
     width = w1.shape[1] * w1.shape[3] if w1.dim() == 5 else w1.shape[2] if transposed else w1.shape[1]
@@ -156,20 +170,41 @@ def _(
         dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h,
         offsets=offsets, tokens=tokens, slots=slots,
     )  # fmt: skip
-    like = (x, weights, w1, w2, b1, b2)
-    shapes = [() if t is None else t.shape for t in like]
+    return _empty_gradients((x, weights, w1, w2, b1, b2), needs)
+
+
+@torch.library.register_fake("moert::fused_experts_backward_")
+def _(
+    dy, x, ids, weights, w1, w2, b1, b2, h, w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad, activation, alpha,
+    limit, transposed, interleaved, scale_on, needs, offsets=None, tokens=None, slots=None,
+):  # fmt: skip
+    same_device(
+        dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h,
+        w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad, b1_main_grad=b1_main_grad, b2_main_grad=b2_main_grad,
+        offsets=offsets, tokens=tokens, slots=slots,
+    )  # fmt: skip
+    added = (w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad)
+    needs &= ~sum(4 << i for i, grad in enumerate(added) if grad is not None)
+    return _empty_gradients((x, weights, w1, w2, b1, b2), needs)
+
+
+def _empty_gradients(like, needs):
+    """One of each tensor whose bit is set, and empty ones."""
+    x, weights, *_ = like
     out = []
-    for bit, (tensor, shape) in enumerate(zip(like, shapes, strict=True)):
+    for bit, tensor in enumerate(like):
         needed = tensor is not None and needs >> bit & 1
         empty = (0, weights.shape[1]) if bit == 1 else (0,)
-        out.append((x if tensor is None else tensor).new_empty(shape if needed else empty))
+        out.append((x if tensor is None else tensor).new_empty(tensor.shape if needed else empty))
     return tuple(out)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs[:14]
-    absent = (None,) * (21 - len(inputs))  # arguments at the end that were left out
-    *plan, rows, scale, mix, constants = (*inputs[14:], *absent)
+    absent = (None,) * (25 - len(inputs))  # arguments at the end that were left out
+    *plan, rows, scale, mix, constants, _, _, _, _ = rest = (*inputs[14:], *absent)
+    # Not saved: other backward passes, of other batches too, may add to them before this one does.
+    ctx.main_grads = rest[7:]
     # The gradient of rows that nothing scales is dy: whoever made them may free them.
     ctx.save_for_backward(*tensors, output[1], *plan, None if scale is None else rows, scale, mix, constants)
     ctx.mark_non_differentiable(output[1])
@@ -182,14 +217,24 @@ def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * given
     wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
-    donto = _onto_gradients(dy, rows, scale, mix, constants, (*ctx.needs_input_grad[17:], *(False,) * (21 - given)))
+    needs_onto = (*ctx.needs_input_grad[17:21], *(False,) * (21 - given))
+    donto = _onto_gradients(dy, rows, scale, mix, constants, needs_onto)
     if not any(wanted):
-        return ((None,) * 17 + donto)[:given]
+        return ((None,) * 17 + donto + (None,) * 4)[:given]
     needs = sum(1 << bit for bit, want in enumerate(wanted) if want)
     choices = (ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on)
-    out = torch.ops.moert.fused_experts_backward(dy, x, ids, weights, w1, w2, b1, b2, h, *choices, needs, *plan)
-    dx, dweights, dw1, dw2, db1, db2 = (g if want else None for g, want in zip(out, wanted, strict=True))
-    return (dx, None, dweights, dw1, dw2, db1, db2, *(None,) * 10, *donto)[:given]
+    tensors = (dy, x, ids, weights, w1, w2, b1, b2, h)
+    if any(grad is not None for grad in ctx.main_grads):
+        if torch.is_grad_enabled():  # an operator that writes has no gradient, and no error of its own
+            raise RuntimeError("create_graph must be False where gradients are added to a main_grad, got True")
+        # As every write in place does, for graphs that saved them.
+        torch.autograd.graph.increment_version([grad for grad in ctx.main_grads if grad is not None])
+        out = torch.ops.moert.fused_experts_backward_(*tensors, *ctx.main_grads, *choices, needs, *plan)
+    else:
+        out = torch.ops.moert.fused_experts_backward(*tensors, *choices, needs, *plan)
+    returned = [want and grad is None for want, grad in zip(wanted, (None, None, *ctx.main_grads), strict=True)]
+    dx, dweights, dw1, dw2, db1, db2 = (g if here else None for g, here in zip(out, returned, strict=True))
+    return (dx, None, dweights, dw1, dw2, db1, db2, *(None,) * 10, *donto, *(None,) * 4)[:given]
 
 
 def _onto_gradients(dy, rows, scale, mix, constants, needs):
