@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 
 from case import Case
 from moert.ops.permute import permute, permute_plan, unpermute
@@ -8,7 +9,9 @@ SHAPES = (
     *BENCH_SHAPES,
     Shape("Qwen3-30B-A3B, 1024 tokens", 1024, 128, 8, 2048, 768),
     Shape("Qwen3-30B-A3B, 4096 tokens", 4096, 128, 8, 2048, 768),
+    Shape("Tutel's, 4096 tokens", 4096, 64, 2, 256, 256),
 )
+EINSUM = 2**26  # elements of its tensor [T, E, C] up to which it is worth the wait
 
 
 def case(shape: Shape, dtype: torch.dtype) -> Case:
@@ -25,6 +28,8 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
         "moert_residual": lambda x, weights: _moert(x, weights, routing.ids, shape.E, None, zeros),
         "torch": lambda x, weights: _torch(x, weights, routing.ids),
     }
+    if shape.T * shape.E * capacity <= EINSUM:
+        providers["torch_einsum"] = lambda x, weights: _einsum(x, weights, routing.ids, shape.E, capacity)
     rows = shape.k * x.nbytes
     return Case((x, routing.weights), providers, 2 * shape.k * x.numel(), 2 * x.nbytes + 2 * rows, like="copy")
 
@@ -40,3 +45,14 @@ def _torch(x, weights, ids):
     rows = x[order // k]
     scaled = rows * weights.flatten()[order, None].to(rows.dtype)
     return torch.zeros_like(x).index_add(0, order // k, scaled)
+
+
+def _einsum(x, weights, ids, num_experts, capacity):
+    """The way of GShard: one-hot masks over every token, expert and place."""
+    T, k = ids.shape
+    chosen = F.one_hot(ids.long(), num_experts).to(x.dtype)  # [T, k, E]
+    place = (F.one_hot(ids.long().flatten(), num_experts).cumsum(0).gather(1, ids.long().view(-1, 1)) - 1).view(T, k)
+    places = F.one_hot(place, capacity).to(x.dtype)  # [T, k, C]
+    dispatch = torch.einsum("tke,tkc->tec", chosen, places)
+    combine = torch.einsum("tk,tke,tkc->tec", weights.to(x.dtype), chosen, places)
+    return torch.einsum("tec,ecd->td", combine, torch.einsum("tec,td->ecd", dispatch, x))

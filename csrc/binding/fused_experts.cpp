@@ -137,12 +137,8 @@ struct Inputs {
   const std::optional<Tensor>&b1, &b2;
 };
 
-void check_main_grad(const char* of, const std::optional<Tensor>& given, [[maybe_unused]] const Tensor* w,
-                     [[maybe_unused]] const Tensor& x) {
+void check_main_grad(const char* of, const std::optional<Tensor>& given, const Tensor* w, const Tensor& x) {
   if (!given) return;
-#if defined(MOERT_CUDA)
-  STD_TORCH_CHECK(false, of, "_main_grad must be None on a GPU, whose kernels do not add to it yet, got a tensor");
-#else
   const ScalarType type = accumulate_type(x);
   STD_TORCH_CHECK(w, of, "_main_grad must be None where ", of, " is, got a tensor");
   STD_TORCH_CHECK(is_beside(*given, x), of,
@@ -152,7 +148,6 @@ void check_main_grad(const char* of, const std::optional<Tensor>& given, [[maybe
   STD_TORCH_CHECK(shape(*given) == shape(*w), of, "_main_grad must have the shape of ", of, ", ", shape(*w), ", got ",
                   shape(*given));
   STD_TORCH_CHECK(given->is_contiguous(), of, "_main_grad must be contiguous, got other strides");
-#endif
 }
 
 void check_main_grads(const MainGrads& given, const Inputs& in) {

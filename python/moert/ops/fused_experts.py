@@ -15,6 +15,8 @@ from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Onto, Routing
 
+ADDING = ("cpu",)  # kinds of devices whose kernels add gradients to what is there
+
 
 def fused_experts(
     x: Tensor,
@@ -223,18 +225,27 @@ def _backward(ctx, dy, _):
         return ((None,) * 17 + donto + (None,) * 4)[:given]
     needs = sum(1 << bit for bit, want in enumerate(wanted) if want)
     choices = (ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on)
-    tensors = (dy, x, ids, weights, w1, w2, b1, b2, h)
-    if any(grad is not None for grad in ctx.main_grads):
-        if torch.is_grad_enabled():  # an operator that writes has no gradient, and no error of its own
-            raise RuntimeError("create_graph must be False where gradients are added to a main_grad, got True")
-        # As every write in place does, for graphs that saved them.
-        torch.autograd.graph.increment_version([grad for grad in ctx.main_grads if grad is not None])
-        out = torch.ops.moert.fused_experts_backward_(*tensors, *ctx.main_grads, *choices, needs, *plan)
-    else:
-        out = torch.ops.moert.fused_experts_backward(*tensors, *choices, needs, *plan)
+    out = _gradients((dy, x, ids, weights, w1, w2, b1, b2, h), ctx.main_grads, (*choices, needs, *plan), wanted[2:])
     returned = [want and grad is None for want, grad in zip(wanted, (None, None, *ctx.main_grads), strict=True)]
     dx, dweights, dw1, dw2, db1, db2 = (g if here else None for g, here in zip(out, returned, strict=True))
     return (dx, None, dweights, dw1, dw2, db1, db2, *(None,) * 10, *donto, *(None,) * 4)[:given]
+
+
+def _gradients(tensors, main_grads, rest, wanted):
+    """Those of fused_experts_backward; what has a main_grad is added to it."""
+    if all(grad is None for grad in main_grads):
+        return torch.ops.moert.fused_experts_backward(*tensors, *rest)
+    if torch.is_grad_enabled():  # an operator that writes has no gradient, and no error of its own
+        raise RuntimeError("create_graph must be False where gradients are added to a main_grad, got True")
+    if tensors[0].device.type in ADDING:
+        # As every write in place does, for graphs that saved them.
+        torch.autograd.graph.increment_version([grad for grad in main_grads if grad is not None])
+        return torch.ops.moert.fused_experts_backward_(*tensors, *main_grads, *rest)
+    out = torch.ops.moert.fused_experts_backward(*tensors, *rest)
+    for grad, made, want in zip(main_grads, out[2:], wanted, strict=True):
+        if want and grad is not None:  # no kernel that adds: the gradient was rounded once
+            grad.add_(made)
+    return out
 
 
 def _onto_gradients(dy, rows, scale, mix, constants, needs):
