@@ -14,6 +14,8 @@ from torch import Tensor
 
 import moert
 from moert import Routing
+from moert.quant import Int4
+from moert.quant.format import PackedTensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ SONIC = (
     Layer("SonicMoE I=1024", 4096, 1024, 64, 4),
     Layer("SonicMoE I=2048", 4096, 2048, 64, 4),
 )
+MOST_QUANTIZED = 64  # tokens up to which packed weights are worth a look: their kernel reads them once for four rows
 COPIES = 16  # tokens up to which batched_mm, which copies the weights of every choice, is worth a look
 
 
@@ -63,6 +66,8 @@ def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Ite
     yield made.unpermute()
     yield made.grouped_gemm()
     yield made.experts()
+    if T <= MOST_QUANTIZED:
+        yield made.quantized()
     if step:
         yield made.step()
 
@@ -165,6 +170,27 @@ class _Inputs:
         for name, forward in self._forwards().items():
             providers[name] = torch.inference_mode()(functools.partial(forward, self.x, self.weights, self.w1, self.w2))
         return Problem("fused_experts", self.shape, self._moved(), self._flop(), providers)
+
+    def quantized(self) -> Problem:
+        """Random int4 codes beside the same weights in bfloat16."""
+        (first, w1), (second, w2) = self._int4(self.w1), self._int4(self.w2)
+        routing = Routing(self.ids, self.weights, self.layer.E)
+        providers = {
+            "moert": lambda: moert.fused_experts_quantized(self.x, routing, first, second, precision="full"),
+            "moert bf16": lambda: moert.fused_experts(self.x, routing, w1, w2),
+        }
+        moved = self.used * (first.nbytes + second.nbytes) / self.layer.E + 2 * self.x.nbytes
+        return Problem("fused_experts int4", self.shape, moved, self._flop(), providers)
+
+    def _int4(self, like: Tensor) -> tuple[PackedTensor, Tensor]:
+        E, rows, columns = like.shape
+        packed = Int4(32).empty((E, rows, columns))
+        codes = torch.zeros(packed.codes.shape, dtype=torch.uint8, device=like.device)
+        codes[..., : columns // 2].random_(generator=self.generator)
+        scale = columns**-0.5 / 4.6  # codes - 8 have a standard deviation of 4.6
+        scales = torch.full(packed.scales.shape, scale, dtype=torch.float16, device=like.device)
+        unpacked = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :columns]
+        return PackedTensor(packed.format, columns, codes, scales), (unpacked.bfloat16() - 8) * scales[0, 0, 0].item()
 
     def step(self) -> Problem:
         """Forward and the gradients of x, the routing weights and the weights; compared by that of x."""

@@ -1,6 +1,7 @@
 """Every operator with a CUDA kernel beside its reference in float64, on the GPU.  `make test-gpu` runs it."""
 
 import copy
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from moert import ExpertLayout, Routing, cuda
 from moert.ops import Capacity, ExpertMap, combine, dispatch
 from moert.ops.expert_choice import expert_choice_ref
 from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.fused_experts_quantized import fused_experts_quantized_ref
 from moert.ops.gating import topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
 from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
 from moert.ops.union_experts import union_experts, union_experts_ref
 from moert.parallel import shard_experts_
+from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
+from moert.quant.format import PackedTensor
+from moert.quant.sub1 import SubOneBitTensor
 from moert.testing import (
     DTYPES,
     FUSED_EXPERTS_SHAPES,
@@ -41,6 +46,8 @@ def there(x):
         return x.to(DEVICE)
     if isinstance(x, DispatchPlan):
         return DispatchPlan(there(x.offsets), there(x.tokens), there(x.slots))
+    if isinstance(x, PackedTensor | SubOneBitTensor):
+        return replace(x, **{field.name: there(getattr(x, field.name)) for field in fields(x)})
     return x
 
 
@@ -154,6 +161,53 @@ def test_fused_experts(shape, dtype, layout):
     assert_rows_close(op(*args), ref, *args)
     # What lies between the products is rounded to dtype, four times on the way to dx.
     assert_grads_close(op, ref, torch.randn(shape.T, H).to(dtype), *args, factor=4)
+
+
+def quantized(shape, fmt, dtype):
+    """x, weights, b1, b2 and the function (fn, those) -> y, on whichever device they are."""
+    E, H, I = shape.E, shape.H, shape.I
+    routing = shape.routing()
+    packed = [fmt.pack(torch.randn(E, 2 * I, H) / H**0.5), fmt.pack(torch.randn(E, H, I) / I**0.5)]
+    moved = [there(w) for w in packed]
+    args = torch.randn(shape.T, H), routing.weights, torch.randn(E, 2 * I), torch.randn(E, H)
+    args = [a.to(dtype) if i != 1 else a for i, a in enumerate(args)]
+
+    def run(fn, x, weights, b1, b2, precision="full"):
+        w1, w2 = moved if x.is_cuda else packed
+        return fn(x, Routing(routing.ids.to(x.device), weights, E), w1, w2, (b1, b2), "swiglu", precision)
+
+    return args, run
+
+
+FORMATS = (Int8(), Int8(64), Int4(32), Int4Asymmetric(128), Mxfp4(), Ternary2(), Ternary5(32), Fp8(), BitNested())
+
+
+@pytest.mark.parametrize("fmt", (*FORMATS, BitNested(5, 4), SubOneBit()), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
+def test_fused_experts_quantized(shape, dtype, fmt):
+    args, run = quantized(shape, fmt, dtype)
+    op, ref = by_gpu(lambda *a: run(moert.fused_experts_quantized, *a)), lambda *a: run(fused_experts_quantized_ref, *a)
+    assert_rows_close(op(*args), ref, *args)
+
+
+def test_captured_quantized_experts_can_be_replayed():
+    args, run = quantized(FUSED_EXPERTS_SHAPES[1], Int4(32), torch.bfloat16)
+    args = [there(a) for a in args]
+    expected = run(moert.fused_experts_quantized, *args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(moert.fused_experts_quantized, *args)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("precision", ("int8", "int8_group32", ""))
+def test_precision_of_quantized_experts(precision):
+    args, run = quantized(FUSED_EXPERTS_SHAPES[0], Int4(32), torch.float32)
+    with pytest.raises(RuntimeError, match=f"precision must be auto or full on a GPU, got {precision}"):
+        run(moert.fused_experts_quantized, *map(there, args), precision)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

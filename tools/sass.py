@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 
 LOCAL = r"\b(?:LDL|STL)\b"  # a spilled register, or an array that is indexed
 LOAD_128 = r"\bLDG\.E(?:\.\w+)*\.128"
+STREAM_128 = r"\bLDG\.E\.NA(?:\.\w+)*\.128"  # past the first-level cache
 STORE_128 = r"\bSTG\.E(?:\.\w+)*\.128"
 # Kernels that memory bounds, in their aligned variants; tensor-core kernels of one architecture.
 RULES = (
@@ -32,6 +33,10 @@ RULES = (
     Rule(r"unpermute_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are summed 16 bytes at a time"),
     Rule(r"unpermute_backward_kernel\w*Lb1E", ".*", (LOAD_128, STORE_128), "rows are read 16 bytes at a time"),
     Rule(r"gating_kernelIfLi(?:8|16|32)E", ".*", (LOAD_128,), "logits are read 16 bytes at a time"),
+    Rule(
+        r"packed_product\w*BlockCodes", ".*", (LOAD_128, STREAM_128), "x and packed weights are read 16 bytes at a time"
+    ),
+    Rule(r"packed_product\w*BitNested", ".*", (LOAD_128,), "x is read 16 bytes at a time"),
     Rule(r"GemmUniversal", "sm_90a", (r"\bHGMMA\b", r"\bUTMALDG\b"), "Hopper's tensor cores, fed by its copy engine"),
 )
 # Kernels that may spill, and why.

@@ -22,6 +22,14 @@ Format format_of(const char* name, const std::string& format) {
   STD_TORCH_CHECK(false, name, " must be one of ", known, ", got ", format);
 }
 
+#if defined(MOERT_CUDA)
+
+void check_precision(const std::string& name) {
+  STD_TORCH_CHECK(name == "auto" || name == "full", "precision must be auto or full on a GPU, got ", name);
+}
+
+#else
+
 Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
   if (name == "auto") return default_precision(w1, w2);
   for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32}) {
@@ -34,6 +42,8 @@ Precision precision_of(const std::string& name, const Packing& w1, const Packing
   STD_TORCH_CHECK(false, "precision must be auto, full, int8 or int8_group32, got ", name);
 }
 
+#endif
+
 struct Size {
   const char* name;
   int64_t size;
@@ -41,7 +51,7 @@ struct Size {
 
 // One part of a packed matrix as it must be.
 void check_part(const std::string& name, const Tensor& x, const std::vector<Size>& sizes, ScalarType type,
-                const std::string& of) {
+                const std::string& of, const Tensor& beside) {
   bool fits = x.dim() == int64_t(sizes.size());
   std::string wanted;
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -51,7 +61,7 @@ void check_part(const std::string& name, const Tensor& x, const std::vector<Size
   STD_TORCH_CHECK(fits, name, " must have shape [", wanted, "] for ", of, ", got ", shape(x));
   STD_TORCH_CHECK(x.scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), " for ", of,
                   ", got ", torch::headeronly::toString(x.scalar_type()));
-  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU like x, got another device");
+  STD_TORCH_CHECK(is_beside(x, beside), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
 }
 
 // The arrays of one packed matrix, checked.
@@ -69,6 +79,7 @@ struct PackedArguments {
   const std::optional<Tensor>& zeros;
   std::string format;
   int64_t group, columns;
+  const Tensor& x;
 
   std::string name(const char* part) const { return part + std::string(n); }
 
@@ -80,8 +91,8 @@ struct PackedArguments {
                     format, ", got ", zeros ? "a tensor" : "None");
   }
   void check_no_group() const { STD_TORCH_CHECK(group == 0, "group", n, " must be 0 for ", format, ", got ", group); }
-  void check_part(const char* part, const Tensor& x, const std::vector<Size>& sizes, ScalarType type) const {
-    moert::check_part(name(part), x, sizes, type, std::to_string(columns) + " columns of " + format);
+  void check_part(const char* part, const Tensor& given, const std::vector<Size>& sizes, ScalarType type) const {
+    moert::check_part(name(part), given, sizes, type, std::to_string(columns) + " columns of " + format, x);
   }
   Packed taken(const Packing& p, int64_t E) const {
     return {
@@ -154,6 +165,8 @@ Packed packed_sub1(const PackedArguments& a) {
   a.check_part("zeros", *a.zeros, {E, {"rows + 1", rows.size + 1}}, ScalarType::Int);
   Packed out = a.taken({Format::sub1, rows.size, a.columns, 0}, E.size);
   out.zeros = torch::stable::contiguous(*a.zeros);
+  out.matrix.size = a.codes.size(0);
+#if !defined(MOERT_CUDA)  // there the kernel looks: these numbers are the device's
   const int32_t* ends = static_cast<const int32_t*>(out.zeros->const_data_ptr());
   int64_t end = 0;
   out.starts.push_back(0);
@@ -165,6 +178,7 @@ Packed packed_sub1(const PackedArguments& a) {
   STD_TORCH_CHECK(end == a.codes.size(0), a.name("codes"), " must hold the ", end, " codewords of ", a.name("zeros"),
                   ", got ", a.codes.size(0));
   out.matrix.starts = out.starts.data();  // a moved vector keeps its memory
+#endif
   return out;
 }
 
@@ -199,11 +213,11 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   const Activation act = activation_of(activation, alpha, limit);
   const bool gated = is_gated(act.act);
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
-  Packed w1 = packed_of({"1", codes1, scales1, zeros1, format1, group1, H});
+  Packed w1 = packed_of({"1", codes1, scales1, zeros1, format1, group1, H, x});
   const int64_t E = w1.E, width = w1.matrix.packing.rows, I = gated ? width / 2 : width;
   STD_TORCH_CHECK(!gated || width % 2 == 0, "codes1 must have an even 2I for the gated activation ", activation,
                   ", got 2I = ", width);
-  Packed w2 = packed_of({"2", codes2, scales2, zeros2, format2, group2, I});
+  Packed w2 = packed_of({"2", codes2, scales2, zeros2, format2, group2, I, x});
   STD_TORCH_CHECK(w2.E == E && w2.matrix.packing.rows == H, "codes2 must be of E=", E, " experts and H=", H,
                   " rows, got ", w2.E, " and ", w2.matrix.packing.rows);
   if (b1) check_expert_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
@@ -237,15 +251,22 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
 
 }  // namespace
 
-Tensor fused_experts_quantized_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& codes1,
-                                   const Tensor& scales1, const std::optional<Tensor>& zeros1, const Tensor& codes2,
-                                   const Tensor& scales2, const std::optional<Tensor>& zeros2,
-                                   const std::optional<Tensor>& b1, const std::optional<Tensor>& b2,
-                                   std::string format1, int64_t group1, std::string format2, int64_t group2,
-                                   std::string activation, double alpha, double limit, std::string precision,
-                                   std::string scale_on) {
+Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& codes1,
+                               const Tensor& scales1, const std::optional<Tensor>& zeros1, const Tensor& codes2,
+                               const Tensor& scales2, const std::optional<Tensor>& zeros2,
+                               const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, std::string format1,
+                               int64_t group1, std::string format2, int64_t group2, std::string activation,
+                               double alpha, double limit, std::string precision, std::string scale_on) {
   const Call call = check(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, format1, group1,
                           format2, group2, activation, alpha, limit, scale_on);
+  Tensor y = torch::stable::new_empty(x, {call.tokens.T, call.experts.floats.H});
+  const Execution execution(x);
+#if defined(MOERT_CUDA)
+  check_precision(precision);
+  Tensor workspace = bytes_beside(x, cuda::fused_experts_quantized_workspace(call.tokens, call.experts));
+  cuda::fused_experts_quantized(call.tokens, call.experts, workspace.mutable_data_ptr(), execution,
+                                y.mutable_data_ptr());
+#else
   const bool is_double = x.scalar_type() == ScalarType::Double;
   Precision used = precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
   if (is_double && precision == "auto") used = Precision::full;
@@ -255,13 +276,15 @@ Tensor fused_experts_quantized_cpu(const Tensor& x, const Tensor& ids, const Ten
     STD_TORCH_CHECK(longest <= kMaxInt8Columns, "H and I must be at most ", kMaxInt8Columns,
                     " for int8 activations, got ", longest);
   }
-  Tensor y = torch::stable::new_empty(x, {call.tokens.T, call.experts.floats.H});
-  cpu::fused_experts_quantized(call.tokens, call.experts, used, torch::stable::get_num_threads(), y.mutable_data_ptr());
+  cpu::fused_experts_quantized(call.tokens, call.experts, used, execution, y.mutable_data_ptr());
+#endif
   return y;
 }
 
+#if !defined(MOERT_CUDA)
+
 // needs: bit 0 dx, bit 1 dweights; what is not needed comes back empty.
-std::tuple<Tensor, Tensor> fused_experts_quantized_backward_cpu(
+std::tuple<Tensor, Tensor> fused_experts_quantized_backward(
     const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& codes1,
     const Tensor& scales1, const std::optional<Tensor>& zeros1, const Tensor& codes2, const Tensor& scales2,
     const std::optional<Tensor>& zeros2, const std::optional<Tensor>& b1, const std::optional<Tensor>& b2,
@@ -284,9 +307,13 @@ std::tuple<Tensor, Tensor> fused_experts_quantized_backward_cpu(
   return {dx, dweights};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(moert, CPU, m) {
-  m.impl("fused_experts_quantized", TORCH_BOX(&fused_experts_quantized_cpu));
-  m.impl("fused_experts_quantized_backward", TORCH_BOX(&fused_experts_quantized_backward_cpu));
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
+  m.impl("fused_experts_quantized", TORCH_BOX(&fused_experts_quantized));
+#if !defined(MOERT_CUDA)
+  m.impl("fused_experts_quantized_backward", TORCH_BOX(&fused_experts_quantized_backward));
+#endif
 }
 
 }  // namespace moert

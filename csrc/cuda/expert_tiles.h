@@ -36,6 +36,22 @@ MOERT_HOST_DEVICE static inline RowTile row_tile(const int32_t* offsets, int32_t
   return {expert, int32_t(row), int32_t(row < 0 || left <= 0 ? 0 : left < tile_rows ? left : tile_rows)};
 }
 
+// The same tiles by their first slot, for so few slots that there are fewer of them than of indices.
+MOERT_HOST_DEVICE static inline RowTile row_tile_of_slot(const int32_t* offsets, int32_t E, int32_t S,
+                                                         int32_t tile_rows, int32_t slot) {
+  int32_t expert = 0, last = E;  // the last that begins at or before the slot
+  while (expert < last) {
+    const int32_t middle = (expert + last + 1) / 2;
+    if (offsets[middle] <= slot)
+      expert = middle;
+    else
+      last = middle - 1;
+  }
+  const int32_t end = expert < E && offsets[expert + 1] < S ? offsets[expert + 1] : S, left = end - slot;
+  const bool begins = (slot - offsets[expert]) % tile_rows == 0;
+  return {expert, slot, !begins || left <= 0 ? 0 : left < tile_rows ? left : tile_rows};
+}
+
 struct Slots {
   int32_t begin, count;
 };

@@ -61,17 +61,6 @@ MOERT_HOST_DEVICE inline int64_t first_slot(int64_t capacity, int64_t e, int64_t
   return capacity < 0 ? before : e * capacity;
 }
 
-// Sum of the lanes before this one.
-MOERT_DEVICE_INLINE int32_t warp_exclusive(int32_t x) {
-  int32_t sum = x;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int32_t other = __shfl_up_sync(kAllLanes, sum, unsigned(step));
-    if (lane_id() >= step) sum += other;
-  }
-  return sum - x;
-}
-
 // A warp: totals [E] -> offsets [E+1].
 MOERT_DEVICE_INLINE void write_offsets(const PlanCall& p, const int32_t* totals) {
   int32_t before = 0;

@@ -39,6 +39,17 @@ MOERT_DEVICE_INLINE T warp_sum(T x) {
   return x;
 }
 
+// Sum of the lanes before this one.
+MOERT_DEVICE_INLINE int32_t warp_exclusive(int32_t x) {
+  int32_t sum = x;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int32_t other = __shfl_up_sync(kAllLanes, sum, unsigned(step));
+    if (lane_id() >= step) sum += other;
+  }
+  return sum - x;
+}
+
 template <typename T>
 MOERT_DEVICE_INLINE T warp_max(T x) {
 #if defined(__CUDA_ARCH__)

@@ -133,6 +133,11 @@ MOERT_HOST_DEVICE static inline float e2m1_to_float(uint32_t code) {
   return code & 8u ? -magnitude : magnitude;
 }
 
+// The same in three operations, where subnormal float32 are not flushed: the code's bits are those of 2^-126 of it.
+MOERT_HOST_DEVICE static inline float e2m1_to_float_with_subnormals(uint32_t code) {
+  return bits_to_float((code & 8u) << 28 | (code & 7u) << 22) * 0x1p126f;
+}
+
 // e8m0: 2^(byte - 127); 255 is NaN, which no packed matrix has.
 MOERT_HOST_DEVICE static inline float e8m0_to_float(uint8_t byte) {
   return bits_to_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7fc00000u : uint32_t(byte) << 23);

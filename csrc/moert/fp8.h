@@ -33,6 +33,11 @@ MOERT_HOST_DEVICE static inline float e4m3_to_float(uint8_t code) {
   return bits_to_float(sign | ((magnitude << 20) + (120u << 23)));
 }
 
+// The same but for NaN, where subnormal float32 are not flushed: the code's bits are those of 2^-120 of it.
+MOERT_HOST_DEVICE static inline float e4m3_to_float_with_subnormals(uint32_t code) {
+  return bits_to_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f;
+}
+
 // The nearest, ties to even; beyond 448 it is 448.  y is not NaN.
 MOERT_HOST_DEVICE static inline uint8_t to_e4m3(float y) {
   const uint32_t bits = float_to_bits(y), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;

@@ -42,7 +42,8 @@ struct PackedMatrix {
   // bit_nested: bytes from the planes, and from the scales, of an expert to those of the next, which may have levels
   // that are not read.
   int64_t codes_stride = 0, scales_stride = 0;
-  const int64_t* starts = nullptr;  // sub1: [E + 1], the codeword at which each expert begins
+  const int64_t* starts = nullptr;  // sub1 on a CPU: [E + 1], the codeword at which each expert begins
+  int64_t size = 0;                 // sub1 on a GPU: codewords of all experts; more are not read
 };
 
 struct QuantizedExperts {
@@ -62,4 +63,17 @@ void fused_experts_quantized_backward(const Rows& dy, const RoutedRows& tokens, 
                                       int64_t threads, void* dx, void* dweights);
 
 }  // namespace cpu
+
+// The same with full activations on the current device, ordered by `stream` (a cudaStream_t); every pointer is the
+// device's.  `workspace` is as many bytes of the device as the first function says, aligned to 256.  The bits of a row
+// of y do not depend on the other rows.  The first call over sub1 weights on a device brings it their dictionary and
+// waits for that; it can't be captured.
+namespace cuda {
+
+int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const QuantizedExperts& experts);
+
+void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, void* workspace, void* stream,
+                             void* y);
+
+}  // namespace cuda
 }  // namespace moert

@@ -33,7 +33,8 @@ def fused_experts_quantized(
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
     precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
     columns; "auto", what default_precision says.  Gradients go to x and the routing weights alone, and are those
-    of full precision.  NaN or infinity in a token makes its whole output NaN in int8.
+    of full precision.  NaN or infinity in a token makes its whole output NaN in int8.  On a GPU there is full precision
+    alone, which is also what "auto" is, and no gradient yet.
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x)
@@ -66,7 +67,7 @@ def fused_experts_quantized(
 
 
 def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | SubOneBitTensor) -> str:
-    """What "auto" is: the finer one of the two matrices (docs/quantized.md says how it was measured)."""
+    """What "auto" is on a CPU: the finer one of the two matrices (docs/quantized.md says how it was measured)."""
     order = ("int8", "int8_group32", "full")
     return max((_C.default_precision(w.format.name, _group(w)) for w in (w1, w2)), key=order.index)
 

@@ -1,0 +1,208 @@
+// Packed weights as a warp reads them: 16 bytes a lane, of which floats are made in registers.
+//
+// A step is kWarp lanes by Codes::kColumns columns.  Rows of x are laid out for it (ColumnOrder), so that the lanes
+// read 16 bytes side by side each time.
+#pragma once
+
+#include "cuda/simt.h"
+#include "moert/bit_nested.h"
+#include "moert/fp8.h"
+#include "moert/fused_experts_quantized.h"
+#include "moert/sub1.h"
+
+namespace moert::cuda {
+
+// Where the columns of a row lie whose packed weights have `width` columns a lane; 0: in order.
+struct ColumnOrder {
+  int32_t width;
+
+  MOERT_HOST_DEVICE int64_t length(int64_t columns) const {
+    const int64_t step = width * 32;
+    return width ? (columns + step - 1) / step * step : columns;
+  }
+  MOERT_HOST_DEVICE int64_t position(int64_t column) const {
+    if (!width) return column;
+    const int64_t lane = column / width % 32, within = column % width;
+    return column / (32 * width) * 32 * width + (within / 4 * 32 + lane) * 4 + within % 4;
+  }
+  MOERT_HOST_DEVICE int64_t column(int64_t position) const {
+    if (!width) return position;
+    const int64_t step = position / (32 * width), within = position % (32 * width), lane = within / 4 % 32;
+    return (step * 32 + lane) * width + within / 128 * 4 + within % 4;
+  }
+};
+
+// The matrices of all experts, and what follows from their shape.
+struct PackedWeights {
+  PackedMatrix matrix;
+  int64_t row_bytes;
+  int32_t groups;       // of a row
+  int32_t chunks;       // of a row, as many as have columns
+  int32_t group_shift;  // groups have 2^group_shift columns
+  bool aligned;         // every row begins at a multiple of 16 bytes
+  const Sub1Entry* dictionary;
+};
+
+// code, below 2^23, as a float beside 2^23; every difference of the two is exact.
+constexpr float kBeside = 0x1p23f;
+MOERT_DEVICE_INLINE float beside(uint32_t code) { return bits_to_float(0x4b000000u | code); }
+
+MOERT_DEVICE_INLINE Chunk stream_codes(const uint8_t* p, bool aligned) {
+  if (aligned) return stream_chunk(p);
+  Chunk c;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    c.words[i] = p[4 * i] | uint32_t(p[4 * i + 1]) << 8 | uint32_t(p[4 * i + 2]) << 16 | uint32_t(p[4 * i + 3]) << 24;
+  return c;
+}
+
+MOERT_DEVICE_INLINE uint8_t byte_of(const Chunk& c, int i) { return uint8_t(c.words[i / 4] >> 8 * (i % 4)); }
+
+// What some neighbouring columns share: w = scale * value(column), in which `zero` counts.
+struct Scale {
+  float scale, zero;
+};
+
+// A row of an expert: its bytes, and the index of its first scale among the expert's.
+struct CodeRow {
+  const uint8_t* codes;
+  int32_t scale;
+};
+
+// A lane's codes of the formats of 16-byte blocks.
+template <Format kFormat, typename Byte>
+struct BlockCodes {
+  static constexpr int kRows = kFormat == Format::ternary5 ? 2 : 4;  // weight rows that a warp multiplies at a time
+  static constexpr int kColumns = 16 * Byte::kCodes;                 // of a lane and step
+  static constexpr int kShared = kColumns % 32 == 0 ? 32 : 16;       // columns that share a scale whatever the group is
+  static constexpr int kUnrolled = kShared / 4;                      // value(j) wants to know j
+  static constexpr int kAhead = 2;                                   // steps that one row of x is read ahead of
+  Chunk chunk;
+
+  // The weights of expert e.
+  MOERT_DEVICE_INLINE static PackedWeights expert(PackedWeights w, int64_t e) {
+    const int64_t rows = w.matrix.packing.rows, bands = kFormat == Format::fp8 ? fp8_blocks(rows) : rows;
+    w.matrix.codes += e * rows * w.row_bytes;
+    w.matrix.scales = static_cast<const char*>(w.matrix.scales) + e * bands * w.groups * kScaleBytes;
+    if (kFormat == Format::int4_asymmetric) w.matrix.zeros += e * rows * w.groups;
+    return w;
+  }
+  MOERT_DEVICE_INLINE static CodeRow row(const PackedWeights& w, int64_t n) {
+    return {w.matrix.codes + n * w.row_bytes, int32_t(kFormat == Format::fp8 ? n / kFp8Block : n) * w.groups};
+  }
+  MOERT_DEVICE_INLINE void load(const PackedWeights& w, const CodeRow& row, int i) {
+    chunk = stream_codes(row.codes + int64_t(i) * 16, w.aligned);
+  }
+  // Of the columns from `first` on in chunk i; past the last column that of the last group, times zeros of x.
+  MOERT_DEVICE_INLINE Scale scale(const PackedWeights& w, const CodeRow& row, int i, int first) const {
+    const int g = (i * kColumns + first) >> w.group_shift, at = row.scale + (g < w.groups ? g : w.groups - 1);
+    if constexpr (kFormat == Format::mxfp4)
+      return {e8m0_to_float(static_cast<const uint8_t*>(w.matrix.scales)[at]), 0};
+    else if constexpr (kFormat == Format::fp8)
+      return {static_cast<const float*>(w.matrix.scales)[at], 0};
+    else if constexpr (kFormat == Format::int4_asymmetric)
+      return {to_float(static_cast<const f16*>(w.matrix.scales)[at]), kBeside + float(w.matrix.zeros[at])};
+    else
+      return {to_float(static_cast<const f16*>(w.matrix.scales)[at]), kBeside + kZero};
+  }
+  MOERT_DEVICE_INLINE float value(int j, const Scale& s) const {
+    const uint32_t code = Byte::code(byte_of(chunk, j / Byte::kCodes), j % Byte::kCodes);
+    if constexpr (kFormat == Format::mxfp4)
+      return e2m1_to_float_with_subnormals(code);
+    else if constexpr (kFormat == Format::fp8)
+      return e4m3_to_float_with_subnormals(code);
+    else
+      return beside(kFormat == Format::int8 ? code ^ 128u : code) - s.zero;
+  }
+
+ private:
+  static constexpr int kScaleBytes = kFormat == Format::fp8 ? 4 : int(scale_bytes(kFormat));
+  static constexpr float kZero = kFormat == Format::int8 ? 128 : kFormat == Format::int4 ? 8 : 1;
+};
+
+// A lane's bits of 32 columns in each plane.
+struct BitNestedCodes {
+  static constexpr int kRows = 2, kColumns = 32, kShared = 32, kUnrolled = 1, kAhead = 1, kMostPlanes = 8;
+  uint32_t planes[kMostPlanes];
+  float first, further[kMostPlanes];  // the scale of level 1; those of the levels by their plane
+  int base, count;                    // planes of level 1, and of all
+
+  MOERT_DEVICE_INLINE static PackedWeights expert(PackedWeights w, int64_t e) {
+    w.matrix.codes += e * w.matrix.codes_stride;
+    w.matrix.scales = static_cast<const char*>(w.matrix.scales) + e * w.matrix.scales_stride;
+    w.matrix.zeros += e * w.matrix.packing.rows * w.groups;
+    return w;
+  }
+  MOERT_DEVICE_INLINE static CodeRow row(const PackedWeights& w, int64_t n) {
+    return {w.matrix.codes + n * w.row_bytes, int32_t(n) * w.groups};
+  }
+  MOERT_DEVICE_INLINE void load(const PackedWeights& w, const CodeRow& row, int i) {
+    const Packing& p = w.matrix.packing;
+    base = int(p.base), count = int(p.base + p.levels) - 1;
+    const f16* scale = static_cast<const f16*>(w.matrix.scales) + row.scale + (i * kColumns >> w.group_shift);
+    first = to_float(*scale);
+#pragma unroll
+    for (int n = 0; n < kMostPlanes; ++n) {
+      planes[n] = 0, further[n] = 0;
+      if (n >= count) continue;
+      const uint8_t* b = row.codes + n * p.rows * w.row_bytes + int64_t(i) * 4;
+      planes[n] = w.aligned ? *reinterpret_cast<const uint32_t*>(b)
+                            : b[0] | uint32_t(b[1]) << 8 | uint32_t(b[2]) << 16 | uint32_t(b[3]) << 24;
+      if (n >= base) further[n] = to_float(scale[(n - base + 1) * p.rows * w.groups]);
+    }
+  }
+  MOERT_DEVICE_INLINE Scale scale(const PackedWeights& w, const CodeRow& row, int i, int) const {
+    return {1, kBeside + float(w.matrix.zeros[row.scale + (i * kColumns >> w.group_shift)])};
+  }
+  MOERT_DEVICE_INLINE float value(int j, const Scale& s) const {
+    uint32_t code = 0;
+#pragma unroll
+    for (int n = 0; n < kMostPlanes; ++n)
+      if (n < base) code |= (planes[n] >> j & 1u) << n;
+    float v = (beside(code) - s.zero) * first;
+#pragma unroll
+    for (int n = 1; n < kMostPlanes; ++n)
+      if (n >= base && n < count) v += planes[n] >> j & 1u ? further[n] : -further[n];
+    return v;
+  }
+};
+
+using Int8Codes = BlockCodes<Format::int8, OneAByte>;
+using Int4Codes = BlockCodes<Format::int4, TwoAByte>;
+using Int4AsymmetricCodes = BlockCodes<Format::int4_asymmetric, TwoAByte>;
+using Mxfp4Codes = BlockCodes<Format::mxfp4, TwoAByte>;
+using Ternary2Codes = BlockCodes<Format::ternary2, FourTritsAByte>;
+using Ternary5Codes = BlockCodes<Format::ternary5, FiveTritsAByte>;
+using Fp8Codes = BlockCodes<Format::fp8, OneAByte>;
+
+// Codewords, which a warp reads 32 at a time.
+struct Sub1Codes {
+  static constexpr int kRows = 2, kColumns = 0;
+};
+
+// f(Codes{}) for the codes of the format.
+template <typename F>
+auto with_codes(Format format, const F& f) {
+  switch (format) {
+    case Format::int8:
+      return f(Int8Codes{});
+    case Format::int4:
+      return f(Int4Codes{});
+    case Format::int4_asymmetric:
+      return f(Int4AsymmetricCodes{});
+    case Format::mxfp4:
+      return f(Mxfp4Codes{});
+    case Format::ternary2:
+      return f(Ternary2Codes{});
+    case Format::ternary5:
+      return f(Ternary5Codes{});
+    case Format::fp8:
+      return f(Fp8Codes{});
+    case Format::bit_nested:
+      return f(BitNestedCodes{});
+    default:
+      return f(Sub1Codes{});
+  }
+}
+
+}  // namespace moert::cuda

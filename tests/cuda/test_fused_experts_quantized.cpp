@@ -1,0 +1,224 @@
+// Experts of packed weights beside the CPU's, in full precision: every format, dtype, activation, bias and scale.
+#include "moert/fused_experts_quantized.h"
+
+#include "../cpp/expect.h"
+#include "../cpp/packed_matrix.h"
+#include "cuda/expert_tiles.h"
+#include "cuda/packed_weights.h"
+#include "memory.h"
+#include "random.h"
+
+using namespace moert;
+
+namespace {
+
+// Sums of float32 in another order; what is between the products is rounded to the dtype.
+template <typename X>
+constexpr double kUnit = std::is_same_v<X, bf16> ? 0x1p-7
+                         : sizeof(X) == 2        ? 0x1p-10
+                         : sizeof(X) == 4        ? 4e-6
+                                                 : 1e-13;
+
+struct Case {
+  int64_t T, k, E, H, I;
+  Activation activation{};
+  bool biases = true;
+  ScaleOn scale_on = ScaleOn::output;
+  int64_t only = -1;  // every choice is this expert
+  int64_t pad = 3;    // elements between the rows of x
+  size_t shift = 0;   // bytes of the codes past an aligned address
+};
+
+const std::vector<Packing> kKinds = {{Format::int8, 0, 0, 0},
+                                     {Format::int8, 0, 0, 32},
+                                     {Format::int8, 0, 0, 64},
+                                     {Format::int8, 0, 0, 128},
+                                     {Format::int4, 0, 0, 32},
+                                     {Format::int4, 0, 0, 64},
+                                     {Format::int4, 0, 0, 128},
+                                     {Format::mxfp4, 0, 0, 32},
+                                     {Format::int4_asymmetric, 0, 0, 32},
+                                     {Format::int4_asymmetric, 0, 0, 64},
+                                     {Format::ternary2, 0, 0, 0},
+                                     {Format::ternary2, 0, 0, 32},
+                                     {Format::ternary2, 0, 0, 128},
+                                     {Format::ternary5, 0, 0, 0},
+                                     {Format::ternary5, 0, 0, 32},
+                                     {Format::ternary5, 0, 0, 128},
+                                     {Format::fp8, 0, 0, kFp8Block},
+                                     {Format::bit_nested, 0, 0, 32, 1, 3},
+                                     {Format::bit_nested, 0, 0, 64, 2, 3},
+                                     {Format::bit_nested, 0, 0, 128, 5, 4},
+                                     {Format::bit_nested, 0, 0, 32, 8, 1},
+                                     {Format::sub1, 0, 0, 0}};
+
+// A packed matrix on the host and on the device.
+struct Both {
+  Matrix here;
+  OnDevice<uint8_t> codes, scales, zeros;
+
+  Both(Packing kind, int64_t rows, int64_t columns, int64_t E, Random& random, size_t shift)
+      : here(of(kind, rows, columns), E, numbers<float>(random, size_t(E * rows * columns))),
+        codes(here.codes, shift),
+        scales(here.scales),
+        zeros(here.zeros) {}
+
+  static Packing of(Packing kind, int64_t rows, int64_t columns) {
+    kind.rows = rows, kind.columns = columns;
+    return kind;
+  }
+  PackedMatrix there() { return here.packed(codes.data(), scales.data(), zeros.data()); }
+};
+
+template <typename X>
+struct Experts {
+  Both w1, w2;
+  std::vector<X> b1, b2;
+  OnDevice<X> b1_there, b2_there;
+
+  Experts(const Packing& first, const Packing& second, const Case& c, int64_t width, Random& random)
+      : w1(first, width, c.H, c.E, random, c.shift),
+        w2(second, c.H, c.I, c.E, random, c.shift),
+        b1(numbers<X>(random, size_t(c.E * width))),
+        b2(numbers<X>(random, size_t(c.E * c.H))),
+        b1_there(b1),
+        b2_there(b2) {}
+
+  ExpertWeights floats(const Case& c, const X* first, const X* second) const {
+    ExpertWeights w{};
+    w.E = c.E, w.H = c.H, w.I = c.I, w.activation = c.activation, w.scale_on = c.scale_on;
+    if (!c.biases) return w;
+    const int64_t width = is_gated(c.activation.act) ? 2 * c.I : c.I;
+    w.gate_bias = {first, DTypeOf<X>::value, width};
+    if (width > c.I) w.up_bias = {first + c.I, DTypeOf<X>::value, width};
+    w.down_bias = {second, DTypeOf<X>::value, c.H};
+    return w;
+  }
+};
+
+template <typename X>
+std::vector<X> on_device(const Case& c, Experts<X>& experts, const std::vector<X>& x, const std::vector<int32_t>& ids,
+                         const std::vector<Acc<X>>& weights) {
+  OnDevice<X> x_there(x), y(std::vector<X>(size_t(c.T * c.H), rounded<X>(-7)));
+  OnDevice<int32_t> ids_there(ids);
+  OnDevice<Acc<X>> weights_there(weights);
+  const RoutedRows tokens{
+      c.T, c.k, {x_there.data(), DTypeOf<X>::value, c.H + c.pad}, ids_there.data(), weights_there.data()};
+  const QuantizedExperts there{experts.w1.there(), experts.w2.there(),
+                               experts.floats(c, experts.b1_there.data(), experts.b2_there.data())};
+  // All bits set are a NaN of every type: what is read before it is written shows.
+  OnDevice<char> workspace(
+      std::vector<char>(size_t(cuda::fused_experts_quantized_workspace(tokens, there)), char(0xff)));
+  cuda::fused_experts_quantized(tokens, there, workspace.data(), nullptr, y.data());
+  return y.read();
+}
+
+template <typename X>
+void compare(const Packing& first, const Packing& second, const Case& c) {
+  Random random{uint64_t(c.H * 7 + c.I + c.T + int64_t(first.format))};
+  Experts<X> experts(first, second, c, is_gated(c.activation.act) ? 2 * c.I : c.I, random);
+  const auto x = numbers<X>(random, size_t(c.T * (c.H + c.pad)));
+  const auto weights = numbers<Acc<X>>(random, size_t(c.T * c.k));
+  std::vector<int32_t> ids(size_t(c.T * c.k));
+  for (int32_t& id : ids) id = random.below(6) ? int32_t(random.below(c.E)) : random.below(2) ? -1 : int32_t(c.E);
+  if (c.only >= 0) std::fill(ids.begin(), ids.end(), int32_t(c.only));
+
+  std::vector<X> expected(size_t(c.T * c.H), rounded<X>(-7));
+  const RoutedRows tokens{c.T, c.k, {x.data(), DTypeOf<X>::value, c.H + c.pad}, ids.data(), weights.data()};
+  const QuantizedExperts here{experts.w1.here.packed(), experts.w2.here.packed(),
+                              experts.floats(c, experts.b1.data(), experts.b2.data())};
+  cpu::fused_experts_quantized(tokens, here, Precision::full, 1, expected.data());
+  const std::vector<X> y = on_device(c, experts, x, ids, weights);
+  EXPECT(rows_close(y, expected, size_t(c.H), kUnit<X>));
+
+  // Each token by itself has the bits that it has among others.
+  Case one = c;
+  one.T = 1;
+  for (int64_t t = 0; t < std::min<int64_t>(c.T, 3); ++t) {
+    const auto part = [&](const auto& v, int64_t width) {
+      return std::remove_cvref_t<decltype(v)>(v.begin() + t * width, v.begin() + (t + 1) * width);
+    };
+    const std::vector<X> alone = on_device(one, experts, part(x, c.H + c.pad), part(ids, c.k), part(weights, c.k));
+    EXPECT(c.H == 0 || std::memcmp(alone.data(), y.data() + t * c.H, size_t(c.H) * sizeof(X)) == 0);
+  }
+}
+
+void every_format() {
+  for (const Packing& kind : kKinds) {
+    compare<float>(kind, kind, {9, 2, 3, 97, 45});
+    compare<bf16>(kind, kind, {3, 2, 4, 64, 80});
+    compare<f16>(kind, kind, {2, 1, 2, 33, 19});
+    compare<double>(kind, kind, {2, 2, 3, 45, 97});
+    const size_t shift = kind.format == Format::sub1 ? 2 : 1;  // its codes are of two bytes
+    compare<float>(kind, kind, {5, 2, 2, 40, 24, {}, false, ScaleOn::output, -1, 0, shift});
+  }
+  // Longer than a step of every format, and of two formats.
+  for (const Packing& kind : {kKinds[0], kKinds[4], kKinds[7], kKinds[10], kKinds[13], kKinds[16], kKinds[18]}) {
+    compare<bf16>(kind, kind, {2, 2, 2, 2700, 40});
+    compare<float>(kKinds[4], kind, {1, 1, 2, 40, 2700});
+  }
+}
+
+void every_choice() {
+  const Packing int4{Format::int4, 0, 0, 32}, int8{Format::int8, 0, 0, 0};
+  for (Act act : {Act::identity, Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2, Act::swiglu, Act::geglu,
+                  Act::geglu_tanh, Act::reglu, Act::swiglu_clamped, Act::swiglu_oai})
+    for (bool biases : {false, true}) {
+      compare<float>(int4, int8, {3, 2, 5, 24, 17, {act, 1.702, 0.5}, biases});
+      compare<bf16>(int8, int4, {3, 2, 5, 24, 17, {act, 1.702, 0.5}, biases, ScaleOn::input});
+    }
+  for (const Packing& kind : {int4, kKinds[16], kKinds.back()}) {
+    compare<float>(kind, kind, {13, 2, 3, 40, 24, {}, true, ScaleOn::output, 1});  // one expert has all
+    compare<float>(kind, kind, {40, 3, 2, 33, 24, {}, true});                      // more slots than tiles
+    compare<float>(kind, kind, {2, 8, 8, 33, 24, {}, true});
+    compare<float>(kind, kind, {0, 2, 4, 16, 8});
+    compare<float>(kind, kind, {2, 0, 4, 16, 8});
+    compare<float>(kind, kind, {3, 2, 4, 16, 8, {}, true, ScaleOn::output, 4});  // every choice is dropped
+    compare<float>(kind, kind, {3, 2, 4, 16, 0});
+  }
+}
+
+// A row's columns there and back, and what the two searches for tiles find.
+void orders_and_tiles() {
+  for (int32_t width : {0, 16, 32, 64, 80})
+    for (int64_t columns : {0, 1, 79, 2560, 2700}) {
+      const cuda::ColumnOrder order{width};
+      for (int64_t c = 0; c < columns; ++c) {
+        EXPECT(order.position(c) < order.length(columns));
+        EXPECT(order.column(order.position(c)) == c);
+      }
+    }
+  const std::vector<int32_t> offsets{0, 0, 5, 5, 6, 14, 14};
+  const int32_t E = 6, S = 16, rows = 4;
+  std::vector<std::vector<int32_t>> by_index, by_slot;
+  const auto add = [&](auto& to, const cuda::RowTile& tile) {
+    if (tile.rows > 0 && tile.expert < E) to.push_back({tile.expert, tile.row, tile.rows});
+  };
+  for (int32_t i = 0; i < cuda::num_row_tiles(S, E, rows); ++i)
+    add(by_index, cuda::row_tile(offsets.data(), E, S, rows, i));
+  for (int32_t s = 0; s < S; ++s) add(by_slot, cuda::row_tile_of_slot(offsets.data(), E, S, rows, s));
+  EXPECT(by_index == by_slot && by_slot.size() == 5);
+}
+
+// What shorter ways to the value of a code give.
+void codes() {
+  for (uint32_t code = 0; code < 16; ++code) {
+    const float value = e2m1_to_float(code), other = e2m1_to_float_with_subnormals(code);
+    EXPECT(float_to_bits(value) == float_to_bits(other));
+  }
+  for (uint32_t code = 0; code < 256; ++code) {
+    if ((code & 0x7f) == 0x7f) continue;
+    EXPECT(float_to_bits(e4m3_to_float(uint8_t(code))) == float_to_bits(e4m3_to_float_with_subnormals(code)));
+  }
+}
+
+void tests() {
+  codes();
+  orders_and_tiles();
+  every_format();
+  every_choice();
+}
+
+}  // namespace
+
+int main() { return run_tests(tests); }
