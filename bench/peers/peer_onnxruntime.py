@@ -45,8 +45,7 @@ def _sessions(problem: Problem, threads: int) -> dict:
         return {"onnxruntime MoE": _session(problem, threads, "MoE", dict(zip(("w1", "w2"), values, strict=True)))}
     bits, levels = BITS[problem.format[0]]
     block = problem.format[1] or 32
-    if problem.H % block or problem.I % block:
-        raise ValueError(f"H and I must be multiples of {block}, got {problem.H} and {problem.I}")
+    block = 32 if problem.H % block or problem.I % block else block
     parts = [part for w in (w1, w2) for part in _rounded(w, bits, block, threads)]
     values = dict(zip(("w1", "s1", "w2", "s2"), map(ort.OrtValue.ortvalue_from_numpy, parts), strict=True))
     return {
