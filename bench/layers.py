@@ -2,8 +2,9 @@
 
 moert and one process per family of peers (bench/peers; environments made by `make bench-peers`, else this one where it
 has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
-Beside every sample the machine's limits are sampled: bytes read per second and the rate of a float32 product.  A share
-is the median over the turns of limit over time, a ratio the median of peer over moert.
+Beside every sample the machine's limits are sampled: bytes read per second and the rate of a product, in float32 or,
+where weights are packed, in int8.  A share is the median over the turns of limit over time, a ratio the median of peer
+over moert.  Over packed weights rows are float32, and a peer rounds the same weights to its own formats of those bits.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from layers_plots import plot_peers, plot_roofline
 from moert.cli.machine import machine_facts, processor_name
-from peers.problem import PRODUCT_FLOP, READ_BYTES, Problem
+from peers.problem import FLOATS, LIMITS, PRODUCT_FLOP, READ_BYTES, Problem
 from run import ROOT, commit, default_path, save
 
 MODELS = {  # H, I, E, k
@@ -35,10 +36,16 @@ MODELS = {  # H, I, E, k
     "gpt-oss-20b": (2880, 2880, 32, 4),
     "Mixtral, 4 experts": (4096, 14336, 4, 2),
 }
-DTYPES = ("bfloat16", "float32")
+PACKED = ("int8", "int4:32", "int4:128", "mxfp4", "ternary2", "ternary5", "bit_nested", "sub1")
 FORWARD = tuple((T, False) for T in (1, 4, 16, 64, 256, 1024, 4096))  # T, training
 TRAINING = ((1024, True), (4096, True))
-FAMILIES = ("transformers", "vllm", "onnxruntime")
+SELECTORS = {
+    "model": tuple(MODELS),
+    "dtype": FLOATS + PACKED,
+    "T": tuple(T for T, _ in FORWARD),
+    "routing": ("uniform", "zipf"),
+}
+FAMILIES = ("transformers", "vllm", "onnxruntime", "ggml", "kt")
 # What moert.runtime.keep_memory sets, for every family alike.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 
@@ -48,21 +55,24 @@ class Row:
     """One problem: the milliseconds of every turn of every provider, and the limits of that turn."""
 
     problem: dict
-    bytes: float
-    flop: float
+    bytes: float = 0.0
+    flop: float = 0.0
     times: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     # Of a training step, beyond the weights and their gradients.
     memory: dict[str, int] = field(default_factory=dict)
+    # Of all outputs of the first routing together, relative to float32 throughout (of a training step, to moert).
+    errors: dict[str, float] = field(default_factory=dict)
 
     def ideal(self) -> list[float]:
         """Seconds that the limits of each turn leave: the bytes or the product, whichever takes longer."""
         bandwidth = (READ_BYTES / t for t in self.times["read"])
-        rate = (PRODUCT_FLOP / t for t in self.times["product"])
+        product = "int8 product" if Problem(**self.problem).packed else "product"
+        rate = (PRODUCT_FLOP / t for t in self.times[product])
         return [max(self.bytes / b, self.flop / r) for b, r in zip(bandwidth, rate, strict=True)]
 
     def providers(self) -> list[str]:
-        return [name for name in self.times if name not in ("read", "product")]
+        return [name for name in self.times if name not in LIMITS]
 
     def share(self, name: str) -> float:
         return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=True))
@@ -80,15 +90,26 @@ class Family:
 
     def __init__(self, name: str, python: Path, threads: int, keep_memory: bool):
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self.command = [str(python), str(ROOT / "bench" / "peers" / "worker.py"), name, str(threads)]
         # A waiting thread must not spin: the next one to compute is in another process.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
-        environment |= KEEP_MEMORY if keep_memory else {}
-        command = [str(python), str(ROOT / "bench" / "peers" / "worker.py"), name, str(threads)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment, cwd=ROOT
-        )
+        self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+        self.environment |= KEEP_MEMORY if keep_memory else {}
+        self.start()
+
+    def start(self) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
+        self.process = subprocess.Popen(self.command, env=self.environment, cwd=ROOT, **pipes)
+
+    def load(self, problem: dict) -> dict:
+        """What it has for the problem; a process that died of the one before begins anew."""
+        if self.process.poll() is not None:
+            self.close()
+            self.start()
+        try:
+            return self.ask(load=problem)
+        except RuntimeError as error:
+            return {"providers": [], "missing": {self.name: str(error)}}
 
     def ask(self, **request) -> dict:
         if self.process.poll() is None:
@@ -143,6 +164,9 @@ def parse() -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="one model in bfloat16, three minutes")
     size.add_argument("--full", action="store_true", help="every model, dtype, T and routing; hours, resumes")
     size.add_argument("--smoke", action="store_true", help="one tiny layer, one call each, writes nothing")
+    for name, values in SELECTORS.items():
+        kind = type(values[0])
+        parser.add_argument(f"--{name}", nargs="+", type=kind, choices=values, help="of the rows above, these alone")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="of one turn of one provider")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -157,18 +181,35 @@ def parse() -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[Problem]:
     """Those with the same weights follow each other."""
     if options.smoke:
-        return [Problem("tiny", 64, 32, 8, 2, 5, "float32", training=step) for step in (False, True)]
-    if options.full:
-        kinds = product(MODELS, DTYPES, ("uniform", "zipf"), FORWARD + TRAINING)
-        return [Problem(name, *MODELS[name], T, dtype, routing, step) for name, dtype, routing, (T, step) in kinds]
-    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 64, 256, 1024), False)]
-    if not options.quick:
-        wanted += [("Qwen3-30B-A3B", "float32", (1, 16, 64, 256, 1024), False)]
-        wanted += [("gpt-oss-20b", "bfloat16", (1, 256), False)]
-        wanted += [("OLMoE", dtype, (1024,), True) for dtype in DTYPES]
+        kinds = (("float32", False), ("float32", True), ("int4:32", False))
+        return [Problem("tiny", 64, 32, 8, 2, 5, dtype, training=step) for dtype, step in kinds]
+    problems = every() if options.full else usual(options.quick)
+    for name in SELECTORS:
+        if wanted := getattr(options, name):
+            problems = [problem for problem in problems if getattr(problem, name) in wanted]
+    if not problems:
+        sys.exit("model, dtype, T and routing must select a row, got none (--full has all of them)")
+    return problems
+
+
+def every() -> list[Problem]:
     return [
-        Problem(name, *MODELS[name], T, dtype, training=training)
-        for name, dtype, sizes, training in wanted
+        Problem(model, *MODELS[model], T, dtype, routing, training)
+        for model, dtype, routing in product(MODELS, FLOATS + PACKED, SELECTORS["routing"])
+        for T, training in FORWARD + (() if dtype in PACKED else TRAINING)
+    ]
+
+
+def usual(quick: bool) -> list[Problem]:
+    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 64, 256, 1024), False)]
+    if not quick:
+        wanted += [("Qwen3-30B-A3B", "float32", (1, 16, 64, 256, 1024), False)]
+        wanted += [("Qwen3-30B-A3B", "int4:32", (1, 16, 256), False)]
+        wanted += [("gpt-oss-20b", "bfloat16", (1, 256), False)]
+        wanted += [("OLMoE", dtype, (1024,), True) for dtype in FLOATS]
+    return [
+        Problem(model, *MODELS[model], T, dtype, training=training)
+        for model, dtype, sizes, training in wanted
         for T in sizes
     ]
 
@@ -188,42 +229,53 @@ def start(options: argparse.Namespace) -> tuple[list[Family], dict[str, str]]:
 
 
 def measure(problem: Problem, families: list[Family], options: argparse.Namespace) -> Row:
-    row = Row(asdict(problem), problem.bytes, problem.flop)
-    calls: list[tuple[Family, str]] = []
-    for family in families:
-        answer = family.ask(load=row.problem)
-        if "missing" in answer:
-            row.missing[family.name] = answer["missing"]
-        calls += [(family, name) for name in answer.get("providers", ())]
-    check(title(row.problem), calls, row)
+    answers = {family: family.load(asdict(problem)) for family in families}
+    missing = {name: why for answer in answers.values() for name, why in answer["missing"].items()}
+    row = Row(asdict(problem), missing=missing)
+    require_moert(row)
+    weight_bytes = answers[families[0]]["weight_bytes"]
+    row.bytes, row.flop = problem.bytes(weight_bytes), problem.flop
+    calls = [(family, name) for family, answer in answers.items() for name in answer["providers"]]
+    check(problem, calls, row)
     if problem.training and not options.keep_memory:  # kept memory is there before the step that takes it
-        for family, name in [call for call in calls if call[1] not in ("read", "product")]:
+        for family, name in [call for call in calls if call[1] not in LIMITS]:
             if (taken := family.ask(memory=name)["bytes"]) is not None:
-                row.memory[name] = taken - problem.weight_bytes
+                row.memory[name] = taken - weight_bytes
     for _ in range(options.turns):
         for family, name in calls:
-            seconds = options.seconds if name not in ("read", "product") else options.seconds / 4
+            seconds = options.seconds if name not in LIMITS else options.seconds / 4
             times = family.ask(time=name, seconds=seconds)["times"]
             row.times.setdefault(name, []).append(statistics.median(times))
     return row
 
 
-def check(where: str, calls: list[tuple[Family, str]], row: Row) -> None:
-    """What computes something else is no peer: left out and named.  moert must be there."""
-    if "moert" in row.missing:
-        sys.exit(f"{where}: moert must run, got {row.missing['moert']}")
+def check(problem: Problem, calls: list[tuple[Family, str]], row: Row) -> None:
+    """What computes something else is no peer: left out and named.  moert must compute it."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = {}
-        for family, name in [call for call in calls if call[1] not in ("read", "product")]:
+        for family, name in [call for call in calls if call[1] not in LIMITS]:
             path = f"{folder}/{len(outputs)}.npy"
-            family.ask(save=name, path=path)
-            outputs[name] = np.load(path)
-        mine = outputs["moert"]
-        for name, other in outputs.items():
-            error = np.linalg.norm(other - mine, axis=-1) / np.linalg.norm(mine, axis=-1)
-            if not error.max() < 0.05:
-                row.missing[name] = f"a row is off by {error.max():.2g}"
-                calls[:] = [call for call in calls if call[1] != name]
+            try:
+                family.ask(save=name, path=path)
+                outputs[name] = np.load(path)
+            except RuntimeError as error:  # it died, and with it the family's others
+                row.missing[name] = str(error)
+                calls[:] = [call for call in calls if call[0] is not family]
+    require_moert(row)
+    expected = outputs["moert"] if problem.training else problem.reference()
+    for name, output in outputs.items():
+        error = np.linalg.norm(output - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        row.errors[name] = float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
+        if error.max() < problem.tolerance:
+            continue
+        row.missing[name] = f"a row is off by {error.max():.2g}"
+        calls[:] = [call for call in calls if call[1] != name]
+    require_moert(row)
+
+
+def require_moert(row: Row) -> None:
+    if "moert" in row.missing:
+        sys.exit(f"{title(row.problem)}: moert must run and be right, got {row.missing['moert']}")
 
 
 def title(problem: dict) -> str:

