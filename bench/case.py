@@ -12,7 +12,7 @@ class Case:
 
     `moert` is among the providers and `torch`, eager and in the same dtype, is what it is compared with.  flop and
     bytes are what the forward cannot avoid: each input read once, the output written once.  A step forward and
-    backward is three times that, for each product has two gradients.  The bytes pass at the rate of a read, or of a
+    backward is three times that, for each product has two gradients, unless step_bytes says what it moves.  The bytes pass at the rate of a read, or of a
     copy where about as many are written.
     """
 
@@ -21,3 +21,4 @@ class Case:
     flop: float
     bytes: float
     like: str = "read"  # or "copy"
+    step_bytes: float | None = None

@@ -4,7 +4,8 @@ moert and one process per family of peers (bench/peers; environments made by `ma
 has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
 Beside every sample the machine's limits are sampled: bytes read per second and the rate of a product, in float32 or,
 where weights are packed, in int8.  A share is the median over the turns of limit over time, a ratio the median of peer
-over moert.  Over packed weights rows are float32, and a peer rounds the same weights to its own formats of those bits.
+over moert.  Over packed weights rows are float32 (kt-kernel's bfloat16), a peer rounds the same weights to its own
+formats of those bits, and every share is of the bytes that moert stores.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from itertools import product
@@ -45,6 +47,7 @@ SELECTORS = {
     "T": tuple(T for T, _ in FORWARD),
     "routing": ("uniform", "zipf"),
 }
+SLOW = 5  # times as slow as moert: one turn says enough
 FAMILIES = ("transformers", "vllm", "onnxruntime", "ggml", "kt")
 # What moert.runtime.keep_memory sets, for every family alike.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
@@ -74,15 +77,16 @@ class Row:
     def providers(self) -> list[str]:
         return [name for name in self.times if name not in LIMITS]
 
+    # What is slow is timed in the first turn alone.
     def share(self, name: str) -> float:
-        return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=True))
+        return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=False))
 
     def best_peer(self) -> str | None:
         peers = [name for name in self.providers() if not name.startswith("moert")]
         return min(peers, key=lambda name: statistics.median(self.times[name]), default=None)
 
     def ratio(self, name: str) -> float:
-        return statistics.median(p / m for p, m in zip(self.times[name], self.times["moert"], strict=True))
+        return statistics.median(p / m for p, m in zip(self.times[name], self.times["moert"], strict=False))
 
 
 class Family:
@@ -238,33 +242,46 @@ def measure(problem: Problem, families: list[Family], options: argparse.Namespac
     calls = [(family, name) for family, answer in answers.items() for name in answer["providers"]]
     check(problem, calls, row)
     if problem.training and not options.keep_memory:  # kept memory is there before the step that takes it
-        for family, name in [call for call in calls if call[1] not in LIMITS]:
-            if (taken := family.ask(memory=name)["bytes"]) is not None:
-                row.memory[name] = taken - weight_bytes
+        for name, answer in asked(calls, row, lambda name: {"memory": name}):
+            if name not in LIMITS and answer["bytes"] is not None:
+                row.memory[name] = answer["bytes"] - weight_bytes
     for _ in range(options.turns):
-        for family, name in calls:
-            seconds = options.seconds if name not in LIMITS else options.seconds / 4
-            times = family.ask(time=name, seconds=seconds)["times"]
-            row.times.setdefault(name, []).append(statistics.median(times))
+        for name, answer in asked(calls, row, lambda name: {"time": name, "seconds": seconds_of(name, options)}):
+            row.times.setdefault(name, []).append(statistics.median(answer["times"]))
+        slow = {name for name in row.providers() if row.times[name][0] > SLOW * row.times["moert"][0]}
+        calls = [call for call in calls if call[1] not in slow]
     return row
+
+
+def seconds_of(name: str, options: argparse.Namespace) -> float:
+    return options.seconds / 4 if name in LIMITS else options.seconds
+
+
+def asked(calls: list[tuple[Family, str]], row: Row, request: Callable[[str], dict]) -> Iterator[tuple[str, dict]]:
+    """The answer to every call; a family that dies is named, and its calls and times are taken out."""
+    for family, name in list(calls):
+        if (family, name) not in calls:
+            continue
+        try:
+            yield name, family.ask(**request(name))
+        except RuntimeError as error:
+            for _, gone in (call for call in calls if call[0] is family):
+                row.missing[gone] = str(error)
+                row.times.pop(gone, None)
+            calls[:] = [call for call in calls if call[0] is not family]
+            require_moert(row)
 
 
 def check(problem: Problem, calls: list[tuple[Family, str]], row: Row) -> None:
     """What computes something else is no peer: left out and named.  moert must compute it."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = {}
-        for family, name in [call for call in calls if call[1] not in LIMITS]:
-            path = f"{folder}/{len(outputs)}.npy"
-            try:
-                family.ask(save=name, path=path)
-                outputs[name] = np.load(path)
-            except RuntimeError as error:  # it died, and with it the family's others
-                row.missing[name] = str(error)
-                calls[:] = [call for call in calls if call[0] is not family]
-    require_moert(row)
-    expected = outputs["moert"] if problem.training else problem.reference()
+        paths = {name: f"{folder}/{i}.npy" for i, (_, name) in enumerate(calls)}
+        saved = asked(calls, row, lambda name: {"save": name, "path": paths[name]})
+        outputs = {name: np.load(answer["saved"]) for name, answer in saved if name not in LIMITS}
+    expected = problem.gradients() if problem.training else problem.reference()
+    size = np.maximum(np.linalg.norm(expected, axis=-1), np.finfo(np.float32).tiny)  # experts without rows have none
     for name, output in outputs.items():
-        error = np.linalg.norm(output - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        error = np.linalg.norm(output - expected, axis=-1) / size
         row.errors[name] = float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
         if error.max() < problem.tolerance:
             continue

@@ -116,7 +116,9 @@ def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limi
     bounds = {name: limits.functions[name] for name in (case.like, dtype)}
     times = interleaved(calls, options.seconds, rounds=1 if options.smoke else None, limits=bounds)
     work = 1 if mode == "forward" else 3
-    moved, computed = work * case.bytes / limits.work[case.like], work * case.flop / limits.work[dtype]
+    forward = mode == "forward" or case.step_bytes is None
+    moved = (work * case.bytes if forward else case.step_bytes) / limits.work[case.like]
+    computed = work * case.flop / limits.work[dtype]
     ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], times[dtype], strict=True)]
     key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape)}
     return [row({**key, "provider": name}, times[name], ideals) for name in calls]

@@ -16,6 +16,7 @@ failed=
 while IFS=: read -r family packages; do
   env=build/peers/$family
   if [ -x "$env/bin/python" ]; then continue; fi
+  rm -rf "$env.new"
   if install "$env.new" "$packages" </dev/null; then
     mv "$env.new" "$env"
     echo "$family: $env"

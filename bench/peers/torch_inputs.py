@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from problem import Problem, kept
 
 
@@ -23,14 +24,20 @@ def routings(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def training(forward: Callable, x: torch.Tensor, parameters: tuple, routings: list) -> Callable:
-    """call(turn): forward(x, ids, shares) and the gradients of x, the shares and the parameters; gives that of x."""
+    """call(turn): forward(x, ids, shares) and the gradients of x, the shares and the parameters (w1, w2).
+
+    Gives of them what Problem.gradients says.
+    """
     dy = torch.ones_like(x)
 
     def call(turn):
         ids, weights = routings[turn]
         rows, shares = (tensor.detach().requires_grad_() for tensor in (x, weights.to(x.dtype)))
         leaves = (rows, shares, *parameters)
-        return torch.autograd.grad(forward(rows, ids, shares), leaves, dy)[0].float().numpy()
+        dx, _, dw1, dw2 = torch.autograd.grad(forward(rows, ids, shares), leaves, dy)
+        H = x.shape[1]
+        down = F.pad(dw2[:, 0, :H], (0, max(0, H - dw2.shape[2])))
+        return torch.cat([dx, dw1[:, 0], dw1[:, -1], down]).float().numpy()
 
     return call
 

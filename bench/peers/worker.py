@@ -36,6 +36,7 @@ class Worker:
             answer = {"providers": list(self.providers), "missing": missing}
             return answer | ({"weight_bytes": module.weight_bytes(problem)} if hasattr(module, "weight_bytes") else {})
         except Exception as error:  # whatever keeps a peer from running is what there is to report of it
+            forget()  # others may need the memory
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return {"providers": [], "missing": {self.family: why}}
 

@@ -259,10 +259,11 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
                                double alpha, double limit, std::string precision, std::string scale_on) {
   const Call call = check(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, format1, group1,
                           format2, group2, activation, alpha, limit, scale_on);
-  Tensor y = torch::stable::new_empty(x, {call.tokens.T, call.experts.floats.H});
-  const Execution execution(x);
+  const int64_t T = call.tokens.T, H = call.experts.floats.H;
 #if defined(MOERT_CUDA)
   check_precision(precision);
+  Tensor y = torch::stable::new_empty(x, {T, H});
+  const Execution execution(x);
   Tensor workspace = bytes_beside(x, cuda::fused_experts_quantized_workspace(call.tokens, call.experts));
   cuda::fused_experts_quantized(call.tokens, call.experts, workspace.mutable_data_ptr(), execution,
                                 y.mutable_data_ptr());
@@ -272,10 +273,12 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
   if (is_double && precision == "auto") used = Precision::full;
   if (used != Precision::full) {
     STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for int8 activations, got Double");
-    const int64_t longest = std::max(call.experts.floats.H, call.experts.floats.I);
+    const int64_t longest = std::max(H, call.experts.floats.I);
     STD_TORCH_CHECK(longest <= kMaxInt8Columns, "H and I must be at most ", kMaxInt8Columns,
                     " for int8 activations, got ", longest);
   }
+  Tensor y = torch::stable::new_empty(x, {T, H});
+  const Execution execution(x);
   cpu::fused_experts_quantized(call.tokens, call.experts, used, execution, y.mutable_data_ptr());
 #endif
   return y;

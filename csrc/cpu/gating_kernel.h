@@ -106,11 +106,11 @@ struct Gating {
   }
 
   // out [count, n] = the first `count` lanes of rows [n], which can be read in whole blocks.
-  template <typename Out>
-  static void store_rows(const Reals* rows, int64_t n, int64_t count, Out* out) {
+  template <typename V, typename Out>
+  static void store_rows(const V* rows, int64_t n, int64_t count, Out* out) {
     for (int64_t e = 0; e < n; e += lanes) {
       Reals tile[lanes];
-      for (int i = 0; i < lanes; ++i) tile[i] = rows[e + i];
+      for (int i = 0; i < lanes; ++i) tile[i] = bit_cast_vector<Reals>(rows[e + i]);
       transpose<lanes / 2>(tile);
       const int64_t width = smaller(lanes, n - e);
       for (int64_t lane = 0; lane < count; ++lane) {
@@ -153,7 +153,7 @@ struct Gating {
     store_rows(weights, k, count, static_cast<Real*>(call.weights) + token * k);
     int32_t* out = call.ids + token * k;
     if constexpr (sizeof(Int) == 4)  // moved as floats, bit for bit
-      return store_rows(reinterpret_cast<const Reals*>(ids), k, count, reinterpret_cast<float*>(out));
+      return store_rows(ids, k, count, reinterpret_cast<float*>(out));
     for (int64_t lane = 0; lane < count; ++lane)
       for (int64_t j = 0; j < k; ++j) out[lane * k + j] = int32_t(ids[j][lane]);
   }
@@ -203,6 +203,7 @@ struct Gating {
     for (int64_t j = 0; j < call.k; ++j) weights[j] += poison[0];
   }
 
+  // In order_rows the choice of a bias stands outside of the loop.
   static MOERT_INLINE Reals selection(const GatingCall& call, const Reals* rows, int64_t e) {
     return call.bias ? rows[e] + static_cast<const Real*>(call.bias)[e] : rows[e];
   }

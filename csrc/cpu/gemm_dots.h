@@ -26,23 +26,18 @@ static_assert(kDotRows * kDotPitch <= kGemmScratch);
 template <typename T>
 constexpr int64_t kDotStep = (std::is_same_v<T, bf16> ? 2 : 1) * kLanes<Acc<T>>;
 
+// A vector and no struct around it: GCC would copy that through the stack, in halves.
 template <typename T>
-struct Raw {
-  Vec<Acc<T>> values;
-};
-template <>
-struct Raw<bf16> {
-  Vec<Pair> pairs;
-};
+using Raw = std::conditional_t<std::is_same_v<T, bf16>, Vec<Pair>, Vec<Acc<T>>>;
 
 template <typename T>
 MOERT_INLINE Raw<T> load_raw(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
-    Raw<T> raw;
-    std::memcpy(&raw, p, sizeof raw);
-    return raw;
+    Vec<Pair> pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
   } else {
-    return {load(p)};
+    return load(p);
   }
 }
 
@@ -58,12 +53,10 @@ MOERT_INLINE Raw<T> load_raw_first(const T* p, int64_t n) {
 // instruction each.
 template <typename E, typename T>
 MOERT_INLINE Vec<E> operands(const Raw<T>& raw, int v) {
-  if constexpr (std::is_same_v<E, Pair>)
-    return raw.pairs;
-  else if constexpr (std::is_same_v<T, bf16>)
-    return bit_cast_vector<VecF>(v ? raw.pairs & 0xffff0000u : raw.pairs << 16);
+  if constexpr (std::is_same_v<T, bf16> && !std::is_same_v<E, Pair>)
+    return bit_cast_vector<VecF>(v ? raw & 0xffff0000u : raw << 16);
   else
-    return raw.values;
+    return raw;
 }
 
 // c[m, n] (+)= dot products of M rows of x, as lay_out_rows leaves them, with N weight rows.
@@ -76,7 +69,7 @@ MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K,
     for (int v = 0; v < kDotStep<T> / kDepth<E> / kLanes<E>; ++v) {
       Vec<E> y[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) y[n] = operands<E>(w[n], v);
+      for (int n = 0; n < N; ++n) y[n] = operands<E, T>(w[n], v);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const Vec<E> row = load(x + m * kDotPitch + k / kDepth<E> + v * kLanes<E>);

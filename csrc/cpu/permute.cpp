@@ -126,7 +126,7 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
   std::vector<int32_t> first(T + 1), slots(S), places(S);  // slots of token t: slots[first[t]] .. slots[first[t+1]-1]
   permute_plan(tokens, S, 1, T, -1, threads, first.data(), slots.data(), places.data());
   const auto stream_row = kernels().stream_row;
-  for_rows(T, S / std::max<int64_t>(1, T) * bytes, threads, [&](int64_t t) {
+  for_rows(T, S * bytes / std::max<int64_t>(1, T), threads, [&](int64_t t) {
     for (int32_t i = first[t]; i < first[t + 1]; ++i) stream_row(from(t), row(slots[i]), bytes);
   });
   for_rows(S, bytes, threads, [&](int64_t s) {

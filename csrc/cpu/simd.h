@@ -161,7 +161,7 @@ template <typename T>
 MOERT_INLINE void store_first(T* p, const Vec<Acc<T>>& x, int64_t n) {
   T part[kLanes<Acc<T>>];
   store(part, x);
-  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+  for (int64_t i = 0; i < n; ++i) std::memcpy(p + i, part + i, sizeof(T));
 }
 
 // f(i, n) over [0, size) in steps of one vector; n is the number of elements, kLanes but for the last step.

@@ -145,6 +145,8 @@ int64_t fused_experts_backward_workspace(const RoutedRows& tokens, const ExpertW
 void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
                             void* workspace, void* stream, const ExpertGradients& gradients) {
   check_alone(tokens);
+  const auto& added = gradients.accumulate;
+  MOERT_CHECK(!(added.w1 || added.w2 || added.b1 || added.b2), "accumulate must be false on a GPU, got true");
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
     Backward<T>(dy, tokens, experts, gradients, h, workspace).run(static_cast<const T*>(h), stream);

@@ -26,8 +26,13 @@ const Sub1Entry* sub1_on_device() {
   if (!table) {
     const auto& entries = cpu::sub1_dictionary().entries;
     Sub1Entry* made = nullptr;
-    MOERT_CUDA_CHECK(cudaMalloc(&made, entries.size() * sizeof(Sub1Entry)));
-    MOERT_CUDA_CHECK(cudaMemcpy(made, entries.data(), entries.size() * sizeof(Sub1Entry), cudaMemcpyHostToDevice));
+    const size_t bytes = entries.size() * sizeof(Sub1Entry);
+    MOERT_CUDA_CHECK(cudaMalloc(&made, bytes));
+    // cudaMemcpy may return before the bytes are there; the kernels of any stream may follow.
+    cudaError_t status = cudaMemcpy(made, entries.data(), bytes, cudaMemcpyHostToDevice);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(cudaStreamLegacy);
+    if (status != cudaSuccess) cudaFree(made);
+    MOERT_CUDA_CHECK(status);
     table = made;
   }
   return table;
@@ -41,12 +46,12 @@ int width_of(Format format) {
 }
 
 // The dictionary is left out.
-PackedWeights weights_of(const PackedMatrix& matrix) {
+PackedWeights weights_of(const char* name, const PackedMatrix& matrix) {
   const Packing& p = matrix.packing;
   PackedWeights w{matrix, 0, 0, 0, 31, false, nullptr};  // 2^31: a whole row
   if (p.format == Format::sub1) return w;
   MOERT_CHECK(p.rows * groups(p) <= INT32_MAX && p.columns <= INT32_MAX / 2,
-              "codes must have fewer than 2^31 scales an expert and 2^30 columns on a GPU, got ", p.rows, " rows of ",
+              name, " must have fewer than 2^31 scales an expert and 2^30 columns on a GPU, got ", p.rows, " rows of ",
               groups(p), " and ", p.columns);
   w.row_bytes = row_bytes(p), w.groups = int32_t(groups(p));
   w.chunks = int32_t(ceil_div(p.columns, width_of(p.format)));
@@ -81,11 +86,11 @@ struct Quantized {
         act(memory.take<A>(tokens.T * tokens.k * order2.length(floats.I))),
         rows(memory.take<T>(tokens.T * tokens.k * floats.H)) {}
 
-  PackedProduct<A> product(const PackedMatrix& w, int64_t N) const {
+  PackedProduct<A> product(const char* name, const PackedMatrix& w, int64_t N) const {
     PackedProduct<A> p{};
     p.S = int32_t(tokens.T * tokens.k), p.E = int32_t(floats.E), p.N = p.written = N;
     p.offsets = plan.offsets;
-    p.w = weights_of(w);
+    p.w = weights_of(name, w);
     p.dtype = tokens.x.dtype;
     const int64_t tiles = num_row_tiles(p.S, p.E, kMostRows<A>);
     p.by_slot = p.S <= tiles, p.tiles = std::min<int64_t>(p.S, tiles);
@@ -93,7 +98,7 @@ struct Quantized {
   }
 
   PackedProduct<A> first() const {
-    PackedProduct<A> p = product(experts.w1, floats.I);
+    PackedProduct<A> p = product("codes1", experts.w1, floats.I);
     p.index = plan.tokens;
     p.x = x, p.x_stride = order1.length(floats.H);
     p.bias = floats.gate_bias.data, p.up_bias = floats.up_bias.data;
@@ -106,7 +111,7 @@ struct Quantized {
   }
 
   PackedProduct<A> second() const {
-    PackedProduct<A> p = product(experts.w2, floats.H);
+    PackedProduct<A> p = product("codes2", experts.w2, floats.H);
     p.x = act, p.x_stride = order2.length(floats.I);
     p.bias = floats.down_bias.data, p.bias_expert = floats.down_bias.expert_stride;
     p.bias_step = 1;

@@ -87,6 +87,7 @@ void grouped_gemm(const GroupedGemm& p, void* stream, void* y, int64_t y_stride)
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, void* stream, const ExpertMatrix& dw) {
+  MOERT_CHECK(!p.accumulate, "accumulate must be false on a GPU, got true");
   with_dtype(p.x.dtype, [&](auto type) {
     using T = decltype(type);
     const Gradient<T> gradient{int32_t(p.S),   int32_t(p.E),   p.N, p.K, p.offsets, RowsOf<T>(p.dy),

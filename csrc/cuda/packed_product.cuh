@@ -184,7 +184,17 @@ MOERT_DEVICE_INLINE void add_chunk(const PackedWeights& w, const CodeRow (&rows)
   }
 }
 
-// The products of a warp's weight rows and M rows of x; those past the tile's last repeat it.
+// x = the M rows of a tile; those past its last repeat it.
+template <int M, typename A>
+MOERT_DEVICE_INLINE void rows_of_tile(const PackedProduct<A>& p, const RowTile& tile, const A* (&x)[M]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const int64_t s = tile.row + (m < tile.rows ? m : tile.rows - 1);
+    x[m] = p.x + (p.index ? p.index[s] : s) * p.x_stride;
+  }
+}
+
+// The products of a warp's weight rows and M rows of x.
 template <int M, typename Codes, typename A>
 MOERT_DEVICE_INLINE void multiply_packed(const PackedProduct<A>& p, const RowTile& tile, int64_t n) {
   constexpr int R = Codes::kRows;
@@ -194,11 +204,7 @@ MOERT_DEVICE_INLINE void multiply_packed(const PackedProduct<A>& p, const RowTil
 #pragma unroll
   for (int r = 0; r < R; ++r) rows[r] = Codes::row(w, weights.row(r));
   const A* x[M];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    const int64_t s = tile.row + (m < tile.rows ? m : tile.rows - 1);
-    x[m] = p.x + (p.index ? p.index[s] : s) * p.x_stride;
-  }
+  rows_of_tile(p, tile, x);
   A sums[R * M] = {};
   constexpr int kAhead = M == 1 ? Codes::kAhead : 1;  // more rows are work enough to wait with
 #pragma unroll 1
@@ -256,11 +262,7 @@ MOERT_DEVICE_INLINE void multiply_codewords(const PackedProduct<A>& p, const Row
   constexpr int R = Sub1Codes::kRows;
   const WeightRows<A, R> weights{p, n};
   const A* x[M];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-    const int64_t s = tile.row + (m < tile.rows ? m : tile.rows - 1);
-    x[m] = p.x + (p.index ? p.index[s] : s) * p.x_stride;
-  }
+  rows_of_tile(p, tile, x);
   A sums[R * M] = {};
 #pragma unroll 1
   for (int r = 0; r < R; ++r) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "moert/dtype.h"
@@ -68,5 +69,12 @@ bool rows_close(const std::vector<A>& a, const std::vector<B>& b, size_t width, 
     if (!(error[row] <= tolerance * std::fmax(size[row], 0.1 * largest))) return false;
   return true;
 }
+
+// Sums of float32 in another order; what is between the products is rounded to the dtype.
+template <typename X>
+constexpr double kUnit = std::is_same_v<X, bf16> ? 0x1p-7
+                         : sizeof(X) == 2        ? 0x1p-10
+                         : sizeof(X) == 4        ? 4e-6
+                                                 : 1e-13;
 
 }  // namespace moert

@@ -12,13 +12,6 @@ using namespace moert;
 
 namespace {
 
-// Sums of float32 in another order; what is between the products is rounded to the dtype.
-template <typename X>
-constexpr double kUnit = std::is_same_v<X, bf16> ? 0x1p-7
-                         : sizeof(X) == 2        ? 0x1p-10
-                         : sizeof(X) == 4        ? 4e-6
-                                                 : 1e-13;
-
 struct Case {
   int64_t T, k, E, H, I;
   Activation activation{};

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moert import Activation, ExpertLayout, Routing
 from moert.ops.fused_experts import fused_experts, fused_experts_onto, fused_experts_ref
+from moert.runtime import add_to_main_grad_
 from moert.testing import DTYPES, FUSED_EXPERTS_SHAPES, Shape
 from moert.types import ACTIVATIONS, Onto
 
@@ -33,6 +34,7 @@ class Case:
         if layout.transposed:
             w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
         self.parameters = [torch.nn.Parameter(p.to(dtype)) for p in (w1, w2, draw(E, width), draw(E, H))]
+        add_to_main_grad_(torch.nn.ParameterList(self.parameters))
         self.x, self.dy = draw(shape.T, H).to(dtype).requires_grad_(), draw(shape.T, H).to(dtype)
         routing = shape.routing(dtype=wide(dtype))
         self.ids, self.weights = routing.ids, routing.weights.requires_grad_()

@@ -13,8 +13,7 @@ class GluExperts(Experts):
     """num_experts feed-forward networks of one shape; parameters have Hugging Face's names and layout.
 
     gate_up_proj [E, 2I, H], down_proj [E, H, I] (see ExpertLayout; I rows where the activation is not gated), and
-    with bias gate_up_proj_bias [E, 2I], down_proj_bias [E, H].  Initialised like nn.Linear.  A parameter with a
-    main_grad has its gradient added to it (see fused_experts).
+    with bias gate_up_proj_bias [E, 2I], down_proj_bias [E, H].  Initialised like nn.Linear.
     """
 
     fuses_onto = True

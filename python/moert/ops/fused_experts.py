@@ -35,8 +35,8 @@ def fused_experts(
     Ids outside [0, E) are dropped: they add nothing and get no gradient.  A routing.plan must be that of the ids.
     w1 and w2 may lie in panels, as moert.prepack_ leaves them; then there are no gradients.
 
-    A weight or bias with a tensor as its attribute main_grad (float32, float64 for float64; contiguous, of its shape;
-    Megatron-LM's gradient accumulation fusion) gets no gradient: the backward adds it to main_grad, unrounded.
+    Where moert.runtime.add_to_main_grad_ has marked a weight or bias, it gets no gradient: the backward adds it to the
+    tensor that is its attribute main_grad; on a CPU unrounded.
     """
     return _fused_experts(x, routing, w1, w2, Onto(), bias, activation, layout, scale_on)
 
@@ -85,7 +85,8 @@ def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on)
 
 
 def _main_grads(parameters):
-    grads = tuple(getattr(p, "main_grad", None) for p in parameters)
+    marked = [getattr(p, "adds_to_main_grad", False) and p.requires_grad for p in parameters]
+    grads = [getattr(p, "main_grad", None) if mark else None for p, mark in zip(parameters, marked, strict=True)]
     names = ("w1_main_grad", "w2_main_grad", "b1_main_grad", "b2_main_grad")
     expect(OPTIONAL, **dict(zip(names, grads, strict=True)))
     return grads
@@ -232,7 +233,8 @@ def _backward(ctx, dy, _):
 
 
 def _gradients(tensors, main_grads, rest, wanted):
-    """Those of fused_experts_backward; what has a main_grad is added to it."""
+    """Those of fused_experts_backward; what has a main_grad, and is wanted, is added to it."""
+    main_grads = tuple(grad if want else None for grad, want in zip(main_grads, wanted, strict=True))
     if all(grad is None for grad in main_grads):
         return torch.ops.moert.fused_experts_backward(*tensors, *rest)
     if torch.is_grad_enabled():  # an operator that writes has no gradient, and no error of its own
@@ -242,8 +244,8 @@ def _gradients(tensors, main_grads, rest, wanted):
         torch.autograd.graph.increment_version([grad for grad in main_grads if grad is not None])
         return torch.ops.moert.fused_experts_backward_(*tensors, *main_grads, *rest)
     out = torch.ops.moert.fused_experts_backward(*tensors, *rest)
-    for grad, made, want in zip(main_grads, out[2:], wanted, strict=True):
-        if want and grad is not None:  # no kernel that adds: the gradient was rounded once
+    for grad, made in zip(main_grads, out[2:], strict=True):
+        if grad is not None:  # no kernel that adds: the gradient was rounded once
             grad.add_(made)
     return out
 

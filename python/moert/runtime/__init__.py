@@ -3,6 +3,7 @@
 from moert.runtime.depth_batcher import DepthBatcher
 from moert.runtime.huge_pages import huge_pages_
 from moert.runtime.kept_memory import keep_memory, release_memory
+from moert.runtime.main_grad import add_to_main_grad_
 from moert.runtime.prepack import prepack_, unprepack_
 from moert.runtime.skippable_kv import ModelKV, RecursiveKV, SkippableKV
 
@@ -11,6 +12,7 @@ __all__ = [
     "ModelKV",
     "RecursiveKV",
     "SkippableKV",
+    "add_to_main_grad_",
     "huge_pages_",
     "keep_memory",
     "prepack_",
