@@ -31,7 +31,14 @@ def case(shape: Shape, dtype: torch.dtype) -> Case:
     if shape.T * shape.E * capacity <= EINSUM:
         providers["torch_einsum"] = lambda x, weights: _einsum(x, weights, routing.ids, shape.E, capacity)
     rows = shape.k * x.nbytes  # a step: dy and rows are read for drows, which are read again for dx
-    return Case((x, routing.weights), providers, 2 * shape.k * x.numel(), 2 * x.nbytes + 2 * rows, "copy", 4 * x.nbytes + 5 * rows)
+    return Case(
+        (x, routing.weights),
+        providers,
+        2 * shape.k * x.numel(),
+        2 * x.nbytes + 2 * rows,
+        "copy",
+        4 * x.nbytes + 5 * rows,
+    )
 
 
 def _moert(x, weights, ids, num_experts, capacity=None, residual=None):

@@ -212,6 +212,23 @@ void stores_past_the_caches() {
   }
 }
 
+// More tokens than slots: most of them have none.
+void stores_few_rows_of_many_tokens() {
+  constexpr int64_t T = 40000, S = 2100, H = 2050;
+  std::vector<moert::bf16> x(T * 2), rows(S * H, moert::to_bf16(7));
+  for (int64_t i = 0; i < T * 2; ++i) x[i] = moert::to_bf16(float(i % 251));
+  x.resize(T * 2 + H);
+  std::vector<int32_t> tokens(S);
+  for (int64_t s = 0; s < S; ++s) tokens[s] = s % 13 == 4 ? -1 : int32_t(s * 7919 % T);
+  // Rows that overlap in x, two elements apart: as many tokens as this needs no more memory.
+  moert::cpu::permute_rows(x.data(), 2, moert::DType::bf16, tokens.data(), T, S, H, 3, rows.data());
+  bool good = true;
+  for (int64_t s = 0; s < S; ++s)
+    for (int64_t h = 0; h < H; ++h)
+      good &= moert::to_float(rows[s * H + h]) == (tokens[s] < 0 ? 0 : moert::to_float(x[tokens[s] * 2 + h]));
+  EXPECT(good);
+}
+
 int main() {
   small_plan();
   small_capacity();
@@ -219,5 +236,6 @@ int main() {
   stable_on_any_threads();
   rows_of_every_dtype();
   stores_past_the_caches();
+  stores_few_rows_of_many_tokens();
   refuses_bad_plans();
 }

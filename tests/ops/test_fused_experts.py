@@ -295,6 +295,9 @@ def test_opcheck(i, shape):
     plan = torch.ops.moert.permute_plan(tensors[1], shape.E)
     opcheck(torch.ops.moert.fused_experts.default, (*tensors, *options, True, *plan))
     opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *tensors, h, *options, 0b111111, *plan))
+    without_biases = (*tensors[:5], None, None, h, *options, 0b111111)
+    opcheck(torch.ops.moert.fused_experts_backward.default, (dy, *without_biases))
+    assert [g.numel() for g in torch.ops.moert.fused_experts_backward(dy, *without_biases)[4:]] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
