@@ -50,8 +50,8 @@ PackedWeights weights_of(const char* name, const PackedMatrix& matrix) {
   const Packing& p = matrix.packing;
   PackedWeights w{matrix, 0, 0, 0, 31, false, nullptr};  // 2^31: a whole row
   if (p.format == Format::sub1) return w;
-  MOERT_CHECK(p.rows * groups(p) <= INT32_MAX && p.columns <= INT32_MAX / 2,
-              name, " must have fewer than 2^31 scales an expert and 2^30 columns on a GPU, got ", p.rows, " rows of ",
+  MOERT_CHECK(p.rows * groups(p) <= INT32_MAX && p.columns <= INT32_MAX / 2, name,
+              " must have fewer than 2^31 scales an expert and 2^30 columns on a GPU, got ", p.rows, " rows of ",
               groups(p), " and ", p.columns);
   w.row_bytes = row_bytes(p), w.groups = int32_t(groups(p));
   w.chunks = int32_t(ceil_div(p.columns, width_of(p.format)));
