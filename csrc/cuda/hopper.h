@@ -44,20 +44,20 @@ struct TensorBoxes {
 using TensorMap = CUtensorMap;
 
 inline TensorMap tensor_map(const TensorBoxes& t) {
-  static void* const entry = [] {
+  static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
     MOERT_CUDA_CHECK(
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
     MOERT_CHECK(found == cudaDriverEntryPointSuccess, "the driver must have cuTensorMapEncodeTiled, got none");
-    return entry;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   }();
   const uint32_t steps[] = {1, 1, 1, 1, 1};
   TensorMap map;
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, uint32_t(t.rank), const_cast<void*>(t.data), t.sizes, t.strides, t.box,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, uint32_t(t.rank), const_cast<void*>(t.data), t.sizes, t.strides,
+             t.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   MOERT_CHECK(result == CUDA_SUCCESS, "a tensor for the copy engine was refused, error ", int(result));
   return map;
 }
