@@ -128,7 +128,9 @@ def show_limits(limits: dict, console: Console) -> None:
 
 
 def show(rows: list[dict], console: Console) -> None:
-    table = Table("operator", "layer", "floor us", "moert us", "persistent us", "share", "TFLOP/s", "best peer", "peer / moert")
+    table = Table(
+        "operator", "layer", "floor us", "moert us", "persistent us", "share", "TFLOP/s", "best peer", "peer / moert"
+    )
     for row in rows:
         seconds = row["seconds"]
         peers = {name: time for name, time in seconds.items() if name not in ("moert", PERSISTENT)}
