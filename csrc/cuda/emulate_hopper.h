@@ -118,7 +118,7 @@ void take_registers() {}
 template <int n>
 void give_registers() {}
 
-// Reads a stage as late as it may: when it is waited for.
+// Reads a stage as late as it may: when it is waited for.  The lanes of a warp begin and wait together.
 template <class Element, int n, int kStages>
 class SlicePair {
   struct Started {
@@ -147,11 +147,15 @@ class SlicePair {
  public:
   SlicePair(const Element* a, const Element* b, int group) : a_(a), b_(b), group_(group) {}
 
-  void start(int stage, bool first) { started_.push_back({stage, first}); }
+  void start(int stage, bool first) {
+    __syncwarp();
+    started_.push_back({stage, first});
+  }
 
   template <int newest>
   void finish() {
     for (; started_.size() > newest; started_.pop_front()) multiply(started_.front());
+    __syncwarp();
   }
 
   float sum(int i) const { return c_[i]; }

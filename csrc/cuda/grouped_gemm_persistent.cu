@@ -47,7 +47,7 @@ void start(const Product<T>& p, [[maybe_unused]] void* stream) {
   constexpr int kBytes = kPersistentBytes<Tiling>;
   PersistentProduct<T> q{weights<Tiling>(p), {}, p};
   if constexpr (!Tiling::kGathered)
-    q.x = tensor_map({p.x.data, 2, {uint64_t(p.K), uint64_t(p.S)}, {uint64_t(2 * p.x.stride)}, {kSliceK, Tiling::kX}});
+    q.x = tensor_map({p.x.data, 2, {uint64_t(p.K), uint64_t(p.S)}, {uint64_t(2 * p.x.stride)}, {kSliceK, kXBox}});
   const auto blocks = unsigned(std::min<int64_t>(num_tiles_at_most<Tiling>(p), num_sms()));
 #if defined(__CUDACC__)
   MOERT_CUDA_CHECK(

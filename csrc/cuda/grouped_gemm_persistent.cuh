@@ -29,10 +29,9 @@ template <class Element_, int kW_, bool kGathered_, bool kGated_>
 struct Tiling {
   using Element = Element_;
   static constexpr bool kGathered = kGathered_, kGated = kGated_;
-  static constexpr int kX = kMmaTile, kW = kW_;                                 // rows of x and of w
-  static constexpr int kColumns = kGated ? kW / 2 : kW;                         // of y
-  static constexpr int kRing = kW == 128 ? 6 : 4;                               // as many as fit
-  static constexpr int kXBytes = 2 * kX * kSliceK, kWBytes = 2 * kW * kSliceK;  // of a slice
+  static constexpr int kX = kMmaTile, kW = kW_;          // rows of x and of w
+  static constexpr int kColumns = kGated ? kW / 2 : kW;  // of y
+  static constexpr int kRing = kW == 128 ? 6 : 4;        // as many as fit
 };
 
 // A warp's sums on their way from fragments to rows, 64 columns at a time: [16, 64], groups of eight columns exchanged
@@ -172,16 +171,22 @@ MOERT_DEVICE_INLINE void hand_over(Barrier& full) {
   if (lane_id() == 0) arrive(full);
 }
 
+// Rows of a box of x: no more are read than a tile of few rows has boxes of.  What lies in the others' place in shared
+// memory goes into sums that are not stored.
+constexpr int kXBox = 32;
+
 // One thread asks for a stage's boxes.
 template <class Tiling, class T>
 MOERT_DEVICE_INLINE void copy_boxes(const PersistentProduct<T>& q, const TileWork& work, int k, Barrier& full,
                                     typename Tiling::Element* x, typename Tiling::Element* w) {
-  arrive_expecting(full, Tiling::kGathered ? Tiling::kWBytes : Tiling::kXBytes + Tiling::kWBytes);
+  constexpr int kRowBytes = 2 * kSliceK;
+  const int boxes = Tiling::kGathered ? 0 : int(ceil_div(work.rows.rows, kXBox));
+  arrive_expecting(full, (Tiling::kW + boxes * kXBox) * kRowBytes);
   if constexpr (Tiling::kGated)
     copy_box(q.w, full, w, k, 0, 0, work.first / kStoredColumns, work.rows.expert);
   else
     copy_box(q.w, full, w, k, work.first, work.rows.expert);
-  if constexpr (!Tiling::kGathered) copy_box(q.x, full, x, k, work.rows.row);
+  for (int i = 0; i < boxes; ++i) copy_box(q.x, full, x + i * kXBox * kSliceK, k, work.rows.row + i * kXBox);
 }
 
 template <class Tiling, class T>
@@ -202,7 +207,8 @@ MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared
 #pragma unroll 1
     for (int slice = 0; slice < work.slices; ++slice, place.advance()) {
       const int stage = place.stage, k = slice * kSliceK;
-      wait(shared.empty[stage], place.parity ^ 1);  // the use before; of a first use there is none
+      // For the use before; of a first use there is none.  Who only looked on might miss a phase.
+      if (Tiling::kGathered || leads) wait(shared.empty[stage], place.parity ^ 1);
       if (leads) copy_boxes<Tiling>(q, work, k, shared.full[stage], shared.x[stage], shared.w[stage]);
       if constexpr (Tiling::kGathered) {
         gatherer.load(k, p.K, shared.x[stage]);

@@ -103,8 +103,8 @@ MOERT_DEVICE_INLINE void wait(Barrier& b, uint32_t parity) {
 // The thread's writes to shared memory are there for the copy engine and wgmma.
 MOERT_DEVICE_INLINE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The box of `map` at these coordinates into a slice, as bytes that `b` counts: always all of them, with zeros for what
-// lies outside the tensor.
+// The box of `map` at these coordinates into rows of a slice from a multiple of eight on, as bytes that `b` counts:
+// always all of them, with zeros for what lies outside the tensor.
 template <class... Coordinates>
 MOERT_DEVICE_INLINE void copy_box(const TensorMap& map, Barrier& b, void* to, Coordinates... at) {
   cute::SM90_TMA_LOAD::copy(&map, &b.state, uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, at...);
