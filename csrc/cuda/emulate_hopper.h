@@ -118,7 +118,8 @@ void take_registers() {}
 template <int n>
 void give_registers() {}
 
-// Reads a stage as late as it may: when it is waited for.  The lanes of a warp begin and wait together.
+// Reads a stage as soon as it may, which finds a copy that nobody waited for, or, where copies arrive at once, as late
+// as it may, which finds one that comes too soon.  The lanes of a warp begin and wait together.
 template <class Element, int n, int kStages>
 class SlicePair {
   struct Started {
@@ -144,17 +145,22 @@ class SlicePair {
     }
   }
 
+  void multiply_all_but(size_t newest) {
+    for (; started_.size() > newest; started_.pop_front()) multiply(started_.front());
+  }
+
  public:
   SlicePair(const Element* a, const Element* b, int group) : a_(a), b_(b), group_(group) {}
 
   void start(int stage, bool first) {
     __syncwarp();
     started_.push_back({stage, first});
+    if (!emulate::copies_at_once) multiply_all_but(0);
   }
 
   template <int newest>
   void finish() {
-    for (; started_.size() > newest; started_.pop_front()) multiply(started_.front());
+    multiply_all_but(newest);
     __syncwarp();
   }
 
