@@ -24,6 +24,13 @@ constexpr int kPersistentThreads = kConsumers + kProducers;
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(kProducers * kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * kPersistentThreads);
 
+// A warp's sums on their way from fragments to rows, 64 columns at a time: [16, 64], groups of eight columns exchanged
+// within a row so that the rows that half a warp writes at once meet in no bank.
+constexpr int kSumRows = 16, kSumColumns = 64, kStoredColumns = 8, kSumGroups = kSumColumns / kStoredColumns;
+MOERT_HOST_DEVICE constexpr int sum_place(int row, int group) {
+  return row * kSumColumns + (group ^ row % kSumGroups) * kStoredColumns;
+}
+
 // A kind of tile.  With gates its rows of w are eight of the gate, the same eight of up, and so on.
 template <class Element_, int kW_, bool kGathered_, bool kGated_>
 struct Tiling {
@@ -32,14 +39,8 @@ struct Tiling {
   static constexpr int kX = kMmaTile, kW = kW_;          // rows of x and of w
   static constexpr int kColumns = kGated ? kW / 2 : kW;  // of y
   static constexpr int kRing = kW == 128 ? 6 : 4;        // as many as fit
+  static constexpr int kParts = kW / kSumColumns;        // of the sums, stored one after the other
 };
-
-// A warp's sums on their way from fragments to rows, 64 columns at a time: [16, 64], groups of eight columns exchanged
-// within a row so that the rows that half a warp writes at once meet in no bank.
-constexpr int kSumRows = 16, kSumColumns = 64, kStoredColumns = 8, kSumGroups = kSumColumns / kStoredColumns;
-MOERT_HOST_DEVICE constexpr int sum_place(int row, int group) {
-  return row * kSumColumns + (group ^ row % kSumGroups) * kStoredColumns;
-}
 
 template <class Tiling>
 struct PersistentShared {
@@ -229,22 +230,34 @@ MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared
   }
 }
 
+// A part of the sums of a warp.  Registers have no index: there is code for each part, but only one copy of the
+// epilogue.
+template <class Tiling, class Sums>
+MOERT_DEVICE_INLINE void spread_part(const Sums& c, int part, float* sums) {
+  constexpr int kSums = kSumColumns / 2;
+#pragma unroll
+  for (int known = 0; known < Tiling::kParts; ++known) {
+    if (known != part) continue;
+#pragma unroll
+    for (int i = 0; i < kSums; i += 2) {
+      const int lane = lane_id(), column = sum_column(lane, i);
+      float* to = sums + sum_place(sum_row(lane, i), column / kStoredColumns) + column % kStoredColumns;
+      *reinterpret_cast<float2*>(to) = make_float2(c.sum(known * kSums + i), c.sum(known * kSums + i + 1));
+    }
+  }
+}
+
 // The sums of a warp, rows 16 warp to 16 warp + 15 of the tile, through the epilogue; a lane stores eight columns of y
 // at once.
 template <class Tiling, class Sums, class T>
 MOERT_DEVICE_INLINE void store_sums(const Product<T>& p, const TileWork& work, int warp, const Sums& c, float* sums) {
   constexpr bool kGated = Tiling::kGated;
-  constexpr int kGroups = kGated ? kSumGroups / 2 : kSumGroups, kSums = kSumColumns / 2;
+  constexpr int kGroups = kGated ? kSumGroups / 2 : kSumGroups;
   const int first_row = kSumRows * warp, rows = work.rows.rows - first_row, lane = lane_id();
   if (rows <= 0) return;
-#pragma unroll
-  for (int part = 0; part < Tiling::kW / kSumColumns; ++part) {
-#pragma unroll
-    for (int i = 0; i < kSums; i += 2) {
-      const int column = sum_column(lane, i);
-      float* to = sums + sum_place(sum_row(lane, i), column / kStoredColumns) + column % kStoredColumns;
-      *reinterpret_cast<float2*>(to) = make_float2(c.sum(part * kSums + i), c.sum(part * kSums + i + 1));
-    }
+#pragma unroll 1
+  for (int part = 0; part < Tiling::kParts; ++part) {
+    spread_part<Tiling>(c, part, sums);
     __syncwarp();
 #pragma unroll 1
     for (int i = lane; i < kSumRows * kGroups; i += kWarp) {
