@@ -24,6 +24,7 @@ from moert.testing import row_error
 from run import commit, default_path, save
 
 DECODE, PREFILL = (1, 4, 8, 16, 64), (256, 1024, 8192)
+PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1: no peer
 AGREE = 0.05  # the worst row's error: bfloat16 twice over; a wrong expert is off by 1
 LAYER = gpu_cases.Layer("small", 32, 16, 8, 2)  # --smoke
 
@@ -127,10 +128,12 @@ def show_limits(limits: dict, console: Console) -> None:
 
 
 def show(rows: list[dict], console: Console) -> None:
-    table = Table("operator", "layer", "floor us", "moert us", "share", "TFLOP/s", "best peer", "peer / moert")
+    table = Table(
+        "operator", "layer", "floor us", "moert us", "persistent us", "share", "TFLOP/s", "best peer", "peer / moert"
+    )
     for row in rows:
         seconds = row["seconds"]
-        peers = {name: time for name, time in seconds.items() if name != "moert"}
+        peers = {name: time for name, time in seconds.items() if name not in ("moert", PERSISTENT)}
         best = min(peers, key=peers.get, default=None)
         name = f"{best}{'' if row['graph'].get(best) else ' (no graph)'}" if best else "-"
         table.add_row(
@@ -138,6 +141,7 @@ def show(rows: list[dict], console: Console) -> None:
             row["shape"],
             f"{row['floor'] * 1e6:.1f}",
             f"{seconds['moert'] * 1e6:.1f}",
+            f"{seconds[PERSISTENT] * 1e6:.1f}" if PERSISTENT in seconds else "-",
             f"{row['share']:.2f}",
             f"{row['tflops']:.0f}" if row["flop"] else "-",
             name,

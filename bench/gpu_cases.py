@@ -4,6 +4,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, k choices per token, S =
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -160,6 +161,7 @@ class _Inputs:
             return torch.cat([self.rows[begin:end] @ w.T for begin, end, w in parts])
 
         providers = {"moert": lambda: moert.grouped_gemm(self.rows, self.w1, offsets), "loop": loop}
+        providers["moert persistent"] = _persistent(providers["moert"])
         if hasattr(F, "grouped_mm"):
             providers["grouped_mm"] = lambda: F.grouped_mm(self.rows, self.w1.transpose(1, 2), offs=ends)
         moved = self.used * N * K * 2 + self.rows.nbytes + S * N * 2
@@ -218,6 +220,7 @@ class _Inputs:
             "moert": lambda x, weights, w1, w2: moert.fused_experts(x, Routing(ids, weights, E), w1, w2),
             **_transformers(self.layer, ids, self.T),
         }
+        forwards["moert persistent"] = _persistent(forwards["moert"])
         if find_spec("liger_kernel"):
             from liger_kernel.ops import LigerFusedMoEFunction
 
@@ -228,6 +231,21 @@ class _Inputs:
         if find_spec("scattermoe"):
             forwards["ScatterMoE"] = functools.partial(_scattermoe, self.layer, ids)
         return forwards
+
+
+def _persistent(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with the persistent grouped GEMM, where the device is Hopper's and it takes the product."""
+
+    @functools.wraps(call)
+    def run(*args):
+        before = os.environ.get("MOERT_PERSISTENT_GEMM", "")
+        os.environ["MOERT_PERSISTENT_GEMM"] = "1"
+        try:
+            return call(*args)
+        finally:
+            os.environ["MOERT_PERSISTENT_GEMM"] = before
+
+    return run
 
 
 def _transformers(layer: Layer, ids: Tensor, T: int) -> dict[str, Callable[..., Tensor]]:

@@ -37,6 +37,18 @@ RULES = (
         r"packed_product\w*BlockCodes", ".*", (LOAD_128, STREAM_128), "x and packed weights are read 16 bytes at a time"
     ),
     Rule(r"packed_product\w*BitNested", ".*", (LOAD_128,), "x is read 16 bytes at a time"),
+    Rule(
+        r"grouped_gemm_persistent",
+        "sm_90a",
+        (r"\bHGMMA\b", r"\bUTMALDG\b", STORE_128),
+        "Hopper's tensor cores, fed by its copy engine; rows are stored 16 bytes at a time",
+    ),
+    Rule(
+        r"grouped_gemm_persistent_kernel\w*Li(?:128|256)ELb1ELb[01]E",
+        "sm_90a",
+        (r"\bLDGSTS\.E(?:\.\w+)*\.128",),
+        "rows are gathered 16 bytes at a time",
+    ),
     Rule(r"GemmUniversal", "sm_90a", (r"\bHGMMA\b", r"\bUTMALDG\b"), "Hopper's tensor cores, fed by its copy engine"),
 )
 # Kernels that may spill, and why.

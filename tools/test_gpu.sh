@@ -6,8 +6,11 @@ python=$1 build=build/cuda
 
 export MOERT_MUST_RUN=1  # no GPU is a failure, not a skip
 ctest --test-dir $build -L gpu --no-tests=error --output-on-failure
-"$python" -S -m pytest -q -m "gpu" -p no:cacheprovider -rs tests/test_gpu.py \
-  tests/integrations/transformers/test_trainer.py
+# With the persistent grouped GEMM for Hopper too; the C++ programs ask for it themselves.
+for persistent in 0 1; do
+  MOERT_PERSISTENT_GEMM=$persistent "$python" -S -m pytest -q -m "gpu" -p no:cacheprovider -rs tests/test_gpu.py \
+    tests/integrations/transformers/test_trainer.py
+done
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

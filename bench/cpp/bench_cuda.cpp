@@ -106,7 +106,11 @@ void bench(const Shape& s) {
     p.workspace = allocate(bytes);
     time("grouped_gemm, pointer arrays", flop, [&] { cuda::grouped_gemm(p, nullptr, mid, 2 * s.I); });
     must(cudaFree(p.workspace));
+    p.workspace = nullptr;
   }
+  setenv("MOERT_PERSISTENT_GEMM", "1", 1);  // on Hopper; on others the same again
+  time("grouped_gemm, persistent", flop, [&] { cuda::grouped_gemm(p, nullptr, mid, 2 * s.I); });
+  setenv("MOERT_PERSISTENT_GEMM", "0", 1);
   const GroupedGemmWgrad wgrad{S, s.E, 2 * s.I, s.H, device_offsets, {mid, DType::bf16, 2 * s.I}, p.x};
   void* dw = allocate(s.E * 2 * s.I * s.H * 2);
   time("grouped_gemm_wgrad", flop,
@@ -119,7 +123,12 @@ void bench(const Shape& s) {
   experts.down = {w2, DType::bf16, s.H * s.I, s.I, 1};
   const RoutedRows tokens{s.T, s.k, {x, DType::bf16, s.H}, device_ids, device_weights};
   void *workspace = allocate(cuda::fused_experts_workspace(tokens, experts)), *y = allocate(s.T * s.H * 2);
-  time("fused_experts", 1.5 * flop, [&] { cuda::fused_experts(tokens, experts, workspace, nullptr, y, nullptr); });
+  for (const char* persistent : {"0", "1"}) {
+    setenv("MOERT_PERSISTENT_GEMM", persistent, 1);
+    time(*persistent == '1' ? "fused_experts, persistent" : "fused_experts", 1.5 * flop,
+         [&] { cuda::fused_experts(tokens, experts, workspace, nullptr, y, nullptr); });
+  }
+  setenv("MOERT_PERSISTENT_GEMM", "0", 1);
   for (void* data : {x, rows, mid, w1, w2, dw, workspace, y, static_cast<void*>(device_ids),
                      static_cast<void*>(device_offsets), static_cast<void*>(device_weights)})
     must(cudaFree(data));

@@ -22,7 +22,6 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;
 constexpr int kLanes = 32;
-constexpr size_t kMostShared = 99 * 1024;  // of every GPU from sm_80 on
 constexpr unsigned kMostThreads = 1024;
 
 struct Fiber {
@@ -31,7 +30,7 @@ struct Fiber {
   jmp_buf here;
   bool started = false, done = true;
   void* fake_stack = nullptr;    // the address sanitizer's
-  int64_t* waits_for = nullptr;  // a count of completed barriers ...
+  int64_t* waits_for = nullptr;  // a count, of completed barriers for one, ...
   int64_t passed = 0;            // ... that must exceed this
 };
 
@@ -126,14 +125,6 @@ void open_block_barrier() {
   ++block.completed;
 }
 
-void wait(int64_t& completed, int64_t passed) {
-  Fiber& f = block.fibers[block.current];
-  f.waits_for = &completed;
-  f.passed = passed;
-  while (completed <= passed) yield();
-  f.waits_for = nullptr;
-}
-
 void run_block(unsigned order) {
   for (Warp& w : block.warps) w = {};
   std::fill(block.shared.begin(), block.shared.end(), char(0xA5));
@@ -162,6 +153,14 @@ void fail(const char* what) {
   std::abort();
 }
 
+void wait(int64_t& count, int64_t passed) {
+  Fiber& f = block.fibers[block.current];
+  f.waits_for = &count;
+  f.passed = passed;
+  while (count <= passed) yield();
+  f.waits_for = nullptr;
+}
+
 void sync_block() {
   const int64_t passed = block.completed;
   ++block.arrived;
@@ -185,13 +184,13 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 
 void* shared_memory() { return block.shared.data(); }
 
-void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel) {
+void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel, size_t most_shared) {
   if (threads == 0 || threads > kMostThreads || threads % kLanes)
     fail("a block must have 32 to 1024 threads in whole warps");
   block.threads = threads;
   block.warps.resize(threads / kLanes);
   block.kernel = &kernel;
-  if (shared > kMostShared) fail("a block must have at most 99 KiB of shared memory");
+  if (shared > most_shared) fail("a block must have at most 99 KiB of shared memory, of sm_90 227 KiB");
   block.shared = std::vector<char>(shared);  // of its own, so that a sanitizer sees its end
   blockDim = {threads, 1, 1};
   gridDim = grid;

@@ -32,8 +32,12 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
+// Bytes of shared memory that a block may have: of every GPU from sm_80 on, of sm_90.
+constexpr size_t kMostShared = 99 * 1024, kMostSharedOfHopper = 227 * 1024;
+
 // Runs `kernel` in every thread of every block, which has `shared` bytes of memory, at first of no use.
-void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel);
+void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel,
+         size_t most_shared = kMostShared);
 
 void* shared_memory();
 
@@ -44,6 +48,9 @@ inline bool copies_at_once = false;
 
 // Waits for every living thread of the block.
 void sync_block();
+
+// Waits until a count, which other threads raise, exceeds `passed`.
+void wait(int64_t& count, int64_t passed);
 
 // Every lane of the warp gives 8 bytes and gets all 32 of them; the array is good until the lane's next exchange.
 const uint64_t* exchange(unsigned mask, uint64_t value);

@@ -37,6 +37,8 @@ void require_device() {
   if (device < kDevices) good[device].store(true, std::memory_order_relaxed);
 }
 
+bool is_sm90() { return attribute(cudaDevAttrComputeCapabilityMajor, current_device()) == 9; }
+
 int num_sms() {
   static std::atomic<int> known[kDevices];
   const int device = current_device();
@@ -52,6 +54,8 @@ int num_sms() {
 #else
 
 void require_device() {}
+
+bool is_sm90() { return true; }
 
 int num_sms() { return 4; }
 

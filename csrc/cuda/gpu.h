@@ -8,6 +8,9 @@ namespace moert::cuda {
 // Throws unless the current device has compute capability 8.0 or more; asks each device once.
 void require_device();
 
+// Whether the current device has compute capability 9.x, and so the kernels for sm_90a.
+bool is_sm90();
+
 // Multiprocessors of the current device.
 int num_sms();
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cuda/grouped_gemm_mma.h"
+#include "cuda/grouped_gemm_persistent.h"
 #include "cuda/grouped_gemm_sm90.h"
 #include "cuda/launch.h"
 
@@ -40,6 +41,8 @@ void multiply(const Product<T>& p, bool tf32, void* stream) {
   if (p.S == 0 || p.N == 0) return;
   if constexpr (kTensorCores && !std::is_same_v<T, double>) {
     if (takes<T>(tf32) && fits_tensor_cores(p)) {
+      if constexpr (sizeof(T) == 2)
+        if (takes_persistent(p)) return grouped_gemm_persistent(p, stream);
 #if defined(__CUDACC__)
       if constexpr (sizeof(T) == 2)
         if (p.workspace && takes_pointer_arrays(p)) return grouped_gemm_by_pointer_arrays(p, p.workspace, stream);

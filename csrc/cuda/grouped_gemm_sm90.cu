@@ -131,13 +131,6 @@ void run(const Product<T>& p, void* workspace, void* stream) {
   start(gemm.run(static_cast<cudaStream_t>(stream)));
 }
 
-bool is_sm90() {
-  int device = 0, major = 0;
-  MOERT_CUDA_CHECK(cudaGetDevice(&device));
-  MOERT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major == 9;
-}
-
 }  // namespace
 
 template <typename T>

@@ -1,6 +1,7 @@
 #include "moert/fused_experts.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <vector>
 
 #include "../cpp/expect.h"
@@ -192,17 +193,26 @@ void test_infinity() {
     }
 }
 
+// What goes through the tensor cores, where there are any: rows of whole 16-byte pieces.
+void test_layouts_in_pieces() {
+  for (const bool transposed : {false, true})
+    for (const bool alternate : {false, true})
+      for (const bool bias : {false, true}) {
+        check<bf16>({70, 3, 4, 72, 40, Act::swiglu, transposed, alternate, bias, ScaleOn::input});
+        check<f16>({70, 3, 4, 72, 40, Act::swiglu_oai, transposed, alternate, bias});
+      }
+  check<bf16>({70, 2, 3, 72, 40, Act::relu2, false, false, true});
+  check<bf16>({70, 2, 3, 136, 104, Act::swiglu});
+}
+
 void test_layouts() {
   for (const bool transposed : {false, true})
     for (const bool alternate : {false, true})
       for (const bool bias : {false, true}) {
         check<float>({9, 3, 4, 21, 11, Act::swiglu, transposed, alternate, bias});
         check<f16>({9, 3, 4, 21, 11, Act::swiglu_oai, transposed, alternate, bias});
-        // Rows of whole 16-byte pieces: on the tensor cores where there are any.
-        check<bf16>({70, 3, 4, 72, 40, Act::swiglu, transposed, alternate, bias, ScaleOn::input});
-        check<f16>({70, 3, 4, 72, 40, Act::swiglu_oai, transposed, alternate, bias});
       }
-  check<bf16>({70, 2, 3, 72, 40, Act::relu2, false, false, true});
+  test_layouts_in_pieces();
 }
 
 void test_edges() {
@@ -219,6 +229,11 @@ void tests() {
 #if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
   emulate::copies_at_once = true;
   test_layouts();
+#endif
+#if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
+  setenv("MOERT_PERSISTENT_GEMM", "1", 1);
+  test_layouts_in_pieces();
+  check<bf16>({300, 2, 3, 72, 264, Act::swiglu, false, false, true});  // wide tiles
 #endif
 }
 

@@ -1,11 +1,15 @@
 #include "moert/grouped_gemm.h"
 
 #include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../cpp/expect.h"
 #include "cuda/expert_tiles.h"
 #include "cuda/grouped_gemm_mma.h"
+#include "cuda/grouped_gemm_persistent.h"
 #include "memory.h"
 
 #if defined(MOERT_EMULATED)
@@ -173,24 +177,29 @@ void weight_gradient(const Case& c) {
   EXPECT(equal(dw.read(), expected));
 }
 
-// Nothing but the product, of many experts: with the workspace of the kernel over pointer arrays where there is one.
-// Where `repeated`, the rows are one and the same.
-template <typename T>
-void plain(bool transposed, bool repeated) {
+struct Plain {
+  bool transposed, repeated = false;  // repeated: the rows are one and the same
 #if defined(MOERT_EMULATED)
-  const int64_t N = 136, K = 72, E = 6;
+  int64_t N = 136, K = 72, E = 6;
 #else
-  const int64_t N = 520, K = 648, E = 40;
+  int64_t N = 520, K = 648, E = 40;
 #endif
+  int32_t longest = 130;  // slots of an expert
+};
+
+// Nothing but the product, of many experts: with the workspace of the kernel over pointer arrays where there is one.
+template <typename T>
+void plain(const Plain& c) {
+  const int64_t N = c.N, K = c.K, E = c.E;
   std::vector<int32_t> offsets{0};
   for (int64_t e = 0; e < E; ++e)
-    offsets.push_back(offsets.back() + (e == 0 || e == E - 1 ? 0 : e == 3 ? 130 : int32_t(e) % 7));
-  const int64_t S = offsets.back() + 3, stride = repeated ? 0 : K;
+    offsets.push_back(offsets.back() + (e == 0 || e == E - 1 ? 0 : e == 3 ? c.longest : int32_t(e) % 7));
+  const int64_t S = offsets.back() + 3, stride = c.repeated ? 0 : K;
   const DType dtype = DTypeOf<T>::value;
-  const auto x = rounded<T>(integers(repeated ? K : S * K, 7)), w = rounded<T>(integers(E * N * K, 8));
+  const auto x = rounded<T>(integers(c.repeated ? K : S * K, 7)), w = rounded<T>(integers(E * N * K, 8));
   const std::vector<T> nan(S * N, cuda::narrow<T>(NAN));
   const auto product = [&](const int32_t* offsets, const T* x, T* w) {
-    return GroupedGemm{S, E, N, K, offsets, {x, dtype, stride}, matrix(w, N, K, transposed), {}};
+    return GroupedGemm{S, E, N, K, offsets, {x, dtype, stride}, matrix(w, N, K, c.transposed), {}};
   };
   std::vector<T> expected = nan;
   cpu::grouped_gemm(product(offsets.data(), x.data(), const_cast<T*>(w.data())), 1, expected.data(), N);
@@ -220,7 +229,7 @@ void test_products() {
       weight_gradient<T>({66, 5, transposed, gathered});
       weight_gradient<T>({3, 70, transposed, gathered});
       weight_gradient<T>({136, 72, transposed, gathered, ScaleOn::output, true});
-      plain<T>(transposed, gathered);
+      plain<T>({transposed, gathered});
     }
 }
 
@@ -245,16 +254,83 @@ void test_fits_tensor_cores() {
   EXPECT(!fits(16, 24, 24, 48, 2, 0));  // neither rows nor columns of w lie side by side
 }
 
+#if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
+constexpr const char* kPersistent = "MOERT_PERSISTENT_GEMM";
+
+void test_persistent() {
+  setenv(kPersistent, "1", 1);
+  test_products<bf16>();
+  test_products<f16>();
+  for (const bool gathered : {false, true}) forward<bf16>({264, 520, false, gathered});  // around the ring in one tile
+  // Wide tiles, so many that a block has several
+  plain<bf16>({.transposed = false, .N = 520, .longest = 600});
+  plain<f16>({.transposed = false, .N = 520, .K = 264, .E = 40, .longest = 300});
+  setenv(kPersistent, "0", 1);
+}
+#endif
+
+#if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
+// What the persistent kernel is given when it is asked for, and what it leaves to others.
+void test_takes_persistent() {
+  alignas(16) static uint16_t memory[64];
+  static int32_t index[1];
+  struct Asked {
+    int64_t N = 16, K = 24, x_stride = 24, w_row = 24, w_column = 1, w_expert = 16 * 24, up = 0;
+    bool gathered = false;
+  };
+  const auto takes = [&](const Asked& a) {
+    GroupedGemm p{};
+    p.S = 3, p.E = 2, p.N = a.N, p.K = a.K;
+    p.x = {memory, DType::bf16, a.x_stride, a.gathered ? index : nullptr};
+    p.w = {memory, DType::bf16, a.w_expert, a.w_row, a.w_column};
+    cuda::Product<bf16> product = cuda::product_of<bf16>(p, memory, a.N);
+    product.epilogue.form.gated = a.up != 0;
+    product.up.data += a.up;
+    return cuda::takes_persistent(product);
+  };
+  for (const char* off : {"", "0"}) {
+    setenv(kPersistent, off, 1);
+    EXPECT(!takes({}));
+  }
+  setenv(kPersistent, "1", 1);
+  EXPECT(takes({}));
+  EXPECT(takes({.x_stride = 0, .gathered = true}));
+  EXPECT(takes({.w_row = 48, .up = 24, .gathered = true}));  // gates and ups in turns
+  EXPECT(!takes({.up = 24}));                                // nobody asks for it in expert order
+  EXPECT(!takes({.up = -24, .gathered = true}));
+  EXPECT(!takes({.x_stride = 0}));
+  EXPECT(!takes({.w_row = 1, .w_column = 16}));
+  EXPECT(!takes({.w_row = 0}));
+  EXPECT(!takes({.w_expert = 0}));
+  EXPECT(!takes({.w_expert = int64_t(1) << 39}));
+  EXPECT(!takes({.K = 0}));
+  setenv(kPersistent, "yes", 1);
+  std::string said;
+  try {
+    takes({});
+  } catch (const std::runtime_error& error) {
+    said = error.what();
+  }
+  EXPECT(said == "MOERT_PERSISTENT_GEMM must be 0 or 1, got yes");
+  setenv(kPersistent, "0", 1);
+}
+#endif
+
 void tests() {
   test_products<float>();
   test_products<double>();
   test_products<bf16>();
   test_products<f16>();
 #if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
+  test_takes_persistent();
+  test_persistent();
   emulate::copies_at_once = true;
   test_products<float>();
   test_products<bf16>();
   test_products<f16>();
+#endif
+#if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
+  test_persistent();
 #endif
 }
 

@@ -1,0 +1,18 @@
+// Grouped GEMM by one persistent kernel for sm_90a, asked for by MOERT_PERSISTENT_GEMM=1 in the environment, which is
+// looked at in every call.
+#pragma once
+
+#include "cuda/grouped_gemm_product.h"
+
+namespace moert::cuda {
+
+// Whether the kernel is asked for, and the current device and the product, one that fits_tensor_cores, are of the kind:
+// K-major weights, and rows of x that are gathered or, where nothing is gated, lie in expert order.
+template <typename T>
+bool takes_persistent(const Product<T>& p);
+
+// T is bf16 or f16.
+template <typename T>
+void grouped_gemm_persistent(const Product<T>& p, void* stream);
+
+}  // namespace moert::cuda
