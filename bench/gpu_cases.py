@@ -234,7 +234,7 @@ class _Inputs:
 
 
 def _persistent(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with the persistent grouped GEMM, where the device is Hopper's and it takes the product."""
+    """The forward with the persistent grouped GEMM, where the device is Hopper's and it takes the product."""
 
     @functools.wraps(call)
     def run(*args):

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from itertools import product
@@ -55,7 +55,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 
 @dataclass
 class Row:
-    """One problem: the milliseconds of every turn of every provider, and the limits of that turn."""
+    """One problem: the seconds of every turn of every provider, and the limits of that turn; of slow ones the first."""
 
     problem: dict
     bytes: float = 0.0
@@ -64,7 +64,7 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)
     # Of a training step, beyond the weights and their gradients.
     memory: dict[str, int] = field(default_factory=dict)
-    # Of all outputs of the first routing together, relative to float32 throughout (of a training step, to moert).
+    # Of all outputs of the first routing together, relative to float32 throughout.
     errors: dict[str, float] = field(default_factory=dict)
 
     def ideal(self) -> list[float]:
@@ -77,7 +77,6 @@ class Row:
     def providers(self) -> list[str]:
         return [name for name in self.times if name not in LIMITS]
 
-    # What is slow is timed in the first turn alone.
     def share(self, name: str) -> float:
         return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=False))
 
@@ -111,9 +110,11 @@ class Family:
             self.close()
             self.start()
         try:
-            return self.ask(load=problem)
+            answer = self.ask(load=problem)
         except RuntimeError as error:
-            return {"providers": [], "missing": {self.name: str(error)}}
+            answer = {"providers": [], "missing": {self.name: str(error)}}
+        self.providers: list[str] = answer["providers"]
+        return answer
 
     def ask(self, **request) -> dict:
         if self.process.poll() is None:
@@ -242,8 +243,8 @@ def measure(problem: Problem, families: list[Family], options: argparse.Namespac
     calls = [(family, name) for family, answer in answers.items() for name in answer["providers"]]
     check(problem, calls, row)
     if problem.training and not options.keep_memory:  # kept memory is there before the step that takes it
-        for name, answer in asked(calls, row, lambda name: {"memory": name}):
-            if name not in LIMITS and answer["bytes"] is not None:
+        for name, answer in asked(calls, row, lambda name: {"memory": name}, LIMITS):
+            if answer["bytes"] is not None:
                 row.memory[name] = answer["bytes"] - weight_bytes
     for _ in range(options.turns):
         for name, answer in asked(calls, row, lambda name: {"time": name, "seconds": seconds_of(name, options)}):
@@ -257,17 +258,20 @@ def seconds_of(name: str, options: argparse.Namespace) -> float:
     return options.seconds / 4 if name in LIMITS else options.seconds
 
 
-def asked(calls: list[tuple[Family, str]], row: Row, request: Callable[[str], dict]) -> Iterator[tuple[str, dict]]:
-    """The answer to every call; a family that dies is named, and its calls and times are taken out."""
+def asked(
+    calls: list[tuple[Family, str]], row: Row, request: Callable[[str], dict], without: Iterable[str] = ()
+) -> Iterator[tuple[str, dict]]:
+    """The answer to every call; a family that dies is named, and its calls and what they gave are taken out."""
     for family, name in list(calls):
-        if (family, name) not in calls:
+        if name in without or (family, name) not in calls:
             continue
         try:
             yield name, family.ask(**request(name))
         except RuntimeError as error:
-            for _, gone in (call for call in calls if call[0] is family):
+            for gone in family.providers:
                 row.missing[gone] = str(error)
-                row.times.pop(gone, None)
+                for values in (row.times, row.memory, row.errors):
+                    values.pop(gone, None)
             calls[:] = [call for call in calls if call[0] is not family]
             require_moert(row)
 
@@ -276,8 +280,8 @@ def check(problem: Problem, calls: list[tuple[Family, str]], row: Row) -> None:
     """What computes something else is no peer: left out and named.  moert must compute it."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: f"{folder}/{i}.npy" for i, (_, name) in enumerate(calls)}
-        saved = asked(calls, row, lambda name: {"save": name, "path": paths[name]})
-        outputs = {name: np.load(answer["saved"]) for name, answer in saved if name not in LIMITS}
+        saved = asked(calls, row, lambda name: {"save": name, "path": paths[name]}, LIMITS)
+        outputs = {name: np.load(answer["saved"]) for name, answer in saved}
     expected = problem.gradients() if problem.training else problem.reference()
     size = np.maximum(np.linalg.norm(expected, axis=-1), np.finfo(np.float32).tiny)  # experts without rows have none
     for name, output in outputs.items():

@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor
   };
   Tensor dx = output(0, x, {}), dw1 = output(2, in.w1, main_grads.w1), dw2 = output(3, in.w2, main_grads.w2);
   Tensor dweights = torch::stable::new_empty(call.weights, {wants(1) ? call.T : 0, call.k});
-  const Tensor none = torch::stable::new_empty(x, {0});
-  Tensor db1 = in.b1 ? output(4, *in.b1, main_grads.b1) : none, db2 = in.b2 ? output(5, *in.b2, main_grads.b2) : none;
+  Tensor db1 = in.b1 ? output(4, *in.b1, main_grads.b1) : torch::stable::new_empty(x, {0});
+  Tensor db2 = in.b2 ? output(5, *in.b2, main_grads.b2) : torch::stable::new_empty(x, {0});
 
   ExpertGradients gradients;
   gradients.accumulate = {main_grads.w1.has_value(), main_grads.w2.has_value(), main_grads.b1.has_value(),

@@ -203,7 +203,6 @@ struct Gating {
     for (int64_t j = 0; j < call.k; ++j) weights[j] += poison[0];
   }
 
-  // In order_rows the choice of a bias stands outside of the loop.
   static MOERT_INLINE Reals selection(const GatingCall& call, const Reals* rows, int64_t e) {
     return call.bias ? rows[e] + static_cast<const Real*>(call.bias)[e] : rows[e];
   }
@@ -232,7 +231,7 @@ struct Gating {
 
   // keys [E, in whole blocks] = selection scores as integers; what may not be chosen has none.
   static void order_rows(const GatingCall& call, const Reals* rows, const Ints* allowed, Ints* keys) {
-    const auto* bias = static_cast<const Real*>(call.bias);
+    const auto* bias = static_cast<const Real*>(call.bias);  // as selection, with the choice outside of the loop
     for (int64_t e = 0; !bias && e < call.E; ++e) keys[e] = order(rows[e]);
     for (int64_t e = 0; bias && e < call.E; ++e) keys[e] = order(rows[e] + bias[e]);
     const int64_t groups = call.options->num_groups, size = call.E / groups;

@@ -77,7 +77,8 @@ bool takes_persistent(const Product<T>& p) {
   if (p.S == 0 || p.E == 0 || p.K == 0 || p.N > 0x7fffffff || p.w.column != 1) return false;
   // Rows that lie apart, and steps of the copy engine forwards.
   if (p.w.row < p.K || !steps(8 * p.w.row) || (p.E > 1 && !steps(p.w.expert))) return false;
-  if (p.epilogue.form.gated) return p.x.index && steps(up_from_gate(p));
+  // Gates and ups are one tensor, of which an expert is one step.
+  if (p.epilogue.form.gated) return p.x.index && steps(up_from_gate(p)) && (p.E == 1 || p.up.expert == p.w.expert);
   return p.x.index || (p.x.stride >= p.K && steps(p.x.stride));
 }
 

@@ -58,7 +58,7 @@ inline TensorMap tensor_map(const TensorBoxes& t) {
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, uint32_t(t.rank), const_cast<void*>(t.data), t.sizes, t.strides,
              t.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  MOERT_CHECK(result == CUDA_SUCCESS, "a tensor for the copy engine was refused, error ", int(result));
+  MOERT_CHECK(result == CUDA_SUCCESS, "the driver must take a tensor for the copy engine, got error ", int(result));
   return map;
 }
 

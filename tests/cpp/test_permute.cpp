@@ -214,7 +214,7 @@ void stores_past_the_caches() {
 
 // More tokens than slots: most of them have none.
 void stores_few_rows_of_many_tokens() {
-  constexpr int64_t T = 40000, S = 2100, H = 2050;
+  constexpr int64_t T = 40000, S = 4200, H = 2050;  // 17 MB
   std::vector<moert::bf16> x(T * 2), rows(S * H, moert::to_bf16(7));
   for (int64_t i = 0; i < T * 2; ++i) x[i] = moert::to_bf16(float(i % 251));
   x.resize(T * 2 + H);

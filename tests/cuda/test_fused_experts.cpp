@@ -233,7 +233,8 @@ void tests() {
 #if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
   setenv("MOERT_PERSISTENT_GEMM", "1", 1);
   test_layouts_in_pieces();
-  check<bf16>({300, 2, 3, 72, 264, Act::swiglu, false, false, true});  // wide tiles
+  check<bf16>({300, 2, 3, 72, 264, Act::swiglu, false, false, true});  // wide tiles, where multiprocessors are few
+  check<bf16>({300, 2, 3, 72, 264, Act::relu2});
 #endif
 }
 

@@ -177,6 +177,18 @@ void weight_gradient(const Case& c) {
   EXPECT(equal(dw.read(), expected));
 }
 
+void refuses_to_add() {
+  std::string message;
+  try {
+    GroupedGemmWgrad product{};
+    product.accumulate = true;
+    cuda::grouped_gemm_wgrad(product, nullptr, {});
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  EXPECT(message == "accumulate must be false on a GPU, got true");
+}
+
 struct Plain {
   bool transposed, repeated = false;  // repeated: the rows are one and the same
 #if defined(MOERT_EMULATED)
@@ -321,6 +333,7 @@ void tests() {
   test_products<double>();
   test_products<bf16>();
   test_products<f16>();
+  refuses_to_add();
 #if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
   test_takes_persistent();
   test_persistent();
