@@ -78,14 +78,16 @@ class Row:
         return [name for name in self.times if name not in LIMITS]
 
     def share(self, name: str) -> float:
-        return statistics.median(i / t for i, t in zip(self.ideal(), self.times[name], strict=False))
+        times = self.times[name]
+        return statistics.median(i / t for i, t in zip(self.ideal()[: len(times)], times, strict=True))
 
     def best_peer(self) -> str | None:
         peers = [name for name in self.providers() if not name.startswith("moert")]
         return min(peers, key=lambda name: statistics.median(self.times[name]), default=None)
 
     def ratio(self, name: str) -> float:
-        return statistics.median(p / m for p, m in zip(self.times[name], self.times["moert"], strict=False))
+        times = self.times[name]
+        return statistics.median(p / m for p, m in zip(times, self.times["moert"][: len(times)], strict=True))
 
 
 class Family:
