@@ -24,7 +24,8 @@ from moert.testing import row_error
 from run import commit, default_path, save
 
 DECODE, PREFILL = (1, 4, 8, 16, 64), (256, 1024, 8192)
-PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1: no peer
+PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1
+OWN = ("moert", PERSISTENT, "moert main_grad")  # no peers
 AGREE = 0.05  # the worst row's error: bfloat16 twice over; a wrong expert is off by 1
 LAYER = gpu_cases.Layer("small", 32, 16, 8, 2)  # --smoke
 
@@ -133,7 +134,7 @@ def show(rows: list[dict], console: Console) -> None:
     )
     for row in rows:
         seconds = row["seconds"]
-        peers = {name: time for name, time in seconds.items() if name not in ("moert", PERSISTENT)}
+        peers = {name: time for name, time in seconds.items() if name not in OWN}
         best = min(peers, key=peers.get, default=None)
         name = f"{best}{'' if row['graph'].get(best) else ' (no graph)'}" if best else "-"
         table.add_row(

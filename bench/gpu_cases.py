@@ -59,7 +59,7 @@ class Problem:
 
 
 def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Iterator[Problem]:
-    """One at a time: what a graph keeps is gone before the next; step: also forward and backward of the experts."""
+    """One at a time: what a graph keeps is gone before the next; step: also the experts' backward and both ways."""
     made = _Inputs(layer, T, routing, device)
     yield made.gating()
     yield made.plan()
@@ -71,6 +71,7 @@ def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Ite
         yield made.quantized()
     if step:
         yield made.step()
+        yield made.backward()
 
 
 class _Inputs:
@@ -205,6 +206,32 @@ class _Inputs:
         forwards = {name: forward for name, forward in self._forwards().items() if not name.endswith("batched_mm")}
         providers = {name: provider(forward) for name, forward in forwards.items()}
         return Problem("fused_experts step", self.shape, 3 * self._moved(), 3 * self._flop(), providers)
+
+    def backward(self) -> Problem:
+        """The same gradients of a forward that has been: made, or with moert also added to float32 main_grads."""
+        dy = self.random(*self.x.shape).bfloat16()
+        tensors = (self.x, self.ids, self.weights, self.w1, self.w2, None, None)
+        choices = ("swiglu", 1.702, 7.0, False, False, "output")
+        _, h = torch.ops.moert.fused_experts(*tensors, *choices, True)
+        sums = [torch.zeros(w.shape, device=w.device) for w in (self.w1, self.w2)]
+        ops = torch.ops.moert
+
+        def provider(forward):
+            leaves = [x.detach().requires_grad_() for x in (self.x, self.weights, self.w1, self.w2)]
+            y = forward(*leaves)
+            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]
+
+        def adding():
+            return ops.fused_experts_backward_(dy, *tensors, h, *sums, None, None, *choices, 0b1111)[0]
+
+        providers = {
+            "moert": lambda: ops.fused_experts_backward(dy, *tensors, h, *choices, 0b1111)[0],
+            "moert main_grad": adding,
+        }
+        for name, forward in self._forwards().items():
+            if not name.startswith("moert") and not name.endswith("batched_mm"):
+                providers[name] = provider(forward)
+        return Problem("fused_experts backward", self.shape, 2 * self._moved(), 2 * self._flop(), providers)
 
     def _moved(self) -> float:
         matrices = self.used * (self.w1[0].nbytes + self.w2[0].nbytes)

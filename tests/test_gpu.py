@@ -30,7 +30,7 @@ from moert.testing import (
     assert_grads_close,
     assert_rows_close,
 )
-from moert.types import DispatchPlan
+from moert.types import ACTIVATIONS, Activation, DispatchPlan
 
 DEVICE = "cuda"
 pytestmark = [
@@ -161,6 +161,89 @@ def test_fused_experts(shape, dtype, layout):
     assert_rows_close(op(*args), ref, *args)
     # What lies between the products is rounded to dtype, four times on the way to dx.
     assert_grads_close(op, ref, torch.randn(shape.T, H).to(dtype), *args, factor=4)
+
+
+def experts_case(activation="swiglu", layout=ExpertLayout(), dtype=torch.bfloat16, E=7, I=72):
+    """x, weights, w1, w2, b1, b2 and the function (fn, those) -> y; nobody chooses expert 1, some drop."""
+    T, k, H, width = 150, 3, 136, 2 * I if Activation(activation).gated else I
+    ids = torch.rand(T, E + 1).argsort(1)[:, :k].int()
+    ids[ids == 1] = E
+    w1, w2 = torch.randn(E, width, H) / H**0.5, torch.randn(E, H, I) / I**0.5
+    if layout.transposed:
+        w1, w2 = w1.mT.contiguous(), w2.mT.contiguous()
+    args = [torch.randn(T, H), torch.rand(T, k), w1, w2, torch.randn(E, width), torch.randn(E, H)]
+
+    def run(fn, x, weights, w1, w2, b1, b2, scale_on="output"):
+        routing = Routing(ids.to(x.device), weights, E)
+        return fn(x, routing, w1, w2, (b1, b2), Activation(activation, limit=50.0), layout, scale_on)
+
+    return [a.to(dtype) if i != 1 else a for i, a in enumerate(args)], run
+
+
+@pytest.mark.parametrize("I", (72, 21), ids=("pieces", "odd"))
+@pytest.mark.parametrize("scale_on", ("output", "input"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_experts(activation, scale_on, I):
+    for layout in (ExpertLayout(), ExpertLayout(True), ExpertLayout(False, True), ExpertLayout(True, True)):
+        for dtype in DTYPES:
+            args, run = experts_case(activation, layout, dtype, I=I)
+            op = by_gpu(lambda *a: run(moert.fused_experts, *a, scale_on))  # noqa: B023
+            ref = lambda *a: run(fused_experts_ref, *a, scale_on)  # noqa: B023, E731
+            assert_grads_close(op, ref, torch.randn_like(args[0]), *args, factor=4)
+
+
+def gradients(args, run, dy):
+    leaves = [a.detach().requires_grad_() for a in args]
+    return torch.autograd.grad(run(moert.fused_experts, *leaves), leaves, dy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_the_same_in_every_run(dtype):
+    args, run = experts_case(dtype=dtype)
+    args, dy = [there(a) for a in args], torch.randn_like(args[0], device=DEVICE)
+    first = gradients(args, run, dy)
+    for _ in range(5):
+        assert all(map(torch.equal, gradients(args, run, dy), first))
+
+
+@pytest.mark.parametrize("scale_on", ("output", "input"))
+@pytest.mark.parametrize("layout", (ExpertLayout(), ExpertLayout(True, True)), ids=("ENK", "EKN-interleaved"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_added_to_main_grads(dtype, layout, scale_on):
+    """As the CPU adds them; an expert that nobody chose keeps its bits."""
+    args, run = experts_case(layout=layout, dtype=dtype)
+    dy, starts, added = torch.randn_like(args[0]), [torch.randn(a.shape) for a in args[2:]], {}
+    for device in ("cpu", DEVICE):
+        x, weights, *rest = (a.to(device) for a in args)
+        parameters = [torch.nn.Parameter(a) for a in rest]
+        moert.runtime.add_to_main_grad_(torch.nn.ParameterList(parameters))
+        for p, start in zip(parameters, starts, strict=True):
+            p.main_grad = start.to(device, copy=True)
+        for _ in range(2):
+            run(moert.fused_experts, x, weights, *parameters, scale_on).backward(dy.to(device))
+        assert all(p.grad is None for p in parameters)
+        added[device] = [p.main_grad.cpu() for p in parameters]
+    unit = 8 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-5
+    for got, expected, start in zip(added[DEVICE], added["cpu"], starts, strict=True):
+        assert torch.equal(got[1], start[1])
+        assert (got - expected).norm() <= unit * (expected - start).norm()
+
+
+def test_a_captured_step_can_be_replayed():
+    args, run = experts_case()
+    args, dy = [there(a) for a in args], torch.randn_like(args[0], device=DEVICE)
+    expected, stream = gradients(args, run, dy), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(args, run, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = gradients(args, run, dy)
+    for grad in got:
+        grad.zero_()
+    graph.replay()
+    assert all(map(torch.equal, got, expected))
 
 
 def quantized(shape, fmt, dtype):

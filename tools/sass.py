@@ -49,6 +49,19 @@ RULES = (
         (r"\bLDGSTS\.E(?:\.\w+)*\.128",),
         "rows are gathered 16 bytes at a time",
     ),
+    Rule(
+        r"grouped_gemm_mma\w*ActivationBackward",
+        ".*",
+        (LOAD_128,),
+        "pre-activations are read 16 bytes at a time",
+    ),
+    Rule(
+        r"grouped_gemm_(?:wgrad_)?mma",
+        ".*",
+        (r"\bHMMA\b", STORE_128),
+        "tensor cores; rows are stored 16 bytes at a time",
+    ),
+    Rule(r"choice_dots", ".*", (LOAD_128,), "rows are read 16 bytes at a time"),
     Rule(r"GemmUniversal", "sm_90a", (r"\bHGMMA\b", r"\bUTMALDG\b"), "Hopper's tensor cores, fed by its copy engine"),
 )
 # Kernels that may spill, and why.

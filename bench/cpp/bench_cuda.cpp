@@ -116,6 +116,12 @@ void bench(const Shape& s) {
   time("grouped_gemm_wgrad", flop,
        [&] { cuda::grouped_gemm_wgrad(wgrad, nullptr, {dw, DType::bf16, 2 * s.I * s.H, s.H, 1}); });
 
+  GroupedGemmWgrad added = wgrad;
+  added.accumulate = true;
+  void* sums = allocate(s.E * 2 * s.I * s.H * 4);
+  time("grouped_gemm_wgrad, added", flop,
+       [&] { cuda::grouped_gemm_wgrad(added, nullptr, {sums, DType::f32, 2 * s.I * s.H, s.H, 1}); });
+
   ExpertWeights experts{};
   experts.E = s.E, experts.H = s.H, experts.I = s.I;
   experts.gate = {w1, DType::bf16, 2 * s.I * s.H, s.H, 1};
@@ -129,7 +135,18 @@ void bench(const Shape& s) {
          [&] { cuda::fused_experts(tokens, experts, workspace, nullptr, y, nullptr); });
   }
   setenv("MOERT_PERSISTENT_GEMM", "0", 1);
-  for (void* data : {x, rows, mid, w1, w2, dw, workspace, y, static_cast<void*>(device_ids),
+  must(cudaFree(workspace));
+
+  ExpertGradients gradients{};
+  gradients.dx = y, gradients.dweights = sums;
+  void* ddown = allocate(s.E * s.H * s.I * 2);
+  gradients.dgate = experts.gate, gradients.dup = experts.up, gradients.ddown = experts.down;
+  gradients.dgate.data = dw, gradients.dup.data = static_cast<bf16*>(dw) + s.I * s.H, gradients.ddown.data = ddown;
+  workspace = allocate(cuda::fused_experts_backward_workspace(tokens, experts, true, gradients));
+  time("fused_experts_backward", 3 * flop, [&] {
+    cuda::fused_experts_backward({x, DType::bf16, s.H}, tokens, experts, mid, workspace, nullptr, gradients);
+  });
+  for (void* data : {x, rows, mid, w1, w2, dw, sums, ddown, workspace, y, static_cast<void*>(device_ids),
                      static_cast<void*>(device_offsets), static_cast<void*>(device_weights)})
     must(cudaFree(data));
 }

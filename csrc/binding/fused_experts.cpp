@@ -261,8 +261,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   return backward(dy, {x, weights, w1, w2, b1, b2}, call, h, transposed, needs, {{}, {}, {}, {}});
 }
 
-#if !defined(MOERT_CUDA)
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backward_(
     const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
     const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const Tensor& h,
@@ -276,14 +274,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
                   {w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad});
 }
 
-#endif
-
 STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
   m.impl("fused_experts", TORCH_BOX(&fused_experts));
   m.impl("fused_experts_backward", TORCH_BOX(&fused_experts_backward));
-#if !defined(MOERT_CUDA)
   m.impl("fused_experts_backward_", TORCH_BOX(&fused_experts_backward_));
-#endif
 }
 
 }  // namespace moert

@@ -12,23 +12,44 @@ struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Neighbours {
   T values[n];
 };
 
-// In words of 16 bytes where they fill some: of elements the compiler would store one after the other.
+// In words of 16 bytes where they fill some, by the instruction for it: the compiler would store them 4 bytes at a
+// time.
 template <typename T, int n>
 MOERT_HOST_DEVICE inline void put(T* to, const Neighbours<T, n>& from) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(from) % sizeof(uint4) == 0) {
     uint4 words[sizeof(from) / sizeof(uint4)];
     memcpy(words, &from, sizeof(from));
-    for (int i = 0; i < int(sizeof(from) / sizeof(uint4)); ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
+    for (int i = 0; i < int(sizeof(from) / sizeof(uint4)); ++i)
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(reinterpret_cast<uint4*>(to) + i), "r"(words[i].x), "r"(words[i].y), "r"(words[i].z),
+                     "r"(words[i].w)
+                   : "memory");
     return;
   }
 #endif
   *reinterpret_cast<Neighbours<T, n>*>(to) = from;
 }
 
+template <int n, typename T>
+MOERT_HOST_DEVICE inline Neighbours<T, n> take(const T* from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Neighbours<T, n>) % sizeof(uint4) == 0) {
+    uint4 words[sizeof(Neighbours<T, n>) / sizeof(uint4)];
+    for (int i = 0; i < int(sizeof(words) / sizeof(uint4)); ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+    Neighbours<T, n> to;
+    memcpy(&to, words, sizeof(to));
+    return to;
+  }
+#endif
+  return *reinterpret_cast<const Neighbours<T, n>*>(from);
+}
+
 template <typename T>
 struct Epilogue {
   using A = Acc<T>;
+  static constexpr bool kSumsRows = false;  // whether store() returns what is summed along rows
 
   T* y;              // [S, N]
   int64_t y_stride;  // between rows
@@ -41,6 +62,9 @@ struct Epilogue {
   bool activates = false;
   ActivationForm<A> form{};
   T* h = nullptr;  // [S, N] or, gate then up, [S, 2N], dense: what the activation is given
+
+  // Whether it acts on two products, gate and up.
+  MOERT_HOST_DEVICE bool takes_up() const { return form.gated; }
 
   // A sum of the product as the activation is given it.
   MOERT_HOST_DEVICE A before(int32_t expert, int64_t row, int64_t column, A sum, const T* b) const {

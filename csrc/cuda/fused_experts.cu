@@ -44,7 +44,7 @@ struct Forward {
 
   void run(void* stream, T* y, T* h) const {
     plan.run(tokens, w.E, stream);
-    multiply(first_product(tokens, w, plan, act, h), false, stream);
+    multiply(first_product(tokens, w, plan, act, h), tokens.tf32, stream);
     const int64_t S = tokens.T * tokens.k;
     GroupedGemm second{};
     second.S = S, second.E = w.E, second.N = w.H, second.K = w.I, second.offsets = plan.offsets;
@@ -52,7 +52,7 @@ struct Forward {
     second.w = w.down;
     second.bias = w.down_bias;
     second.workspace = groups;
-    multiply(product_of<T>(second, rows, w.H), false, stream);
+    multiply(product_of<T>(second, rows, w.H), tokens.tf32, stream);
     unpermute_rows(rows, w.H, DTypeOf<T>::value, plan.slots, w.scale_on == ScaleOn::output ? tokens.weights : nullptr,
                    nullptr, 0, tokens.T, tokens.k, S, w.H, stream, y);
   }

@@ -17,83 +17,50 @@ __global__ void __launch_bounds__(kRowThreads)
   if (i < choices && slots[i] >= 0) scale[slots[i]] = weights[i];
 }
 
-// The sum over a block, in every thread, in an order that depends on the thread numbers alone.
-template <typename A>
-MOERT_DEVICE_INLINE A block_sum(A x) {
-  __shared__ A parts[kRowThreads / kWarp];
-  x = warp_sum(x);
-  __syncthreads();
-  if (lane_id() == 0) parts[warp_id()] = x;
-  __syncthreads();
-  A sum = 0;
-  for (int i = 0; i < kRowThreads / kWarp; ++i) sum += parts[i];
-  return sum;
-}
-
-// With g = dy . down of a slot and d = g, or weight g where the weight scales the output:
-template <typename T>
-struct ActivationBackward {
-  int32_t S, E;
-  int64_t I;
-  const int32_t* offsets;
-  const T* h;           // [S, I] or [S, 2I], gate then up
-  const T* g;           // [S, I]
-  const Acc<T>* scale;  // [S] or null
-  ActivationForm<Acc<T>> form;
-  bool alternate;  // dh holds gate and up in turns, else one after the other
-  T* dh;           // [S, I] or [S, 2I]: the gradient of h, in the order of w1's rows
-  T* act;          // [S, I] or null: weight act
-  Acc<T>* dots;    // [S]: <g, act>
-};
-
-// One block a slot.
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads) activation_backward(ActivationBackward<T> p) {
-  using A = Acc<T>;
-  const int64_t s = blockIdx.x, I = p.I, width = p.form.gated ? 2 * I : I;
-  if (s >= p.offsets[p.E]) return;
-  const A scale = p.scale ? p.scale[s] : A(1);
-  A dot = 0;
-  for (int64_t i = threadIdx.x; i < I; i += kRowThreads) {
-    const A g = widen(p.g[s * I + i]), u = p.form.gated ? A(widen(p.h[s * width + I + i])) : A(0);
-    const auto gradients = activate_backward(p.form, A(widen(p.h[s * width + i])), u, scale * g);
-    p.dh[s * width + (p.alternate ? 2 * i : i)] = narrow<T>(gradients.dgate);
-    if (p.form.gated) p.dh[s * width + (p.alternate ? 2 * i + 1 : I + i)] = narrow<T>(gradients.dup);
-    if (p.act) p.act[s * I + i] = narrow<T>(scale * gradients.act);
-    dot += g * gradients.act;
-  }
-  dot = block_sum(dot);
-  if (threadIdx.x == 0) p.dots[s] = dot;
-}
-
-// out[t, j] = start[slot] + <a[t], b[row]>, where the row is the choice's slot or, of b2, its expert; 0 where the
-// choice was dropped.
+// out[t, j] = the sum of the slot's parts + <a[t], b[row]>, where the row is the choice's slot or, of b2, its expert; 0
+// where the choice was dropped.
 template <typename T>
 struct ChoiceDots {
-  int64_t k, H;
+  int64_t choices, k, N;
   const int32_t *slots, *ids;  // [T, k]; row = slot where ids is null
-  const Acc<T>* start;         // [S] or null
-  const T *a, *b;              // b may be null
+  const Acc<T>* parts;         // [S, num_parts] or null
+  int64_t num_parts;
+  const T *a, *b;  // b may be null
   int64_t a_stride, b_stride;
   Acc<T>* out;
 };
 
-// One block a choice.
+// A lane's part of <a, b>, 16 bytes at a time where both lie so.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) choice_dots(ChoiceDots<T> p) {
-  using A = Acc<T>;
-  const int64_t i = blockIdx.x, t = i / p.k;
-  const int32_t slot = p.slots[i];
-  A dot = 0;
-  if (slot >= 0 && p.b) {
-    const T *a = p.a + t * p.a_stride, *b = p.b + (p.ids ? p.ids[i] : slot) * p.b_stride;
-    for (int64_t n = threadIdx.x; n < p.H; n += kRowThreads) dot += A(widen(a[n])) * A(widen(b[n]));
+MOERT_DEVICE_INLINE Acc<T> lane_dot(const T* a, const T* b, int64_t N) {
+  const int64_t chunks = is_aligned(a, 0) && is_aligned(b, 0) ? N / kChunk<T> : 0;
+  Acc<T> dot = 0;
+  for (int64_t c = lane_id(); c < chunks; c += kWarp) {
+    const Chunk x = load_chunk(a + c * kChunk<T>), y = load_chunk(b + c * kChunk<T>);
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) dot += element<T>(x, i) * element<T>(y, i);
   }
-  dot = block_sum(dot);
-  if (threadIdx.x == 0) p.out[i] = slot < 0 ? A(0) : dot + (p.start ? p.start[slot] : A(0));
+  for (int64_t n = chunks * kChunk<T> + lane_id(); n < N; n += kWarp) dot += Acc<T>(widen(a[n])) * Acc<T>(widen(b[n]));
+  return dot;
 }
 
-// out[e, n] = sum over the slots s of e of (scale[s] *) rows[s, n].
+// One warp a choice.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) choice_dots(ChoiceDots<T> p) {
+  const int64_t i = int64_t(blockIdx.x) * (kRowThreads / kWarp) + warp_id();
+  if (i >= p.choices) return;
+  const int32_t slot = p.slots[i];
+  Acc<T> dot = 0;
+  if (slot >= 0) {
+    if (p.b) dot = lane_dot(p.a + i / p.k * p.a_stride, p.b + (p.ids ? p.ids[i] : slot) * p.b_stride, p.N);
+    for (int64_t n = lane_id(); p.parts && n < p.num_parts; n += kWarp) dot += p.parts[slot * p.num_parts + n];
+  }
+  dot = warp_sum(dot);
+  if (lane_id() == 0) p.out[i] = dot;
+}
+
+// out[e, n] = sum over the slots s of e of (scale[s] *) rows[s, n], or that is added to onto[e, n], which stays as it
+// is where there is no slot.
 template <typename T>
 struct SlotSums {
   int32_t S, E;
@@ -104,7 +71,8 @@ struct SlotSums {
   const int32_t* index;  // of rows, or null
   const Acc<T>* scale;   // or null
   T* out;
-  int64_t out_stride;
+  Acc<T>* onto;        // or null
+  int64_t out_stride;  // of either
 };
 
 // A block sums kWarp columns of one expert; warp i takes every eighth slot from i on.
@@ -125,7 +93,10 @@ __global__ void __launch_bounds__(kRowThreads) slot_sums(SlotSums<T> p) {
   __syncthreads();
   if (warp_id() || n >= p.N) return;
   for (int i = 1; i < kWarps; ++i) sum += parts[i][lane_id()];
-  p.out[e * p.out_stride + n] = narrow<T>(sum);
+  if (!p.onto)
+    p.out[e * p.out_stride + n] = narrow<T>(sum);
+  else if (slots.count)
+    p.onto[e * p.out_stride + n] += sum;
 }
 
 // rows[s] *= scale[s], one block a slot.

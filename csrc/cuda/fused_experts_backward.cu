@@ -1,4 +1,8 @@
-// Gradients of the expert FFN out of grouped products; cpu/fused_experts_backward.cpp has the formulas.
+// Gradients of the expert FFN out of grouped products; cpu/fused_experts_backward.cpp has the formulas.  What is saved
+// is x, the pre-activations and the routing; the activation is computed again in the epilogue of dy . w2.
+#include <algorithm>
+
+#include "cuda/activation_backward.h"
 #include "cuda/fused_experts.cuh"
 #include "cuda/fused_experts.h"
 #include "cuda/launch.h"
@@ -40,13 +44,15 @@ struct Backward {
   const RoutedRows& tokens;
   const ExpertWeights& w;
   const ExpertGradients& out;
-  const bool gated, scale_output;
+  const bool gated, scale_output, needs_act, needs_rows;
   const int64_t S, width;
   Memory memory;
   SlotPlan<T> plan;
-  T *recomputed, *act, *g, *dh, *rows;  // [S, width], [S, I], [S, I], [S, width], [S, H]
-  A* dots;                              // [S]
-  void* groups;                         // of a product
+  T *recomputed, *dh;  // [S, width]
+  T* act;              // [S, I]
+  T* rows;             // [S, H], in the place of act: dy . w2's is read by then
+  A* dots;             // as ActivationBackward has them
+  void* groups;        // of a product
 
   Backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& w, const ExpertGradients& out, bool saved,
            void* workspace)
@@ -56,16 +62,17 @@ struct Backward {
         out(out),
         gated(is_gated(w.activation.act)),
         scale_output(w.scale_on == ScaleOn::output),
+        needs_act(!saved || out.ddown.data),
+        needs_rows(out.dx || (out.dweights && !scale_output)),
         S(tokens.T * tokens.k),
         width(gated ? 2 * w.I : w.I),
         memory(workspace),
         plan(tokens, w.E, true, memory),
         recomputed(saved ? nullptr : memory.take<T>(S * width)),
-        act(memory.take<T>(S * w.I)),
-        g(memory.take<T>(S * w.I)),
         dh(memory.take<T>(S * width)),
-        rows(out.dx || (out.dweights && !scale_output) ? memory.take<T>(S * w.H) : nullptr),
-        dots(memory.take<A>(S)),
+        act(memory.take<T>(S * std::max(needs_act ? w.I : 0, needs_rows ? w.H : 0))),
+        rows(act),
+        dots(out.dweights && scale_output ? memory.take<A>(S * ceil_div(w.I, kDotColumns)) : nullptr),
         groups(memory.take<char>(grouped_gemm_workspace(w.E))) {}
 
   // y = x . m^T for rows in slot order.
@@ -73,34 +80,49 @@ struct Backward {
     GroupedGemm p{};
     p.S = S, p.E = w.E, p.N = N, p.K = K, p.offsets = plan.offsets, p.x = x, p.w = m;
     p.workspace = groups;
-    multiply(product_of<T>(p, y, N), false, stream);
+    multiply(product_of<T>(p, y, N), tokens.tf32, stream);
+  }
+
+  // dh, act and dots, from the pre-activations.
+  void activation_backward(const Rows& dy_slots, const T* h, bool alternate, void* stream) const {
+    const ActivationBackward<T> to{w.I,       h,  scale_output ? plan.scale : nullptr, activation_form<A>(w.activation),
+                                   alternate, dh, out.ddown.data ? act : nullptr,      dots};
+    const MatrixOf<const T> down(turned(w.down));
+    multiply(Product<T, ActivationBackward<T>>{int32_t(S), int32_t(w.E), w.I, w.H, plan.offsets, RowsOf<T>(dy_slots),
+                                               down, down, to},
+             tokens.tf32, stream);
   }
 
   void weight_gradient(const Rows& left, const Rows& right, int64_t N, int64_t K, const ExpertMatrix& dw,
-                       void* stream) const {
-    multiply(
-        Gradient<T>{int32_t(S), int32_t(w.E), N, K, plan.offsets, RowsOf<T>(left), RowsOf<T>(right), MatrixOf<T>(dw)},
-        false, stream);
+                       bool accumulate, void* stream) const {
+    if (!dw.data) return;
+    const GroupedGemmWgrad p{S, w.E, N, K, plan.offsets, left, right, tokens.tf32, accumulate};
+    multiply(gradient_of<T>(p, dw), p.tf32, stream);
   }
 
-  void bias_gradient(const Rows& from, const A* scale, int64_t N, const ExpertVector& db, void* stream) const {
+  void bias_gradient(const Rows& from, const A* scale, int64_t N, const ExpertVector& db, bool accumulate,
+                     void* stream) const {
     if (!db.data) return;
+    void* data = const_cast<void*>(db.data);
     launch(&slot_sums<T>, {w.E * ceil_div(N, kWarp)}, kRowThreads, stream,
            SlotSums<T>{int32_t(S), int32_t(w.E), N, plan.offsets, static_cast<const T*>(from.data), from.stride,
-                       from.index, scale, static_cast<T*>(const_cast<void*>(db.data)), db.expert_stride});
+                       from.index, scale, static_cast<T*>(data), accumulate ? static_cast<A*>(data) : nullptr,
+                       db.expert_stride});
   }
 
   void routing_gradient(void* stream) const {
-    ChoiceDots<T> p{tokens.k, w.H, plan.slots, nullptr, nullptr, nullptr, nullptr, 0, 0, static_cast<A*>(out.dweights)};
+    if (!out.dweights) return;
+    ChoiceDots<T> p{};
+    p.choices = S, p.k = tokens.k, p.N = w.H, p.slots = plan.slots, p.out = static_cast<A*>(out.dweights);
     if (scale_output) {
-      p.ids = tokens.ids, p.start = dots;
+      p.ids = tokens.ids, p.parts = dots, p.num_parts = ceil_div(w.I, kDotColumns);
       p.a = static_cast<const T*>(dy.data), p.a_stride = dy.stride;
       p.b = static_cast<const T*>(w.down_bias.data), p.b_stride = w.down_bias.expert_stride;
     } else {
       p.a = static_cast<const T*>(tokens.x.data), p.a_stride = tokens.x.stride;
       p.b = rows, p.b_stride = w.H;
     }
-    launch(&choice_dots<T>, {S}, kRowThreads, stream, p);
+    launch(&choice_dots<T>, {ceil_div(S, kRowThreads / kWarp)}, kRowThreads, stream, p);
   }
 
   void run(const T* saved, void* stream) const {
@@ -108,25 +130,22 @@ struct Backward {
     const Rows dy_slots{dy.data, kType, dy.stride, plan.tokens};
     const Rows dh_slots{dh, kType, width}, act_slots{act, kType, w.I};
     const Whole w1 = whole(w.gate, w.up, w.I, gated);
-    const A* scale = scale_output ? plan.scale : nullptr;
+    const auto& added = out.accumulate;
 
     plan.run(tokens, w.E, stream);
-    if (!saved) multiply(first_product(tokens, w, plan, act, recomputed), false, stream);
-    times(dy_slots, turned(w.down), w.I, w.H, g, stream);
-    launch(&activation_backward<T>, {S}, kRowThreads, stream,
-           ActivationBackward<T>{int32_t(S), int32_t(w.E), w.I, plan.offsets, saved ? saved : recomputed, g, scale,
-                                 activation_form<A>(w.activation), w1.alternate, dh, act, dots});
-    if (out.ddown.data) weight_gradient(dy_slots, act_slots, w.H, w.I, out.ddown, stream);
-    bias_gradient(dy_slots, scale, w.H, out.ddown_bias, stream);
-    bias_gradient(dh_slots, nullptr, width, out.dgate_bias, stream);
-    if (rows) times(dh_slots, turned(w1.matrix), w.H, width, rows, stream);
+    if (!saved) multiply(first_product(tokens, w, plan, act, recomputed), tokens.tf32, stream);
+    activation_backward(dy_slots, saved ? saved : recomputed, w1.alternate, stream);
+    weight_gradient(dy_slots, act_slots, w.H, w.I, out.ddown, added.w2, stream);
+    bias_gradient(dy_slots, scale_output ? plan.scale : nullptr, w.H, out.ddown_bias, added.b2, stream);
+    bias_gradient(dh_slots, nullptr, width, out.dgate_bias, added.b1, stream);
+    if (needs_rows) times(dh_slots, turned(w1.matrix), w.H, width, rows, stream);
     if (out.dx)
       unpermute_rows(rows, w.H, kType, plan.slots, scale_output ? nullptr : tokens.weights, nullptr, 0, tokens.T,
                      tokens.k, S, w.H, stream, out.dx);
-    if (out.dweights) routing_gradient(stream);
+    routing_gradient(stream);
     if (!out.dgate.data) return;
     if (!scale_output) launch(&scale_rows<T>, {S}, kRowThreads, stream, plan.offsets + w.E, plan.scale, width, dh);
-    weight_gradient(dh_slots, x_slots, width, w.H, whole(out.dgate, out.dup, w.I, gated).matrix, stream);
+    weight_gradient(dh_slots, x_slots, width, w.H, whole(out.dgate, out.dup, w.I, gated).matrix, added.w1, stream);
   }
 };
 
@@ -145,8 +164,6 @@ int64_t fused_experts_backward_workspace(const RoutedRows& tokens, const ExpertW
 void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
                             void* workspace, void* stream, const ExpertGradients& gradients) {
   check_alone(tokens);
-  const auto& added = gradients.accumulate;
-  MOERT_CHECK(!(added.w1 || added.w2 || added.b1 || added.b2), "accumulate must be false on a GPU, got true");
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
     Backward<T>(dy, tokens, experts, gradients, h, workspace).run(static_cast<const T*>(h), stream);

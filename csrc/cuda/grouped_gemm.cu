@@ -36,22 +36,23 @@ Gradient<T> by_rows(const Gradient<T>& p) {
 
 }  // namespace
 
-template <typename T>
-void multiply(const Product<T>& p, bool tf32, void* stream) {
+template <typename T, class To>
+void multiply(const Product<T, To>& p, bool tf32, void* stream) {
   if (p.S == 0 || p.N == 0) return;
   if constexpr (kTensorCores && !std::is_same_v<T, double>) {
     if (takes<T>(tf32) && fits_tensor_cores(p)) {
-      if constexpr (sizeof(T) == 2)
+      constexpr bool on_hopper = sizeof(T) == 2 && std::is_same_v<To, Epilogue<T>>;  // kernels for it alone
+      if constexpr (on_hopper)
         if (takes_persistent(p)) return grouped_gemm_persistent(p, stream);
 #if defined(__CUDACC__)
-      if constexpr (sizeof(T) == 2)
+      if constexpr (on_hopper)
         if (p.workspace && takes_pointer_arrays(p)) return grouped_gemm_by_pointer_arrays(p, p.workspace, stream);
 #endif
       return grouped_gemm_on_tensor_cores(p, stream);
     }
   }
   const int64_t tiles = num_row_tiles(p.S, p.E, kSimtTile) * ceil_div(p.N, kSimtTile);
-  launch(&grouped_gemm_simt<T>, {tiles}, kSimtThreads, stream, p);
+  launch(&grouped_gemm_simt<T, To>, {tiles}, kSimtThreads, stream, p);
 }
 
 template <typename T>
@@ -65,8 +66,9 @@ void multiply(const Gradient<T>& gradient, bool tf32, void* stream) {
   launch(&grouped_gemm_wgrad_simt<T>, {tiles}, kSimtThreads, stream, p);
 }
 
-#define MOERT_INSTANTIATE(T)                              \
-  template void multiply(const Product<T>&, bool, void*); \
+#define MOERT_INSTANTIATE(T)                                                     \
+  template void multiply(const Product<T>&, bool, void*);                        \
+  template void multiply(const Product<T, ActivationBackward<T>>&, bool, void*); \
   template void multiply(const Gradient<T>&, bool, void*);
 MOERT_INSTANTIATE(float)
 MOERT_INSTANTIATE(bf16)
@@ -90,13 +92,7 @@ void grouped_gemm(const GroupedGemm& p, void* stream, void* y, int64_t y_stride)
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, void* stream, const ExpertMatrix& dw) {
-  MOERT_CHECK(!p.accumulate, "accumulate must be false on a GPU, got true");
-  with_dtype(p.x.dtype, [&](auto type) {
-    using T = decltype(type);
-    const Gradient<T> gradient{int32_t(p.S),   int32_t(p.E),   p.N, p.K, p.offsets, RowsOf<T>(p.dy),
-                               RowsOf<T>(p.x), MatrixOf<T>(dw)};
-    multiply(gradient, p.tf32, stream);
-  });
+  with_dtype(p.x.dtype, [&](auto type) { multiply(gradient_of<decltype(type)>(p, dw), p.tf32, stream); });
 }
 
 }  // namespace moert::cuda

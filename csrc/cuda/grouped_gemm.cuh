@@ -4,6 +4,7 @@
 // A block of 256 threads computes a tile of 64 x 64, each thread 4 x 4 of it, over slices of 16.
 #pragma once
 
+#include "cuda/activation_backward.h"
 #include "cuda/expert_tiles.h"
 #include "cuda/grouped_gemm_product.h"
 #include "cuda/simt.h"
@@ -56,8 +57,8 @@ MOERT_DEVICE_INLINE void for_thread_tile(const F& f) {
     for (int j = 0; j < kPerThread; ++j) f(i, j, ty + i * kRows, tx + j * kRows);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kSimtThreads) grouped_gemm_simt(Product<T> p) {
+template <typename T, class To>
+__global__ void __launch_bounds__(kSimtThreads) grouped_gemm_simt(Product<T, To> p) {
   using A = Acc<T>;
   const int64_t columns = (p.N + kSimtTile - 1) / kSimtTile;
   const TileIndex tile = banded(blockIdx.x, num_row_tiles(p.S, p.E, kSimtTile), columns, kBand);
@@ -77,16 +78,30 @@ __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_simt(Product<T> p) 
   };
   if (!unused) {
     times(p.w, gate);
-    if (p.epilogue.form.gated) times(p.up, up);
+    if (p.epilogue.takes_up()) times(p.up, up);
   }
+  A row_sums[kPerThread] = {};
   for_thread_tile([&](int i, int j, int row, int column) {
     if (row >= rows.rows || n0 + column >= p.N) return;
-    if (unused)
-      p.epilogue.clear(rows.row + row, n0 + column);
+    if (unused) return p.epilogue.clear(rows.row + row, n0 + column);
+    const auto store = [&] {
+      return p.epilogue.template store<1>(rows.expert, rows.row + row, n0 + column, {gate[i][j]},
+                                          {p.epilogue.takes_up() ? up[i][j] : A(0)});
+    };
+    if constexpr (To::kSumsRows)
+      row_sums[i] += store();
     else
-      p.epilogue.template store<1>(rows.expert, rows.row + row, n0 + column, {gate[i][j]},
-                                   {p.epilogue.form.gated ? up[i][j] : A(0)});
+      store();
   });
+  if constexpr (To::kSumsRows) {
+    static_assert(kSimtTile == kDotColumns);
+    if (unused) return;
+    for_thread_tile([&](int i, int j, int row, int column) {
+      if (j > 0) return;
+      const A sum = warp_sum<kSimtTile / kPerThread>(row_sums[i]);
+      if (column == 0 && row < rows.rows) p.epilogue.put_sum(rows.row + row, n0, sum);
+    });
+  }
 }
 
 template <typename T>
@@ -97,6 +112,7 @@ __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_wgrad_simt(Gradient
   const TileIndex tile = banded(blockIdx.x % (rows * columns), rows, columns, kBand);
   const int64_t n0 = tile.row * kSimtTile, k0 = tile.column * kSimtTile;
   const Slots slots = slots_of(p.offsets, e, p.S);
+  if (p.onto && slots.count == 0) return;
 
   A c[kPerThread][kPerThread];
   const auto value = [&](const RowsOf<T>& from, int64_t s, int64_t column, int64_t size) {
@@ -108,7 +124,7 @@ __global__ void __launch_bounds__(kSimtThreads) grouped_gemm_wgrad_simt(Gradient
   multiply_simt<A>(dy, x, slots.count, false, false, c);
 
   for_thread_tile([&](int i, int j, int row, int column) {
-    if (n0 + row < p.N && k0 + column < p.K) *p.dw.at(e, n0 + row, k0 + column) = narrow<T>(c[i][j]);
+    if (n0 + row < p.N && k0 + column < p.K) p.template store<1>(e, n0 + row, k0 + column, {c[i][j]});
   });
 }
 

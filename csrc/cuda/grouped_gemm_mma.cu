@@ -1,4 +1,4 @@
-// Every kernel over tensor cores that there is: 6 for each 16-bit element, 3 for tf32.
+// Every kernel over tensor cores that there is: 8 for each element.
 #include "cuda/grouped_gemm_mma.cuh"
 
 #include "cuda/grouped_gemm_mma.h"
@@ -37,22 +37,22 @@ void start(void (*kernel)(P), int64_t blocks, int threads, int shared, [[maybe_u
 #endif
 }
 
-template <Major kMajorW, Gates kGates, typename T>
-void start_product(const Product<T>& p, void* stream) {
+template <Major kMajorW, Gates kGates, typename T, class To>
+void start_product(const Product<T, To>& p, void* stream) {
   using Element = typename ElementOf<T>::Type;
   constexpr int kColumns = kGates == Gates::none ? kMmaTile : kMmaTile / 2;
   const int64_t blocks = num_row_tiles(p.S, p.E, kMmaTile) * ceil_div(p.N, kColumns);
-  start(&grouped_gemm_mma<Element, kMajorW, kGates, T>, blocks, Tile<Element>::kThreads, kSharedBytes<Element>, stream,
-        p);
+  start(&grouped_gemm_mma<Element, kMajorW, kGates, T, To>, blocks, Tile<Element>::kThreads, kSharedBytes<Element>,
+        stream, p);
 }
 
 }  // namespace
 
-template <typename T>
-void grouped_gemm_on_tensor_cores(const Product<T>& p, void* stream) {
+template <typename T, class To>
+void grouped_gemm_on_tensor_cores(const Product<T, To>& p, void* stream) {
   const bool k_major = p.w.column == 1;
-  if constexpr (sizeof(T) == 2) {
-    if (p.epilogue.form.gated) {
+  if constexpr (std::is_same_v<To, Epilogue<T>>) {
+    if (p.epilogue.takes_up()) {
       if (k_major) return start_product<Major::k, Gates::apart>(p, stream);
       if (p.w.row == 1) return start_product<Major::mn, Gates::apart>(p, stream);
       return start_product<Major::mn, Gates::alternate>(p, stream);
@@ -69,11 +69,13 @@ void wgrad_on_tensor_cores(const Gradient<T>& p, void* stream) {
   start(&grouped_gemm_wgrad_mma<Element, T>, blocks, Tile<Element>::kThreads, kSharedBytes<Element>, stream, p);
 }
 
-template void grouped_gemm_on_tensor_cores(const Product<bf16>&, void*);
-template void grouped_gemm_on_tensor_cores(const Product<f16>&, void*);
-template void grouped_gemm_on_tensor_cores(const Product<float>&, void*);
-template void wgrad_on_tensor_cores(const Gradient<bf16>&, void*);
-template void wgrad_on_tensor_cores(const Gradient<f16>&, void*);
-template void wgrad_on_tensor_cores(const Gradient<float>&, void*);
+#define MOERT_INSTANTIATE(T)                                                                   \
+  template void grouped_gemm_on_tensor_cores(const Product<T>&, void*);                        \
+  template void grouped_gemm_on_tensor_cores(const Product<T, ActivationBackward<T>>&, void*); \
+  template void wgrad_on_tensor_cores(const Gradient<T>&, void*);
+MOERT_INSTANTIATE(bf16)
+MOERT_INSTANTIATE(f16)
+MOERT_INSTANTIATE(float)
+#undef MOERT_INSTANTIATE
 
 }  // namespace moert::cuda

@@ -13,6 +13,7 @@
 
 #include "cuda/tensor_core.h"
 
+#include "cuda/activation_backward.h"
 #include "cuda/expert_tiles.h"
 #include "cuda/grouped_gemm_product.h"
 
@@ -277,8 +278,8 @@ MOERT_HOST_DEVICE void separate(float (&low)[n], float (&high)[n]) {
 }
 
 // A row of the tile of weights that column n of the tile comes from; null outside.
-template <Gates kGates, class T>
-__device__ const T* weight_at(const Product<T>& p, int64_t expert, int64_t first, int n) {
+template <Gates kGates, class T, class To>
+__device__ const T* weight_at(const Product<T, To>& p, int64_t expert, int64_t first, int n) {
   if constexpr (kGates == Gates::apart) {
     const int64_t row = first + n / 16 * 8 + n % 8;
     return row < p.N ? (n / 8 % 2 ? p.up : p.w).at(expert, row, 0) : nullptr;
@@ -290,14 +291,10 @@ __device__ const T* weight_at(const Product<T>& p, int64_t expert, int64_t first
 }
 
 // The tile's rows through the epilogue, eight columns of y a thread.
-template <Gates kGates, class T>
-__device__ void store_tile(const Product<T>& p, const RowTile& rows, int64_t first, const Sums& sums) {
+template <Gates kGates, class T, class To>
+__device__ void store_tile(const Product<T, To>& p, const RowTile& rows, int64_t first, const Sums& sums) {
   constexpr int kGroups = kMmaTile / kStored / (kGates == Gates::none ? 1 : 2);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows.rows * kGroups; i += blockDim.x) {
-    const int row = i / kGroups, group = i % kGroups;
-    const int64_t column = first + group * kStored;
-    if (column >= p.N) continue;
+  const auto store = [&](int row, int group) {
     float gate[kStored], up[kStored];
     if constexpr (kGates == Gates::none) {
       sums.read(row, group, gate);
@@ -306,12 +303,27 @@ __device__ void store_tile(const Product<T>& p, const RowTile& rows, int64_t fir
       sums.read(row, 2 * group + 1, up);
     }
     if constexpr (kGates == Gates::alternate) separate(gate, up);
-    p.epilogue.store(rows.expert, rows.row + row, column, gate, kGates == Gates::none ? gate : up);
+    return p.epilogue.store(rows.expert, rows.row + row, first + group * kStored, gate,
+                            kGates == Gates::none ? gate : up);
+  };
+  // Whole warps: sums go along neighbouring threads.
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (rows.rows * kGroups + kWarp - 1) / kWarp * kWarp; i += blockDim.x) {
+    const int row = i / kGroups, group = i % kGroups;
+    const bool inside = row < rows.rows && first + group * kStored < p.N;
+    if constexpr (To::kSumsRows) {
+      constexpr int kNeighbours = kDotColumns / kStored;
+      const float sum = warp_sum<kNeighbours>(inside ? store(row, group) : 0.0f);
+      if (inside && group % kNeighbours == 0) p.epilogue.put_sum(rows.row + row, first + group * kStored, sum);
+    } else if (inside) {
+      store(row, group);
+    }
   }
 }
 
-template <class Element, Major kMajorW, Gates kGates, class T>
-__global__ void __launch_bounds__(Tile<Element>::kThreads, 2) grouped_gemm_mma(const __grid_constant__ Product<T> p) {
+template <class Element, Major kMajorW, Gates kGates, class T, class To>
+__global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
+    grouped_gemm_mma(const __grid_constant__ Product<T, To> p) {
   MOERT_SHARED(char, shared);
   constexpr int kColumns = kGates == Gates::none ? kMmaTile : kMmaTile / 2;
   const int64_t columns = (p.N + kColumns - 1) / kColumns;
@@ -350,6 +362,7 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
   const TileIndex tile = banded(blockIdx.x % (rows * columns), rows, columns, kBand);
   const int64_t n0 = tile.row * kMmaTile, k0 = tile.column * kMmaTile;
   const Slots slots = slots_of(p.offsets, e, p.S);
+  if (p.onto && slots.count == 0) return;
 
   const auto loader = [&](const RowsOf<T>& from, int64_t first, int64_t size) {
     const T* row0 = from.data + first + (from.index ? 0 : slots.begin * from.stride);
@@ -372,9 +385,7 @@ __global__ void __launch_bounds__(Tile<Element>::kThreads, 2)
     if (row >= p.N || column >= p.K) continue;
     float values[kStored];
     sums.read(i / kGroups, i % kGroups, values);
-    Neighbours<T, kStored> out;
-    for (int j = 0; j < kStored; ++j) out.values[j] = narrow<T>(values[j]);
-    put(p.dw.at(e, row, column), out);
+    p.store(e, row, column, values);
   }
 }
 

@@ -34,11 +34,12 @@ struct MatrixOf {
         row(m.row_stride),
         column(m.col_stride) {}
 
-  MOERT_HOST_DEVICE T* at(int64_t e, int64_t r, int64_t c) const { return data + e * expert + r * row + c * column; }
+  MOERT_HOST_DEVICE int64_t offset(int64_t e, int64_t r, int64_t c) const { return e * expert + r * row + c * column; }
+  MOERT_HOST_DEVICE T* at(int64_t e, int64_t r, int64_t c) const { return data + offset(e, r, c); }
 };
 
-// y[s] = epilogue of x[s] . w[expert of s]^T.  Where the epilogue is gated, w is the gate half and up the other.
-template <typename T>
+// y[s] = epilogue of x[s] . w[expert of s]^T.  Where the epilogue takes it, w is the gate half and up the other.
+template <typename T, class To = Epilogue<T>>
 struct Product {
   int32_t S, E;
   int64_t N, K;
@@ -46,7 +47,7 @@ struct Product {
   RowsOf<T> x;             // [S, K]
   MatrixOf<const T> w;     // [E, N, K]
   MatrixOf<const T> up;    // [E, N, K]
-  Epilogue<T> epilogue;
+  To epilogue;
   void* workspace = nullptr;
 };
 
@@ -59,6 +60,22 @@ struct Gradient {
   RowsOf<T> dy;            // [S, N]
   RowsOf<T> x;             // [S, K]
   MatrixOf<T> dw;          // [E, N, K]
+  // Instead of dw's data, with its strides: the sums are added to it, and an expert without slots keeps its bits.
+  Acc<T>* onto = nullptr;
+
+  // n neighbours of a row, which dw must be aligned to.
+  template <int n>
+  MOERT_HOST_DEVICE void store(int64_t e, int64_t row, int64_t column, const Acc<T> (&sums)[n]) const {
+    const int64_t at = dw.offset(e, row, column);
+    if (onto) {
+      Neighbours<Acc<T>, n> out = take<n>(onto + at);
+      for (int i = 0; i < n; ++i) out.values[i] += sums[i];
+      return put(onto + at, out);
+    }
+    Neighbours<T, n> out;
+    for (int i = 0; i < n; ++i) out.values[i] = narrow<T>(sums[i]);
+    put(dw.data + at, out);
+  }
 };
 
 template <typename T>
@@ -72,9 +89,17 @@ Product<T> product_of(const GroupedGemm& p, void* y, int64_t y_stride) {
   return {int32_t(p.S), int32_t(p.E), p.N, p.K, p.offsets, RowsOf<T>(p.x), w, w, to, p.workspace};
 }
 
-// On the tensor cores where they take it, else on plain arithmetic units.
 template <typename T>
-void multiply(const Product<T>& product, bool tf32, void* stream);
+Gradient<T> gradient_of(const GroupedGemmWgrad& p, const ExpertMatrix& dw) {
+  Gradient<T> gradient{int32_t(p.S),   int32_t(p.E),   p.N, p.K, p.offsets, RowsOf<T>(p.dy),
+                       RowsOf<T>(p.x), MatrixOf<T>(dw)};
+  if (p.accumulate) gradient.onto = static_cast<Acc<T>*>(const_cast<void*>(dw.data));
+  return gradient;
+}
+
+// On the tensor cores where they take it, else on plain arithmetic units.
+template <typename T, class To>
+void multiply(const Product<T, To>& product, bool tf32, void* stream);
 template <typename T>
 void multiply(const Gradient<T>& product, bool tf32, void* stream);
 

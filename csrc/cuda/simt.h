@@ -31,11 +31,12 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 MOERT_DEVICE_INLINE int lane_id() { return int(threadIdx.x % kWarp); }
 MOERT_DEVICE_INLINE int warp_id() { return int(threadIdx.x / kWarp); }
 
-// Butterflies: every lane gets the same bits, in an order that depends on the lane numbers alone.
-template <typename T>
+// Butterflies: every lane gets the same bits, in an order that depends on the lane numbers alone.  Over kLanes
+// neighbours.
+template <int kLanes = kWarp, typename T>
 MOERT_DEVICE_INLINE T warp_sum(T x) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
 }
 

@@ -65,7 +65,8 @@ struct RoutedRows {
   // made here, of T*k slots.
   const int32_t *offsets = nullptr, *tokens = nullptr, *slots = nullptr;
   int64_t S = 0;
-  Onto onto{};  // for the forward
+  Onto onto{};        // for the forward
+  bool tf32 = false;  // a GPU may round float32 factors to tf32
 };
 
 // Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.
@@ -75,7 +76,7 @@ struct ExpertGradients {
   ExpertMatrix dgate{}, dup{}, ddown{};  // like gate, up, down
   ExpertVector dgate_bias, dup_bias, ddown_bias;
   // Of w1 (gate and up), w2 and the biases of either: the gradient, in the type of sums, is added to what is there, and
-  // an expert without rows keeps its bits; not on a GPU.
+  // an expert without rows keeps its bits.
   struct {
     bool w1 = false, w2 = false, b1 = false, b2 = false;
   } accumulate{};

@@ -53,7 +53,7 @@ struct GroupedGemmWgrad {
   Rows dy;                 // [S, N]
   Rows x;                  // [S, K]
   bool tf32 = false;       // a GPU may round float32 factors to tf32
-  // The sums are added to what dw holds, and nothing is written where an expert has no slots; not on a GPU.
+  // The sums are added to what dw holds, and nothing is written where an expert has no slots.
   bool accumulate = false;
 };
 

@@ -1,7 +1,9 @@
 #include "moert/fused_experts.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "../cpp/expect.h"
@@ -26,6 +28,8 @@ struct Case {
   Act act;
   bool transposed = false, alternate = false, bias = false;
   ScaleOn scale_on = ScaleOn::output;
+  bool tf32 = false;
+  int64_t apart = 0;  // elements between the rows of x and of dy
 };
 
 template <typename T>
@@ -36,37 +40,45 @@ template <typename T>
 struct Problem {
   using A = Acc<T>;
   Case c;
-  int64_t width;
+  int64_t width, stride;
   Values<T> x, w1, w2, b1, b2, dy;
   Values<A> weights;
   Values<int32_t> ids;
 
-  explicit Problem(const Case& c) : c(c), width(is_gated(c.act) ? 2 * c.I : c.I) {
+  explicit Problem(const Case& c) : c(c), width(is_gated(c.act) ? 2 * c.I : c.I), stride(c.H + c.apart) {
     Random random;
-    x = numbers<T>(random, c.T * c.H);
+    x = numbers<T>(random, c.T * stride);
     w1 = numbers<T>(random, c.E * width * c.H, 2 / std::sqrt(double(c.H)));
     w2 = numbers<T>(random, c.E * c.H * c.I, 2 / std::sqrt(double(c.I)));
     b1 = numbers<T>(random, c.E * width);
     b2 = numbers<T>(random, c.E * c.H);
-    dy = numbers<T>(random, c.T * c.H);
+    dy = numbers<T>(random, c.T * stride);
     weights = numbers<A>(random, c.T * c.k);
-    for (int64_t i = 0; i < c.T * c.k; ++i) {  // nobody chooses expert 1; E is the sentinel
+    for (int64_t i = 0; i < c.T * c.k; ++i) {  // nobody chooses expert 1; E and what is negative is dropped
       const auto e = int32_t(random.below(c.E + 1));
-      ids.push_back(e == 1 ? int32_t(c.E) : e);
+      ids.push_back(e == 1 ? -1 - int32_t(i) : e);
     }
   }
 
   static constexpr DType kType = DTypeOf<T>::value;
 
-  ExpertMatrix half(const T* w, bool up) const {
+  // W is T, or the type that gradients are added in.
+  template <typename W>
+  ExpertMatrix half(const W* w, bool up) const {
     const int64_t row = c.transposed ? 1 : c.H, column = c.transposed ? width : 1;
     const int64_t apart = c.alternate ? row : c.I * row;
-    return {w + (up ? apart : 0), kType, width * c.H, c.alternate ? 2 * row : row, column};
+    return {w + (up ? apart : 0), DTypeOf<W>::value, width * c.H, c.alternate ? 2 * row : row, column};
   }
 
-  ExpertMatrix down(const T* w) const { return {w, kType, c.H * c.I, c.transposed ? 1 : c.I, c.transposed ? c.H : 1}; }
+  template <typename W>
+  ExpertMatrix down(const W* w) const {
+    return {w, DTypeOf<W>::value, c.H * c.I, c.transposed ? 1 : c.I, c.transposed ? c.H : 1};
+  }
 
-  ExpertVector half_bias(const T* b, bool up) const { return {b + (up ? (c.alternate ? 1 : c.I) : 0), kType, width}; }
+  template <typename W>
+  ExpertVector half_bias(const W* b, bool up) const {
+    return {b + (up ? (c.alternate ? 1 : c.I) : 0), DTypeOf<W>::value, width};
+  }
 
   ExpertWeights experts(const T* w1, const T* w2, const T* b1, const T* b2) const {
     ExpertWeights w{};
@@ -86,17 +98,20 @@ struct Problem {
   }
 
   RoutedRows tokens(const T* x, const int32_t* ids, const A* weights) const {
-    return {c.T, c.k, {x, kType, c.H}, ids, weights};
+    RoutedRows rows{c.T, c.k, {x, kType, stride}, ids, weights};
+    rows.tf32 = c.tf32;
+    return rows;
   }
 
-  ExpertGradients gradients(T* dx, A* dweights, T* dw1, T* dw2, T* db1, T* db2) const {
+  template <typename W>
+  ExpertGradients gradients(T* dx, A* dweights, W* dw1, W* dw2, W* db1, W* db2) const {
     ExpertGradients g{};
     const bool gated = is_gated(c.act);
     g.dx = dx, g.dweights = dweights;
     g.dgate = half(dw1, false), g.ddown = down(dw2);
     if (gated) g.dup = half(dw1, true);
     if (c.bias) {
-      g.dgate_bias = half_bias(db1, false), g.ddown_bias = {db2, kType, c.H};
+      g.dgate_bias = half_bias(db1, false), g.ddown_bias = {db2, DTypeOf<W>::value, c.H};
       if (gated) g.dup_bias = half_bias(db1, true);
     }
     return g;
@@ -108,71 +123,119 @@ Values<T> nan(int64_t n) {
   return Values<T>(n, cuda::narrow<T>(NAN));
 }
 
-// Results of a forward and a backward.
-template <typename T>
+// Results of a forward and a backward; the gradients of weights and biases in W.
+template <typename T, typename W>
 struct Results {
-  Values<T> y, h, dx, dw1, dw2, db1, db2;
+  Values<T> y, h, dx;
   Values<Acc<T>> dweights;
+  Values<W> dw1, dw2, db1, db2;
 };
 
-template <typename T>
-Results<T> on_cpu(const Problem<T>& p) {
+// What results are before: NaN, or, for the gradients of weights and biases, what they are added to.
+template <typename T, typename W>
+Results<T, W> at_first(const Problem<T>& p, bool accumulate) {
   const Case& c = p.c;
-  Results<T> r{nan<T>(c.T * c.H),       nan<T>(c.T * c.k * p.width), nan<T>(c.T * c.H), nan<T>(c.E * p.width * c.H),
-               nan<T>(c.E * c.H * c.I), nan<T>(c.E * p.width),       nan<T>(c.E * c.H), nan<Acc<T>>(c.T * c.k)};
+  Random random{7};
+  const auto start = [&](int64_t n) { return accumulate ? numbers<W>(random, n) : nan<W>(n); };
+  return {nan<T>(c.T * c.H),          nan<T>(c.T * c.k * p.width), nan<T>(c.T * c.H),    nan<Acc<T>>(c.T * c.k),
+          start(c.E * p.width * c.H), start(c.E * c.H * c.I),      start(c.E * p.width), start(c.E * c.H)};
+}
+
+template <typename T, typename W>
+Results<T, W> on_cpu(const Problem<T>& p, bool accumulate) {
+  Results<T, W> r = at_first<T, W>(p, accumulate);
   const auto tokens = p.tokens(p.x.data(), p.ids.data(), p.weights.data());
   const auto experts = p.experts(p.w1.data(), p.w2.data(), p.b1.data(), p.b2.data());
   cpu::fused_experts(tokens, experts, 1, r.y.data(), r.h.data());
-  cpu::fused_experts_backward(
-      {p.dy.data(), p.kType, c.H}, tokens, experts, nullptr, 1,
-      p.gradients(r.dx.data(), r.dweights.data(), r.dw1.data(), r.dw2.data(), r.db1.data(), r.db2.data()));
+  auto gradients = p.gradients(r.dx.data(), r.dweights.data(), r.dw1.data(), r.dw2.data(), r.db1.data(), r.db2.data());
+  gradients.accumulate = {accumulate, accumulate, accumulate, accumulate};
+  cpu::fused_experts_backward({p.dy.data(), p.kType, p.stride}, tokens, experts, nullptr, 1, gradients);
   return r;
 }
 
-template <typename T>
-Results<T> on_device(const Problem<T>& p, bool saved) {
-  const Case& c = p.c;
+template <typename T, typename W>
+Results<T, W> on_device(const Problem<T>& p, bool saved, bool accumulate) {
   using A = Acc<T>;
+  const Results<T, W> start = at_first<T, W>(p, accumulate);
   OnDevice<T> x(p.x), w1(p.w1), w2(p.w2), b1(p.b1), b2(p.b2), dy(p.dy);
-  OnDevice<A> weights(p.weights), dweights(nan<A>(c.T * c.k));
+  OnDevice<A> weights(p.weights), dweights(start.dweights);
   OnDevice<int32_t> ids(p.ids);
-  OnDevice<T> y(nan<T>(c.T * c.H)), h(nan<T>(c.T * c.k * p.width)), dx(nan<T>(c.T * c.H));
-  OnDevice<T> dw1(nan<T>(c.E * p.width * c.H)), dw2(nan<T>(c.E * c.H * c.I));
-  OnDevice<T> db1(nan<T>(c.E * p.width)), db2(nan<T>(c.E * c.H));
+  OnDevice<T> y(start.y), h(start.h), dx(start.dx);
+  OnDevice<W> dw1(start.dw1), dw2(start.dw2), db1(start.db1), db2(start.db2);
   const auto tokens = p.tokens(x.data(), ids.data(), weights.data());
   const auto experts = p.experts(w1.data(), w2.data(), b1.data(), b2.data());
-  const auto gradients = p.gradients(dx.data(), dweights.data(), dw1.data(), dw2.data(), db1.data(), db2.data());
+  auto gradients = p.gradients(dx.data(), dweights.data(), dw1.data(), dw2.data(), db1.data(), db2.data());
+  gradients.accumulate = {accumulate, accumulate, accumulate, accumulate};
   const auto memory = [](int64_t bytes) { return OnDevice<uint8_t>(Values<uint8_t>(bytes, 0xff)); };
   auto forward = memory(cuda::fused_experts_workspace(tokens, experts));
   cuda::fused_experts(tokens, experts, forward.data(), nullptr, y.data(), saved ? h.data() : nullptr);
   auto backward = memory(cuda::fused_experts_backward_workspace(tokens, experts, saved, gradients));
-  cuda::fused_experts_backward({dy.data(), p.kType, c.H}, tokens, experts, saved ? h.data() : nullptr, backward.data(),
-                               nullptr, gradients);
-  return {y.read(), h.read(), dx.read(), dw1.read(), dw2.read(), db1.read(), db2.read(), dweights.read()};
+  cuda::fused_experts_backward({dy.data(), p.kType, p.stride}, tokens, experts, saved ? h.data() : nullptr,
+                               backward.data(), nullptr, gradients);
+  return {y.read(), h.read(), dx.read(), dweights.read(), dw1.read(), dw2.read(), db1.read(), db2.read()};
 }
 
-// What lies between the products is rounded to T here and to float on the CPU: four times on the way to dx, half a unit
-// of the last place each, in the terms of choices that partly cancel.
 template <typename T>
-void check(const Case& c) {
+bool equal_bits(const Values<T>& a, const Values<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// What lies between the products is rounded to T here and to float on the CPU: three times on the way to dx, half a
+// unit of the last place each, in the terms of choices that partly cancel.
+template <typename T>
+double tolerance(const Case& c) {
+  if (c.tf32) return 8 * 0x1p-11;  // every factor is rounded
+  return std::is_same_v<T, bf16> ? 8 * 0x1p-8 : std::is_same_v<T, f16> ? 8 * 0x1p-11 : sizeof(T) == 4 ? 1e-5 : 1e-12;
+}
+
+template <typename T, typename W = T>
+void check(const Case& c, bool accumulate = false) {
   const Problem<T> p(c);
-  const double tolerance = std::is_same_v<T, bf16>  ? 8 * 0x1p-8
-                           : std::is_same_v<T, f16> ? 8 * 0x1p-11
-                           : sizeof(T) == 4         ? 1e-5
-                                                    : 1e-12;
-  const Results<T> want = on_cpu(p);
-  for (const bool saved : {true, false}) {
-    const Results<T> got = on_device(p, saved);
-    EXPECT(rows_close(got.y, want.y, c.H, tolerance));
-    if (saved) EXPECT(rows_close(got.h, want.h, p.width, tolerance));
-    EXPECT(rows_close(got.dx, want.dx, c.H, tolerance));
-    EXPECT(rows_close(got.dweights, want.dweights, c.T * c.k, tolerance));
-    EXPECT(rows_close(got.dw1, want.dw1, c.transposed ? p.width : c.H, tolerance));
-    EXPECT(rows_close(got.dw2, want.dw2, c.transposed ? c.H : c.I, tolerance));
-    if (!c.bias) continue;
-    EXPECT(rows_close(got.db1, want.db1, p.width, tolerance));
-    EXPECT(rows_close(got.db2, want.db2, c.H, tolerance));
+  const double most = tolerance<T>(c);
+  const auto want = on_cpu<T, W>(p, accumulate);
+  const auto got = on_device<T, W>(p, true, accumulate), again = on_device<T, W>(p, false, accumulate);
+  EXPECT(rows_close(again.y, want.y, c.H, most));
+  EXPECT(rows_close(got.y, want.y, c.H, most));
+  EXPECT(rows_close(got.h, want.h, p.width, most));
+  EXPECT(rows_close(got.dx, want.dx, c.H, most));
+  EXPECT(rows_close(got.dweights, want.dweights, c.T * c.k, most));
+  EXPECT(rows_close(got.dw1, want.dw1, c.transposed ? p.width : c.H, most));
+  EXPECT(rows_close(got.dw2, want.dw2, c.transposed ? c.H : c.I, most));
+  if (c.bias) {
+    EXPECT(rows_close(got.db1, want.db1, p.width, most));
+    EXPECT(rows_close(got.db2, want.db2, c.H, most));
   }
+  // What is computed again has the bits of what was saved, and everything has the same in every run.
+  EXPECT(equal_bits(got.dx, again.dx) && equal_bits(got.dweights, again.dweights));
+  EXPECT(equal_bits(got.dw1, again.dw1) && equal_bits(got.dw2, again.dw2));
+  EXPECT(equal_bits(got.db1, again.db1) && equal_bits(got.db2, again.db2));
+  if (!accumulate) return;
+  const auto start = at_first<T, W>(p, true);  // which the expert that nobody chose keeps
+  const auto kept = [&](const Values<W>& a, const Values<W>& b, int64_t n) {
+    return c.E < 2 || equal_bits(Values<W>(&a[n], &a[n] + n), Values<W>(&b[n], &b[n] + n));
+  };
+  EXPECT(kept(got.dw1, start.dw1, p.width * c.H) && kept(got.dw2, start.dw2, c.H * c.I));
+  EXPECT(kept(got.db1, start.db1, p.width) && kept(got.db2, start.db2, c.H));
+}
+
+// The same gradients, in the type of sums, onto what is there.
+template <typename T>
+void check_added(const Case& c) {
+  check<T, Acc<T>>(c, true);
+}
+
+// Between the products lie the gradient of the pre-activations, and one after the other the activation and dx's rows.
+void check_memory(const Case& c) {
+  const Problem<bf16> p(c);
+  const auto tokens = p.tokens(nullptr, nullptr, nullptr);
+  const auto experts = p.experts(p.w1.data(), p.w2.data(), p.b1.data(), p.b2.data());
+  bf16 some{};
+  float number = 0;
+  const auto gradients = p.gradients(&some, &number, &some, &some, &some, &some);
+  const int64_t slots = c.T * c.k, between = slots * (p.width + std::max(c.H, c.I)) * 2;
+  const int64_t routing = slots * (4 * 4 + 4 * ((c.I + 63) / 64)) + (64 << 10);
+  EXPECT(cuda::fused_experts_backward_workspace(tokens, experts, true, gradients) <=
+         between + routing + cuda::grouped_gemm_workspace(c.E));
 }
 
 // The form of each activation against the CPU's formulas, through experts of one number.
@@ -203,6 +266,14 @@ void test_layouts_in_pieces() {
       }
   check<bf16>({70, 2, 3, 72, 40, Act::relu2, false, false, true});
   check<bf16>({70, 2, 3, 136, 104, Act::swiglu});
+  check<bf16>({300, 2, 3, 72, 264, Act::geglu});  // several tiles of rows and columns, the last ones in part
+  for (const bool transposed : {false, true}) {
+    check<float>({70, 2, 3, 72, 40, Act::swiglu, transposed, transposed, true, ScaleOn::output, true});
+    check_added<float>({70, 2, 3, 72, 136, Act::gelu, transposed, false, true, ScaleOn::input, true});
+    check_added<bf16>({70, 2, 3, 72, 40, Act::swiglu, transposed, false, true});
+    check_added<f16>({70, 2, 3, 72, 40, Act::swiglu, transposed, true, true, ScaleOn::input, false, 8});
+    check<f16>({70, 2, 3, 72, 40, Act::swiglu, transposed, false, true, ScaleOn::output, false, 3});  // between pieces
+  }
 }
 
 void test_layouts() {
@@ -211,15 +282,22 @@ void test_layouts() {
       for (const bool bias : {false, true}) {
         check<float>({9, 3, 4, 21, 11, Act::swiglu, transposed, alternate, bias});
         check<f16>({9, 3, 4, 21, 11, Act::swiglu_oai, transposed, alternate, bias});
+        check_added<float>({9, 3, 4, 21, 70, Act::swiglu, transposed, alternate, bias});
       }
+  check_added<bf16>({9, 3, 4, 21, 11, Act::relu, false, false, true, ScaleOn::output, false, 5});
+  check_added<double>({9, 3, 4, 21, 11, Act::reglu, true, true, true, ScaleOn::input});
   test_layouts_in_pieces();
 }
 
 void test_edges() {
   check<float>({1, 1, 1, 1, 1, Act::swiglu});
-  check<float>({5, 3, 3, 8, 8, Act::geglu});             // every expert for every token
-  check<float>({0, 2, 3, 8, 8, Act::swiglu});            // no token: weights' gradients are zero
-  check<bf16>({300, 1, 1, 64, 64, Act::swiglu, false});  // one expert takes all
+  check<float>({5, 3, 3, 8, 8, Act::geglu});                              // every expert for every token
+  check<float>({0, 2, 3, 8, 8, Act::swiglu});                             // no token: weights' gradients are zero
+  check_added<float>({0, 2, 3, 8, 8, Act::swiglu});                       // nothing is added
+  check<bf16>({300, 1, 1, 64, 64, Act::swiglu, false});                   // one expert takes all
+  check_added<bf16>({9, 1, 2, 16, 16, Act::swiglu, false, false, true});  // few choices, most of one expert
+  check_memory({1000, 4, 8, 256, 128, Act::swiglu, false, false, true});
+  check_memory({1000, 4, 8, 128, 256, Act::relu2, false, false, true});
 }
 
 void tests() {

@@ -1,7 +1,6 @@
 """Gradients of weights and biases that are added to the parameters' main_grad."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -408,16 +407,3 @@ def test_gradients_of_gradients_are_an_error():
     with pytest.raises(RuntimeError, match="create_graph must be False where .* added to a main_grad, got True"):
         case.forward().backward(case.dy, create_graph=True)
     assert not any(g.any() for g in case.main_grads)
-
-
-def test_kernels_that_do_not_add_have_their_gradients_added(monkeypatch):
-    """As on a GPU: gradients are made in the parameters' dtype and added after."""
-    monkeypatch.setattr(sys.modules[fused_experts.__module__], "ADDING", ())
-    case = Case(ODD, torch.bfloat16)
-    expected = case.gradients()[2:]
-    case.give_main_grads(0.5)
-    case.parameters[1].requires_grad_(False)
-    case.step()
-    sums = [grad.float() + 0.5 for grad in expected]
-    sums[1].fill_(0.5)
-    assert equal(case.main_grads, sums) and case.is_without_grads()

@@ -15,8 +15,6 @@ from moert.ops.once_differentiable import once_differentiable
 from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Onto, Routing
 
-ADDING = ("cpu",)  # kinds of devices whose kernels add gradients to what is there
-
 
 def fused_experts(
     x: Tensor,
@@ -36,7 +34,7 @@ def fused_experts(
     w1 and w2 may lie in panels, as moert.prepack_ leaves them; then there are no gradients.
 
     Where moert.runtime.add_to_main_grad_ has marked a weight or bias, it gets no gradient: the backward adds it to the
-    tensor that is its attribute main_grad; on a CPU unrounded.
+    tensor that is its attribute main_grad, unrounded.
     """
     return _fused_experts(x, routing, w1, w2, Onto(), bias, activation, layout, scale_on)
 
@@ -239,15 +237,9 @@ def _gradients(tensors, main_grads, rest, wanted):
         return torch.ops.moert.fused_experts_backward(*tensors, *rest)
     if torch.is_grad_enabled():  # an operator that writes has no gradient, and no error of its own
         raise RuntimeError("create_graph must be False where gradients are added to a main_grad, got True")
-    if tensors[0].device.type in ADDING:
-        # As every write in place does, for graphs that saved them.
-        torch.autograd.graph.increment_version([grad for grad in main_grads if grad is not None])
-        return torch.ops.moert.fused_experts_backward_(*tensors, *main_grads, *rest)
-    out = torch.ops.moert.fused_experts_backward(*tensors, *rest)
-    for grad, made in zip(main_grads, out[2:], strict=True):
-        if grad is not None:  # no kernel that adds: the gradient was rounded once
-            grad.add_(made)
-    return out
+    # As every write in place does, for graphs that saved them.
+    torch.autograd.graph.increment_version([grad for grad in main_grads if grad is not None])
+    return torch.ops.moert.fused_experts_backward_(*tensors, *main_grads, *rest)
 
 
 def _onto_gradients(dy, rows, scale, mix, constants, needs):
