@@ -259,6 +259,41 @@ void test_fits_tensor_cores() {
   EXPECT(!fits(16, 24, 24, 48, 2, 0));  // neither rows nor columns of w lie side by side
 }
 
+// The same of the products in a backward pass.
+void test_backward_fits_tensor_cores() {
+  alignas(16) static uint16_t memory[64];
+  auto* const bf16s = reinterpret_cast<bf16*>(memory);
+  auto* const floats = reinterpret_cast<float*>(memory);
+  GroupedGemm p{};
+  p.S = 1, p.E = 1, p.N = 16, p.K = 24;
+  p.x = {memory, DType::bf16, 24}, p.w = {memory, DType::bf16, 16 * 24, 1, 16};
+  const auto plain = cuda::product_of<bf16>(p, memory, p.N);
+  const auto fits = [&](int64_t N, const bf16* h, bf16* dh, bf16* act) {
+    const cuda::ActivationBackward<bf16> to{N, h, nullptr, {}, false, dh, act, nullptr};
+    return cuda::fits_tensor_cores(cuda::Product<bf16, cuda::ActivationBackward<bf16>>{
+        plain.S, plain.E, N, plain.K, nullptr, plain.x, plain.w, plain.up, to});
+  };
+  EXPECT(fits(16, bf16s, bf16s, bf16s));
+  EXPECT(fits(16, bf16s, bf16s, nullptr));
+  EXPECT(!fits(16, bf16s + 1, bf16s, bf16s));
+  EXPECT(!fits(16, bf16s, bf16s + 4, bf16s));
+  EXPECT(!fits(16, bf16s, bf16s, bf16s + 2));
+  EXPECT(!fits(12, bf16s, bf16s, bf16s));
+
+  const auto wgrad_fits = [&](int64_t row, int64_t column, int64_t expert, float* onto) {
+    auto gradient = cuda::gradient_of<bf16>({1, 1, 16, 24, nullptr, {memory, DType::bf16, 16}, p.x},
+                                            {memory, DType::bf16, expert, row, column});
+    gradient.onto = onto;
+    return cuda::fits_tensor_cores(gradient);
+  };
+  EXPECT(wgrad_fits(24, 1, 16 * 24, nullptr));
+  EXPECT(wgrad_fits(28, 1, 16 * 28, floats));  // 16 bytes hold fewer of those
+  EXPECT(!wgrad_fits(28, 1, 16 * 28, nullptr));
+  EXPECT(!wgrad_fits(24, 1, 16 * 24, floats + 2));
+  EXPECT(!wgrad_fits(24, 1, 2, floats));
+  EXPECT(!wgrad_fits(1, 16, 16 * 24, floats));
+}
+
 #if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
 constexpr const char* kPersistent = "MOERT_PERSISTENT_GEMM";
 
@@ -345,5 +380,6 @@ int main() {
   test_tiles();
   test_bands();
   test_fits_tensor_cores();
+  test_backward_fits_tensor_cores();
   return run_tests(tests);
 }
