@@ -133,7 +133,11 @@ struct Backward {
     const auto& added = out.accumulate;
 
     plan.run(tokens, w.E, stream);
-    if (!saved) multiply(first_product(tokens, w, plan, act, recomputed), tokens.tf32, stream);
+    if (!saved) {
+      Product<T> first = first_product(tokens, w, plan, act, recomputed);
+      first.workspace = groups;
+      multiply(first, tokens.tf32, stream);
+    }
     activation_backward(dy_slots, saved ? saved : recomputed, w1.alternate, stream);
     weight_gradient(dy_slots, act_slots, w.H, w.I, out.ddown, added.w2, stream);
     bias_gradient(dy_slots, scale_output ? plan.scale : nullptr, w.H, out.ddown_bias, added.b2, stream);
