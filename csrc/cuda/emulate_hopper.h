@@ -132,15 +132,16 @@ void give_registers() {}
 
 // Reads a stage as soon as it may, which finds a copy that nobody waited for, or, where copies arrive at once, as late
 // as it may, which finds one that comes too soon.  The lanes of a warp begin and wait together.
-template <class Element, int n, int kStages, bool kMajorA, bool kMajorB>
+template <class Element, int n, int kStages, bool kMajorA, bool kMajorB, int kGroups>
 class SlicePair {
+  static constexpr int kSums = n / kGroups, kOf64 = n / 2;  // of all its rows of a, of 64
   struct Started {
     int stage;
     bool first;
   };
   const Element *a_, *b_;
   int group_;
-  float c_[n / 2];
+  float c_[kSums];
   std::deque<Started> started_;
 
   template <bool kMajor>
@@ -153,10 +154,10 @@ class SlicePair {
   void multiply(const Started& s) {
     const Element *a = a_ + s.stage * 128 * kSliceK, *b = b_ + s.stage * n * kSliceK;
     const int t = int(threadIdx.x) % kWarpgroup;
-    for (int i = 0; i < n / 2; ++i) {
+    for (int i = 0; i < kSums; ++i) {
       if (s.first) c_[i] = 0;
-      for (int k = 0; k < kSliceK; ++k)
-        c_[i] += element<kMajorA>(a, 64 * group_ + sum_row(t, i), k) * element<kMajorB>(b, sum_column(t, i), k);
+      const int row = 64 * (group_ + i / kOf64) + sum_row(t, i % kOf64), column = sum_column(t, i % kOf64);
+      for (int k = 0; k < kSliceK; ++k) c_[i] += element<kMajorA>(a, row, k) * element<kMajorB>(b, column, k);
     }
   }
 

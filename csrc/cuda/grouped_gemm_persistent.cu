@@ -115,8 +115,8 @@ int64_t persistent_workspace() {
 
 template <typename T>
 PersistentTile tile_of(const Product<T>& p) {
-  return persistent_tile(
-      {p.S, p.E, p.N, p.K, p.epilogue.form.gated, p.batch_invariant, p.workspace != nullptr, num_sms()});
+  return persistent_tile({p.S, p.E, p.N, p.K, p.epilogue.form.gated, p.x.index != nullptr, p.batch_invariant,
+                          p.workspace != nullptr, num_sms()});
 }
 
 template <typename T>

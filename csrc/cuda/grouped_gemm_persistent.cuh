@@ -3,6 +3,7 @@
 // memory; two groups of four warps multiply them, 64 rows of the tile each, and store the sums while the first already
 // fill the ring for the next tile.  Where experts have few rows a tile is 8 to 64 rows of x by 128 of w, of which the
 // two groups have 64 rows of w each: the tensor cores' M side is never shorter, and weights are what there is much of.
+// With tiles of 128 by 128 of rows in expert order the groups take turns: one stores while the other multiplies.
 //
 // The weights are one tensor of which the copy engine takes boxes, with the expert as a coordinate: nothing is
 // rewritten from expert to expert.  Rows of x that lie in expert order it brings as well; others are gathered in
@@ -31,10 +32,14 @@ struct Tiling {
   static constexpr bool kGathered = kGathered_, kMajor = kMajor_;  // kMajor: neighbours of w along K lie side by side
   static constexpr int kX = kX_, kW = kW_;                         // rows of x and of w
   static constexpr bool kSwapped = kX < kWideX;                    // w on the M side
+  // Of the groups of warps; else each has half of every tile.
+  static constexpr bool kTurns = kX == kWideX && kW == kNarrowW && !kGathered;
+  static constexpr int kGroups = kTurns ? 1 : 2;                        // at work on a tile
   static constexpr int kRing = 192 * 1024 / ((kX + kW) * 2 * kSliceK);  // as many as fit
   // Rows of w of a box, of which an MN-major one has its 128 bytes along.
-  static constexpr int kBox = kMajor ? 128 : 64, kBoxes = kW / kBox;
-  using Pair = SlicePair<Element, kSwapped ? kX : kW, kRing, kSwapped ? kMajor : true, kSwapped ? true : kMajor>;
+  static constexpr int kBox = kMajor && !kTurns ? 128 : 64, kBoxes = kW / kBox;
+  using Pair =
+      SlicePair<Element, kSwapped ? kX : kW, kRing, kSwapped ? kMajor : true, kSwapped ? true : kMajor, kGroups>;
 };
 
 // A warp's sums on their way from fragments to rows: of 16 rows of x by 64 of w at a time, or of all rows of x by 16
@@ -43,7 +48,8 @@ template <class Tiling>
 struct SumTile {
   static constexpr bool kSwapped = Tiling::kSwapped;
   static constexpr int kRows = kSwapped ? Tiling::kX : 16, kGroups = kSwapped ? 2 : 8;
-  static constexpr int kParts = kSwapped ? 1 : Tiling::kW / 64;  // one after the other
+  // One after the other, across w and then in the other 64 rows of x, if they are the group's too.
+  static constexpr int kAcross = kSwapped ? 1 : Tiling::kW / 64, kParts = kAcross * 2 / Tiling::kGroups;
   static constexpr int kSums = kRows * kGroups * kStoredColumns;
 
   static MOERT_HOST_DEVICE constexpr int place(int row, int group) {
@@ -56,7 +62,7 @@ template <class Tiling>
 struct PersistentShared {
   typename Tiling::Element x[Tiling::kRing][Tiling::kX * kSliceK], w[Tiling::kRing][Tiling::kW * kSliceK];
   alignas(16) float sums[kConsumerWarps][SumTile<Tiling>::kSums];
-  Barrier full[Tiling::kRing], empty[Tiling::kRing];
+  Barrier full[Tiling::kRing], empty[Tiling::kRing], turn[2];  // turn: of a group of warps, where they take turns
 };
 
 template <class Tiling>
@@ -136,9 +142,9 @@ MOERT_DEVICE_INLINE void copy_boxes(const PersistentProduct<T>& q, const TileWor
   constexpr int kRowBytes = 2 * kSliceK;
   const int boxes = Tiling::kGathered ? 0 : int(ceil_div(work.rows.rows, kXBox));
   arrive_expecting(full, (Tiling::kW + boxes * kXBox) * kRowBytes);
-  const int share = Tiling::kBoxes / q.tile.cluster;
+  const int blocks = q.tile.cluster, end = (rank + 1) * Tiling::kBoxes / blocks;
 #pragma unroll 1
-  for (int i = rank * share; i < (rank + 1) * share; ++i) copy_weights<Tiling>(q, work, i, k, full, w);
+  for (int i = rank * Tiling::kBoxes / blocks; i < end; ++i) copy_weights<Tiling>(q, work, i, k, full, w);
   for (int i = 0; i < boxes; ++i) copy_box(q.x, full, x + i * kXBox * kSliceK, k, work.rows.row + i * kXBox);
 }
 
@@ -187,7 +193,7 @@ MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared
 template <class Tiling, class Sums>
 MOERT_DEVICE_INLINE void spread_part(const Sums& c, int part, float* sums) {
   using To = SumTile<Tiling>;
-  constexpr int kSums = Tiling::kSwapped ? Tiling::kX / 2 : 32;
+  constexpr int kSums = Tiling::kSwapped ? Tiling::kX / 2 : 32;  // of a part; they follow each other
   const int lane = lane_id();
 #pragma unroll
   for (int known = 0; known < To::kParts; ++known) {
@@ -247,38 +253,78 @@ template <class Tiling, class Sums, class T>
 MOERT_DEVICE_INLINE void store_sums(const PersistentProduct<T>& q, const TileWork& work, int64_t unit, const Sums& c,
                                     float* sums) {
   using From = SumTile<Tiling>;
-  const int first_row = Tiling::kSwapped ? 0 : From::kRows * warp_id();
-  if (work.rows.rows <= first_row) return;
+  const int warp = Tiling::kTurns ? warp_id() % 4 : warp_id();
 #pragma unroll 1
   for (int part = 0; part < From::kParts; ++part) {
+    const int first_row = Tiling::kSwapped ? 0 : From::kRows * warp + part / From::kAcross * 64;
+    if (work.rows.rows <= first_row) return;
     spread_part<Tiling>(c, part, sums);
     __syncwarp();
-    store_part<Tiling>(q, work, unit, first_row, From::kGroups * (Tiling::kSwapped ? warp_id() : part), sums);
+    store_part<Tiling>(q, work, unit, first_row, From::kGroups * (Tiling::kSwapped ? warp : part % From::kAcross),
+                       sums);
     __syncwarp();
   }
 }
 
-// Whether none of a group's 64 rows of the tile, of x or of w, is there.
+// Whether none of a group's rows of the tile, of x or of w, is there.
 template <class Tiling, class T>
 MOERT_DEVICE_INLINE bool has_none(const PersistentProduct<T>& q, const TileWork& work, int group) {
   if constexpr (Tiling::kSwapped) return work.first + group * q.columns() / 2 >= q.p.N;
-  return work.rows.rows <= group * 64;
+  return work.rows.rows <= (Tiling::kTurns ? 0 : group * 64);
 }
+
+// Whose turn it is, where the two groups of warps take turns with tiles: a group waits for slices only when the other
+// has seen all of its own, as who looks two phases ahead takes an old one for a new one.
+template <class Tiling>
+class Turns {
+  PersistentShared<Tiling>& shared_;
+  const int group_;
+  bool mine_;
+  uint32_t parity_;  // of a barrier without a past, parity 1 has ended: group 0 begins
+
+ public:
+  MOERT_DEVICE_INLINE Turns(PersistentShared<Tiling>& shared, int group)
+      : shared_(shared), group_(group), mine_(group == 1), parity_(group == 0) {}
+
+  // Of the next tile.
+  MOERT_DEVICE_INLINE bool is_mine() {
+    if constexpr (!Tiling::kTurns) return true;
+    return mine_ = !mine_;
+  }
+
+  MOERT_DEVICE_INLINE void begin() {
+    if constexpr (!Tiling::kTurns) return;
+    wait(shared_.turn[group_], parity_);
+    parity_ ^= 1;
+  }
+
+  MOERT_DEVICE_INLINE void end() {
+    if constexpr (!Tiling::kTurns) return;
+    __syncwarp();
+    if (lane_id() == 0) arrive(shared_.turn[1 - group_]);
+  }
+};
 
 template <class Tiling, class T>
 MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared, int rank, int group) {
   const Product<T>& p = q.p;
   const int blocks = q.tile.cluster;
   typename Tiling::Pair product(Tiling::kSwapped ? shared.w[0] : shared.x[0],
-                                Tiling::kSwapped ? shared.x[0] : shared.w[0], group);
+                                Tiling::kSwapped ? shared.x[0] : shared.w[0], Tiling::kTurns ? 0 : group);
   RingPlace<Tiling::kRing> place;
   const auto leave = [&](int stage) {
     if (lane_id() < blocks) arrive_at(shared.empty[stage], lane_id());
   };
   TileWalk<T> walk(q);
+  Turns<Tiling> turns(shared, group);
   for (int64_t unit = blockIdx.x / blocks;; unit += gridDim.x / blocks) {
     const TileWork work = walk.at(unit, rank);
     if (work.slices == 0) break;
+    if (!turns.is_mine()) {
+      place.advance(work.slices);
+      continue;
+    }
+    turns.begin();
 
     // The tensor cores are left to those who have something to multiply
     if (has_none<Tiling>(q, work, group)) {
@@ -288,6 +334,7 @@ MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared
         __syncwarp();  // the other lanes have seen this phase
         leave(place.stage);
       }
+      turns.end();
       continue;
     }
 
@@ -301,6 +348,7 @@ MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared
       if (slice > 0) leave(before);
       before = place.stage;
     }
+    turns.end();
     product.template finish<0>();
     leave(before);
     store_sums<Tiling>(q, work, unit, product, shared.sums[warp_id()]);
@@ -321,8 +369,9 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tiling::kRing; ++i) {
       init(shared.full[i], kFullArrivals<Tiling>);
-      init(shared.empty[i], kConsumerWarps * q.tile.cluster);
+      init(shared.empty[i], kConsumerWarps / (Tiling::kTurns ? 2 : 1) * q.tile.cluster);
     }
+    for (Barrier& turn : shared.turn) init(turn, kConsumerWarps / 2);
     publish_barriers();
   }
   sync_cluster();

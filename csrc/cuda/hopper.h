@@ -164,7 +164,7 @@ constexpr auto slice_layout() {
 }
 
 // Rings of kStages slices, of 128 rows of a and n rows of b, and their descriptors, as CuTe has them.
-template <class Element, int n, int kStages, bool kMajorA, bool kMajorB>
+template <class Element, int n, int kStages, bool kMajorA, bool kMajorB, int kGroups>
 struct SliceRings {
   using LayoutA = decltype(slice_layout<Element, 128, kStages, kMajorA>());
   using LayoutB = decltype(slice_layout<Element, n, kStages, kMajorB>());
@@ -172,12 +172,12 @@ struct SliceRings {
   static constexpr auto major(bool k) { return k ? cute::SM90::GMMA::Major::K : cute::SM90::GMMA::Major::MN; }
   using Instruction = decltype(cute::SM90::GMMA::ss_op_selector<Element, Element, float, Sizes<128, n, kSliceK>,
                                                                 major(kMajorA), major(kMajorB)>());
-  // Two groups of four warps, one below the other.
-  using Mma = decltype(cute::make_tiled_mma(Instruction{}, cute::Layout<Sizes<2, 1, 1>>{}));
+  // Groups of four warps, one below the other.
+  using Mma = decltype(cute::make_tiled_mma(Instruction{}, cute::Layout<Sizes<kGroups, 1, 1>>{}));
   using Sums = decltype(cute::partition_fragment_C(Mma{}, Sizes<128, n>{}));
-  static_assert(decltype(cute::size(Sums{}))::value == n / 2);
+  static_assert(decltype(cute::size(Sums{}))::value == n / kGroups);
 
-  // [1, 1, 4, kStages]
+  // [1, 2 / kGroups or 1, 4, kStages]
   static MOERT_DEVICE_INLINE auto describe_a(Element* ring, int group) {
     const auto thread = Mma{}.get_slice(group * kWarpgroup);
     return thread.make_fragment_A(thread.partition_A(cute::make_tensor(cute::make_smem_ptr(ring), LayoutA{})));
@@ -188,11 +188,11 @@ struct SliceRings {
   }
 };
 
-// What the four warps of a group sum: rows 64 group to 64 group + 63 of slices of a times the rows of slices of b.
-// kMajor: neighbours along K lie side by side.
-template <class Element, int n, int kStages, bool kMajorA, bool kMajorB>
+// What the four warps of a group sum: its share of the 128 rows of slices of a, 64 rows after 64, times the n rows of
+// slices of b.  kMajor: neighbours along K lie side by side.
+template <class Element, int n, int kStages, bool kMajorA, bool kMajorB, int kGroups>
 class SlicePair {
-  using Rings = SliceRings<Element, n, kStages, kMajorA, kMajorB>;
+  using Rings = SliceRings<Element, n, kStages, kMajorA, kMajorB, kGroups>;
   typename Rings::Mma mma_;
   decltype(Rings::describe_a(nullptr, 0)) a_;
   decltype(Rings::describe_b(nullptr, 0)) b_;

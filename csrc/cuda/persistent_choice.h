@@ -9,6 +9,7 @@ namespace moert::cuda {
 struct PersistentSizes {
   int64_t S, E, N, K;  // N: columns of y
   bool gated;          // a column of y needs two rows of w
+  bool gathered;       // rows of x do not lie in expert order
   bool invariant;      // the bits of a row of y may not depend on how many rows there are
   bool may_split;      // there is memory for sums in parts
   int sms;             // multiprocessors
@@ -21,6 +22,8 @@ struct PersistentTile {
 };
 
 constexpr int64_t kWideX = 128, kNarrowW = 128, kWideW = 256;
+// Below this K wide tiles are not taken of rows in expert order.
+constexpr int64_t kTurnsBelow = 1024;
 // A part has at least this many slices of 64, which fill the ring once; beyond so few tiles nothing is split.
 constexpr int64_t kFewestSlices = 8;
 
@@ -49,6 +52,12 @@ MOERT_HOST_DEVICE constexpr int32_t few_rows_tile(int64_t S, int64_t E) {
 // so do the published kernels (CUTLASS's and PyTorch's default of 128 x 256 in clusters of two).  A pair's second block
 // idles where an expert's rows end in the first, on average in half of the pairs: only experts with a pair's 256 rows
 // or more have them.  Narrow tiles, 128 of w, are for products that have too few wide ones for every multiprocessor.
+//
+// Where K is short, storing a tile takes as long as a good part of multiplying it, and both groups of warps of a wide
+// tile store at the same time.  With 128 of w a group has a whole tile in its registers, and one stores while the other
+// multiplies.  SonicMoE takes tiles by turns (128 x 192, of which the sums alone are 192 registers a thread: with this
+// epilogue they spill) for the second product up to I = 1024, and 128 x 256 beyond; gathered rows are those of the
+// first product, whose K is long.
 MOERT_HOST_DEVICE constexpr PersistentTile persistent_tile(const PersistentSizes& s) {
   const auto columns = [&](int64_t w) { return s.gated ? w / 2 : w; };
   const auto tiles_across = [&](int64_t w) { return (s.N + columns(w) - 1) / columns(w); };
@@ -57,7 +66,7 @@ MOERT_HOST_DEVICE constexpr PersistentTile persistent_tile(const PersistentSizes
   if (few) {
     tile.x = few;
   } else if (s.S / kWideX * tiles_across(kWideW) >= s.sms) {
-    tile.w = int32_t(kWideW);
+    if (s.K >= kTurnsBelow || s.gathered) tile.w = int32_t(kWideW);
     tile.cluster = s.S >= 2 * kWideX * s.E && s.sms % 2 == 0 ? 2 : 1;
   }
   const int64_t tiles = most_row_tiles(s.S, s.E, tile.x) * tiles_across(tile.w);

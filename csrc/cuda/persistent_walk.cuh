@@ -32,10 +32,10 @@ struct RingPlace {
   int stage = 0;
   uint32_t parity = 0;
 
-  MOERT_HOST_DEVICE void advance() {
-    if (++stage < kRing) return;
-    stage = 0;
-    parity ^= 1;
+  MOERT_HOST_DEVICE void advance(int slices = 1) {
+    stage += slices;
+    parity ^= uint32_t(stage / kRing) & 1;
+    stage %= kRing;
   }
 };
 
@@ -50,7 +50,7 @@ struct TileWork {
 template <class T>
 class TileWalk {
   const PersistentProduct<T>& q_;
-  const int32_t tile_rows_;
+  const int32_t tile_rows_, slices_;
   const int64_t columns_;        // in tiles
   int32_t expert_ = -kWarp;      // of lane 0
   int64_t begin_ = 0, end_ = 0;  // rows of tiles before these experts, and with them
@@ -72,11 +72,15 @@ class TileWalk {
 
  public:
   MOERT_DEVICE_INLINE explicit TileWalk(const PersistentProduct<T>& q)
-      : q_(q), tile_rows_(q.tile.x * q.tile.cluster), columns_(ceil_div(q.p.N, q.columns())) {}
+      : q_(q),
+        tile_rows_(q.tile.x * q.tile.cluster),
+        slices_(int32_t(ceil_div(q.p.K, kSliceK))),
+        columns_(ceil_div(q.p.N, q.columns())) {}
 
   // The same in every lane; `unit`, a tile's part of K, ascends from call to call.
   MOERT_DEVICE_INLINE TileWork at(int64_t unit) {
-    const int64_t tile = unit / q_.tile.splits, part = unit % q_.tile.splits;
+    const int splits = q_.tile.splits;  // mostly 1, and divisions of 64 bits are slow
+    const int64_t tile = splits == 1 ? unit : unit / splits;
     while (tile >= end_ * columns_) {
       if (expert_ + kWarp >= q_.p.E) return {{0, 0, 0}, 0, 0, 0};
       next_experts();
@@ -88,12 +92,15 @@ class TileWalk {
     const TileIndex at = banded(inside, row_tiles(slots), columns_, kBand * kMmaTile / q_.tile.w);
     const auto row = int32_t(at.row * tile_rows_);
     const int32_t left = slots.count - row;
-    const int64_t slices = ceil_div(q_.p.K, kSliceK);
-    const auto first_slice = int32_t(part * slices / q_.tile.splits);
+    const auto slices_before = [&](int64_t part) {
+      return int32_t(splits == 1 ? part * slices_ : part * slices_ / splits);
+    };
+    const int64_t part = unit - tile * splits;
+    const int32_t first_slice = slices_before(part);
     return {{expert_ + lane, slots.begin + row, left < tile_rows_ ? left : tile_rows_},
             int32_t(at.column * q_.columns()),
             first_slice,
-            int32_t((part + 1) * slices / q_.tile.splits) - first_slice};
+            slices_before(part + 1) - first_slice};
   }
 
   // The part of the cluster's work that a block of it has.

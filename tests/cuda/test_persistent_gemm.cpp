@@ -31,10 +31,13 @@ void test_choice() {
   using Tile = cuda::PersistentTile;
   const auto choice = [](int64_t S, int64_t E, int64_t N, int64_t K, bool gated, bool invariant = false,
                          bool may_split = true, int sms = 132) {
-    return cuda::persistent_tile({S, E, N, K, gated, invariant, may_split, sms});
+    return cuda::persistent_tile({S, E, N, K, gated, gated, invariant, may_split, sms});  // gated rows are gathered
   };
   EXPECT((choice(16384, 8, 14336, 4096, true) == Tile{128, 256, 2, 1}));  // Mixtral-8x7B, 8192 tokens
   EXPECT((choice(65536, 128, 768, 2048, true) == Tile{128, 256, 2, 1}));  // Qwen3-30B-A3B, 8192 tokens
+  EXPECT((choice(65536, 128, 2048, 768, false) == Tile{128, 128, 2, 1}));
+  EXPECT((choice(65536, 128, 2048, 1024, false) == Tile{128, 256, 2, 1}));
+  EXPECT((choice(65536, 128, 768, 768, true) == Tile{128, 256, 2, 1}));
   EXPECT((choice(65536, 128, 768, 2048, true, false, true, 133) == Tile{128, 256, 1, 1}));
   EXPECT((choice(8192, 128, 768, 2048, true) == Tile{128, 256, 1, 1}));  // 1024 tokens
   EXPECT((choice(4096, 128, 2048, 768, false) == Tile{64, 128, 1, 1}));
@@ -132,10 +135,16 @@ void test_products() {
   products<f16>({{100, 0, 3, 20}, 136, 72, {64, 128, 1, 1}});
   product<f16>({{1, 0, 3, 9, 2}, 72, 1160, {8, 128, 1, 1}}, false, false);
   product<bf16>({{17, 0, 5, 8}, 72, 1160, {16, 128, 1, 1}}, true, true);
-  // Wide tiles, and pairs of them: a second block with rows, with few, without
-  products<bf16>({{300, 0, 1, 260}, 520, 72, {128, 256, 1, 1}});
-  products<bf16>({{520, 70}, 520, 328, {128, 256, 2, 1}});
-  product<f16>({{512, 130}, 264, 72, {128, 256, 2, 1}}, true, false);
+  for (const bool transposed : {false, true}) {
+    // Wide tiles, and pairs of them: a second block with rows, with few, without
+    product<bf16>({{300, 0, 1, 260}, 520, 72, {128, 256, 1, 1}}, transposed, true);
+    product<bf16>({{520, 70}, 520, 328, {128, 256, 2, 1}}, transposed, true);
+    product<f16>({{512, 130}, 264, 1032, {128, 256, 2, 1}}, transposed, false);
+    // Turns, of fewer slices and of more than the ring has
+    product<bf16>({{300, 0, 1, 260}, 520, 72, {128, 128, 1, 1}}, transposed, false);
+    product<f16>({{300, 0, 1, 260}, 520, 600, {128, 128, 1, 1}}, transposed, false);
+    product<bf16>({{520, 70}, 520, 328, {128, 128, 2, 1}}, transposed, false);
+  }
   // Sums in parts
   products<bf16>({{128}, 128, 1096, {128, 128, 1, 2}});
   products<f16>({{5}, 104, 2000, {16, 128, 1, 4}});
