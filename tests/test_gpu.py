@@ -1,6 +1,7 @@
 """Every operator with a CUDA kernel beside its reference in float64, on the GPU.  `make test-gpu` runs it."""
 
 import copy
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -140,6 +141,61 @@ def test_grouped_gemm(shape, dtype, transposed, biased, gathered):
     op, ref = by_gpu(lambda *a: run(grouped_gemm, *a)), lambda *a: run(grouped_gemm_ref, *a)
     assert_rows_close(op(*args), ref, *args)
     assert_grads_close(op, ref, torch.randn(len(plan.tokens), N).to(dtype), *args)
+
+
+@pytest.mark.parametrize("allowed", (False, True))
+def test_grouped_gemm_rounds_to_tf32_where_torch_may(allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    x = torch.full((10, 64), 1 + 2**-12, device=DEVICE, requires_grad=True)  # more bits than tf32 has
+    w = torch.ones(2, 16, 64, device=DEVICE, requires_grad=True)
+    y = grouped_gemm(x, w, torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE))
+    y.backward(torch.full_like(y, 1 + 2**-12))
+    kept = 1 if allowed else 1 + 2**-12
+    for value, expected in ((y, 64 * kept), (x.grad, 16 * kept), (w.grad[0], 4 * kept**2)):
+        torch.testing.assert_close(value, torch.full_like(value, expected), rtol=1e-6, atol=0)
+
+
+# E, S, N, K that the persistent kernel multiplies in tiles of so many rows of x and of w; in parts where K is long.
+TILES = (
+    (4, 2400, 2048, 1024, (128, 256)),  # in pairs
+    (16, 2400, 2048, 1024, (128, 256)),
+    (4, 2400, 2048, 128, None),  # in pairs: wide ones where they are gathered, else narrow ones
+    (16, 2400, 2048, 128, None),
+    (2, 300, 256, 128, (128, 128)),
+    (2, 300, 256, 2048, (128, 128)),
+    (64, 2000, 264, 128, (64, 128)),
+    (64, 1000, 264, 1160, (32, 128)),
+    (64, 400, 264, 128, (16, 128)),
+    (64, 128, 264, 1160, (8, 128)),
+    (1, 6, 264, 2048, (16, 128)),
+)
+
+
+@pytest.mark.parametrize("gathered", (False, True), ids=("", "gathered"))
+@pytest.mark.parametrize("transposed", (False, True), ids=("ENK", "EKN"))
+@pytest.mark.parametrize("E,S,N,K,tile", TILES)
+def test_persistent_grouped_gemm_takes_its_tiles(E, S, N, K, tile, transposed, gathered, monkeypatch):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setenv("MOERT_PERSISTENT_GEMM", "1")
+    tile = tile or (128, 256 if gathered else 128)
+    counts = torch.bincount(torch.randint(E, (S,)), minlength=E)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+    rows = 50 if gathered else S
+    # Small integers: every sum is exact, and the right value one.
+    x = torch.randint(-3, 4, (rows, K)).bfloat16()
+    w = torch.randint(-3, 4, (E, K, N) if transposed else (E, N, K)).bfloat16()
+    tokens = torch.randint(rows, (S,), dtype=torch.int32) if gathered else None
+    expected = grouped_gemm(x, w, offsets, None, tokens, None, "output", transposed)
+    args = *map(there, (x, w, offsets)), None, there(tokens), None, "output", transposed
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        y = grouped_gemm(*args)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    taken = [re.search(r"grouped_gemm_persistent_kernel<.*?Tiling<[\w:]+, \D*(\d+), \D*(\d+)", name) for name in names]
+    assert [tuple(map(int, match.groups())) for match in taken if match] == [tile], names
+    assert any("add_split_sums" in name for name in names) == (K == 2048)
+    assert torch.equal(y.cpu(), expected)
 
 
 @pytest.mark.parametrize("layout", (ExpertLayout(), ExpertLayout(True, True)), ids=("ENK", "EKN-interleaved"))

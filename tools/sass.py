@@ -44,7 +44,7 @@ RULES = (
         "Hopper's tensor cores, fed by its copy engine; rows are stored 16 bytes at a time",
     ),
     Rule(
-        r"grouped_gemm_persistent_kernel\w*Li(?:128|256)ELb1ELb[01]E",
+        r"grouped_gemm_persistent_kernel\w*Li\d+ELi\d+ELb1ELb[01]E",
         "sm_90a",
         (r"\bLDGSTS\.E(?:\.\w+)*\.128",),
         "rows are gathered 16 bytes at a time",
@@ -62,6 +62,12 @@ RULES = (
         "tensor cores; rows are stored 16 bytes at a time",
     ),
     Rule(r"choice_dots", ".*", (LOAD_128,), "rows are read 16 bytes at a time"),
+    Rule(
+        r"grouped_gemm_persistent_kernel\w*Li128ELi256E",
+        "sm_90a",
+        (r"\bUTMALDG\.3D\.MULTICAST\b",),
+        "pairs of wide tiles share the weights that they read",
+    ),
     Rule(r"GemmUniversal", "sm_90a", (r"\bHGMMA\b", r"\bUTMALDG\b"), "Hopper's tensor cores, fed by its copy engine"),
 )
 # Kernels that may spill, and why.

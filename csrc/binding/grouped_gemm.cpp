@@ -61,7 +61,7 @@ Tensor check_scale(const Tensor& scale, const Tensor& x, int64_t S) {
 
 Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& tokens, const std::optional<Tensor>& scale, std::string scale_on,
-                    bool transposed) {
+                    bool transposed, bool tf32) {
   CHECK_DIM(x, 2, "[S, K]");
   CHECK_FLOAT(x);
   CHECK_DEVICE(x);
@@ -94,7 +94,8 @@ Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, con
                       expert_vector(biases),
                       factors ? factors->const_data_ptr() : nullptr,
                       on,
-                      batch_invariant};
+                      batch_invariant,
+                      tf32};
   const Execution execution(x);
 #if defined(MOERT_CUDA)
   Tensor workspace = bytes_beside(x, cuda::grouped_gemm_workspace(E));
@@ -105,7 +106,7 @@ Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, con
 }
 
 Tensor grouped_gemm_wgrad(const Tensor& dy, const Tensor& x, const Tensor& offsets, const std::optional<Tensor>& tokens,
-                          bool transposed) {
+                          bool transposed, bool tf32) {
   CHECK_DIM(dy, 2, "[S, N]");
   CHECK_FLOAT(dy);
   CHECK_DEVICE(dy);
@@ -125,14 +126,14 @@ Tensor grouped_gemm_wgrad(const Tensor& dy, const Tensor& x, const Tensor& offse
   }
   const Tensor left = dense_rows(dy), right = dense_rows(x);
   Tensor dw = transposed ? torch::stable::new_empty(dy, {E, K, N}) : torch::stable::new_empty(dy, {E, N, K});
-  const GroupedGemmWgrad product{
-      S,
-      E,
-      N,
-      K,
-      p,
-      rows_of(left),
-      rows_of(right, index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr)};
+  const GroupedGemmWgrad product{S,
+                                 E,
+                                 N,
+                                 K,
+                                 p,
+                                 rows_of(left),
+                                 rows_of(right, index ? static_cast<const int32_t*>(index->const_data_ptr()) : nullptr),
+                                 tf32};
   device::grouped_gemm_wgrad(product, Execution(x), expert_matrix(dw, transposed));
   return dw;
 }

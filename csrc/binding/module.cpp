@@ -41,8 +41,10 @@ STABLE_TORCH_LIBRARY(moert, m) {
 
   m.def(
       "grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? bias, Tensor? tokens, Tensor? scale, "
-      "str scale_on, bool transposed) -> Tensor y");
-  m.def("grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor offsets, Tensor? tokens, bool transposed) -> Tensor dw");
+      "str scale_on, bool transposed, bool tf32=False) -> Tensor y");
+  m.def(
+      "grouped_gemm_wgrad(Tensor dy, Tensor x, Tensor offsets, Tensor? tokens, bool transposed, bool tf32=False) "
+      "-> Tensor dw");
 
   m.def(
       "fused_experts(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "

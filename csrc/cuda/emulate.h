@@ -1,9 +1,9 @@
 // A thread block on the host: CUDA's words for plain SIMT kernels, over one fiber a thread.  A wrong index, a missing
 // barrier or a collective that not every lane reaches can be found here, before a GPU is.
 //
-// Blocks run one after another.  A thread runs until it waits, the threads of a block in ascending order, of every
-// other block in descending: a race that needs another order stays hidden.  Shared memory is static, one copy for the
-// block at work.
+// Clusters of blocks, mostly of one, run one after another.  A thread runs until it waits, the threads of a cluster in
+// ascending order, of every other cluster in descending: a race that needs another order stays hidden.  __shared__ is
+// static, one copy for the block at work, and so not for a cluster of several; MOERT_SHARED is each block's own.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -35,19 +35,29 @@ struct Index {
 // Bytes of shared memory that a block may have: of every GPU from sm_80 on, of sm_90.
 constexpr size_t kMostShared = 99 * 1024, kMostSharedOfHopper = 227 * 1024;
 
-// Runs `kernel` in every thread of every block, which has `shared` bytes of memory, at first of no use.
+// Runs `kernel` in every thread of every block, which has `shared` bytes of memory, at first of no use.  `cluster`
+// blocks, neighbours in x, run together.
 void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel,
-         size_t most_shared = kMostShared);
+         size_t most_shared = kMostShared, unsigned cluster = 1);
 
+// Of the calling thread's block.
 void* shared_memory();
+
+// The thread's number in its cluster, and its block's.
+unsigned thread_in_cluster();
+unsigned block_in_cluster();
+
+// What lies in another block of the cluster at the place that `p` has in the caller's.
+void* in_block(void* p, unsigned block);
 
 // Whether asynchronous copies arrive when they are asked for, else when they are waited for.
 inline bool copies_at_once = false;
 
 [[noreturn]] void fail(const char* what);
 
-// Waits for every living thread of the block.
+// Waits for every living thread of the block, or of the cluster.
 void sync_block();
+void sync_cluster();
 
 // Waits until a count, which other threads raise, exceeds `passed`.
 void wait(int64_t& count, int64_t passed);

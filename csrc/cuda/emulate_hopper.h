@@ -69,11 +69,16 @@ inline uintptr_t shared_address(const void* p) { return reinterpret_cast<uintptr
 inline void publish_barriers() {}
 inline void publish_writes() {}
 
+inline int cluster_rank() { return int(emulate::block_in_cluster()); }
+inline void sync_cluster() { emulate::sync_cluster(); }
+
 inline void arrive(Barrier& b) {
   if (b.missing == 0) emulate::fail("a barrier must be reached by as many threads as it was made for, got one more");
   --b.missing;
   end_phase(b);
 }
+
+inline void arrive_at(Barrier& b, int block) { arrive(*static_cast<Barrier*>(emulate::in_block(&b, unsigned(block)))); }
 
 inline void arrive_expecting(Barrier& b, uint32_t bytes) {
   b.bytes += bytes;
@@ -113,6 +118,13 @@ void copy_box(const TensorMap& map, Barrier& b, void* to, Coordinates... at) {
   if (emulate::copies_at_once || b.waiting) deliver(b);
 }
 
+template <class... Coordinates>
+void copy_box_to_all(const TensorMap& map, int blocks, Barrier& b, void* to, Coordinates... at) {
+  for (int block = 0; block < blocks; ++block)
+    copy_box(map, *static_cast<Barrier*>(emulate::in_block(&b, unsigned(block))),
+             emulate::in_block(to, unsigned(block)), at...);
+}
+
 template <int n>
 void take_registers() {}
 template <int n>
@@ -120,28 +132,32 @@ void give_registers() {}
 
 // Reads a stage as soon as it may, which finds a copy that nobody waited for, or, where copies arrive at once, as late
 // as it may, which finds one that comes too soon.  The lanes of a warp begin and wait together.
-template <class Element, int n, int kStages>
+template <class Element, int n, int kStages, bool kMajorA, bool kMajorB, int kGroups>
 class SlicePair {
+  static constexpr int kSums = n / kGroups, kOf64 = n / 2;  // of all its rows of a, of 64
   struct Started {
     int stage;
     bool first;
   };
   const Element *a_, *b_;
   int group_;
-  float c_[n / 2];
+  float c_[kSums];
   std::deque<Started> started_;
 
+  template <bool kMajor>
   static float element(const Element* slice, int row, int k) {
-    return float(slice[piece_place(row, k / kPiece) + k % kPiece]);
+    if constexpr (kMajor) return float(slice[piece_place(row, k / kPiece) + k % kPiece]);
+    const int inside = row % kSliceK;
+    return float(slice[(row - inside) * kSliceK + piece_place(k, inside / kPiece) + inside % kPiece]);
   }
 
   void multiply(const Started& s) {
     const Element *a = a_ + s.stage * 128 * kSliceK, *b = b_ + s.stage * n * kSliceK;
     const int t = int(threadIdx.x) % kWarpgroup;
-    for (int i = 0; i < n / 2; ++i) {
+    for (int i = 0; i < kSums; ++i) {
       if (s.first) c_[i] = 0;
-      for (int k = 0; k < kSliceK; ++k)
-        c_[i] += element(a, 64 * group_ + sum_row(t, i), k) * element(b, sum_column(t, i), k);
+      const int row = 64 * (group_ + i / kOf64) + sum_row(t, i % kOf64), column = sum_column(t, i % kOf64);
+      for (int k = 0; k < kSliceK; ++k) c_[i] += element<kMajorA>(a, row, k) * element<kMajorB>(b, column, k);
     }
   }
 

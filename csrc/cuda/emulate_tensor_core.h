@@ -24,7 +24,7 @@ struct AsyncCopies {
     void* to;
     const void* from;
   };
-  static inline std::vector<std::vector<Copy>> groups[1024];  // of each thread; the last is open
+  static inline std::vector<std::vector<Copy>> groups[1024];  // of each thread of a cluster; the last is open
 
   static void arrive(const Copy& c) {
     if (reinterpret_cast<uintptr_t>(c.to) % 16 || reinterpret_cast<uintptr_t>(c.from) % 16)
@@ -39,20 +39,20 @@ struct AsyncCopies {
 inline void copy_async(void* to, const void* from, bool inside) {
   const AsyncCopies::Copy copy{to, inside ? from : nullptr};
   if (emulate::copies_at_once) return AsyncCopies::arrive(copy);
-  auto& groups = AsyncCopies::groups[threadIdx.x];
+  auto& groups = AsyncCopies::groups[emulate::thread_in_cluster()];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back(copy);
 }
 
 inline void close_group() {
-  auto& groups = AsyncCopies::groups[threadIdx.x];
+  auto& groups = AsyncCopies::groups[emulate::thread_in_cluster()];
   if (groups.empty()) groups.emplace_back();
   groups.emplace_back();
 }
 
 template <int n>
 void wait_groups() {
-  auto& groups = AsyncCopies::groups[threadIdx.x];
+  auto& groups = AsyncCopies::groups[emulate::thread_in_cluster()];
   while (groups.size() > n + 1) {
     for (const auto& copy : groups.front()) AsyncCopies::arrive(copy);
     groups.erase(groups.begin());

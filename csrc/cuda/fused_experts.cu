@@ -31,7 +31,7 @@ struct Forward {
   Memory memory;
   SlotPlan<T> plan;
   T *act, *rows;  // [T*k, I], [T*k, H]
-  void* groups;   // of the second product
+  void* groups;   // of each product
 
   Forward(const RoutedRows& tokens, const ExpertWeights& w, void* workspace)
       : tokens(tokens),
@@ -44,13 +44,16 @@ struct Forward {
 
   void run(void* stream, T* y, T* h) const {
     plan.run(tokens, w.E, stream);
-    multiply(first_product(tokens, w, plan, act, h), tokens.tf32, stream);
+    Product<T> first = first_product(tokens, w, plan, act, h);
+    first.workspace = groups;
+    multiply(first, tokens.tf32, stream);
     const int64_t S = tokens.T * tokens.k;
     GroupedGemm second{};
     second.S = S, second.E = w.E, second.N = w.H, second.K = w.I, second.offsets = plan.offsets;
     second.x = {act, DTypeOf<T>::value, w.I};
     second.w = w.down;
     second.bias = w.down_bias;
+    second.batch_invariant = tokens.batch_invariant;
     second.workspace = groups;
     multiply(product_of<T>(second, rows, w.H), tokens.tf32, stream);
     unpermute_rows(rows, w.H, DTypeOf<T>::value, plan.slots, w.scale_on == ScaleOn::output ? tokens.weights : nullptr,

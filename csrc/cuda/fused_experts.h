@@ -54,7 +54,9 @@ Product<T> first_product(const RoutedRows& tokens, const ExpertWeights& w, const
           RowsOf<T>(x),
           MatrixOf<const T>(w.gate),
           MatrixOf<const T>(gated ? w.up : w.gate),
-          to};
+          to,
+          nullptr,
+          tokens.batch_invariant};
 }
 
 }  // namespace moert::cuda

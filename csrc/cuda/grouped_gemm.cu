@@ -1,5 +1,6 @@
 #include "cuda/grouped_gemm.cuh"
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -77,11 +78,12 @@ MOERT_INSTANTIATE(double)
 #undef MOERT_INSTANTIATE
 
 int64_t grouped_gemm_workspace([[maybe_unused]] int64_t E) {
+  int64_t bytes = 0;
+  if constexpr (kTensorCores) bytes = persistent_workspace();
 #if defined(__CUDACC__)
-  return pointer_array_workspace(E);
-#else
-  return 0;
+  bytes = std::max(bytes, pointer_array_workspace(E));
 #endif
+  return bytes;
 }
 
 void grouped_gemm(const GroupedGemm& p, void* stream, void* y, int64_t y_stride) {

@@ -1,4 +1,5 @@
-// Every persistent kernel that there is: for each 16-bit element three, with wide and with narrow tiles.
+// Every persistent kernel that there is: for each 16-bit element and either way that weights lie, wide and narrow tiles
+// of rows that are gathered or not, and four for few rows, gathered.
 #include "cuda/grouped_gemm_persistent.cuh"
 
 #include <algorithm>
@@ -33,40 +34,62 @@ int64_t up_from_gate(const Product<T>& p) {
 template <class Tiling, typename T>
 TensorMap weights(const Product<T>& p) {
   const auto K = uint64_t(p.K), N = uint64_t(p.N), E = uint64_t(p.E);
-  const uint64_t row = 2 * p.w.row, expert = 2 * (E > 1 ? p.w.expert : p.w.row), up = 2 * up_from_gate(p);
-  if constexpr (Tiling::kGated)
-    return tensor_map(
-        {p.w.data, 5, {K, 8, 2, N / 8, E}, {row, up, 8 * row, expert}, {kSliceK, 8, 2, Tiling::kW / 16, 1}});
+  const uint64_t line = 2 * (Tiling::kMajor ? p.w.row : p.w.column), expert = E > 1 ? 2 * p.w.expert : line;
+  if constexpr (!Tiling::kMajor)
+    return tensor_map({p.w.data, 3, {N, K, E}, {line, expert}, {Tiling::kBox, kSliceK, 1}});
+  else if (p.epilogue.form.gated)
+    return tensor_map({p.w.data,
+                       5,
+                       {K, 8, 2, N / 8, E},
+                       {line, uint64_t(2 * up_from_gate(p)), 8 * line, expert},
+                       {kSliceK, 8, 2, Tiling::kBox / 16, 1}});
   else
-    return tensor_map({p.w.data, 3, {K, N, E}, {row, expert}, {kSliceK, Tiling::kW, 1}});
+    return tensor_map({p.w.data, 3, {K, N, E}, {line, expert}, {kSliceK, Tiling::kBox, 1}});
 }
 
-template <class Tiling, typename T>
-void start(const Product<T>& p, [[maybe_unused]] void* stream) {
-  constexpr auto kernel = &grouped_gemm_persistent_kernel<Tiling, T>;
-  constexpr int kBytes = kPersistentBytes<Tiling>;
-  PersistentProduct<T> q{weights<Tiling>(p), {}, p};
-  if constexpr (!Tiling::kGathered)
-    q.x = tensor_map({p.x.data, 2, {uint64_t(p.K), uint64_t(p.S)}, {uint64_t(2 * p.x.stride)}, {kSliceK, kXBox}});
-  const auto blocks = unsigned(std::min<int64_t>(num_tiles_at_most<Tiling>(p), num_sms()));
+template <class Kernel, class Q>
+void launch_clusters(Kernel kernel, unsigned blocks, int bytes, [[maybe_unused]] void* stream, const Q& q) {
 #if defined(__CUDACC__)
   MOERT_CUDA_CHECK(
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  kernel<<<blocks, kPersistentThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(q);
-  MOERT_CUDA_CHECK(cudaGetLastError());
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(q.tile.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = kPersistentThreads, config.dynamicSmemBytes = size_t(bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster, config.numAttrs = 1;
+  MOERT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, q));
 #else
-  emulate::run({blocks, 1, 1}, kPersistentThreads, kBytes, [&] { kernel(q); }, emulate::kMostSharedOfHopper);
+  emulate::run(
+      {blocks, 1, 1}, kPersistentThreads, size_t(bytes), [&] { kernel(q); }, emulate::kMostSharedOfHopper,
+      unsigned(q.tile.cluster));
 #endif
 }
 
-template <bool kGathered, bool kGated, typename T>
-void start_wide_or_narrow(const Product<T>& p, void* stream) {
+template <class Tiling, typename T>
+void start(const Product<T>& p, const PersistentTile& tile, void* stream) {
+  PersistentProduct<T> q{weights<Tiling>(p), {}, p, tile, nullptr};
+  if constexpr (!Tiling::kGathered)
+    q.x = tensor_map({p.x.data, 2, {uint64_t(p.K), uint64_t(p.S)}, {uint64_t(2 * p.x.stride)}, {kSliceK, kXBox}});
+  if (tile.splits > 1) q.sums = static_cast<float*>(p.workspace);
+  const int64_t tiles = q.num_tiles_at_most(), clusters = num_sms() / tile.cluster;
+  const auto blocks = unsigned(tile.cluster * std::min<int64_t>(std::max<int64_t>(tiles * tile.splits, 1), clusters));
+  launch_clusters(&grouped_gemm_persistent_kernel<Tiling, T>, blocks, kPersistentBytes<Tiling>, stream, q);
+  if (q.sums) launch(&add_split_sums<T>, {tiles}, kAddThreads, stream, q);
+}
+
+template <int kX, int kW, bool kGathered, typename T>
+void start_either_way(const Product<T>& p, const PersistentTile& tile, void* stream) {
   using Element = std::conditional_t<std::is_same_v<T, bf16>, cute::bfloat16_t, cute::half_t>;
-  using Wide = Tiling<Element, 256, kGathered, kGated>;
-  using Narrow = Tiling<Element, 128, kGathered, kGated>;
-  // Wide tiles read less for a product; but every multiprocessor should have one.
-  const bool wide = p.S / Wide::kX * ceil_div(p.N, Wide::kColumns) >= num_sms();
-  wide ? start<Wide>(p, stream) : start<Narrow>(p, stream);
+  p.w.column == 1 ? start<Tiling<Element, kX, kW, kGathered, true>>(p, tile, stream)
+                  : start<Tiling<Element, kX, kW, kGathered, false>>(p, tile, stream);
+}
+
+template <int kW, typename T>
+void start_many_rows(const Product<T>& p, const PersistentTile& tile, void* stream) {
+  p.x.index ? start_either_way<kWideX, kW, true>(p, tile, stream)
+            : start_either_way<kWideX, kW, false>(p, tile, stream);
 }
 
 }  // namespace
@@ -74,26 +97,48 @@ void start_wide_or_narrow(const Product<T>& p, void* stream) {
 template <typename T>
 bool takes_persistent(const Product<T>& p) {
   if (!is_asked_for() || !is_sm90()) return false;
-  if (p.S == 0 || p.E == 0 || p.K == 0 || p.N > 0x7fffffff || p.w.column != 1) return false;
-  // Rows that lie apart, and steps of the copy engine forwards.
-  if (p.w.row < p.K || !steps(8 * p.w.row) || (p.E > 1 && !steps(p.w.expert))) return false;
+  if (p.S == 0 || p.E == 0 || p.K == 0 || p.N > 0x7fffffff) return false;
+  // Rows, or columns, that lie apart, and steps of the copy engine forwards.
+  const bool by_rows = p.w.column == 1;
+  const int64_t line = by_rows ? p.w.row : p.w.column;
+  if (!by_rows && (p.w.row != 1 || p.epilogue.form.gated)) return false;
+  if (line < (by_rows ? p.K : p.N) || !steps(8 * line) || (p.E > 1 && !steps(p.w.expert))) return false;
   // Gates and ups are one tensor, of which an expert is one step.
   if (p.epilogue.form.gated) return p.x.index && steps(up_from_gate(p)) && (p.E == 1 || p.up.expert == p.w.expert);
   return p.x.index || (p.x.stride >= p.K && steps(p.x.stride));
 }
 
+int64_t persistent_workspace() {
+  // As many narrow tiles as there are multiprocessors: more are not split.
+  return is_asked_for() && is_sm90() ? num_sms() * kWideX * kNarrowW * int64_t(sizeof(float)) : 0;
+}
+
+template <typename T>
+PersistentTile tile_of(const Product<T>& p) {
+  return persistent_tile({p.S, p.E, p.N, p.K, p.epilogue.form.gated, p.x.index != nullptr, p.batch_invariant,
+                          p.workspace != nullptr, num_sms()});
+}
+
 template <typename T>
 void grouped_gemm_persistent(const Product<T>& p, void* stream) {
-  if (p.epilogue.form.gated)
-    start_wide_or_narrow<true, true>(p, stream);
-  else if (p.x.index)
-    start_wide_or_narrow<true, false>(p, stream);
-  else
-    start_wide_or_narrow<false, false>(p, stream);
+  const PersistentTile tile = tile_of(p);
+  switch (tile.x) {
+    case 8:
+      return start_either_way<8, kNarrowW, true>(p, tile, stream);
+    case 16:
+      return start_either_way<16, kNarrowW, true>(p, tile, stream);
+    case 32:
+      return start_either_way<32, kNarrowW, true>(p, tile, stream);
+    case 64:
+      return start_either_way<64, kNarrowW, true>(p, tile, stream);
+  }
+  tile.w == kWideW ? start_many_rows<kWideW>(p, tile, stream) : start_many_rows<kNarrowW>(p, tile, stream);
 }
 
 template bool takes_persistent(const Product<bf16>&);
 template bool takes_persistent(const Product<f16>&);
+template PersistentTile tile_of(const Product<bf16>&);
+template PersistentTile tile_of(const Product<f16>&);
 template void grouped_gemm_persistent(const Product<bf16>&, void*);
 template void grouped_gemm_persistent(const Product<f16>&, void*);
 

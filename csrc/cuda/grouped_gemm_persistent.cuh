@@ -1,20 +1,21 @@
 // Grouped GEMM for sm_90a by as many thread blocks as there are multiprocessors, each of which walks over tiles of 128
 // rows of x by 128 or 256 rows of w.  Four warps bring slices of 64 of the summed dimension into a ring in shared
 // memory; two groups of four warps multiply them, 64 rows of the tile each, and store the sums while the first already
-// fill the ring for the next tile.
+// fill the ring for the next tile.  Where experts have few rows a tile is 8 to 64 rows of x by 128 of w, of which the
+// two groups have 64 rows of w each: the tensor cores' M side is never shorter, and weights are what there is much of.
+// With tiles of 128 by 128 of rows in expert order the groups take turns: one stores while the other multiplies.
 //
 // The weights are one tensor of which the copy engine takes boxes, with the expert as a coordinate: nothing is
 // rewritten from expert to expert.  Rows of x that lie in expert order it brings as well; others are gathered in
-// 16-byte pieces.  A tile's rows past its expert's end are read, or are zeros, and are not stored.
+// 16-byte pieces.  A tile's rows past its expert's end are read, or are zeros, and are not stored.  Two blocks of a
+// cluster have neighbouring rows of x; each asks for half of the rows of w, for both.
 //
 // Slice n of all that a block multiplies lies in stage n % kRing.  full[stage] ends a phase when both slices are there,
-// empty[stage] when all warps that multiply have read them, so that both count the same uses of the stage.
+// empty[stage] when all warps of the cluster that multiply have read them, so that both count the same uses of the
+// stage.
 #pragma once
 
-#include "cuda/hopper.h"
-
-#include "cuda/expert_tiles.h"
-#include "cuda/grouped_gemm_product.h"
+#include "cuda/persistent_walk.cuh"
 
 namespace moert::cuda {
 
@@ -24,116 +25,53 @@ constexpr int kPersistentThreads = kConsumers + kProducers;
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(kProducers * kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * kPersistentThreads);
 
-// A warp's sums on their way from fragments to rows, 64 columns at a time: [16, 64], groups of eight columns exchanged
-// within a row so that the rows that half a warp writes at once meet in no bank.
-constexpr int kSumRows = 16, kSumColumns = 64, kStoredColumns = 8, kSumGroups = kSumColumns / kStoredColumns;
-MOERT_HOST_DEVICE constexpr int sum_place(int row, int group) {
-  return row * kSumColumns + (group ^ row % kSumGroups) * kStoredColumns;
-}
-
 // A kind of tile.  With gates its rows of w are eight of the gate, the same eight of up, and so on.
-template <class Element_, int kW_, bool kGathered_, bool kGated_>
+template <class Element_, int kX_, int kW_, bool kGathered_, bool kMajor_>
 struct Tiling {
   using Element = Element_;
-  static constexpr bool kGathered = kGathered_, kGated = kGated_;
-  static constexpr int kX = kMmaTile, kW = kW_;          // rows of x and of w
-  static constexpr int kColumns = kGated ? kW / 2 : kW;  // of y
-  static constexpr int kRing = kW == 128 ? 6 : 4;        // as many as fit
-  static constexpr int kParts = kW / kSumColumns;        // of the sums, stored one after the other
+  static constexpr bool kGathered = kGathered_, kMajor = kMajor_;  // kMajor: neighbours of w along K lie side by side
+  static constexpr int kX = kX_, kW = kW_;                         // rows of x and of w
+  static constexpr bool kSwapped = kX < kWideX;                    // w on the M side
+  // Of the groups of warps; else each has half of every tile.
+  static constexpr bool kTurns = kX == kWideX && kW == kNarrowW && !kGathered;
+  static constexpr int kGroups = kTurns ? 1 : 2;                        // at work on a tile
+  static constexpr int kRing = 192 * 1024 / ((kX + kW) * 2 * kSliceK);  // as many as fit
+  // Rows of w of a box, of which an MN-major one has its 128 bytes along.
+  static constexpr int kBox = kMajor && !kTurns ? 128 : 64, kBoxes = kW / kBox;
+  using Pair =
+      SlicePair<Element, kSwapped ? kX : kW, kRing, kSwapped ? kMajor : true, kSwapped ? true : kMajor, kGroups>;
+};
+
+// A warp's sums on their way from fragments to rows: of 16 rows of x by 64 of w at a time, or of all rows of x by 16
+// of w, in groups of eight rows of w that are exchanged so that what is written at once meets in no bank.
+template <class Tiling>
+struct SumTile {
+  static constexpr bool kSwapped = Tiling::kSwapped;
+  static constexpr int kRows = kSwapped ? Tiling::kX : 16, kGroups = kSwapped ? 2 : 8;
+  // One after the other, across w and then in the other 64 rows of x, if they are the group's too.
+  static constexpr int kAcross = kSwapped ? 1 : Tiling::kW / 64, kParts = kAcross * 2 / Tiling::kGroups;
+  static constexpr int kSums = kRows * kGroups * kStoredColumns;
+
+  static MOERT_HOST_DEVICE constexpr int place(int row, int group) {
+    if constexpr (kSwapped) return row / 2 * 32 + ((row % 2 * 2 + group) ^ row / 2 % 4) * kStoredColumns;
+    return row * 64 + (group ^ row % 8) * kStoredColumns;
+  }
 };
 
 template <class Tiling>
 struct PersistentShared {
   typename Tiling::Element x[Tiling::kRing][Tiling::kX * kSliceK], w[Tiling::kRing][Tiling::kW * kSliceK];
-  float sums[kConsumerWarps][kSumRows * kSumColumns];
-  Barrier full[Tiling::kRing], empty[Tiling::kRing];
+  alignas(16) float sums[kConsumerWarps][SumTile<Tiling>::kSums];
+  Barrier full[Tiling::kRing], empty[Tiling::kRing], turn[2];  // turn: of a group of warps, where they take turns
 };
 
 template <class Tiling>
 constexpr int kPersistentBytes = int(sizeof(PersistentShared<Tiling>)) + kSliceAlign;
 
-template <class T>
-struct PersistentProduct {
-  TensorMap w;  // of three dimensions, or, where it has gates, of five
-  TensorMap x;  // of rows in expert order
-  Product<T> p;
-};
-
-// The stage of a slice and the parity of the phases that its barriers end for it.
-template <int kRing>
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  MOERT_HOST_DEVICE void advance() {
-    if (++stage < kRing) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
-// An upper bound, which depends on nothing that only the device knows.
-template <class Tiling, class T>
-int64_t num_tiles_at_most(const Product<T>& p) {
-  return num_row_tiles(p.S, p.E, Tiling::kX) * ceil_div(p.N, Tiling::kColumns);
-}
-
-struct TileWork {
-  RowTile rows;
-  int32_t first;   // column of y
-  int32_t slices;  // 0 after the last tile
-};
-
-// The tiles follow each other expert by expert, so that blocks that run at the same time share weights and rows, and
-// without a hole, so that all blocks get as many.  A warp walks over them, each lane with one of 32 experts.
-template <class Tiling, class T>
-class TileWalk {
-  const Product<T>& p_;
-  const int64_t columns_;
-  int32_t expert_ = -kWarp;      // of lane 0
-  int64_t begin_ = 0, end_ = 0;  // rows of tiles before these experts, and with them
-  Slots slots_{0, 0};
-  int32_t before_ = 0;  // rows of tiles of the lanes before
-
-  static MOERT_DEVICE_INLINE int32_t tile_rows(const Slots& slots) {
-    return int32_t(ceil_div(slots.count, Tiling::kX));
-  }
-
-  MOERT_DEVICE_INLINE void next_experts() {
-    expert_ += kWarp;
-    const int32_t e = expert_ + lane_id();
-    slots_ = e < p_.E ? slots_of(p_.offsets, e, p_.S) : Slots{0, 0};
-    before_ = warp_exclusive(tile_rows(slots_));
-    begin_ = end_;
-    end_ += __shfl_sync(kAllLanes, before_ + tile_rows(slots_), kWarp - 1);
-  }
-
- public:
-  MOERT_DEVICE_INLINE explicit TileWalk(const Product<T>& p) : p_(p), columns_(ceil_div(p.N, Tiling::kColumns)) {}
-
-  // The same in every lane; `tile` ascends from call to call.
-  MOERT_DEVICE_INLINE TileWork at(int64_t tile) {
-    while (tile >= end_ * columns_) {
-      if (expert_ + kWarp >= p_.E) return {{0, 0, 0}, 0, 0};
-      next_experts();
-    }
-    const int64_t rest = tile - begin_ * columns_;
-    const int lane = __popc(__ballot_sync(kAllLanes, before_ * columns_ <= rest)) - 1;
-    const Slots slots{__shfl_sync(kAllLanes, slots_.begin, lane), __shfl_sync(kAllLanes, slots_.count, lane)};
-    const int64_t inside = rest - __shfl_sync(kAllLanes, before_, lane) * columns_;
-    const TileIndex at = banded(inside, tile_rows(slots), columns_, kBand * kMmaTile / Tiling::kW);
-    const auto row = int32_t(at.row * Tiling::kX);
-    const int32_t left = slots.count - row;
-    return {{expert_ + lane, slots.begin + row, left < Tiling::kX ? left : Tiling::kX},
-            int32_t(at.column * Tiling::kColumns),
-            int32_t(ceil_div(p_.K, kSliceK))};
-  }
-};
-
 // A thread's share of the gathered slices of a tile: one piece of every sixteenth row.
 template <class Tiling, class T>
 struct Gatherer {
-  static constexpr int kRows = kProducers / kPieces, kCopies = Tiling::kX / kRows;
+  static constexpr int kRows = kProducers / kPieces, kCopies = Tiling::kX < kRows ? 1 : Tiling::kX / kRows;
   const T* from[kCopies];
   int row, piece;
 
@@ -150,6 +88,7 @@ struct Gatherer {
   // Zeros for rows that are not there and past K, where w's boxes have zeros too: 0 times what lay there might be NaN.
   MOERT_DEVICE_INLINE void load(int64_t k, int64_t K, typename Tiling::Element* to) const {
     k += piece * kPiece;
+    if (Tiling::kX < kRows && row >= Tiling::kX) return;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const bool here = k < K && from[i];
@@ -176,41 +115,60 @@ MOERT_DEVICE_INLINE void hand_over(Barrier& full) {
 // memory goes into sums that are not stored.
 constexpr int kXBox = 32;
 
+// Box i of a tile's rows of w, for the block's own ring or for the whole cluster's.
+template <class Tiling, class T>
+MOERT_DEVICE_INLINE void copy_weights(const PersistentProduct<T>& q, const TileWork& work, int i, int k, Barrier& full,
+                                      typename Tiling::Element* w) {
+  const int first = work.first + i * (q.gated() ? Tiling::kBox / 2 : Tiling::kBox), expert = work.rows.expert;
+  typename Tiling::Element* to = w + i * Tiling::kBox * kSliceK;
+  const auto copy = [&](auto... at) {
+    if (Tiling::kBoxes > 1 && q.tile.cluster > 1)
+      copy_box_to_all(q.w, q.tile.cluster, full, to, at...);
+    else
+      copy_box(q.w, full, to, at...);
+  };
+  if constexpr (!Tiling::kMajor)
+    copy(first, k, expert);
+  else if (q.gated())
+    copy(k, 0, 0, first / kStoredColumns, expert);
+  else
+    copy(k, first, expert);
+}
+
 // One thread asks for a stage's boxes.
 template <class Tiling, class T>
-MOERT_DEVICE_INLINE void copy_boxes(const PersistentProduct<T>& q, const TileWork& work, int k, Barrier& full,
+MOERT_DEVICE_INLINE void copy_boxes(const PersistentProduct<T>& q, const TileWork& work, int rank, int k, Barrier& full,
                                     typename Tiling::Element* x, typename Tiling::Element* w) {
   constexpr int kRowBytes = 2 * kSliceK;
   const int boxes = Tiling::kGathered ? 0 : int(ceil_div(work.rows.rows, kXBox));
   arrive_expecting(full, (Tiling::kW + boxes * kXBox) * kRowBytes);
-  if constexpr (Tiling::kGated)
-    copy_box(q.w, full, w, k, 0, 0, work.first / kStoredColumns, work.rows.expert);
-  else
-    copy_box(q.w, full, w, k, work.first, work.rows.expert);
+  const int blocks = q.tile.cluster, end = (rank + 1) * Tiling::kBoxes / blocks;
+#pragma unroll 1
+  for (int i = rank * Tiling::kBoxes / blocks; i < end; ++i) copy_weights<Tiling>(q, work, i, k, full, w);
   for (int i = 0; i < boxes; ++i) copy_box(q.x, full, x + i * kXBox * kSliceK, k, work.rows.row + i * kXBox);
 }
 
 template <class Tiling, class T>
-MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared) {
+MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared, int rank) {
   static_assert(kOnTheirWay <= Tiling::kRing - 2);
   const Product<T>& p = q.p;
-  const int thread = int(threadIdx.x) - kConsumers;
+  const int thread = int(threadIdx.x) - kConsumers, blocks = q.tile.cluster;
   const bool leads = thread == 0;
   if (!Tiling::kGathered && thread >= kWarp) return;
   Gatherer<Tiling, T> gatherer(thread);
   RingPlace<Tiling::kRing> place, oldest;  // oldest: of the slices on their way
   int on_their_way = 0;
-  TileWalk<Tiling, T> walk(p);
-  for (int64_t tile = blockIdx.x;; tile += gridDim.x) {
-    const TileWork work = walk.at(tile);
+  TileWalk<T> walk(q);
+  for (int64_t unit = blockIdx.x / blocks;; unit += gridDim.x / blocks) {
+    const TileWork work = walk.at(unit, rank);
     if (work.slices == 0) break;
     if constexpr (Tiling::kGathered) gatherer.find(p, work.rows);
 #pragma unroll 1
     for (int slice = 0; slice < work.slices; ++slice, place.advance()) {
-      const int stage = place.stage, k = slice * kSliceK;
+      const int stage = place.stage, k = (work.first_slice + slice) * kSliceK;
       // For the use before; of a first use there is none.  Who only looked on might miss a phase.
       if (Tiling::kGathered || leads) wait(shared.empty[stage], place.parity ^ 1);
-      if (leads) copy_boxes<Tiling>(q, work, k, shared.full[stage], shared.x[stage], shared.w[stage]);
+      if (leads) copy_boxes<Tiling>(q, work, rank, k, shared.full[stage], shared.x[stage], shared.w[stage]);
       if constexpr (Tiling::kGathered) {
         gatherer.load(k, p.K, shared.x[stage]);
         close_group();
@@ -234,63 +192,151 @@ MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared
 // epilogue.
 template <class Tiling, class Sums>
 MOERT_DEVICE_INLINE void spread_part(const Sums& c, int part, float* sums) {
-  constexpr int kSums = kSumColumns / 2;
+  using To = SumTile<Tiling>;
+  constexpr int kSums = Tiling::kSwapped ? Tiling::kX / 2 : 32;  // of a part; they follow each other
+  const int lane = lane_id();
 #pragma unroll
-  for (int known = 0; known < Tiling::kParts; ++known) {
+  for (int known = 0; known < To::kParts; ++known) {
     if (known != part) continue;
 #pragma unroll
     for (int i = 0; i < kSums; i += 2) {
-      const int lane = lane_id(), column = sum_column(lane, i);
-      float* to = sums + sum_place(sum_row(lane, i), column / kStoredColumns) + column % kStoredColumns;
-      *reinterpret_cast<float2*>(to) = make_float2(c.sum(known * kSums + i), c.sum(known * kSums + i + 1));
+      const int row = sum_row(lane, i), column = sum_column(lane, i);  // of the tensor cores' tile
+      const float a = c.sum(known * kSums + i), b = c.sum(known * kSums + i + 1);
+      if constexpr (Tiling::kSwapped) {
+        sums[To::place(column, row / kStoredColumns) + row % kStoredColumns] = a;
+        sums[To::place(column + 1, row / kStoredColumns) + row % kStoredColumns] = b;
+      } else {
+        *reinterpret_cast<float2*>(sums + To::place(row, column / kStoredColumns) + column % kStoredColumns) =
+            make_float2(a, b);
+      }
     }
   }
 }
 
-// The sums of a warp, rows 16 warp to 16 warp + 15 of the tile, through the epilogue; a lane stores eight columns of y
-// at once.
-template <class Tiling, class Sums, class T>
-MOERT_DEVICE_INLINE void store_sums(const Product<T>& p, const TileWork& work, int warp, const Sums& c, float* sums) {
-  constexpr bool kGated = Tiling::kGated;
-  constexpr int kGroups = kGated ? kSumGroups / 2 : kSumGroups;
-  const int first_row = kSumRows * warp, rows = work.rows.rows - first_row, lane = lane_id();
-  if (rows <= 0) return;
+MOERT_DEVICE_INLINE void read_sums(const float* from, float (&to)[kStoredColumns]) {
+#pragma unroll
+  for (int j = 0; j < kStoredColumns; j += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + j);
+    to[j] = four.x, to[j + 1] = four.y, to[j + 2] = four.z, to[j + 3] = four.w;
+  }
+}
+
+// The sums of a warp, of rows `first_row` on of x and of groups `first_group` on of eight rows of w, through the
+// epilogue, or as they are where other parts of K are to be added; a lane stores eight columns of y at once.
+template <class Tiling, class T>
+MOERT_DEVICE_INLINE void store_part(const PersistentProduct<T>& q, const TileWork& work, int64_t unit, int first_row,
+                                    int first_group, const float* sums) {
+  using From = SumTile<Tiling>;
+  const int pair = q.gated() ? 2 : 1, groups = From::kGroups / pair, rows = work.rows.rows - first_row;
 #pragma unroll 1
-  for (int part = 0; part < Tiling::kParts; ++part) {
+  for (int i = lane_id(); i < From::kRows * groups; i += kWarp) {
+    const int row = i / groups, group = i % groups * pair;
+    const int64_t column = work.first + (first_group + group) / pair * kStoredColumns;
+    if (row >= rows || column >= q.p.N) continue;
+    float gate[kStoredColumns], up[kStoredColumns];
+    read_sums(sums + From::place(row, group), gate);
+    read_sums(sums + From::place(row, group + pair - 1), up);
+    if (!q.sums) {
+      q.p.epilogue.store(work.rows.expert, work.rows.row + first_row + row, column, gate, up);
+      continue;
+    }
+    float* to = q.sums + (unit * Tiling::kX + first_row + row) * Tiling::kW + (first_group + group) * kStoredColumns;
+#pragma unroll
+    for (int j = 0; j < kStoredColumns; ++j) {
+      to[j] = gate[j];
+      if (pair == 2) to[kStoredColumns + j] = up[j];
+    }
+  }
+}
+
+template <class Tiling, class Sums, class T>
+MOERT_DEVICE_INLINE void store_sums(const PersistentProduct<T>& q, const TileWork& work, int64_t unit, const Sums& c,
+                                    float* sums) {
+  using From = SumTile<Tiling>;
+  const int warp = Tiling::kTurns ? warp_id() % 4 : warp_id();
+#pragma unroll 1
+  for (int part = 0; part < From::kParts; ++part) {
+    const int first_row = Tiling::kSwapped ? 0 : From::kRows * warp + part / From::kAcross * 64;
+    if (work.rows.rows <= first_row) return;
     spread_part<Tiling>(c, part, sums);
     __syncwarp();
-#pragma unroll 1
-    for (int i = lane; i < kSumRows * kGroups; i += kWarp) {
-      const int row = i / kGroups, group = i % kGroups;
-      const int64_t column = work.first + (part * kGroups + group) * kStoredColumns;
-      if (row >= rows || column >= p.N) continue;
-      float gate[kStoredColumns], up[kStoredColumns];
-      const float* gates = sums + sum_place(row, kGated ? 2 * group : group);
-      const float* ups = sums + sum_place(row, kGated ? 2 * group + 1 : group);
-#pragma unroll
-      for (int j = 0; j < kStoredColumns; j += 4) {
-        const float4 g = *reinterpret_cast<const float4*>(gates + j), u = *reinterpret_cast<const float4*>(ups + j);
-        gate[j] = g.x, gate[j + 1] = g.y, gate[j + 2] = g.z, gate[j + 3] = g.w;
-        up[j] = u.x, up[j + 1] = u.y, up[j + 2] = u.z, up[j + 3] = u.w;
-      }
-      p.epilogue.store(work.rows.expert, work.rows.row + first_row + row, column, gate, up);
-    }
+    store_part<Tiling>(q, work, unit, first_row, From::kGroups * (Tiling::kSwapped ? warp : part % From::kAcross),
+                       sums);
     __syncwarp();
   }
 }
 
+// Whether none of a group's rows of the tile, of x or of w, is there.
 template <class Tiling, class T>
-MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared, int group) {
+MOERT_DEVICE_INLINE bool has_none(const PersistentProduct<T>& q, const TileWork& work, int group) {
+  if constexpr (Tiling::kSwapped) return work.first + group * q.columns() / 2 >= q.p.N;
+  return work.rows.rows <= (Tiling::kTurns ? 0 : group * 64);
+}
+
+// Whose turn it is, where the two groups of warps take turns with tiles: a group waits for slices only when the other
+// has seen all of its own, as who looks two phases ahead takes an old one for a new one.
+template <class Tiling>
+class Turns {
+  PersistentShared<Tiling>& shared_;
+  const int group_;
+  bool mine_;
+  uint32_t parity_;  // of a barrier without a past, parity 1 has ended: group 0 begins
+
+ public:
+  MOERT_DEVICE_INLINE Turns(PersistentShared<Tiling>& shared, int group)
+      : shared_(shared), group_(group), mine_(group == 1), parity_(group == 0) {}
+
+  // Of the next tile.
+  MOERT_DEVICE_INLINE bool is_mine() {
+    if constexpr (!Tiling::kTurns) return true;
+    return mine_ = !mine_;
+  }
+
+  MOERT_DEVICE_INLINE void begin() {
+    if constexpr (!Tiling::kTurns) return;
+    wait(shared_.turn[group_], parity_);
+    parity_ ^= 1;
+  }
+
+  MOERT_DEVICE_INLINE void end() {
+    if constexpr (!Tiling::kTurns) return;
+    __syncwarp();
+    if (lane_id() == 0) arrive(shared_.turn[1 - group_]);
+  }
+};
+
+template <class Tiling, class T>
+MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared, int rank, int group) {
   const Product<T>& p = q.p;
-  SlicePair<typename Tiling::Element, Tiling::kW, Tiling::kRing> product(shared.x[0], shared.w[0], group);
+  const int blocks = q.tile.cluster;
+  typename Tiling::Pair product(Tiling::kSwapped ? shared.w[0] : shared.x[0],
+                                Tiling::kSwapped ? shared.x[0] : shared.w[0], Tiling::kTurns ? 0 : group);
   RingPlace<Tiling::kRing> place;
   const auto leave = [&](int stage) {
-    if (lane_id() == 0) arrive(shared.empty[stage]);
+    if (lane_id() < blocks) arrive_at(shared.empty[stage], lane_id());
   };
-  TileWalk<Tiling, T> walk(p);
-  for (int64_t tile = blockIdx.x;; tile += gridDim.x) {
-    const TileWork work = walk.at(tile);
+  TileWalk<T> walk(q);
+  Turns<Tiling> turns(shared, group);
+  for (int64_t unit = blockIdx.x / blocks;; unit += gridDim.x / blocks) {
+    const TileWork work = walk.at(unit, rank);
     if (work.slices == 0) break;
+    if (!turns.is_mine()) {
+      place.advance(work.slices);
+      continue;
+    }
+    turns.begin();
+
+    // The tensor cores are left to those who have something to multiply
+    if (has_none<Tiling>(q, work, group)) {
+#pragma unroll 1
+      for (int slice = 0; slice < work.slices; ++slice, place.advance()) {
+        wait(shared.full[place.stage], place.parity);
+        __syncwarp();  // the other lanes have seen this phase
+        leave(place.stage);
+      }
+      turns.end();
+      continue;
+    }
 
     // A stage is left one slice late, so that one product always runs
     int before = 0;
@@ -302,9 +348,10 @@ MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared
       if (slice > 0) leave(before);
       before = place.stage;
     }
+    turns.end();
     product.template finish<0>();
     leave(before);
-    store_sums<Tiling>(p, work, warp_id(), product, shared.sums[warp_id()]);
+    store_sums<Tiling>(q, work, unit, product, shared.sums[warp_id()]);
   }
 
   // The slots that no expert has
@@ -318,22 +365,26 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
     grouped_gemm_persistent_kernel(const __grid_constant__ PersistentProduct<T> q) {
   MOERT_SHARED(char, memory);
   auto& shared = *reinterpret_cast<PersistentShared<Tiling>*>(memory + (-shared_address(memory) & (kSliceAlign - 1)));
+  const int rank = q.tile.cluster > 1 ? cluster_rank() : 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tiling::kRing; ++i) {
       init(shared.full[i], kFullArrivals<Tiling>);
-      init(shared.empty[i], kConsumerWarps);
+      init(shared.empty[i], kConsumerWarps / (Tiling::kTurns ? 2 : 1) * q.tile.cluster);
     }
+    for (Barrier& turn : shared.turn) init(turn, kConsumerWarps / 2);
     publish_barriers();
   }
-  __syncthreads();
+  sync_cluster();
   const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarpgroup, 0);
   if (group == kConsumers / kWarpgroup) {
     give_registers<kProducerRegisters>();
-    produce(q, shared);
+    produce(q, shared, rank);
   } else {
     take_registers<kConsumerRegisters>();
-    consume(q, shared, group);
+    consume(q, shared, rank, group);
   }
+  // Until then the other block writes here
+  sync_cluster();
 }
 
 }  // namespace moert::cuda

@@ -3,13 +3,22 @@
 #pragma once
 
 #include "cuda/grouped_gemm_product.h"
+#include "cuda/persistent_choice.h"
 
 namespace moert::cuda {
 
 // Whether the kernel is asked for, and the current device and the product, one that fits_tensor_cores, are of the kind:
-// K-major weights, and rows of x that are gathered or, where nothing is gated, lie in expert order.
+// weights of which rows or columns lie side by side, rows if they are gated, and rows of x that are gathered or, where
+// nothing is gated, lie in expert order.
 template <typename T>
 bool takes_persistent(const Product<T>& p);
+
+// Bytes with which products of few tiles are split along K; 0 where the kernel is not asked for.
+int64_t persistent_workspace();
+
+// The tile that the product gets.
+template <typename T>
+PersistentTile tile_of(const Product<T>& p);
 
 // T is bf16 or f16.
 template <typename T>

@@ -48,7 +48,8 @@ struct Product {
   MatrixOf<const T> w;     // [E, N, K]
   MatrixOf<const T> up;    // [E, N, K]
   To epilogue;
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // of grouped_gemm_workspace bytes, or null
+  bool batch_invariant = false;
 };
 
 // dw[e] = sum over the slots s of e of dy[s]^T x[s].
@@ -86,7 +87,7 @@ Product<T> product_of(const GroupedGemm& p, void* y, int64_t y_stride) {
   to.scale = static_cast<const Acc<T>*>(p.scale);
   to.scale_input = p.scale_on == ScaleOn::input;
   const MatrixOf<const T> w(p.w);
-  return {int32_t(p.S), int32_t(p.E), p.N, p.K, p.offsets, RowsOf<T>(p.x), w, w, to, p.workspace};
+  return {int32_t(p.S), int32_t(p.E), p.N, p.K, p.offsets, RowsOf<T>(p.x), w, w, to, p.workspace, p.batch_invariant};
 }
 
 template <typename T>

@@ -18,7 +18,8 @@ namespace moert::cuda {
 
 // A slice of an operand in shared memory: rows of 64 16-bit elements, 128 bytes a row, in which 16-byte piece i of row
 // r has the place i ^ r % 8.  So the copy engine writes it (SWIZZLE_128B) and so wgmma reads it (B128), given that a
-// slice begins at a multiple of 1024 bytes, which is eight rows.
+// slice begins at a multiple of 1024 bytes, which is eight rows.  An MN-major slice, of which neighbours along K lie
+// apart, is the same of every 64 rows turned: 64 along K, each of 64 elements along the rows.
 constexpr int kSliceK = 64, kPiece = 8, kPieces = kSliceK / kPiece, kSliceAlign = 1024;
 
 // The element of a slice at which a piece of a row begins.
@@ -80,6 +81,27 @@ MOERT_DEVICE_INLINE void arrive(Barrier& b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&b)) : "memory");
 }
 
+// Thread blocks that run at once, on multiprocessors beside each other, reach each other's shared memory: what a block
+// has at an address another has at the same.  Numbered from 0, one behind the other along x.
+MOERT_DEVICE_INLINE int cluster_rank() { return int(cute::block_rank_in_cluster()); }
+
+// Waits for every thread of the cluster that has not ended; also those of a warp that do not run together.
+MOERT_DEVICE_INLINE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Of another block of the cluster, or of the caller's.
+MOERT_DEVICE_INLINE void arrive_at(Barrier& b, int block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(&b)),
+      "r"(block)
+      : "memory");
+}
+
 MOERT_DEVICE_INLINE void arrive_expecting(Barrier& b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)), "r"(bytes)
                : "memory");
@@ -110,6 +132,13 @@ MOERT_DEVICE_INLINE void copy_box(const TensorMap& map, Barrier& b, void* to, Co
   cute::SM90_TMA_LOAD::copy(&map, &b.state, uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, at...);
 }
 
+// The same into each of the first `blocks` blocks of the cluster, whose own barriers count it.
+template <class... Coordinates>
+MOERT_DEVICE_INLINE void copy_box_to_all(const TensorMap& map, int blocks, Barrier& b, void* to, Coordinates... at) {
+  cute::SM90_TMA_LOAD_MULTICAST::copy(&map, &b.state, uint16_t((1 << blocks) - 1),
+                                      uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, at...);
+}
+
 template <int n>
 MOERT_DEVICE_INLINE void take_registers() {
   cutlass::arch::warpgroup_reg_alloc<n>();
@@ -120,38 +149,50 @@ MOERT_DEVICE_INLINE void give_registers() {
   cutlass::arch::warpgroup_reg_dealloc<n>();
 }
 
-// Rings of kStages slices, of 128 rows of a and n rows of b, and their descriptors, as CuTe has them.
-template <class Element, int n, int kStages>
-struct SliceRings {
-  template <int... sizes>
-  using Shape = cute::Shape<cute::Int<sizes>...>;
-  template <int rows>
-  using Layout =
-      decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{}, Shape<rows, kSliceK, kStages>{}));
-  static_assert(cute::cosize_v<Layout<n>> == kStages * n * kSliceK);
-  static constexpr auto kMajor = cute::SM90::GMMA::Major::K;
-  using Instruction =
-      decltype(cute::SM90::GMMA::ss_op_selector<Element, Element, float, Shape<128, n, kSliceK>, kMajor, kMajor>());
-  // Two groups of four warps, one below the other.
-  using Mma = decltype(cute::make_tiled_mma(Instruction{}, cute::Layout<Shape<2, 1, 1>>{}));
-  using Sums = decltype(cute::partition_fragment_C(Mma{}, Shape<128, n>{}));
-  static_assert(decltype(cute::size(Sums{}))::value == n / 2);
+template <int... sizes>
+using Sizes = cute::Shape<cute::Int<sizes>...>;
 
-  // [1, 1, 4, kStages]
+// Slices of `rows` rows, one behind the other.
+template <class Element, int rows, int kStages, bool kMajor>
+constexpr auto slice_layout() {
+  using namespace cute::SM90::GMMA;
+  constexpr Sizes<rows, kSliceK, kStages> sizes;
+  if constexpr (kMajor)
+    return cute::tile_to_shape(Layout_K_SW128_Atom<Element>{}, sizes);
+  else
+    return cute::tile_to_shape(Layout_MN_SW128_Atom<Element>{}, sizes, cute::Step<cute::_2, cute::_1, cute::_3>{});
+}
+
+// Rings of kStages slices, of 128 rows of a and n rows of b, and their descriptors, as CuTe has them.
+template <class Element, int n, int kStages, bool kMajorA, bool kMajorB, int kGroups>
+struct SliceRings {
+  using LayoutA = decltype(slice_layout<Element, 128, kStages, kMajorA>());
+  using LayoutB = decltype(slice_layout<Element, n, kStages, kMajorB>());
+  static_assert(cute::cosize_v<LayoutB> == kStages * n * kSliceK);
+  static constexpr auto major(bool k) { return k ? cute::SM90::GMMA::Major::K : cute::SM90::GMMA::Major::MN; }
+  using Instruction = decltype(cute::SM90::GMMA::ss_op_selector<Element, Element, float, Sizes<128, n, kSliceK>,
+                                                                major(kMajorA), major(kMajorB)>());
+  // Groups of four warps, one below the other.
+  using Mma = decltype(cute::make_tiled_mma(Instruction{}, cute::Layout<Sizes<kGroups, 1, 1>>{}));
+  using Sums = decltype(cute::partition_fragment_C(Mma{}, Sizes<128, n>{}));
+  static_assert(decltype(cute::size(Sums{}))::value == n / kGroups);
+
+  // [1, 2 / kGroups or 1, 4, kStages]
   static MOERT_DEVICE_INLINE auto describe_a(Element* ring, int group) {
     const auto thread = Mma{}.get_slice(group * kWarpgroup);
-    return thread.make_fragment_A(thread.partition_A(cute::make_tensor(cute::make_smem_ptr(ring), Layout<128>{})));
+    return thread.make_fragment_A(thread.partition_A(cute::make_tensor(cute::make_smem_ptr(ring), LayoutA{})));
   }
   static MOERT_DEVICE_INLINE auto describe_b(Element* ring, int group) {
     const auto thread = Mma{}.get_slice(group * kWarpgroup);
-    return thread.make_fragment_B(thread.partition_B(cute::make_tensor(cute::make_smem_ptr(ring), Layout<n>{})));
+    return thread.make_fragment_B(thread.partition_B(cute::make_tensor(cute::make_smem_ptr(ring), LayoutB{})));
   }
 };
 
-// What the four warps of a group sum: rows 64 group to 64 group + 63 of slices of a times the rows of slices of b.
-template <class Element, int n, int kStages>
+// What the four warps of a group sum: its share of the 128 rows of slices of a, 64 rows after 64, times the n rows of
+// slices of b.  kMajor: neighbours along K lie side by side.
+template <class Element, int n, int kStages, bool kMajorA, bool kMajorB, int kGroups>
 class SlicePair {
-  using Rings = SliceRings<Element, n, kStages>;
+  using Rings = SliceRings<Element, n, kStages, kMajorA, kMajorB, kGroups>;
   typename Rings::Mma mma_;
   decltype(Rings::describe_a(nullptr, 0)) a_;
   decltype(Rings::describe_b(nullptr, 0)) b_;
@@ -190,6 +231,10 @@ constexpr bool laid_out_as_said() {
   for (int row = 0; row < 64; ++row)
     for (int piece = 0; piece < kPieces; ++piece)
       if (cute::Swizzle<3, 4, 3>{}(row * 128 + piece * 16) != 2 * piece_place(row, piece)) return false;
+  const auto turned = slice_layout<cute::half_t, 128, 2, false>().layout_b();
+  for (int row = 0; row < 128; row += 5)
+    for (int k = 0; k < kSliceK; k += 3)
+      if (turned(row, k, 1) != 128 * kSliceK + row / 64 * 64 * kSliceK + k * 64 + row % 64) return false;
   for (int t = 0; t < kWarpgroup; t += 3)
     for (int i = 0; i < 128; ++i)
       if (cute::SM90::GMMA::CLayout_64x256{}(t, i) != sum_row(t, i) + 64 * sum_column(t, i)) return false;

@@ -42,7 +42,7 @@ struct GroupedGemm {
   ExpertVector bias;            // [E, N]
   const void* scale = nullptr;  // [S], float32 (float64 where x is)
   ScaleOn scale_on = ScaleOn::output;
-  bool batch_invariant = false;  // the bits of a row of y do not depend on the other rows; always so on a GPU
+  bool batch_invariant = false;  // the bits of a row of y do not depend on the other rows
   bool tf32 = false;             // a GPU may round float32 factors to tf32
   void* workspace = nullptr;     // of cuda::grouped_gemm_workspace bytes, or null
 };

@@ -1,6 +1,7 @@
 #include "moert/fused_experts.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -289,6 +290,18 @@ void test_layouts() {
   test_layouts_in_pieces();
 }
 
+// Tiles of 8 to 64 rows, and sums in parts, with and without gates.
+void test_few_rows() {
+  for (const auto& [T, k, E] :
+       std::initializer_list<std::array<int64_t, 3>>{{7, 2, 9}, {25, 2, 7}, {40, 2, 5}, {90, 1, 4}}) {
+    check<bf16>({T, k, E, 136, 104, Act::swiglu, false, false, true, ScaleOn::input});
+    check<f16>({T, k, E, 72, 136, Act::swiglu_oai, false, true, true});
+    check<bf16>({T, k, E, 136, 72, Act::gelu});
+  }
+  check<bf16>({6, 1, 1, 1096, 72, Act::swiglu, false, false, true});
+  check<bf16>({6, 1, 1, 72, 1096, Act::swiglu, false, true, true});
+}
+
 void test_edges() {
   check<float>({1, 1, 1, 1, 1, Act::swiglu});
   check<float>({5, 3, 3, 8, 8, Act::geglu});                              // every expert for every token
@@ -313,6 +326,7 @@ void tests() {
   test_layouts_in_pieces();
   check<bf16>({300, 2, 3, 72, 264, Act::swiglu, false, false, true});  // wide tiles, where multiprocessors are few
   check<bf16>({300, 2, 3, 72, 264, Act::relu2});
+  test_few_rows();
 #endif
 }
 

@@ -9,7 +9,7 @@
 #include "../cpp/expect.h"
 #include "cuda/expert_tiles.h"
 #include "cuda/grouped_gemm_mma.h"
-#include "cuda/grouped_gemm_persistent.h"
+#include "integers.h"
 #include "memory.h"
 
 #if defined(MOERT_EMULATED)
@@ -19,13 +19,6 @@
 using namespace moert;
 
 namespace {
-
-// Small integers: every product and sum is exact in float32, so the result has one right value.
-std::vector<float> integers(int64_t n, uint32_t seed) {
-  std::vector<float> x(n);
-  for (auto& value : x) value = float(int32_t((seed = seed * 1664525u + 1013904223u) >> 24) % 7 - 3);
-  return x;
-}
 
 // Every slot is in one tile, of the expert that has it; no tile is longer than asked.
 void tiles_cover(const std::vector<int32_t>& offsets, int32_t S, int32_t tile_rows) {
@@ -88,30 +81,10 @@ void test_bands() {
 const int32_t kOffsets[] = {0, 3, 3, 170, 171};
 const int64_t S = 173, E = 4;
 
-template <typename T>
-std::vector<T> rounded(const std::vector<float>& x) {
-  std::vector<T> out;
-  for (const float value : x) out.push_back(cuda::narrow<T>(value));
-  return out;
-}
-
-template <typename T>
-bool equal(const std::vector<T>& a, const std::vector<T>& b) {
-  bool same = a.size() == b.size();
-  for (size_t i = 0; i < a.size() && same; ++i) same = cuda::widen(a[i]) == cuda::widen(b[i]);
-  return same;
-}
-
 std::vector<int32_t> some_tokens(int64_t T) {
   std::vector<int32_t> tokens(S, -1);
   for (int64_t s = 0; s < kOffsets[E]; ++s) tokens[s] = int32_t(s * 5 % T);
   return tokens;
-}
-
-// Matrices [E, rows, columns], or turned.
-template <typename T>
-ExpertMatrix matrix(T* data, int64_t rows, int64_t columns, bool transposed) {
-  return {data, DTypeOf<T>::value, rows * columns, transposed ? 1 : columns, transposed ? rows : 1};
 }
 
 struct Case {
@@ -302,56 +275,9 @@ void test_persistent() {
   test_products<bf16>();
   test_products<f16>();
   for (const bool gathered : {false, true}) forward<bf16>({264, 520, false, gathered});  // around the ring in one tile
-  // Wide tiles, so many that a block has several
+  // So many tiles that a block has several
   plain<bf16>({.transposed = false, .N = 520, .longest = 600});
   plain<f16>({.transposed = false, .N = 520, .K = 264, .E = 40, .longest = 300});
-  setenv(kPersistent, "0", 1);
-}
-#endif
-
-#if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
-// What the persistent kernel is given when it is asked for, and what it leaves to others.
-void test_takes_persistent() {
-  alignas(16) static uint16_t memory[64];
-  static int32_t index[1];
-  struct Asked {
-    int64_t N = 16, K = 24, x_stride = 24, w_row = 24, w_column = 1, w_expert = 16 * 24, up = 0;
-    bool gathered = false;
-  };
-  const auto takes = [&](const Asked& a) {
-    GroupedGemm p{};
-    p.S = 3, p.E = 2, p.N = a.N, p.K = a.K;
-    p.x = {memory, DType::bf16, a.x_stride, a.gathered ? index : nullptr};
-    p.w = {memory, DType::bf16, a.w_expert, a.w_row, a.w_column};
-    cuda::Product<bf16> product = cuda::product_of<bf16>(p, memory, a.N);
-    product.epilogue.form.gated = a.up != 0;
-    product.up.data += a.up;
-    return cuda::takes_persistent(product);
-  };
-  for (const char* off : {"", "0"}) {
-    setenv(kPersistent, off, 1);
-    EXPECT(!takes({}));
-  }
-  setenv(kPersistent, "1", 1);
-  EXPECT(takes({}));
-  EXPECT(takes({.x_stride = 0, .gathered = true}));
-  EXPECT(takes({.w_row = 48, .up = 24, .gathered = true}));  // gates and ups in turns
-  EXPECT(!takes({.up = 24}));                                // nobody asks for it in expert order
-  EXPECT(!takes({.up = -24, .gathered = true}));
-  EXPECT(!takes({.x_stride = 0}));
-  EXPECT(!takes({.w_row = 1, .w_column = 16}));
-  EXPECT(!takes({.w_row = 0}));
-  EXPECT(!takes({.w_expert = 0}));
-  EXPECT(!takes({.w_expert = int64_t(1) << 39}));
-  EXPECT(!takes({.K = 0}));
-  setenv(kPersistent, "yes", 1);
-  std::string said;
-  try {
-    takes({});
-  } catch (const std::runtime_error& error) {
-    said = error.what();
-  }
-  EXPECT(said == "MOERT_PERSISTENT_GEMM must be 0 or 1, got yes");
   setenv(kPersistent, "0", 1);
 }
 #endif
@@ -362,7 +288,6 @@ void tests() {
   test_products<bf16>();
   test_products<f16>();
 #if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
-  test_takes_persistent();
   test_persistent();
   emulate::copies_at_once = true;
   test_products<float>();

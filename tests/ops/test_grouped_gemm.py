@@ -153,6 +153,10 @@ def test_opcheck(transposed):
         opcheck(torch.ops.moert.grouped_gemm.default, (x, w, offsets, bias, tokens, scale, "output", transposed))
         dy = torch.randn(len(tokens), shape.I)
         opcheck(torch.ops.moert.grouped_gemm_wgrad.default, (dy, x.detach(), offsets, tokens, transposed))
+    args = (x, w, offsets, bias, tokens, scale, "output", transposed, True)  # tf32: no different on a CPU
+    opcheck(torch.ops.moert.grouped_gemm.default, args)
+    assert torch.equal(torch.ops.moert.grouped_gemm(*args), torch.ops.moert.grouped_gemm(*args[:-1]))
+    opcheck(torch.ops.moert.grouped_gemm_wgrad.default, (dy, x.detach(), offsets, tokens, transposed, True))
 
 
 def test_compile_with_any_number_of_tokens():
