@@ -285,6 +285,20 @@ def test_gradients_added_to_main_grads(dtype, layout, scale_on):
         assert (got - expected).norm() <= unit * (expected - start).norm()
 
 
+@pytest.mark.parametrize("allowed", (False, True))
+def test_experts_round_to_tf32_where_torch_may(allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    x = torch.full((10, 64), 1 + 2**-12, device=DEVICE)  # more bits than tf32 has
+    w1, w2 = torch.ones(2, 16, 64, device=DEVICE), torch.ones(2, 64, 16, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (x, w1, w2)]
+    ids, one = torch.arange(10, dtype=torch.int32, device=DEVICE)[:, None] % 2, torch.ones(10, 1, device=DEVICE)
+    y = moert.fused_experts(x, Routing(ids, one, 2), w1, w2, activation="identity")
+    dx, dw1, dw2 = torch.autograd.grad(y, leaves, torch.full_like(y, 1 + 2**-12))
+    kept = 1 if allowed else 1 + 2**-12
+    for value, expected in ((y, 1024 * kept), (dx, 1024 * kept), (dw1, 5 * 64 * kept**2), (dw2, 5 * 64 * kept**2)):
+        torch.testing.assert_close(value, torch.full_like(value, expected), rtol=1e-6, atol=0)
+
+
 def test_a_captured_step_can_be_replayed():
     args, run = experts_case()
     args, dy = [there(a) for a in args], torch.randn_like(args[0], device=DEVICE)

@@ -105,7 +105,7 @@ void take_onto(const GivenOnto& onto, [[maybe_unused]] Call& call) {
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
            const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const std::string& activation,
            double alpha, double limit, bool transposed, bool interleaved, const std::string& scale_on,
-           const GivenPlan& plan, bool panels = false) {
+           const GivenPlan& plan, bool tf32, bool panels = false) {
   check_routed(x, ids, weights);
   if (panels && in_panels(w1, w2))
     check_expert_panels(x, w1, w2);
@@ -122,6 +122,7 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
                  static_cast<const int32_t*>(call.ids.const_data_ptr()),
                  call.weights.const_data_ptr(),
                  batch_invariant};
+  call.tokens.tf32 = tf32;
   take_plan(plan, w1.size(0), call);
   return call;
 }
@@ -230,9 +231,9 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& ids, con
                                          std::optional<Tensor> onto_scale, std::optional<Tensor> mix,
                                          std::optional<Tensor> constants, std::optional<Tensor> w1_main_grad,
                                          std::optional<Tensor> w2_main_grad, std::optional<Tensor> b1_main_grad,
-                                         std::optional<Tensor> b2_main_grad) {
+                                         std::optional<Tensor> b2_main_grad, bool tf32) {
   Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
-                    {offsets, tokens, slots}, true);
+                    {offsets, tokens, slots}, tf32, true);
   take_onto({onto_rows, onto_scale, mix, constants}, call);
   // What backward will add to is refused here, before it is too late.
   check_main_grads({w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad}, {x, weights, w1, w2, b1, b2});
@@ -255,9 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
     const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, const Tensor& h, std::string activation,
     double alpha, double limit, bool transposed, bool interleaved, std::string scale_on, int64_t needs,
-    std::optional<Tensor> offsets, std::optional<Tensor> tokens, std::optional<Tensor> slots) {
+    std::optional<Tensor> offsets, std::optional<Tensor> tokens, std::optional<Tensor> slots, bool tf32) {
   const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
-                          {offsets, tokens, slots});
+                          {offsets, tokens, slots}, tf32);
   return backward(dy, {x, weights, w1, w2, b1, b2}, call, h, transposed, needs, {{}, {}, {}, {}});
 }
 
@@ -267,9 +268,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     std::optional<Tensor> w1_main_grad, std::optional<Tensor> w2_main_grad, std::optional<Tensor> b1_main_grad,
     std::optional<Tensor> b2_main_grad, std::string activation, double alpha, double limit, bool transposed,
     bool interleaved, std::string scale_on, int64_t needs, std::optional<Tensor> offsets, std::optional<Tensor> tokens,
-    std::optional<Tensor> slots) {
+    std::optional<Tensor> slots, bool tf32) {
   const Call call = check(x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on,
-                          {offsets, tokens, slots});
+                          {offsets, tokens, slots}, tf32);
   return backward(dy, {x, weights, w1, w2, b1, b2}, call, h, transposed, needs,
                   {w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad});
 }

@@ -51,17 +51,17 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "str activation, float alpha, float limit, bool transposed, bool interleaved, str scale_on, bool save, "
       "Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None, Tensor? onto_rows=None, Tensor? onto_scale=None, "
       "Tensor? mix=None, Tensor? constants=None, Tensor? w1_main_grad=None, Tensor? w2_main_grad=None, "
-      "Tensor? b1_main_grad=None, Tensor? b2_main_grad=None) -> (Tensor y, Tensor h)");
+      "Tensor? b1_main_grad=None, Tensor? b2_main_grad=None, bool tf32=False) -> (Tensor y, Tensor h)");
   m.def(
       "fused_experts_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, "
       "Tensor? b2, Tensor h, str activation, float alpha, float limit, bool transposed, bool interleaved, "
-      "str scale_on, int needs, Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None) "
+      "str scale_on, int needs, Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None, bool tf32=False) "
       "-> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
   m.def(
       "fused_experts_backward_(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, "
       "Tensor? b2, Tensor h, Tensor(a!)? w1_main_grad, Tensor(b!)? w2_main_grad, Tensor(c!)? b1_main_grad, "
       "Tensor(d!)? b2_main_grad, str activation, float alpha, float limit, bool transposed, bool interleaved, "
-      "str scale_on, int needs, Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None) "
+      "str scale_on, int needs, Tensor? offsets=None, Tensor? tokens=None, Tensor? slots=None, bool tf32=False) "
       "-> (Tensor dx, Tensor dweights, Tensor dw1, Tensor dw2, Tensor db1, Tensor db2)");
 
   m.def(

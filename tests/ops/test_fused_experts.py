@@ -1,5 +1,6 @@
 import functools
 import itertools
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -257,6 +258,25 @@ def test_only_what_is_needed_is_computed():
     with Spy():
         run(fused_experts, *args).sum().backward()
     assert calls == [[x.numel(), 0, 0, 0, 0, 0]]
+
+
+def test_whether_tf32_may_be_used_goes_with_the_call(monkeypatch):
+    """Forward and backward are told the same; a CPU does not round."""
+    args, run = case(ODD)
+    expected, told = run(fused_experts, *args), []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "fused_experts" in str(func):
+                told.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(sys.modules[fused_experts.__module__], "rounds_to_tf32", lambda x: True)
+    args[0].requires_grad_()
+    with Spy():
+        y = run(fused_experts, *args)
+        y.sum().backward()
+    assert told == [True, True] and torch.equal(y, expected)
 
 
 def test_a_second_backward_is_an_error():

@@ -12,6 +12,7 @@ from torch import Tensor
 from moert.ops.autocast import autocast
 from moert.ops.kinds import OPTIONAL, expect, two_biases
 from moert.ops.once_differentiable import once_differentiable
+from moert.ops.precision import rounds_to_tf32
 from moert.ops.same_device import same_device
 from moert.types import Activation, ExpertLayout, Onto, Routing
 
@@ -31,6 +32,7 @@ def fused_experts(
     x [T, H], w1 [E, 2I, H], w2 [E, H, I] (see ExpertLayout), bias ([E, 2I], [E, H]) -> y [T, H] in x's dtype.
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
     Ids outside [0, E) are dropped: they add nothing and get no gradient.  A routing.plan must be that of the ids.
+    On a GPU float32 factors are rounded to tf32, in backward too, where torch's own float32 matrix products may be.
     w1 and w2 may lie in panels, as moert.prepack_ leaves them; then there are no gradients.
 
     Where moert.runtime.add_to_main_grad_ has marked a weight or bias, it gets no gradient: the backward adds it to the
@@ -76,8 +78,9 @@ def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on)
     routed = (x, routing.ids, routing.weights, w1, w2, b1, b2)
     plan = (None, None, None) if plan is None else (plan.offsets, plan.tokens, plan.slots)
     rest = (*plan, *added, *(_main_grads(parameters) if save else (None,) * 4))
+    tf32 = rounds_to_tf32(x)
     # For one token every argument counts: what nobody gave is left out.
-    rest = rest if any(t is not None for t in rest) else ()
+    rest = (*rest, tf32) if tf32 or any(t is not None for t in rest) else ()
     y = torch.ops.moert.fused_experts(*routed, *gate, scale_on, save, *rest)[0]
     return y if fused is onto else onto.added_to(y)
 
@@ -150,7 +153,7 @@ def fused_experts_onto_ref(x, routing, w1, w2, onto, bias=(None, None), activati
 def _(
     x, ids, weights, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved, scale_on, save,
     offsets=None, tokens=None, slots=None, onto_rows=None, onto_scale=None, mix=None, constants=None,
-    w1_main_grad=None, w2_main_grad=None, b1_main_grad=None, b2_main_grad=None,
+    w1_main_grad=None, w2_main_grad=None, b1_main_grad=None, b2_main_grad=None, tf32=False,
 ):  # fmt: skip
     same_device(
         x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, offsets=offsets, tokens=tokens, slots=slots,
@@ -165,7 +168,7 @@ def _(
 @torch.library.register_fake("moert::fused_experts_backward")
 def _(
     dy, x, ids, weights, w1, w2, b1, b2, h, activation, alpha, limit, transposed, interleaved, scale_on, needs,
-    offsets=None, tokens=None, slots=None,
+    offsets=None, tokens=None, slots=None, tf32=False,
 ):  # fmt: skip
     same_device(
         dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h,
@@ -177,7 +180,7 @@ def _(
 @torch.library.register_fake("moert::fused_experts_backward_")
 def _(
     dy, x, ids, weights, w1, w2, b1, b2, h, w1_main_grad, w2_main_grad, b1_main_grad, b2_main_grad, activation, alpha,
-    limit, transposed, interleaved, scale_on, needs, offsets=None, tokens=None, slots=None,
+    limit, transposed, interleaved, scale_on, needs, offsets=None, tokens=None, slots=None, tf32=False,
 ):  # fmt: skip
     same_device(
         dy=dy, x=x, ids=ids, weights=weights, w1=w1, w2=w2, b1=b1, b2=b2, h=h,
@@ -202,10 +205,11 @@ def _empty_gradients(like, needs):
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on, _ = inputs[:14]
-    absent = (None,) * (25 - len(inputs))  # arguments at the end that were left out
-    *plan, rows, scale, mix, constants, _, _, _, _ = rest = (*inputs[14:], *absent)
+    absent = (None,) * (26 - len(inputs))  # arguments at the end that were left out
+    *plan, rows, scale, mix, constants, _, _, _, _, tf32 = rest = (*inputs[14:], *absent)
+    ctx.tf32 = bool(tf32)
     # Not saved: other backward passes, of other batches too, may add to them before this one does.
-    ctx.main_grads = rest[7:]
+    ctx.main_grads = rest[7:11]
     # The gradient of rows that nothing scales is dy: whoever made them may free them.
     ctx.save_for_backward(*tensors, output[1], *plan, None if scale is None else rows, scale, mix, constants)
     ctx.mark_non_differentiable(output[1])
@@ -221,13 +225,15 @@ def _backward(ctx, dy, _):
     needs_onto = (*ctx.needs_input_grad[17:21], *(False,) * (21 - given))
     donto = _onto_gradients(dy, rows, scale, mix, constants, needs_onto)
     if not any(wanted):
-        return ((None,) * 17 + donto + (None,) * 4)[:given]
+        return ((None,) * 17 + donto + (None,) * 5)[:given]
     needs = sum(1 << bit for bit, want in enumerate(wanted) if want)
     choices = (ctx.activation, ctx.alpha, ctx.limit, ctx.transposed, ctx.interleaved, ctx.scale_on)
-    out = _gradients((dy, x, ids, weights, w1, w2, b1, b2, h), ctx.main_grads, (*choices, needs, *plan), wanted[2:])
+    out = _gradients(
+        (dy, x, ids, weights, w1, w2, b1, b2, h), ctx.main_grads, (*choices, needs, *plan, ctx.tf32), wanted[2:]
+    )
     returned = [want and grad is None for want, grad in zip(wanted, (None, None, *ctx.main_grads), strict=True)]
     dx, dweights, dw1, dw2, db1, db2 = (g if here else None for g, here in zip(out, returned, strict=True))
-    return (dx, None, dweights, dw1, dw2, db1, db2, *(None,) * 10, *donto, *(None,) * 4)[:given]
+    return (dx, None, dweights, dw1, dw2, db1, db2, *(None,) * 10, *donto, *(None,) * 5)[:given]
 
 
 def _gradients(tensors, main_grads, rest, wanted):
