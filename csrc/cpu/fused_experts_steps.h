@@ -97,11 +97,14 @@ struct FirstGemm {
   // gemm(task, memory) leaves the gate half of a tile in memory.c0 and its up half in memory.c1.
   template <typename F>
   void run(Team& team, const F& gemm) const {
-    team.for_each(int64_t(tasks.size()), [&](int64_t i) {
-      const TileMemory<A> memory = tile_memory<A>();
-      gemm(tasks[i], memory);
-      finish(tasks[i], memory);
-    });
+    team.for_each(
+        int64_t(tasks.size()),
+        [&](int64_t i) {
+          const TileMemory<A> memory = tile_memory<A>();
+          gemm(tasks[i], memory);
+          finish(tasks[i], memory);
+        },
+        in_runs(tasks));
   }
 
   void finish(const TileTask& task, const TileMemory<A>& memory) const {
@@ -149,13 +152,14 @@ struct CombinedRows {
   void run(Team& team, bool weighted, void* y, DType dtype, const F& gemm, const Onto& onto = {}) const {
     for (int64_t n = 0; n < H; n += width) {
       const std::vector<TileTask>& tasks = slices[n / width];
-      team.for_each(int64_t(tasks.size()), [&](int64_t i) {
+      const auto multiply = [&](int64_t i) {
         const TileTask& task = tasks[i];
         const TileMemory<A> memory = tile_memory<A>();
         const A* bias = gemm(task, memory);
         gemm_kernels().store({task.M, task.N, memory.c0, bias, nullptr, ScaleOn::output,
                               rows.get() + task.row * width + task.n - n, DTypeOf<A>::value, width, 1});
-      });
+      };
+      team.for_each(int64_t(tasks.size()), multiply, in_runs(tasks));
       if (y) combine(team, weighted, n, y, dtype, onto);
     }
   }

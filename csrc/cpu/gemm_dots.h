@@ -59,11 +59,14 @@ MOERT_INLINE Vec<E> operands(const Raw<T>& raw, int v) {
     return raw;
 }
 
-// c[m, n] (+)= dot products of M rows of x, as lay_out_rows leaves them, with N weight rows.
+// Up to so many rows of x are multiplied by one weight row after the other, so that memory is read in its order, which
+// the CPU foresees best; more are worth the loads of x that several weight rows share.
+constexpr int kLinearRows = 2;
+
+// sums[m][n] = the products of M rows of x with N weight rows, lanes not yet added.
 template <typename E, typename T, int M, int N>
-MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
-  using A = Acc<T>;
-  Vec<A> sums[M][N] = {};
+MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, Vec<Acc<T>> (&sums)[M][N]) {
+  const int64_t ahead = whole_blocks_ahead(N * b_stride * int64_t(sizeof(T))) / int64_t(sizeof(T));
   const auto step = [&](const Raw<T>* w, int64_t k) {
 #pragma GCC unroll 2
     for (int v = 0; v < kDotStep<T> / kDepth<E> / kLanes<E>; ++v) {
@@ -78,19 +81,38 @@ MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K,
       }
     }
   };
+  for (auto& row : sums)
+    for (auto& sum : row) sum = Vec<Acc<T>>{};
   Raw<T> w[N];
   int64_t k = 0;
   for (; k + kDotStep<T> <= K; k += kDotStep<T>) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       w[n] = load_raw(b + n * b_stride + k);
-      __builtin_prefetch(b + (n + N) * b_stride + k, 0, 2);
+      if constexpr (N > 1) __builtin_prefetch(b + n * b_stride + k + ahead, 0, 2);
     }
     step(w, k);
   }
   if (k < K) {
     for (int n = 0; n < N; ++n) w[n] = load_raw_first(b + n * b_stride + k, K - k);
     step(w, k);
+  }
+}
+
+// c[m, n] (+)= dot products of M rows of x, as lay_out_rows leaves them, with N weight rows.
+template <typename E, typename T, int M, int N>
+MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
+  using A = Acc<T>;
+  Vec<A> sums[M][N];
+  if constexpr (M <= kLinearRows) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      Vec<A> column[M][1];
+      dot_rows<E, T>(x, b + n * b_stride, b_stride, K, column);
+      for (int m = 0; m < M; ++m) sums[m][n] = column[m][0];
+    }
+  } else {
+    dot_rows<E, T>(x, b, b_stride, K, sums);
   }
   for (int m = 0; m < M; ++m) {
     A* y = c + m * kTileColumns;

@@ -10,7 +10,8 @@
 namespace moert::cpu {
 namespace {
 
-constexpr int64_t kGroup = 32;
+constexpr int kGroupShift = 5;
+constexpr int64_t kGroup = 1 << kGroupShift;
 constexpr int64_t kPanelColumns = 1024;  // of a panel at most: with 16 rows it is 16 KiB, half of a level-1 cache
 constexpr int64_t kPanelGroups = kPanelColumns / kGroup;
 

@@ -30,9 +30,9 @@ struct DotBlock {
   int64_t rows;  // of the weights, at most kBlock; the rest repeats the last
   const uint8_t* codes[kBlock];
   const uint8_t* tails[kBlock];  // the last step's bytes, zeros after them; null where it is a whole one
-  int64_t group;                 // columns of a scale of the weights
-  const float* scales;           // [kBlock, pitch]
-  const int32_t* zeros;          // [kBlock, pitch]
+  int shift;                     // 2^shift columns have one scale of the weights
+  const float* scales;           // [rows, pitch]
+  const int32_t* zeros;          // [rows, pitch]
   int64_t pitch, ahead;          // ahead: bytes to what is prefetched
   RowLayout layout;
 };
@@ -44,7 +44,7 @@ struct Dots {
   Vec<Sum> sums[M][kBlock];
 
   // Group of the first lane of step s.
-  MOERT_INLINE static int64_t first_group(int64_t s, int64_t group) { return s * kStepColumns<Code> / group; }
+  MOERT_INLINE static int64_t first_group(int64_t s, int shift) { return s * kStepColumns<Code> >> shift; }
 
   struct Weights {
     VecB planes[P];
@@ -54,7 +54,7 @@ struct Dots {
   MOERT_INLINE static Weights unpack(const DotBlock& b, const uint8_t* bytes, int r, int64_t s, const VecI& lanes) {
     Weights w;
     VecB zeros{};
-    const int64_t at = r * b.pitch + first_group(s, b.group);
+    const int64_t at = r * b.pitch + first_group(s, b.shift);
     if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + at, lanes));
     Code::unpack(load_vector<VecB>(bytes), zeros, w.planes);
     if constexpr (kScales == Scales::both) w.scale = pick(b.scales + at, lanes);
@@ -76,7 +76,7 @@ struct Dots {
 
   MOERT_INLINE static VecF scale_of_step(const float* x, int64_t s, const VecI& lanes) {
     if constexpr (kScales == Scales::none) return VecF{};
-    return pick(x + first_group(s, kGroup), lanes);
+    return pick(x + first_group(s, kGroupShift), lanes);
   }
 
   MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
@@ -103,7 +103,7 @@ struct Dots {
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
-    const VecI lanes = group_of_lane<Code>(b.group), x_lanes = group_of_lane<Code>(kGroup);
+    const VecI lanes = group_of_lane<Code>(b.shift), x_lanes = group_of_lane<Code>(kGroupShift);
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < kBlock; ++r) {
         if constexpr (kScales == Scales::none)
@@ -160,33 +160,58 @@ auto dots_of(int64_t m, std::integer_sequence<int, M...>) {
   return table[m - 1];
 }
 
-// The weight rows [n, n + rows) as a block; what it needs besides the codes is written to scratch.
-template <typename Code>
-DotBlock dot_block(const PackedTile& t, int64_t n, char* scratch) {
+// Scales and zeros of some weight rows, widened together.  Where scales are picked, vectors are read from any of them
+// on, and those of columns that pad a row are zeros.
+template <typename Code, Scales kScales>
+struct DotScales {
+  static constexpr int64_t kRows = 32;  // their scales stay in the level-1 cache
+  int64_t first, pitch, bytes;          // bytes: of the scratch
+  float* scales;                        // [kRows, pitch]
+  int32_t* zeros;                       // likewise
+
+  DotScales(const PackedTile& t, int64_t first, int64_t rows) : first(first) {
+    const int64_t columns = t.b.packing.columns, per_row = groups(t.b.packing);
+    const bool padded = kScales == Scales::both && columns % kStepColumns<Code> != 0;
+    pitch = padded ? round_up(per_row, 16) + 16 : per_row;
+    const int64_t size = round_up(kRows * pitch + 16, 16);
+    scales = reinterpret_cast<float*>(t.scratch);
+    zeros = reinterpret_cast<int32_t*>(scales + size);
+    bytes = (Code::kZeros ? 2 : 1) * size * 4;
+    if (!padded) {
+      widen(t.b, 0, rows * per_row);
+    } else {
+      std::memset(t.scratch, 0, size_t(bytes));
+      for (int64_t r = 0; r < rows; ++r) widen(t.b, r, per_row);
+    }
+  }
+
+ private:
+  // n scales of row r and those after it.
+  void widen(const PackedRows& b, int64_t r, int64_t n) {
+    widen_scales(b, first + r, 0, n, scales + r * pitch);
+    if constexpr (Code::kZeros) widen_zeros<Code>(b, first + r, 0, n, zeros + r * pitch);
+  }
+};
+
+// The weight rows from n on as a block; their tails and what is unpacked first are written to scratch.
+template <typename Code, Scales kScales>
+DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales<Code, kScales>& of, int64_t n) {
   const PackedRows& b = t.b;
-  const int64_t per_row = groups(b.packing);
   DotBlock block{};
   block.rows = t.N - n < kBlock ? t.N - n : kBlock;
-  block.group = b.packing.group ? b.packing.group : int64_t(1) << 40;
-  block.pitch = round_up(per_row, 16) + 16;
-  block.layout = row_layout<Code>(b.packing.columns);
-  float* scales = reinterpret_cast<float*>(scratch);
-  int32_t* zeros = reinterpret_cast<int32_t*>(scales + kBlock * block.pitch);
-  uint8_t* tails = reinterpret_cast<uint8_t*>(zeros + kBlock * block.pitch);
+  // Groups of 32, 64 or 128 columns; one group a row goes on for ever.
+  block.shift = b.packing.group ? __builtin_ctzll(uint64_t(b.packing.group)) : 62;
+  block.pitch = of.pitch;
+  block.layout = layout;
+  block.scales = of.scales + (n - of.first) * of.pitch;
+  block.zeros = of.zeros + (n - of.first) * of.pitch;
+  uint8_t* tails = reinterpret_cast<uint8_t*>(t.scratch + of.bytes);
   const CodeRows rows = code_rows(b, t.precision, n, block.rows, reinterpret_cast<char*>(tails + kBlock * 64));
   const int64_t last = rows.stride % kVectorBytes;
-  block.ahead = kBlock * rows.stride;
-  block.scales = scales, block.zeros = zeros;
+  block.ahead = whole_blocks_ahead(kBlock * rows.stride);
   for (int64_t r = 0; r < kBlock; ++r) {
     const int64_t row = r < block.rows ? r : block.rows - 1;
     block.codes[r] = rows.data + row * rows.stride;
-    const int64_t at = r * block.pitch;
-    widen_scales(b, n + row, 0, per_row, scales + at);
-    std::memset(scales + at + per_row, 0, size_t(block.pitch - per_row) * 4);  // what padding is multiplied with
-    if constexpr (Code::kZeros) {
-      widen_zeros<Code>(b, n + row, 0, per_row, zeros + at);
-      std::memset(zeros + at + per_row, 0, size_t(block.pitch - per_row) * 4);
-    }
     if (!last) continue;
     block.tails[r] = tails + r * 64;
     std::memset(tails + r * 64, 0, 64);
@@ -197,17 +222,23 @@ DotBlock dot_block(const PackedTile& t, int64_t n, char* scratch) {
 
 template <typename Code, Scales kScales>
 void packed_dots(const PackedTile& t) {
-  for (int64_t n = 0; n < t.N; n += kBlock) {
-    const DotBlock block = dot_block<Code>(t, n, t.scratch);
-    const int64_t parts = (t.M + kBlockM - 1) / kBlockM;
-    for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
-      M = (t.M - m + parts - i - 1) / (parts - i);
-      DotRow x[kBlockM];
-      for (int64_t r = 0; r < M; ++r) {
-        x[r].data = quantized_row(t.a, m + r);
-        x[r].scales = reinterpret_cast<const float*>(x[r].data + block.layout.scales);
+  using Widened = DotScales<Code, kScales>;
+  const RowLayout layout = row_layout<Code>(t.b.packing.columns);
+  const int64_t parts = (t.M + kBlockM - 1) / kBlockM;
+  for (int64_t first = 0; first < t.N; first += Widened::kRows) {
+    const int64_t end = smaller(t.N, first + Widened::kRows);
+    const Widened scales(t, first, end - first);
+    for (int64_t n = first; n < end; n += kBlock) {
+      const DotBlock block = dot_block(t, layout, scales, n);
+      for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
+        M = (t.M - m + parts - i - 1) / (parts - i);
+        DotRow x[kBlockM];
+        for (int64_t r = 0; r < M; ++r) {
+          x[r].data = quantized_row(t.a, m + r);
+          x[r].scales = reinterpret_cast<const float*>(x[r].data + layout.scales);
+        }
+        dots_of<Code, kScales>(M, std::make_integer_sequence<int, kBlockM>{})(block, x, t.c + m * kTileColumns + n);
       }
-      dots_of<Code, kScales>(M, std::make_integer_sequence<int, kBlockM>{})(block, x, t.c + m * kTileColumns + n);
     }
   }
 }

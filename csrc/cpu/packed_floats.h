@@ -26,12 +26,13 @@ struct Fp8Row {
   static constexpr float kFactor = 256;  // an e4m3 code, moved to its place in a float16, is 2^-8 of itself
   const uint8_t* codes;
   const float* scales;
-  int64_t bytes;
+  int64_t bytes, ahead;
 
   Fp8Row(const PackedRows& b, int64_t n)
       : codes(b.codes + n * row_bytes(b.packing)),
         scales(static_cast<const float*>(b.scales) + (b.row + n) / kFp8Block * groups(b.packing)),
-        bytes(row_bytes(b.packing)) {}
+        bytes(row_bytes(b.packing)),
+        ahead(whole_blocks_ahead(kFewBlock * bytes)) {}
 
   MOERT_INLINE static VecF values(const uint8_t* codes) {
 #if defined(__AVX512F__)
@@ -54,7 +55,7 @@ struct Fp8Row {
 
   MOERT_INLINE float step(int64_t s, VecF* v) {
     const uint8_t* from = codes + s * kStep;
-    __builtin_prefetch(from + kFewBlock * bytes, 0, 2);
+    __builtin_prefetch(from + ahead, 0, 2);
     uint8_t last[kStep];
     if (bytes - s * kStep < kStep) {  // the row ends, and perhaps the memory
       std::memset(last, 0, kStep);

@@ -77,11 +77,11 @@ MOERT_INLINE CodeRows code_rows(const PackedRows& b, Precision precision, int64_
   return {out, stride};
 }
 
-// Lane l of a step belongs to group (l * columns of a lane) / group, counted from first_group.
+// Lane l of a step belongs to group (l * columns of a lane) >> shift, counted from first_group.
 template <typename Code>
-MOERT_INLINE VecI group_of_lane(int64_t group) {
+MOERT_INLINE VecI group_of_lane(int shift) {
   VecI lanes;
-  for (int i = 0; i < kLanes<int32_t>; ++i) lanes[i] = int32_t(i * 4 * Code::kPlanes / group);
+  for (int i = 0; i < kLanes<int32_t>; ++i) lanes[i] = int32_t(int64_t(i * 4 * Code::kPlanes) >> shift);
   return lanes;
 }
 

@@ -32,12 +32,19 @@ class Team {
  public:
   Team(TeamState& state, int64_t threads) : state_(state), threads_(threads) {}
 
-  // f(task) for every task in [0, tasks); a free thread takes the next task in order.  Every thread of the region calls
-  // it; it returns when all tasks are done.
+  // f(task) for every task in [0, tasks); a free thread takes the next task in order, or the next few where `runs`:
+  // first many, in the end one.  Every thread of the region calls it; it returns when all tasks are done.
   template <typename F>
-  void for_each(int64_t tasks, const F& f) {
+  void for_each(int64_t tasks, const F& f, bool runs = false) {
     if (threads_ == 1) {
       for (int64_t task = 0; task < tasks; ++task) f(task);
+    } else if (runs) {
+      for (int64_t task = state_.next.load(std::memory_order_relaxed); task < tasks;) {
+        const int64_t end = task + std::max<int64_t>(1, (tasks - task) / (kRunShare * threads_));
+        if (!state_.next.compare_exchange_weak(task, end, std::memory_order_relaxed)) continue;
+        for (; task < end; ++task) f(task);
+        task = state_.next.load(std::memory_order_relaxed);
+      }
     } else {
       for (int64_t task; (task = state_.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
     }
@@ -51,6 +58,8 @@ class Team {
   // The others are microseconds away: spinning costs less than to sleep and be woken, unless another program has the
   // core of a thread that is waited for.
   static constexpr int kSpins = 4096;
+
+  static constexpr int64_t kRunShare = 2;  // a run is this part of what would be a thread's share
 
   void wait() {
     const int64_t phase = state_.phase.load(std::memory_order_relaxed);

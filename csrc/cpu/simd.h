@@ -41,6 +41,14 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T));
 using VecF = Vec<float>;
 using VecI = Vec<int32_t>;
 
+// What streams through is prefetched so many bytes ahead at least: as many as come while one of them is waited for.
+constexpr int64_t kAheadBytes = 8 << 10;
+
+// The bytes of the blocks of `bytes` each that reach so far.
+MOERT_INLINE int64_t whole_blocks_ahead(int64_t bytes) {
+  return bytes > 0 ? (kAheadBytes + bytes - 1) / bytes * bytes : 0;
+}
+
 template <typename V, typename T>
 MOERT_INLINE V bit_cast_vector(const T& x) {
   static_assert(sizeof(V) == sizeof(T));

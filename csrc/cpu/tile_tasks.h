@@ -63,6 +63,13 @@ inline std::vector<int64_t> busiest_first(const int32_t* offsets, int64_t E) {
   return experts;
 }
 
+// Where no expert has more rows, what a task takes is the time in which its weights come from memory.
+constexpr int64_t kFewTaskRows = 8;
+
+// Such tasks are alike, and a thread takes several that follow each other: the longer the piece of memory that it
+// reads, the better the CPU foresees it.
+inline bool in_runs(const std::vector<TileTask>& tasks) { return !tasks.empty() && tasks.front().M <= kFewTaskRows; }
+
 // The tiles of all experts' rows over the columns [first, last), `width` <= kTileColumns at a time or less if these are
 // too few tasks; the tiles that share columns of a weight follow each other.
 inline std::vector<TileTask> tile_tasks(const int32_t* offsets, int64_t E, int64_t first, int64_t last, int64_t width,
