@@ -5,13 +5,14 @@ from importlib.util import find_spec
 import torch
 
 # Not written yet for a GPU.
-PLANNED = ("fused_experts_backward_", "fused_experts_quantized_backward")
+PLANNED = ("fused_experts_backward_",)
 # All that have kernels; to ask torch for them would take a fortieth of what `import moert` may.
 OPERATORS = (
     *("topk_gating", "topk_gating_backward", "expert_choice"),
     *("permute_plan", "permute", "unpermute", "unpermute_backward"),
     *("grouped_gemm", "grouped_gemm_wgrad", "fused_experts", "fused_experts_backward"),
-    *("fused_experts_quantized", "union_experts", "dispatch_plan", "dispatch_pack"),
+    *("fused_experts_quantized", "fused_experts_quantized_backward"),
+    *("union_experts", "dispatch_plan", "dispatch_pack"),
     *PLANNED,
 )
 
