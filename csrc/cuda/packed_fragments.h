@@ -30,6 +30,17 @@ MOERT_DEVICE_INLINE uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// (a & b) | c as one LOP3: of two constants that only one can hold, the compiler would make two.
+MOERT_DEVICE_INLINE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return (a & b) | c;
+#endif
+}
+
 // Byte i is byte `selector >> 4 i & 7` of b and a, a's first (PRMT).
 MOERT_DEVICE_INLINE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #if defined(__CUDACC__)
@@ -100,7 +111,7 @@ struct Int4Fragments : FragmentScale<Format::int4> {
     const uint32_t word = *reinterpret_cast<const uint32_t*>(step + (row * kPieces + place(row, span)) * 16 + 4 * t);
     const uint32_t zero = kMinusBeside<T> | permute_bytes(scale, 0, 0x4242);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) out[c] = fma_pair<T>((word >> 4 * c & 0x000f000fu) | kPairBeside<T>, kOne<T>, zero);
+    for (int c = 0; c < 4; ++c) out[c] = fma_pair<T>(and_or(word >> 4 * c, 0x000f000fu, kPairBeside<T>), kOne<T>, zero);
   }
 };
 
@@ -118,8 +129,7 @@ struct Mxfp4Fragments : FragmentScale<Format::mxfp4> {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const uint32_t sign = shifted(word, 12 - 4 * c) & 0x80008000u;
-      const uint32_t magnitude = shifted(word, kAt - 4 * c) & both_halves(7u << kAt);
-      out[c] = fma_pair<T>(sign | magnitude, kPower, kMinusZero);
+      out[c] = fma_pair<T>(and_or(shifted(word, kAt - 4 * c), both_halves(7u << kAt), sign), kPower, kMinusZero);
     }
   }
 };
@@ -170,7 +180,7 @@ struct Fp8Fragments : ByteFragments, FragmentScale<Format::fp8> {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const uint32_t pair = permute_bytes(words[c / 2], 0, c % 2 ? 0x3424u : 0x1404u);
-      const uint32_t moved = (pair & 0x80008000u) | (pair >> kDown & both_halves(0x7f00u >> kDown));
+      const uint32_t moved = and_or(pair >> kDown, both_halves(0x7f00u >> kDown), pair & 0x80008000u);
       out[c] = fma_pair<T>(moved, kPower, kMinusZero);
     }
   }
@@ -187,7 +197,7 @@ struct Ternary2Fragments : FragmentScale<Format::ternary2> {
     const uint32_t word = permute_bytes(*reinterpret_cast<const uint16_t*>(from), 0, 0x4140);
 #pragma unroll
     for (int c = 0; c < 4; ++c)
-      out[c] = fma_pair<T>((word >> 2 * c & 0x00030003u) | kPairBeside<T>, kOne<T>, kMinusBeside<T> | 0x00010001u);
+      out[c] = fma_pair<T>(and_or(word >> 2 * c, 0x00030003u, kPairBeside<T>), kOne<T>, kMinusBeside<T> | 0x00010001u);
   }
 };
 

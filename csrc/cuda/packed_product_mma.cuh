@@ -25,7 +25,7 @@ constexpr int kRowPieces = kStepColumns / 8;  // of 16 bytes in a row of x
 //
 // Few rows an expert: weights bound by memory, many blocks beside each other.
 struct NarrowTile {
-  static constexpr int kTokens = 8, kTiles = 1, kStages = 4, kBlocks = 5, kUnrolled = 4, kBeside = 1;
+  static constexpr int kTokens = 8, kTiles = 1, kStages = 4, kBlocks = 4, kUnrolled = 4, kBeside = 1;
 };
 // Up to 64 rows, of which the second half is left out where none is there: decoded codes are used for all of them.
 struct WideTile {
@@ -36,6 +36,10 @@ template <class Codes, class Shape>
 constexpr int packed_mma_shared(int warps) {
   return Shape::kStages * 16 * (Shape::kTokens * kRowPieces + warps * 16 * Shape::kTiles * Codes::kPieces);
 }
+
+// Sums of a token, and between those of one and the next: no two that a warp writes at once meet in a bank.
+template <class Shape>
+constexpr int sum_stride = 16 * Shape::kTiles + 4;
 
 template <typename T>
 struct MmaFor;
@@ -183,26 +187,28 @@ MOERT_DEVICE_INLINE void multiply_step(const char* x, const char* codes, const u
   }
 }
 
-// This thread's sums, of two tokens and rows g and g + 8 of each tile, to y.
+// A warp's sums through `memory`, by token, to y: neighbours go to neighbours, and what becomes of a sum is in the code
+// once.
 template <class Shape>
 MOERT_DEVICE_INLINE void store_sums(const PackedProduct<float>& p, const RowTile& tile, int64_t first,
-                                    const float (&sums)[Shape::kTiles][Shape::kTokens / 8][4]) {
+                                    const float (&sums)[Shape::kTiles][Shape::kTokens / 8][4], float* memory) {
+  constexpr int kStride = sum_stride<Shape>;
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int i = 0; i < Shape::kTiles; ++i)
 #pragma unroll
     for (int n = 0; n < Shape::kTokens / 8; ++n)
 #pragma unroll
-      for (int v = 0; v < 2; ++v) {
-        const int token = n * 8 + 2 * t + v;
-        if (token >= tile.rows) continue;
-        if (p.gated()) {
-          p.store(tile.expert, tile.row + token, first + 8 * i + g, sums[i][n][v], sums[i][n][2 + v]);
-        } else {
-          p.store(tile.expert, tile.row + token, first + 16 * i + g, sums[i][n][v], 0);
-          p.store(tile.expert, tile.row + token, first + 16 * i + 8 + g, sums[i][n][2 + v], 0);
-        }
-      }
+      for (int v = 0; v < 4; ++v) memory[(n * 8 + 2 * t + v % 2) * kStride + 16 * i + v / 2 * 8 + g] = sums[i][n][v];
+  __syncwarp();
+  const bool gated = p.gated();
+  const int outputs = gated ? 8 * Shape::kTiles : 16 * Shape::kTiles;
+#pragma unroll 1
+  for (int i = lane_id(); i < tile.rows * outputs; i += kWarp) {
+    const int token = i / outputs, n = i % outputs;
+    const float* from = memory + token * kStride + (gated ? n / 8 * 16 + n % 8 : n);
+    p.store(tile.expert, tile.row + token, first + n, from[0], gated ? from[8] : 0);
+  }
 }
 
 template <class Codes, typename T, class Shape>
@@ -253,8 +259,12 @@ __global__ void __launch_bounds__(kMmaWarps* kWarp, Shape::kBlocks)
       if (step + kStages < steps) weights.read_scales(step + kStages, scales[stage]);
     }
   }
+  // The sums go where the ring was
   wait_groups<0>();
-  store_sums<Shape>(p, tile, first, sums);
+  __syncthreads();
+  constexpr int kSums = Shape::kTokens * sum_stride<Shape>;
+  static_assert(kSums * int(sizeof(float)) <= kStages * kWarpBytes + kStages * kXBytes / kMmaWarps);
+  store_sums<Shape>(p, tile, first, sums, reinterpret_cast<float*>(shared) + warp_id() * kSums);
 }
 
 }  // namespace moert::cuda
