@@ -4,6 +4,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, k choices per token, S =
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from torch import Tensor
 
 import moert
 from moert import Routing
-from moert.quant import Int4
-from moert.quant.format import PackedTensor
+from moert.quant import Int4, Int8, Mxfp4
+from moert.quant.format import PackedTensor, RowFormat
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ SONIC = (
     Layer("SonicMoE I=1024", 4096, 1024, 64, 4),
     Layer("SonicMoE I=2048", 4096, 2048, 64, 4),
 )
-MOST_QUANTIZED = 64  # tokens up to which packed weights are worth a look: their kernel reads them once for four rows
+QUANTIZED = (Int4(32), Int4(128), Int8(), Mxfp4())
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 COPIES = 16  # tokens up to which batched_mm, which copies the weights of every choice, is worth a look
 
 
@@ -67,11 +69,12 @@ def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Ite
     yield made.unpermute()
     yield made.grouped_gemm()
     yield made.experts()
-    if T <= MOST_QUANTIZED:
-        yield made.quantized()
+    for fmt in QUANTIZED:
+        yield made.quantized(fmt)
     if step:
         yield made.step()
         yield made.backward()
+        yield made.quantized_step(QUANTIZED[0])
 
 
 class _Inputs:
@@ -174,26 +177,58 @@ class _Inputs:
             providers[name] = torch.inference_mode()(functools.partial(forward, self.x, self.weights, self.w1, self.w2))
         return Problem("fused_experts", self.shape, self._moved(), self._flop(), providers)
 
-    def quantized(self) -> Problem:
-        """Random int4 codes beside the same weights in bfloat16."""
-        (first, w1), (second, w2) = self._int4(self.w1), self._int4(self.w2)
+    def quantized(self, fmt: RowFormat) -> Problem:
+        """Random codes beside the same weights in bfloat16."""
+        (first, w1), (second, w2) = self._packed(fmt, self.w1), self._packed(fmt, self.w2)
         routing = Routing(self.ids, self.weights, self.layer.E)
         providers = {
             "moert": lambda: moert.fused_experts_quantized(self.x, routing, first, second, precision="full"),
             "moert bf16": lambda: moert.fused_experts(self.x, routing, w1, w2),
         }
         moved = self.used * (first.nbytes + second.nbytes) / self.layer.E + 2 * self.x.nbytes
-        return Problem("fused_experts int4", self.shape, moved, self._flop(), providers)
+        return Problem(f"fused_experts {fmt}", self.shape, moved, self._flop(), providers)
 
-    def _int4(self, like: Tensor) -> tuple[PackedTensor, Tensor]:
+    def quantized_step(self, fmt: RowFormat) -> Problem:
+        """Forward and the gradients of x and the routing weights; compared by that of x."""
+        (first, w1), (second, w2) = self._packed(fmt, self.w1), self._packed(fmt, self.w2)
+        dy = self.random(*self.x.shape).bfloat16()
+
+        def provider(forward, *matrices):
+            leaves = [x.detach().requires_grad_() for x in (self.x, self.weights)]
+
+            def run():
+                y = forward(leaves[0], Routing(self.ids, leaves[1], self.layer.E), *matrices)
+                return torch.autograd.grad(y, leaves, dy)[0]
+
+            return run
+
+        providers = {
+            "moert": provider(moert.fused_experts_quantized, first, second),
+            "moert bf16": provider(moert.fused_experts, w1, w2),
+        }
+        moved = 3 * self.used * (first.nbytes + second.nbytes) / self.layer.E + 6 * self.x.nbytes
+        return Problem(f"fused_experts {fmt} step", self.shape, moved, 3 * self._flop(), providers)
+
+    def _packed(self, fmt: RowFormat, like: Tensor) -> tuple[PackedTensor, Tensor]:
+        """Random codes with one scale, and the bfloat16 weights that they stand for."""
         E, rows, columns = like.shape
-        packed = Int4(32).empty((E, rows, columns))
+        packed, bits = fmt.empty((E, rows, columns)), 128 // fmt.weights_per_block
         codes = torch.zeros(packed.codes.shape, dtype=torch.uint8, device=like.device)
-        codes[..., : columns // 2].random_(generator=self.generator)
-        scale = columns**-0.5 / 4.6  # codes - 8 have a standard deviation of 4.6
-        scales = torch.full(packed.scales.shape, scale, dtype=torch.float16, device=like.device)
-        unpacked = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :columns]
-        return PackedTensor(packed.format, columns, codes, scales), (unpacked.bfloat16() - 8) * scales[0, 0, 0].item()
+        codes[..., : columns * bits // 8].random_(generator=self.generator)
+        if bits == 8:
+            values = codes.view(torch.int8)[..., :columns].bfloat16()
+        else:
+            numbers = torch.arange(16) - 8.0 if isinstance(fmt, Int4) else torch.tensor(E2M1)
+            nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :columns]
+            values = numbers.to(codes.device, torch.bfloat16)[nibbles.int()]
+        scale = columns**-0.5 / values[0].float().std().item()
+        if isinstance(fmt, Mxfp4):
+            exponent = round(math.log2(scale))
+            scales, scale = torch.full(packed.scales.shape, 127 + exponent, dtype=torch.uint8), 2.0**exponent
+        else:
+            scales = torch.full(packed.scales.shape, scale, dtype=torch.float16)
+            scale = scales[0, 0, 0].item()
+        return PackedTensor(packed.format, columns, codes, scales.to(codes.device)), values * scale
 
     def step(self) -> Problem:
         """Forward and the gradients of x, the routing weights and the weights; compared by that of x."""

@@ -59,9 +59,9 @@ def test_reasons(monkeypatch, built, version, message):
     with pytest.raises(RuntimeError, match=message):
         cuda._refusal("f")(torch.zeros(1))
     with pytest.raises(
-        RuntimeError, match="fused_experts_quantized_backward must be on the CPU, got a GPU: this version has no CUDA"
+        RuntimeError, match="fused_experts_backward_ must be on the CPU, got a GPU: this version has no CUDA"
     ):
-        cuda._refusal("fused_experts_quantized_backward")(torch.zeros(1))
+        cuda._refusal("fused_experts_backward_")(torch.zeros(1))
 
 
 def bound():

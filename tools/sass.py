@@ -36,6 +36,14 @@ RULES = (
     Rule(
         r"packed_product\w*BlockCodes", ".*", (LOAD_128, STREAM_128), "x and packed weights are read 16 bytes at a time"
     ),
+    Rule(
+        r"packed_product_mma",
+        ".*",
+        (r"\bHMMA\.16816", r"\bLDGSTS\.E(?:\.\w+)*\.128", r"\bLDS\.128"),
+        "tensor cores, fed 16 bytes at a time",
+    ),
+    Rule(r"packed_product_mma\w*Int4", ".*", (r"\bLOP3\.LUT[^;]*0xf000f\b",), "two codes are taken by one LOP3"),
+    Rule(r"packed_product_mma\w*(?:Int8|Fp8|Ternary2)", ".*", (r"\bPRMT\b",), "bytes are put in their place by PRMT"),
     Rule(r"packed_product\w*BitNested", ".*", (LOAD_128,), "x is read 16 bytes at a time"),
     Rule(
         r"grouped_gemm_persistent",

@@ -284,8 +284,6 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
   return y;
 }
 
-#if !defined(MOERT_CUDA)
-
 // needs: bit 0 dx, bit 1 dweights; what is not needed comes back empty.
 std::tuple<Tensor, Tensor> fused_experts_quantized_backward(
     const Tensor& dy, const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& codes1,
@@ -303,20 +301,26 @@ std::tuple<Tensor, Tensor> fused_experts_quantized_backward(
   Tensor dx = wants_x ? torch::stable::new_empty(x, {T, H}) : torch::stable::new_empty(x, {0});
   Tensor dweights = torch::stable::new_empty(call.weights, {wants_weights ? T : 0, call.tokens.k});
   const Tensor rows = dense_rows(dy);
-  cpu::fused_experts_quantized_backward(rows_of(rows), call.tokens, call.experts, torch::stable::get_num_threads(),
-                                        wants_x ? dx.mutable_data_ptr() : nullptr,
-                                        wants_weights ? dweights.mutable_data_ptr() : nullptr);
+  void* const dx_data = wants_x ? dx.mutable_data_ptr() : nullptr;
+  void* const dweights_data = wants_weights ? dweights.mutable_data_ptr() : nullptr;
+  const Execution execution(x);
+#if defined(MOERT_CUDA)
+  ExpertGradients gradients;
+  gradients.dx = dx_data, gradients.dweights = dweights_data;
+  Tensor workspace =
+      bytes_beside(x, cuda::fused_experts_quantized_backward_workspace(call.tokens, call.experts, gradients));
+  cuda::fused_experts_quantized_backward(rows_of(rows), call.tokens, call.experts, workspace.mutable_data_ptr(),
+                                         execution, gradients);
+#else
+  cpu::fused_experts_quantized_backward(rows_of(rows), call.tokens, call.experts, execution, dx_data, dweights_data);
+#endif
   if (weights.scalar_type() != dweights.scalar_type()) dweights = torch::stable::to(dweights, weights.scalar_type());
   return {dx, dweights};
 }
 
-#endif
-
 STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
   m.impl("fused_experts_quantized", TORCH_BOX(&fused_experts_quantized));
-#if !defined(MOERT_CUDA)
   m.impl("fused_experts_quantized_backward", TORCH_BOX(&fused_experts_quantized_backward));
-#endif
 }
 
 }  // namespace moert

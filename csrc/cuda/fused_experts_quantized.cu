@@ -1,64 +1,29 @@
 #include "moert/fused_experts_quantized.h"
 
 #include <algorithm>
-#include <array>
-#include <mutex>
 
 #include "cuda/fused_experts.h"
 #include "cuda/launch.h"
 #include "cuda/packed_product.cuh"
+#include "cuda/packed_product_mma.h"
 
 namespace moert::cuda {
 
 namespace {
 
-// The dictionary of sub1 in the memory of the current device, brought there once.
-const Sub1Entry* sub1_on_device() {
-#if defined(__CUDACC__)
-  constexpr int kMostDevices = 64;
-  static std::array<Sub1Entry*, kMostDevices> tables{};
-  static std::mutex mutex;
-  int device = 0;
-  MOERT_CUDA_CHECK(cudaGetDevice(&device));
-  MOERT_CHECK(device < kMostDevices, "x must be on one of the first ", kMostDevices, " GPUs, got number ", device);
-  const std::lock_guard lock(mutex);
-  Sub1Entry*& table = tables[size_t(device)];
-  if (!table) {
-    const auto& entries = cpu::sub1_dictionary().entries;
-    Sub1Entry* made = nullptr;
-    const size_t bytes = entries.size() * sizeof(Sub1Entry);
-    MOERT_CUDA_CHECK(cudaMalloc(&made, bytes));
-    // cudaMemcpy may return before the bytes are there; the kernels of any stream may follow.
-    cudaError_t status = cudaMemcpy(made, entries.data(), bytes, cudaMemcpyHostToDevice);
-    if (status == cudaSuccess) status = cudaStreamSynchronize(cudaStreamLegacy);
-    if (status != cudaSuccess) cudaFree(made);
-    MOERT_CUDA_CHECK(status);
-    table = made;
-  }
-  return table;
-#else
-  return cpu::sub1_dictionary().entries.data();
-#endif
-}
+// How a matrix is multiplied, and the rows of x that this wants.
+struct Way {
+  bool on_tensor_cores;
+  ColumnOrder order;
+  DType rows;
 
-int width_of(Format format) {
-  return with_codes(format, [](auto codes) { return decltype(codes)::kColumns; });
-}
+  Way(const PackedMatrix& w, DType x)
+      : on_tensor_cores(takes_tensor_cores(w, x)),
+        order(on_tensor_cores ? tensor_core_order(w.packing.format) : ColumnOrder{width_of(w.packing.format)}),
+        rows(on_tensor_cores || x == DType::f64 ? x : DType::f32) {}
 
-// The dictionary is left out.
-PackedWeights weights_of(const char* name, const PackedMatrix& matrix) {
-  const Packing& p = matrix.packing;
-  PackedWeights w{matrix, 0, 0, 0, 31, false, nullptr};  // 2^31: a whole row
-  if (p.format == Format::sub1) return w;
-  MOERT_CHECK(p.rows * groups(p) <= INT32_MAX && p.columns <= INT32_MAX / 2, name,
-              " must have fewer than 2^31 scales an expert and 2^30 columns on a GPU, got ", p.rows, " rows of ",
-              groups(p), " and ", p.columns);
-  w.row_bytes = row_bytes(p), w.groups = int32_t(groups(p));
-  w.chunks = int32_t(ceil_div(p.columns, width_of(p.format)));
-  if (p.group) w.group_shift = __builtin_ctzll(uint64_t(p.group));
-  w.aligned = is_aligned(matrix.codes, matrix.codes_stride);
-  return w;
-}
+  int64_t bytes(int64_t columns) const { return order.length(columns) * size_of(rows); }
+};
 
 // What lies between the kernels.  A is the type of sums, T that of x.
 template <typename T>
@@ -68,22 +33,22 @@ struct Quantized {
   const RoutedRows& tokens;
   const QuantizedExperts& experts;
   const ExpertWeights& floats;
-  ColumnOrder order1, order2;
+  Way way1, way2;
   Memory memory;
   SlotPlan<T> plan;
-  A *x, *act;  // [T, H] and [T*k, I], each in the order of the weights that it is multiplied with
-  T* rows;     // [T*k, H]
+  char *x, *act;  // [T, H] and [T*k, I], each as the weights want it that it is multiplied with
+  T* rows;        // [T*k, H]
 
   Quantized(const RoutedRows& tokens, const QuantizedExperts& experts, void* workspace)
       : tokens(tokens),
         experts(experts),
         floats(experts.floats),
-        order1{width_of(experts.w1.packing.format)},
-        order2{width_of(experts.w2.packing.format)},
+        way1(experts.w1, tokens.x.dtype),
+        way2(experts.w2, tokens.x.dtype),
         memory(workspace),
         plan(tokens, floats.E, floats.scale_on == ScaleOn::input, memory),
-        x(memory.take<A>(tokens.T * order1.length(floats.H))),
-        act(memory.take<A>(tokens.T * tokens.k * order2.length(floats.I))),
+        x(memory.take<char>(tokens.T * way1.bytes(floats.H))),
+        act(memory.take<char>(tokens.T * tokens.k * way2.bytes(floats.I))),
         rows(memory.take<T>(tokens.T * tokens.k * floats.H)) {}
 
   PackedProduct<A> product(const char* name, const PackedMatrix& w, int64_t N) const {
@@ -92,35 +57,36 @@ struct Quantized {
     p.offsets = plan.offsets;
     p.w = weights_of(name, w);
     p.dtype = tokens.x.dtype;
-    const int64_t tiles = num_row_tiles(p.S, p.E, kMostRows<A>);
-    p.by_slot = p.S <= tiles, p.tiles = std::min<int64_t>(p.S, tiles);
     return p;
   }
 
   PackedProduct<A> first() const {
     PackedProduct<A> p = product("codes1", experts.w1, floats.I);
     p.index = plan.tokens;
-    p.x = x, p.x_stride = order1.length(floats.H);
+    p.x = x, p.x_stride = way1.order.length(floats.H);
     p.bias = floats.gate_bias.data, p.up_bias = floats.up_bias.data;
     p.bias_expert = floats.gate_bias.expert_stride, p.bias_step = floats.bias1_stride;
     p.scale = floats.scale_on == ScaleOn::input ? plan.scale : nullptr;
     p.activates = true, p.form = activation_form<A>(floats.activation);
-    p.y = act, p.order = order2, p.y_stride = order2.length(floats.I);
-    if (order2.width) p.written = ceil_div(floats.I, order2.width) * order2.width;
+    p.y = act, p.act = way2.rows, p.order = way2.order, p.y_stride = way2.order.length(floats.I);
+    p.written = way2.order.written(floats.I);
     return p;
   }
 
   PackedProduct<A> second() const {
     PackedProduct<A> p = product("codes2", experts.w2, floats.H);
-    p.x = act, p.x_stride = order2.length(floats.I);
+    p.x = act, p.x_stride = way2.order.length(floats.I);
     p.bias = floats.down_bias.data, p.bias_expert = floats.down_bias.expert_stride;
     p.bias_step = 1;
     p.y = rows, p.y_stride = floats.H;
     return p;
   }
 
-  void multiply(PackedProduct<A> p, void* stream) const {
+  void multiply(const Way& way, PackedProduct<A> p, void* stream) const {
     if (p.S == 0 || p.N == 0) return;
+    if constexpr (kPackedOnTensorCores && sizeof(T) == 2)
+      if (way.on_tensor_cores) return multiply_on_tensor_cores<T>(p, stream);
+    p.tile_rows(kMostRows<A>);
     if (p.w.matrix.packing.format == Format::sub1) p.w.dictionary = sub1_on_device();
     with_codes(p.w.matrix.packing.format, [&](auto codes) {
       using Codes = decltype(codes);
@@ -131,11 +97,11 @@ struct Quantized {
 
   void run(void* stream, void* y) const {
     plan.run(tokens, floats.E, stream);
-    const int64_t length = order1.length(floats.H);
+    const int64_t length = way1.order.length(floats.H);
     launch(&order_columns<A>, {ceil_div(tokens.T * length, kPackedThreads)}, kPackedThreads, stream, tokens.x.data,
-           tokens.x.dtype, tokens.x.stride, tokens.T, floats.H, order1, length, x);
-    multiply(first(), stream);
-    multiply(second(), stream);
+           tokens.x.dtype, tokens.x.stride, tokens.T, floats.H, way1.order, length, way1.rows, x);
+    multiply(way1, first(), stream);
+    multiply(way2, second(), stream);
     unpermute_rows(rows, floats.H, tokens.x.dtype, plan.slots,
                    floats.scale_on == ScaleOn::output ? tokens.weights : nullptr, nullptr, 0, tokens.T, tokens.k,
                    tokens.T * tokens.k, floats.H, stream, y);

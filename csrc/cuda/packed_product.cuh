@@ -16,46 +16,15 @@ constexpr int kPackedWarps = 4, kPackedThreads = kPackedWarps * kWarp;
 template <typename A>
 constexpr int kMostRows = sizeof(A) == 8 ? 1 : 4;
 
-// Element i of an array of `dtype`.
+// rows [T, length] of `to`, the columns of x [T, H] in another order, zeros where that has more.
 template <typename A>
-MOERT_DEVICE_INLINE A read_element(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f32:
-      return A(static_cast<const float*>(p)[i]);
-    case DType::bf16:
-      return A(to_float(static_cast<const bf16*>(p)[i]));
-    case DType::f16:
-      return A(to_float(static_cast<const f16*>(p)[i]));
-    default:
-      return A(static_cast<const double*>(p)[i]);
-  }
-}
-
-template <typename A>
-MOERT_DEVICE_INLINE void write_element(void* p, DType dtype, int64_t i, A x) {
-  switch (dtype) {
-    case DType::f32:
-      static_cast<float*>(p)[i] = float(x);
-      break;
-    case DType::bf16:
-      static_cast<bf16*>(p)[i] = to_bf16(float(x));
-      break;
-    case DType::f16:
-      static_cast<f16*>(p)[i] = to_f16(float(x));
-      break;
-    default:
-      static_cast<double*>(p)[i] = double(x);
-  }
-}
-
-// rows [T, length], the columns of x [T, H] in another order, zeros where that has more.
-template <typename A>
-__global__ void __launch_bounds__(kPackedThreads) order_columns(const void* x, DType dtype, int64_t stride, int64_t T,
-                                                                int64_t H, ColumnOrder order, int64_t length, A* rows) {
+__global__ void __launch_bounds__(kPackedThreads)
+    order_columns(const void* x, DType dtype, int64_t stride, int64_t T, int64_t H, ColumnOrder order, int64_t length,
+                  DType to, void* rows) {
   const int64_t i = int64_t(blockIdx.x) * kPackedThreads + threadIdx.x;
   if (i >= T * length) return;
   const int64_t column = order.column(i % length);
-  rows[i] = column < H ? read_element<A>(x, dtype, i / length * stride + column) : A(0);
+  write_element(rows, to, i, column < H ? read_element<A>(x, dtype, i / length * stride + column) : A(0));
 }
 
 // y[s, n] = x[s] . w[n] of each slot s, or its activation.
@@ -65,7 +34,7 @@ struct PackedProduct {
   int64_t N;               // outputs a slot; a gated activation's weights have 2 N rows
   const int32_t* offsets;  // [E + 1]
   const int32_t* index;    // the row of x of each slot; null: the slot's number
-  const A* x;              // rows in the order of the weights
+  const void* x;           // rows in the order of the weights, of A; on tensor cores of `dtype`
   int64_t x_stride;
   PackedWeights w;
   DType dtype;                 // of the biases, and of y where nothing is activated
@@ -74,16 +43,21 @@ struct PackedProduct {
   const A* scale;  // [S], times the sums, or null
   bool activates;
   ActivationForm<A> form;
-  void* y;  // [S, N]; activated: A, rows in the next product's order
+  void* y;  // [S, N]; activated: rows in the next product's order
   int64_t y_stride;
+  DType act;  // of y where it is activated
   ColumnOrder order;
   int64_t written;  // columns of y, of which those from N on are zeros
   int64_t tiles;
   bool by_slot;  // a tile's number is its first slot
 
-  MOERT_DEVICE_INLINE bool gated() const { return activates && form.gated; }
+  void tile_rows(int64_t rows) {
+    const int64_t all = num_row_tiles(S, E, rows);
+    by_slot = S <= all, tiles = by_slot ? S : all;
+  }
+  MOERT_HOST_DEVICE bool gated() const { return activates && form.gated; }
+  template <int kRows>
   MOERT_DEVICE_INLINE RowTile tile(int64_t i) const {
-    constexpr int kRows = kMostRows<A>;
     return by_slot ? row_tile_of_slot(offsets, E, S, kRows, int32_t(i)) : row_tile(offsets, E, S, kRows, int32_t(i));
   }
   MOERT_DEVICE_INLINE A finished(A sum, const void* to_add, int64_t e, int64_t s, int64_t n) const {
@@ -95,7 +69,7 @@ struct PackedProduct {
     if (!activates) return write_element(y, dtype, s * y_stride + n, finished(sum, bias, e, s, n));
     A value = 0;
     if (n < N) value = activate(form, finished(sum, bias, e, s, n), form.gated ? finished(up, up_bias, e, s, n) : A(0));
-    static_cast<A*>(y)[s * y_stride + order.position(n)] = value;
+    write_element(y, act, s * y_stride + order.position(n), value);
   }
 };
 
@@ -190,7 +164,7 @@ MOERT_DEVICE_INLINE void rows_of_tile(const PackedProduct<A>& p, const RowTile& 
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int64_t s = tile.row + (m < tile.rows ? m : tile.rows - 1);
-    x[m] = p.x + (p.index ? p.index[s] : s) * p.x_stride;
+    x[m] = static_cast<const A*>(p.x) + (p.index ? p.index[s] : s) * p.x_stride;
   }
 }
 
@@ -222,41 +196,6 @@ MOERT_DEVICE_INLINE void multiply_packed(const PackedProduct<A>& p, const RowTil
   weights.template store<M>(tile, sums);
 }
 
-// The codewords of one row, of which a lane has every 32nd, times M rows of x in column order.
-template <typename A, int M>
-MOERT_DEVICE_INLINE void add_codewords(const PackedWeights& w, int64_t e, int64_t row, const A* const (&x)[M],
-                                       A (&sums)[M]) {
-  const int64_t rows = w.matrix.packing.rows, K = w.matrix.packing.columns, size = w.matrix.size;
-  const int32_t* ends = reinterpret_cast<const int32_t*>(w.matrix.zeros);
-  int64_t start = 0;  // of the expert: the codewords of those before
-  for (int64_t other = lane_id(); other < e; other += kWarp) start += ends[other * (rows + 1) + rows];
-  start = warp_sum(start);
-  const int64_t from = start + ends[e * (rows + 1) + row], to = start + ends[e * (rows + 1) + row + 1];
-  const int64_t begin = from < 0 ? 0 : from, end = to < size ? to : size;
-  const bf16* limits = static_cast<const bf16*>(w.matrix.scales) + 2 * (e * rows + row);
-  const float low = to_float(limits[0]), high = to_float(limits[1]);
-  const uint16_t* codes = reinterpret_cast<const uint16_t*>(w.matrix.codes);
-  int64_t column = 0;
-  for (int64_t first = begin; first < end && column < K; first += kWarp) {
-    uint32_t entry[2] = {};
-    if (first + lane_id() < end) {
-      const uint32_t* found = w.dictionary[codes[first + lane_id()]].data();
-      entry[0] = found[0], entry[1] = found[1];
-    }
-    const int32_t digits = 2 * sub1_length(entry), before = warp_exclusive(digits);
-#pragma unroll
-    for (int t = 0; t < 2 * kSub1Longest; ++t) {
-      const int64_t c = column + before + t;
-      if (t >= digits || c >= K) continue;
-      const uint8_t digit = sub1_digit(entry, t);
-      const A weight = digit == 1 ? low : digit == 2 ? high : 0.0f;
-#pragma unroll
-      for (int m = 0; m < M; ++m) sums[m] += weight * x[m][c];
-    }
-    column += __shfl_sync(kAllLanes, before + digits, kWarp - 1);
-  }
-}
-
 template <int M, typename A>
 MOERT_DEVICE_INLINE void multiply_codewords(const PackedProduct<A>& p, const RowTile& tile, int64_t n) {
   constexpr int R = Sub1Codes::kRows;
@@ -267,7 +206,10 @@ MOERT_DEVICE_INLINE void multiply_codewords(const PackedProduct<A>& p, const Row
 #pragma unroll 1
   for (int r = 0; r < R; ++r) {
     A row[M] = {};
-    add_codewords<A, M>(p.w, tile.expert, weights.row(r), x, row);
+    for_digits(p.w, tile.expert, weights.row(r), [&](int64_t column, float weight) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) row[m] += A(weight) * x[m][column];
+    });
 #pragma unroll
     for (int m = 0; m < M; ++m) (r ? sums[M + m] : sums[m]) = row[m];
   }
@@ -277,7 +219,7 @@ MOERT_DEVICE_INLINE void multiply_codewords(const PackedProduct<A>& p, const Row
 // Blocks that follow each other have the tiles of one expert and the same weight rows.
 template <typename A, typename Codes>
 __global__ void __launch_bounds__(kPackedThreads, 3) packed_product(const PackedProduct<A> p) {
-  const RowTile tile = p.tile(blockIdx.x % p.tiles);
+  const RowTile tile = p.template tile<kMostRows<A>>(blockIdx.x % p.tiles);
   if (tile.rows == 0 || tile.expert >= p.E) return;
   const int outputs = WeightRows<A, Codes::kRows>{p, 0}.half();
   const int64_t n = (blockIdx.x / p.tiles * kPackedWarps + warp_id()) * outputs;

@@ -12,20 +12,28 @@
 
 namespace moert::cuda {
 
-// Where the columns of a row lie whose packed weights have `width` columns a lane; 0: in order.
+// Where the columns of a row lie whose packed weights have `width` columns a lane; 0: in order.  Tensor cores take rows
+// of whole `step`s in order or, `paired`, every eight columns as 0 4 1 5 2 6 3 7.
 struct ColumnOrder {
-  int32_t width;
+  int32_t width, step = 0;
+  bool paired = false;
 
   MOERT_HOST_DEVICE int64_t length(int64_t columns) const {
-    const int64_t step = width * 32;
-    return width ? (columns + step - 1) / step * step : columns;
+    const int64_t whole = width ? width * 32 : step ? step : 1;
+    return (columns + whole - 1) / whole * whole;
+  }
+  // Columns of which the first `columns` are numbers and the others zeros, as far as they are read.
+  MOERT_HOST_DEVICE int64_t written(int64_t columns) const {
+    return width ? (columns + width - 1) / width * width : length(columns);
   }
   MOERT_HOST_DEVICE int64_t position(int64_t column) const {
+    if (paired) return column / 8 * 8 + column % 4 * 2 + column / 4 % 2;
     if (!width) return column;
     const int64_t lane = column / width % 32, within = column % width;
     return column / (32 * width) * 32 * width + (within / 4 * 32 + lane) * 4 + within % 4;
   }
   MOERT_HOST_DEVICE int64_t column(int64_t position) const {
+    if (paired) return position / 8 * 8 + position % 2 * 4 + position / 2 % 4;
     if (!width) return position;
     const int64_t step = position / (32 * width), within = position % (32 * width), lane = within / 4 % 32;
     return (step * 32 + lane) * width + within / 128 * 4 + within % 4;
@@ -42,6 +50,47 @@ struct PackedWeights {
   bool aligned;         // every row begins at a multiple of 16 bytes
   const Sub1Entry* dictionary;
 };
+
+// What follows from a matrix of that name; the dictionary is left out.
+PackedWeights weights_of(const char* name, const PackedMatrix& matrix);
+
+// Columns of a lane and step.
+int width_of(Format format);
+
+// The dictionary of sub1 in the memory of the current device, brought there once.
+const Sub1Entry* sub1_on_device();
+
+// Element i of an array of `dtype`.
+template <typename A>
+MOERT_DEVICE_INLINE A read_element(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f32:
+      return A(static_cast<const float*>(p)[i]);
+    case DType::bf16:
+      return A(to_float(static_cast<const bf16*>(p)[i]));
+    case DType::f16:
+      return A(to_float(static_cast<const f16*>(p)[i]));
+    default:
+      return A(static_cast<const double*>(p)[i]);
+  }
+}
+
+template <typename A>
+MOERT_DEVICE_INLINE void write_element(void* p, DType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case DType::f32:
+      static_cast<float*>(p)[i] = float(x);
+      break;
+    case DType::bf16:
+      static_cast<bf16*>(p)[i] = to_bf16(float(x));
+      break;
+    case DType::f16:
+      static_cast<f16*>(p)[i] = to_f16(float(x));
+      break;
+    default:
+      static_cast<double*>(p)[i] = double(x);
+  }
+}
 
 // code, below 2^23, as a float beside 2^23; every difference of the two is exact.
 constexpr float kBeside = 0x1p23f;
@@ -179,6 +228,39 @@ using Fp8Codes = BlockCodes<Format::fp8, OneAByte>;
 struct Sub1Codes {
   static constexpr int kRows = 2, kColumns = 0;
 };
+
+// use(column, weight) for every column of one row, which the lanes share; returns how many columns the codewords have.
+template <typename Use>
+MOERT_DEVICE_INLINE int64_t for_digits(const PackedWeights& w, int64_t e, int64_t row, const Use& use) {
+  const int64_t rows = w.matrix.packing.rows, K = w.matrix.packing.columns, size = w.matrix.size;
+  const int32_t* ends = reinterpret_cast<const int32_t*>(w.matrix.zeros);
+  int64_t start = 0;  // of the expert: the codewords of those before
+  for (int64_t other = lane_id(); other < e; other += kWarp) start += ends[other * (rows + 1) + rows];
+  start = warp_sum(start);
+  const int64_t from = start + ends[e * (rows + 1) + row], to = start + ends[e * (rows + 1) + row + 1];
+  const int64_t begin = from < 0 ? 0 : from, end = to < size ? to : size;
+  const bf16* limits = static_cast<const bf16*>(w.matrix.scales) + 2 * (e * rows + row);
+  const float low = to_float(limits[0]), high = to_float(limits[1]);
+  const uint16_t* codes = reinterpret_cast<const uint16_t*>(w.matrix.codes);
+  int64_t column = 0;
+  for (int64_t first = begin; first < end && column < K; first += kWarp) {
+    uint32_t entry[2] = {};
+    if (first + lane_id() < end) {
+      const uint32_t* found = w.dictionary[codes[first + lane_id()]].data();
+      entry[0] = found[0], entry[1] = found[1];
+    }
+    const int32_t digits = 2 * sub1_length(entry), before = warp_exclusive(digits);
+#pragma unroll
+    for (int t = 0; t < 2 * kSub1Longest; ++t) {
+      const int64_t c = column + before + t;
+      if (t >= digits || c >= K) continue;
+      const uint8_t digit = sub1_digit(entry, t);
+      use(c, digit == 1 ? low : digit == 2 ? high : 0.0f);
+    }
+    column += __shfl_sync(kAllLanes, before + digits, kWarp - 1);
+  }
+  return column;
+}
 
 // f(Codes{}) for the codes of the format.
 template <typename F>

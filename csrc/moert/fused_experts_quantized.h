@@ -75,5 +75,13 @@ int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const Quanti
 void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, void* workspace, void* stream,
                              void* y);
 
+// Of the gradients there are dx and dweights.  Some experts at a time are dequantized, to x's dtype; what lies between
+// the products is rounded to that, too.
+int64_t fused_experts_quantized_backward_workspace(const RoutedRows& tokens, const QuantizedExperts& experts,
+                                                   const ExpertGradients& gradients);
+
+void fused_experts_quantized_backward(const Rows& dy, const RoutedRows& tokens, const QuantizedExperts& experts,
+                                      void* workspace, void* stream, const ExpertGradients& gradients);
+
 }  // namespace cuda
 }  // namespace moert

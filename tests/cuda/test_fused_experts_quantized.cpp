@@ -1,4 +1,5 @@
-// Experts of packed weights beside the CPU's, in full precision: every format, dtype, activation, bias and scale.
+// Experts of packed weights beside the CPU's, in full precision: every format, dtype, activation, bias and scale;
+// forward, with the kernels over tensor cores where they are built, and backward.
 #include "moert/fused_experts_quantized.h"
 
 #include "../cpp/expect.h"
@@ -89,6 +90,23 @@ struct Experts {
   }
 };
 
+// What a call is given.
+template <typename X>
+struct Inputs {
+  std::vector<X> x, dy;
+  std::vector<Acc<X>> weights;
+  std::vector<int32_t> ids;
+
+  Inputs(const Case& c, Random& random)
+      : x(numbers<X>(random, size_t(c.T * (c.H + c.pad)))),
+        dy(numbers<X>(random, size_t(c.T * (c.H + c.pad)))),
+        weights(numbers<Acc<X>>(random, size_t(c.T * c.k))),
+        ids(size_t(c.T * c.k)) {
+    for (int32_t& id : ids) id = random.below(6) ? int32_t(random.below(c.E)) : random.below(2) ? -1 : int32_t(c.E);
+    if (c.only >= 0) std::fill(ids.begin(), ids.end(), int32_t(c.only));
+  }
+};
+
 template <typename X>
 std::vector<X> on_device(const Case& c, Experts<X>& experts, const std::vector<X>& x, const std::vector<int32_t>& ids,
                          const std::vector<Acc<X>>& weights) {
@@ -110,11 +128,10 @@ template <typename X>
 void compare(const Packing& first, const Packing& second, const Case& c) {
   Random random{uint64_t(c.H * 7 + c.I + c.T + int64_t(first.format))};
   Experts<X> experts(first, second, c, is_gated(c.activation.act) ? 2 * c.I : c.I, random);
-  const auto x = numbers<X>(random, size_t(c.T * (c.H + c.pad)));
-  const auto weights = numbers<Acc<X>>(random, size_t(c.T * c.k));
-  std::vector<int32_t> ids(size_t(c.T * c.k));
-  for (int32_t& id : ids) id = random.below(6) ? int32_t(random.below(c.E)) : random.below(2) ? -1 : int32_t(c.E);
-  if (c.only >= 0) std::fill(ids.begin(), ids.end(), int32_t(c.only));
+  const Inputs<X> in(c, random);
+  const auto& x = in.x;
+  const auto& weights = in.weights;
+  const auto& ids = in.ids;
 
   std::vector<X> expected(size_t(c.T * c.H), rounded<X>(-7));
   const RoutedRows tokens{c.T, c.k, {x.data(), DTypeOf<X>::value, c.H + c.pad}, ids.data(), weights.data()};
@@ -134,6 +151,101 @@ void compare(const Packing& first, const Packing& second, const Case& c) {
     const std::vector<X> alone = on_device(one, experts, part(x, c.H + c.pad), part(ids, c.k), part(weights, c.k));
     EXPECT(c.H == 0 || std::memcmp(alone.data(), y.data() + t * c.H, size_t(c.H) * sizeof(X)) == 0);
   }
+}
+
+template <typename X>
+struct Gradients {
+  std::vector<X> dx;
+  std::vector<Acc<X>> dweights;
+  bool operator==(const Gradients& other) const {
+    return std::memcmp(dx.data(), other.dx.data(), dx.size() * sizeof(X)) == 0 && dweights == other.dweights;
+  }
+};
+
+template <typename X>
+Gradients<X> gradients_on_device(const Case& c, Experts<X>& experts, const Inputs<X>& in, bool wants_x,
+                                 bool wants_weights) {
+  OnDevice<X> x(in.x), dy(in.dy), dx(std::vector<X>(size_t(c.T * c.H), rounded<X>(-7)));
+  OnDevice<int32_t> ids(in.ids);
+  OnDevice<Acc<X>> weights(in.weights), dweights(std::vector<Acc<X>>(size_t(c.T * c.k), -7));
+  const RoutedRows tokens{c.T, c.k, {x.data(), DTypeOf<X>::value, c.H + c.pad}, ids.data(), weights.data()};
+  const QuantizedExperts there{experts.w1.there(), experts.w2.there(),
+                               experts.floats(c, experts.b1_there.data(), experts.b2_there.data())};
+  ExpertGradients wanted;
+  if (wants_x) wanted.dx = dx.data();
+  if (wants_weights) wanted.dweights = dweights.data();
+  OnDevice<char> workspace(
+      std::vector<char>(size_t(cuda::fused_experts_quantized_backward_workspace(tokens, there, wanted)), char(0xff)));
+  cuda::fused_experts_quantized_backward({dy.data(), DTypeOf<X>::value, c.H + c.pad}, tokens, there, workspace.data(),
+                                         nullptr, wanted);
+  return {dx.read(), dweights.read()};
+}
+
+// What lies between the products, and the weights, are rounded to X here and to float on the CPU: half a unit of the
+// last place each, in the terms of choices that partly cancel.
+template <typename X>
+constexpr double kBackwardUnit = std::is_same_v<X, bf16>  ? 8 * 0x1p-8
+                                 : std::is_same_v<X, f16> ? 8 * 0x1p-11
+                                 : sizeof(X) == 4         ? 1e-5
+                                                          : 1e-12;
+
+template <typename X>
+void compare_backward(const Packing& first, const Packing& second, const Case& c) {
+  Random random{uint64_t(c.H * 5 + c.I + c.T + int64_t(first.format))};
+  Experts<X> experts(first, second, c, is_gated(c.activation.act) ? 2 * c.I : c.I, random);
+  const Inputs<X> in(c, random);
+  Gradients<X> expected{std::vector<X>(size_t(c.T * c.H)), std::vector<Acc<X>>(size_t(c.T * c.k))};
+  const DType dtype = DTypeOf<X>::value;
+  cpu::fused_experts_quantized_backward(
+      {in.dy.data(), dtype, c.H + c.pad},
+      {c.T, c.k, {in.x.data(), dtype, c.H + c.pad}, in.ids.data(), in.weights.data()},
+      {experts.w1.here.packed(), experts.w2.here.packed(), experts.floats(c, experts.b1.data(), experts.b2.data())}, 1,
+      expected.dx.data(), expected.dweights.data());
+  const Gradients<X> both = gradients_on_device(c, experts, in, true, true);
+  EXPECT(rows_close(both.dx, expected.dx, size_t(c.H), kBackwardUnit<X>));
+  EXPECT(rows_close(both.dweights, expected.dweights, size_t(c.T * c.k), kBackwardUnit<X>));
+  EXPECT(gradients_on_device(c, experts, in, true, true) == both);
+  // Each by itself, the other left as it was.
+  const std::vector<X> no_x(both.dx.size(), rounded<X>(-7));
+  const std::vector<Acc<X>> no_weights(both.dweights.size(), -7);
+  EXPECT((gradients_on_device(c, experts, in, true, false) == Gradients<X>{both.dx, no_weights}));
+  EXPECT((gradients_on_device(c, experts, in, false, true) == Gradients<X>{no_x, both.dweights}));
+}
+
+void every_gradient() {
+  for (const Packing& kind : kKinds) {
+    compare_backward<float>(kind, kind, {9, 2, 3, 97, 45});  // one expert a part in emulation
+    compare_backward<bf16>(kind, kind, {5, 2, 4, 64, 80});
+  }
+  const Packing int4{Format::int4, 0, 0, 32}, int8{Format::int8, 0, 0, 0}, sub1{Format::sub1, 0, 0, 0};
+  for (Act act : {Act::identity, Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2, Act::swiglu, Act::geglu,
+                  Act::geglu_tanh, Act::reglu, Act::swiglu_clamped, Act::swiglu_oai})
+    for (ScaleOn scale_on : {ScaleOn::output, ScaleOn::input})
+      compare_backward<float>(int4, int8, {4, 2, 5, 24, 17, {act, 1.702, 0.5}, scale_on == ScaleOn::output, scale_on});
+  compare_backward<f16>(int8, int4, {7, 2, 5, 32, 40});
+  compare_backward<double>(int4, sub1, {5, 2, 3, 45, 33});
+  for (const Packing& kind : {int4, sub1}) {
+    compare_backward<float>(kind, kind, {13, 2, 3, 40, 24, {}, true, ScaleOn::output, 1});  // one expert has all
+    compare_backward<float>(kind, kind, {7, 8, 8, 33, 24, {}, true, ScaleOn::input});
+    compare_backward<float>(kind, kind, {0, 2, 4, 16, 8});
+    compare_backward<float>(kind, kind, {2, 0, 4, 16, 8});
+    compare_backward<float>(kind, kind, {3, 2, 4, 16, 8, {}, true, ScaleOn::output, 4});  // every choice is dropped
+    compare_backward<float>(kind, kind, {3, 2, 4, 16, 0});
+    compare_backward<bf16>(kind, kind, {3, 2, 4, 16, 1});
+  }
+}
+
+// Rows of many tokens, which tensor cores take by 64: more than one tile, a part of one, none.
+template <typename X>
+void many_rows() {
+  for (const Packing& kind : kKinds) {
+    compare<X>(kind, kind, {45, 2, 4, 72, 41});
+    compare<X>(kind, kind, {71, 1, 2, 40, 24, {Act::gelu}, true, ScaleOn::input, 1});
+  }
+  compare<X>(kKinds[5], kKinds[0], {19, 2, 2, 700, 300, {Act::swiglu_oai, 1.702, 0.5}});
+  compare<X>(kKinds[7], kKinds[4], {3, 2, 4, 16, 0});
+  compare<X>(kKinds[16], kKinds[10], {0, 2, 4, 16, 8});
+  compare<X>(kKinds[4], kKinds[7], {40, 2, 3, 16, 8, {}, true, ScaleOn::output, 3});  // every choice is dropped
 }
 
 void every_format() {
@@ -210,6 +322,13 @@ void tests() {
   orders_and_tiles();
   every_format();
   every_choice();
+  many_rows<bf16>();
+  many_rows<f16>();
+  every_gradient();
+#if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
+  emulate::copies_at_once = true;
+  many_rows<bf16>();
+#endif
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ def fused_experts_quantized(
     precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
     columns; "auto", what default_precision says.  Gradients go to x and the routing weights alone, and are those
     of full precision.  NaN or infinity in a token makes its whole output NaN in int8.  On a GPU there is full precision
-    alone, which is also what "auto" is, and no gradient yet.
+    alone, which is also what "auto" is.
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x)
