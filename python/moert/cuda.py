@@ -4,14 +4,15 @@ from importlib.util import find_spec
 
 import torch
 
-# Not written yet for a GPU.
-PLANNED = ("fused_experts_backward_", "fused_experts_quantized_backward")
+# Not written yet for a GPU; nothing asks for the last one there, where a rank's own rows travel with the others.
+PLANNED = ("fused_experts_backward_", "fused_experts_quantized_backward", "dispatch_combine")
 # All that have kernels; to ask torch for them would take a fortieth of what `import moert` may.
 OPERATORS = (
     *("topk_gating", "topk_gating_backward", "expert_choice"),
     *("permute_plan", "permute", "unpermute", "unpermute_backward"),
     *("grouped_gemm", "grouped_gemm_wgrad", "fused_experts", "fused_experts_backward"),
-    *("fused_experts_quantized", "union_experts", "dispatch_plan", "dispatch_pack"),
+    *("fused_experts_quantized", "union_experts"),
+    *("dispatch_plan", "dispatch_pack", "dispatch_pack_", "dispatch_unpack_"),
     *PLANNED,
 )
 
