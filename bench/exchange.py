@@ -1,11 +1,12 @@
 """dispatch and combine beside the exchanges that one would write by hand; each rank of torchrun is a process.
 
-    torchrun --nproc-per-node 4 bench/exchange.py [--keep-memory] [--smoke]
+    torchrun --nproc-per-node 4 bench/exchange.py [--keep-memory] [--dtype float32] [--smoke]
 
-Writes bench/results/exchange.json, where rows of another number of ranks, and of memory kept or not, stay.
+Writes bench/results/exchange.json, where rows of another number of ranks or dtype, and of memory kept or not, stay.
 
-No experts in the first table: rows go there and back.  In the second an ExpertParallel's forward, its tokens cut into
-1, 2, 4 and 8 parts.  Letters: T tokens of a rank, k choices, E experts, R ranks, H hidden, I intermediate.
+No experts in the first table: rows go there and back; lines that begin with "of it" are pieces of moert's way, alone.
+In the second an ExpertParallel's forward, its tokens cut into 1, 2, 4 and 8 parts.
+Letters: T tokens of a rank, k choices, E experts, R ranks, H hidden, I intermediate.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from torch import Tensor
 from moert import GluExperts
 from moert.cli.machine import machine_facts
 from moert.ops import Dispatched, ExpertMap, combine, dispatch
-from moert.ops.all_to_all import exchange_counts, send_rows
+from moert.ops.all_to_all import at_home, exchange_counts, send_rows
+from moert.ops.dispatch import FACTS
+from moert.ops.permute import unpermute
 from moert.ops.ranks import Ranks
 from moert.parallel import ExpertParallel
 from moert.runtime import keep_memory
@@ -34,7 +37,8 @@ from moert.types import Routing
 
 OUT = Path(__file__).resolve().parent / "results" / "exchange.json"
 DEGREES, LAYER = (1, 2, 4, 8), (1024, 16, 4, 2048, 512)  # T, E, k, H, I
-SHAPES = ((256, 64, 8, 2048), (1024, 64, 8, 2048), (1024, 8, 2, 4096))  # T, E, k, H
+SHAPES = ((256, 64, 8, 2048), (1024, 64, 8, 2048), (4096, 64, 8, 2048), (1024, 8, 2, 4096))  # T, E, k, H
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main() -> None:
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for all providers of a shape together")
     parser.add_argument("--smoke", action="store_true", help="the smallest shape, a few calls; writes nothing")
     parser.add_argument("--keep-memory", action="store_true", help="as moert.runtime.keep_memory() does, for all ways")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if options.keep_memory:
@@ -49,8 +54,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     shapes, seconds = (SHAPES[:1], 0.0) if options.smoke else (SHAPES, options.seconds)
-    rows = [row for shape in shapes for row in bench(*shape, torch.bfloat16, seconds)]
-    rows += bench_degrees(*((16, 4, 2, 64, 32) if options.smoke else LAYER), torch.bfloat16, seconds)
+    rows = [row for shape in shapes for row in bench(*shape, DTYPES[options.dtype], seconds)]
+    rows += bench_degrees(*((16, 4, 2, 64, 32) if options.smoke else LAYER), DTYPES[options.dtype], seconds)
     if dist.get_rank() == 0:
         show([row for row in rows if "degree" not in row])
         show([row for row in rows if "degree" in row])
@@ -69,6 +74,7 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
     calls = {
         "bytes alone": bytes_alone(x, routing, experts),
         "moert": lambda: combine(y, dispatch(x, routing, experts)),
+        **pieces(x, routing, experts, got),
         "moert, int8 there": lambda: combine(y, dispatch(x, routing, experts, payload="int8")),
         "by hand": lambda: by_hand(x, y, got),
         "a copy a choice": lambda: choice_copies(x, routing, experts),
@@ -77,6 +83,10 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
     away = sum(n for r, n in enumerate(got.splits.sent) if r != rank)
     choices = sum(1 for e in routing.ids.flatten().tolist() if experts.expert_to_rank[e] != rank)
     sent = {
+        "of it: the others' bytes alone": away,
+        "of it: counts": 0,
+        "of it: packing": 0,
+        "of it: adding up": 0,
         "moert": away,
         "moert, int8 there": away,
         "by hand": away,
@@ -144,6 +154,30 @@ def bytes_alone(x: Tensor, routing: Routing, experts: ExpertMap) -> Callable[[],
     return run
 
 
+def pieces(x: Tensor, routing: Routing, experts: ExpertMap, got: Dispatched) -> dict[str, Callable]:
+    """What dispatch and combine consist of, each alone: on the first and last rank own rows do not travel."""
+    plan, counts = got.plan, got.plan.offsets.diff()
+    args = routing.weights, routing.ids, experts.expert_to_rank, experts.local_ids, plan.offsets, plan.tokens
+    records, y = torch.ops.moert.dispatch_pack(x, *args), got.x.contiguous()
+    mine, came = (at_home(each, got.splits.ranks, x.device) for each in (got.splits.sent, got.splits.received))
+    there, back = records if mine is None else records[mine.others], y if came is None else y[came.others]
+    splits = got.splits if mine is None else got.splits.others
+    arrived, results = there.new_empty(sum(splits.received), there.shape[1]), back.new_empty(len(there), back.shape[1])
+    bytes_back, into_back = back.view(torch.uint8), results.view(torch.uint8)
+    rows = torch.zeros(len(records), x.shape[1], dtype=x.dtype)
+
+    def others():
+        dist.all_to_all_single(arrived, there, splits.received, splits.sent)
+        dist.all_to_all_single(into_back, bytes_back, splits.sent, splits.received)
+
+    return {
+        "of it: the others' bytes alone": others,
+        "of it: counts": lambda: exchange_counts(counts, dict.fromkeys(FACTS, 0), got.splits.ranks),
+        "of it: packing": lambda: torch.ops.moert.dispatch_pack_(records, x, *args, 0, "none"),
+        "of it: adding up": lambda: unpermute(rows, plan),
+    }
+
+
 def by_hand(x: Tensor, y: Tensor, got: Dispatched) -> Tensor:
     """The same rows without their routing, which both sides know already: gathered, sent, sent back, added up."""
     tokens = got.plan.tokens.long()
@@ -206,7 +240,7 @@ def save(out: Path, rows: list[dict]) -> None:
 
 
 def _kind(row: dict) -> tuple:
-    return row["ranks"], row.get("kept_memory", False)
+    return row["ranks"], row.get("kept_memory", False), row["dtype"]
 
 
 def show(rows: list[dict]) -> None:

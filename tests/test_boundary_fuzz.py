@@ -115,7 +115,11 @@ def dispatch_pack_calls(draw):
     weights = floats(draw, T, k, dtype=draw(st.sampled_from((dtype, torch.promote_types(dtype, torch.float32)))))
     local = integers(draw, E, low=0, high=32768)
     x = floats(draw, T, H, dtype=dtype)
-    return some_changed(draw, x, weights, ids, where, local, offsets, tokens[: offsets[-1]])
+    payload = draw(st.sampled_from(("none", "none", "int8", "float8_e4m3")))
+    if payload != "none":
+        # Values whose sizes differ so much that some scales are not normal.
+        x, weights = x * 10.0 ** draw(st.integers(-44, 30)), weights.float()
+    return *some_changed(draw, x, weights, ids, where, local, offsets, tokens[: offsets[-1]]), payload
 
 
 def plan_of(draw):

@@ -67,7 +67,10 @@ def packing(dtype, routing):
         offsets, tokens, slots = torch.ops.moert.dispatch_plan(routing.ids, where, 3)
         sent = tokens[: offsets[-1]]
         records = torch.ops.moert.dispatch_pack(x, routing.weights, routing.ids, where, local, offsets, sent)
-        return offsets, tokens, slots, records
+        others, own = torch.cat([records[:5], records[9:]]), records[5:9]
+        width = x.itemsize * SHAPE.H
+        rows = (others[:, :width].view(dtype), own[:, :width].view(dtype))
+        return offsets, tokens, slots, records, torch.ops.moert.dispatch_combine(*rows, 5, slots)
 
     return run
 

@@ -33,11 +33,16 @@ STABLE_TORCH_LIBRARY(moert, m) {
       "-> (Tensor drows, Tensor dweights)");
 
   m.def(
-      "dispatch_plan(Tensor ids, Tensor expert_to_rank, int num_ranks) -> (Tensor offsets, Tensor tokens, Tensor "
-      "slots)");
+      "dispatch_plan(Tensor ids, Tensor expert_to_rank, int num_ranks, Tensor? x=None, Tensor? weights=None) "
+      "-> (Tensor offsets, Tensor tokens, Tensor slots)");
   m.def(
       "dispatch_pack(Tensor x, Tensor weights, Tensor ids, Tensor expert_to_rank, Tensor local_ids, Tensor offsets, "
-      "Tensor tokens) -> Tensor records");
+      "Tensor tokens, str payload=\"none\") -> Tensor records");
+  m.def(
+      "dispatch_pack_(Tensor(a!) records, Tensor x, Tensor weights, Tensor ids, Tensor expert_to_rank, Tensor "
+      "local_ids, Tensor offsets, Tensor tokens, int first, str payload) -> ()");
+  m.def("dispatch_unpack_(Tensor(a!) rows, Tensor records, str payload) -> ()");
+  m.def("dispatch_combine(Tensor rows, Tensor own, int first, Tensor slots, Tensor? residual=None) -> Tensor y");
 
   m.def(
       "grouped_gemm(Tensor x, Tensor w, Tensor offsets, Tensor? bias, Tensor? tokens, Tensor? scale, "

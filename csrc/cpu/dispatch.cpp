@@ -4,9 +4,12 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/dispatch_isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/permute_isa.h"
 #include "moert/check.h"
+#include "moert/isa.h"
 #include "moert/permute.h"
 
 namespace moert::cpu {
@@ -14,6 +17,23 @@ namespace moert::cpu {
 namespace {
 
 constexpr int64_t kTaskBytes = 128 * 1024;  // of records; less is not worth a thread
+
+const DispatchKernels& kernels() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512) return avx512::dispatch_kernels;
+  if (isa() >= Isa::avx2) return avx2::dispatch_kernels;
+#endif
+  return generic::dispatch_kernels;
+}
+
+// f(i) for every i in [0, n), where each touches about `bytes` bytes.
+template <typename F>
+void for_records(int64_t n, int64_t bytes, int64_t threads, const F& f) {
+  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes));
+  parallel_for((n + step - 1) / step, threads, [&](int64_t task) {
+    for (int64_t i = task * step, end = std::min(n, i + step); i < end; ++i) f(i);
+  });
+}
 
 void check_between(const char* name, const int32_t* values, int64_t count, int64_t end, const char* contract) {
   for (int64_t i = 0; i < count; ++i)
@@ -66,21 +86,33 @@ void dispatch_plan(const int32_t* ids, int64_t T, int64_t k, const int32_t* expe
 void dispatch_pack(const Packing& p, int64_t threads, void* records) {
   check_packing(p);
   const int64_t size = size_of(p.dtype);
-  const RecordLayout layout = record_layout(p.H, size, p.k, p.weight_size);
-  advise_huge_pages(records, p.N * layout.bytes);
-  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, layout.bytes));
-  parallel_for((p.N + step - 1) / step, threads, [&](int64_t task) {
-    for (int64_t n = task * step, end = std::min(p.N, n + step); n < end; ++n) {
-      char* record = static_cast<char*>(records) + n * layout.bytes;
-      const int64_t token = p.tokens[n];
-      const int64_t r = std::upper_bound(p.offsets, p.offsets + p.R + 1, int32_t(n)) - p.offsets - 1;
-      // Rows without elements may have no address.
-      if (p.H > 0) std::memcpy(record, static_cast<const char*>(p.x) + token * p.x_stride * size, p.H * size);
-      std::memset(record + p.H * size, 0, layout.weights - p.H * size);
-      auto* ids = reinterpret_cast<int16_t*>(record + layout.ids);
-      pack_choices(p, token, r, record + layout.weights, ids);
-      std::memset(ids + p.k, 0, layout.bytes - layout.ids - 2 * p.k);
-    }
+  const RecordLayout layout = record_layout(p.H, size, p.k, p.weight_size, p.payload);
+  const int64_t row_bytes = p.payload == Payload::none ? p.H * size : scale_place(p.H) + 4;
+  const auto round_row = kernels().round_row;
+  advise_huge_pages(records, (p.last - p.first) * layout.bytes);
+  for_records(p.last - p.first, layout.bytes, threads, [&](int64_t i) {
+    char* record = static_cast<char*>(records) + i * layout.bytes;
+    const int64_t n = p.first + i, token = p.tokens[n];
+    const int64_t r = std::upper_bound(p.offsets, p.offsets + p.R + 1, int32_t(n)) - p.offsets - 1;
+    const char* row = static_cast<const char*>(p.x) + token * p.x_stride * size;
+    if (p.payload != Payload::none)
+      round_row(row, p.dtype, p.H, p.payload, record);
+    else if (p.H > 0)  // rows without elements may have no address
+      std::memcpy(record, row, row_bytes);
+    std::memset(record + row_bytes, 0, layout.weights - row_bytes);
+    auto* ids = reinterpret_cast<int16_t*>(record + layout.ids);
+    pack_choices(p, token, r, record + layout.weights, ids);
+    std::memset(ids + p.k, 0, layout.bytes - layout.ids - 2 * p.k);
+  });
+}
+
+void dispatch_unpack(const Unpacking& u, int64_t threads, void* rows) {
+  const int64_t row_bytes = u.H * size_of(u.dtype);
+  const auto widen_row = kernels().widen_row;
+  advise_huge_pages(rows, u.M * row_bytes);
+  for_records(u.M, row_bytes, threads, [&](int64_t i) {
+    widen_row(static_cast<const char*>(u.records) + i * u.bytes, u.H, u.payload, u.dtype,
+              static_cast<char*>(rows) + i * row_bytes);
   });
 }
 

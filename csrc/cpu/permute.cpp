@@ -8,6 +8,7 @@
 #include "cpu/parallel.h"
 #include "cpu/permute_isa.h"
 #include "moert/check.h"
+#include "moert/dispatch.h"
 #include "moert/isa.h"
 
 namespace moert::cpu {
@@ -53,6 +54,21 @@ void place(const int32_t* ids, int64_t k, int64_t E, int64_t first, int64_t last
     if (kept) tokens[slots[i]] = int32_t(token);
     if (--left == 0) ++token, left = k;
   }
+}
+
+// unpermute_rows, wherever the rows lie.
+void add_rows(const RowPlaces& places, DType dtype, const int32_t* slots, const void* weights, const void* residual,
+              int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H, int64_t threads, void* y) {
+  check_range("slots", slots, T * k, "S", S);
+  const auto sum_rows = kernels().sum_rows;
+  const int64_t size = size_of(dtype), weight_size = dtype == DType::f64 ? 8 : 4;
+  advise_huge_pages(y, T * H * size);
+  for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
+    const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
+    const void* start = residual ? static_cast<const char*>(residual) + t * residual_stride * size : nullptr;
+    const int32_t *own = slots + t * k, *next = t + 1 < T ? own + k : nullptr;
+    sum_rows({dtype, k, H, places, own, w, start, static_cast<char*>(y) + t * H * size, next});
+  });
 }
 
 }  // namespace
@@ -137,16 +153,13 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
 void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
                     const void* residual, int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H,
                     int64_t threads, void* y) {
-  check_range("slots", slots, T * k, "S", S);
-  const auto sum_rows = kernels().sum_rows;
-  const int64_t size = size_of(dtype), weight_size = dtype == DType::f64 ? 8 : 4;
-  advise_huge_pages(y, T * H * size);
-  for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
-    const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
-    const void* start = residual ? static_cast<const char*>(residual) + t * residual_stride * size : nullptr;
-    const int32_t *own = slots + t * k, *next = t + 1 < T ? own + k : nullptr;
-    sum_rows({dtype, k, H, rows, rows_stride, own, w, start, static_cast<char*>(y) + t * H * size, next});
-  });
+  const RowPlaces places{rows, rows_stride, nullptr, 0, INT32_MAX, INT32_MAX};
+  add_rows(places, dtype, slots, weights, residual, residual_stride, T, k, S, H, threads, y);
+}
+
+void dispatch_combine(const Returned& r, int64_t threads, void* y) {
+  const RowPlaces places{r.rows, r.rows_stride, r.own, r.own_stride, int32_t(r.first), int32_t(r.first + r.O)};
+  add_rows(places, r.dtype, r.slots, nullptr, r.residual, r.residual_stride, r.T, r.k, r.S, r.H, threads, y);
 }
 
 void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows, int64_t rows_stride, DType dtype,

@@ -5,12 +5,21 @@
 
 namespace moert::cpu {
 
+// Where the rows of slots lie, a stride apart: those in [first, last) in a place of their own, those before and after
+// them one after the other.
+struct RowPlaces {
+  const void* rows;
+  int64_t rows_stride;
+  const void* own;
+  int64_t own_stride;
+  int32_t first, last;
+};
+
 // y [H] = start + sum over j of weights[j] * rows[slots[j]], in order; slots below 0 are left out.
 struct SumOfRows {
   DType dtype;
   int64_t k, H;
-  const void* rows;
-  int64_t rows_stride;
+  RowPlaces places;
   const int32_t* slots;  // [k]
   const void* weights;   // null or values [k]
   const void* start;     // null or [H]

@@ -26,6 +26,13 @@ MOERT_INLINE void fetch(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
 }
 
+template <typename T>
+MOERT_INLINE const T* row_at(const RowPlaces& p, int32_t slot) {
+  if (slot < p.first) return static_cast<const T*>(p.rows) + slot * p.rows_stride;
+  if (slot < p.last) return static_cast<const T*>(p.own) + (slot - p.first) * p.own_stride;
+  return static_cast<const T*>(p.rows) + (slot - (p.last - p.first)) * p.rows_stride;
+}
+
 // The sums of `Vectors` vectors of columns stay in registers while the choices pass by.
 template <typename T, int Vectors>
 void sum_columns(const SumOfRows& s, int64_t h) {
@@ -34,13 +41,12 @@ void sum_columns(const SumOfRows& s, int64_t h) {
   for (int v = 0; s.start && v < Vectors; ++v) sum[v] = load(static_cast<const T*>(s.start) + h + v * kLanes<A>);
   for (int64_t j = 0; j < s.k; ++j) {
     if (s.slots[j] < 0) continue;
-    const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;
+    const T* row = row_at<T>(s.places, s.slots[j]) + h;
     const A weight = s.weights ? static_cast<const A*>(s.weights)[j] : A(1);
     for (int v = 0; v < Vectors; ++v) sum[v] += load(row + v * kLanes<A>) * weight;
   }
   for (int64_t j = 0; s.next_slots && j < s.k; ++j)
-    if (s.next_slots[j] >= 0)
-      fetch(static_cast<const T*>(s.rows) + s.next_slots[j] * s.rows_stride + h, Vectors * kLanes<A> * sizeof(T));
+    if (s.next_slots[j] >= 0) fetch(row_at<T>(s.places, s.next_slots[j]) + h, Vectors * kLanes<A> * sizeof(T));
   for (int v = 0; v < Vectors; ++v) store(static_cast<T*>(s.y) + h + v * kLanes<A>, sum[v]);
 }
 
@@ -55,7 +61,7 @@ void sum_rows_of(const SumOfRows& s) {
   Vec<A> sum = s.start ? load_first(static_cast<const T*>(s.start) + h, s.H - h) : Vec<A>{};
   for (int64_t j = 0; j < s.k; ++j) {
     if (s.slots[j] < 0) continue;
-    const T* row = static_cast<const T*>(s.rows) + s.slots[j] * s.rows_stride + h;
+    const T* row = row_at<T>(s.places, s.slots[j]) + h;
     const A weight = s.weights ? static_cast<const A*>(s.weights)[j] : A(1);
     sum += load_first(row, s.H - h) * weight;
   }

@@ -8,6 +8,13 @@ namespace moert::cuda {
 
 namespace {
 
+// f(T{}) for the element type of rows that are rounded.
+template <typename F>
+void with_rounded(DType dtype, const F& f) {
+  if (dtype == DType::f32) return f(float{});
+  dtype == DType::bf16 ? f(bf16{}) : f(f16{});
+}
+
 struct Workspace {
   int32_t* ranks;  // [T, k]
   void* plan;
@@ -33,11 +40,15 @@ void dispatch_plan(const int32_t* ids, int64_t T, int64_t k, const int32_t* expe
 }
 
 void dispatch_pack(const Packing& p, void* stream, void* records) {
-  const int64_t size = size_of(p.dtype);
-  const RecordLayout layout = record_layout(p.H, size, p.k, p.weight_size);
+  const int64_t size = size_of(p.dtype), blocks = ceil_div(p.last - p.first, kRecordWarps);
+  const RecordLayout layout = record_layout(p.H, size, p.k, p.weight_size, p.payload);
+  auto* to = static_cast<unsigned char*>(records);
+  if (p.payload != Payload::none)
+    return with_rounded(p.dtype, [&](auto type) {
+      launch(&pack_rounded_kernel<decltype(type)>, {blocks}, kRecordWarps * kWarp, stream, p, layout, to);
+    });
   const auto pack = [&](auto unit, int64_t units, int64_t stride) {
-    launch(&pack_kernel<decltype(unit)>, {ceil_div(p.N, kRecordWarps)}, kRecordWarps * kWarp, stream, p, layout, stride,
-           units, static_cast<unsigned char*>(records));
+    launch(&pack_kernel<decltype(unit)>, {blocks}, kRecordWarps * kWarp, stream, p, layout, stride, units, to);
   };
   const int64_t chunk = sizeof(Chunk);
   if (is_aligned(p.x, p.x_stride * size) && is_aligned(records, p.H * size))
@@ -48,6 +59,13 @@ void dispatch_pack(const Packing& p, void* stream, void* records) {
     pack(uint32_t{}, p.H, p.x_stride);
   else
     pack(uint64_t{}, p.H, p.x_stride);
+}
+
+void dispatch_unpack(const Unpacking& u, void* stream, void* rows) {
+  with_rounded(u.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(&unpack_kernel<T>, {ceil_div(u.M, kRecordWarps)}, kRecordWarps * kWarp, stream, u, static_cast<T*>(rows));
+  });
 }
 
 }  // namespace moert::cuda

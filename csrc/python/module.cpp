@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "moert/fused_experts_quantized.h"
 #include "moert/isa.h"
 #include "python/formats.h"
@@ -111,6 +112,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("panel", &panel, "Columns and depth of the panels in which weights of a dtype are multiplied as they lie.");
   m.def("default_precision", &default_precision,
         "The precision of activations that \"auto\" is over a format and group.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) { moert::cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      "Large pages for fresh memory, where the system has them; to be asked for before the first write.");
   define_formats(m);
   define_fp8(m);
   define_bit_nested(m);

@@ -68,6 +68,32 @@ void padding_before_wider_weights() {
   EXPECT(record[6] == 0 && record[7] == 0 && std::memcmp(record.data() + 8, &weight, 4) == 0);
 }
 
+// One row of four elements, rounded and back.
+void rounded_rows() {
+  const std::vector<float> x{1, -2, 127, 0}, weights{5};
+  const std::vector<int32_t> id{0}, offsets{0, 1}, tokens{0};
+  constexpr moert::RecordLayout layout = moert::record_layout(4, 4, 1, 4, moert::Payload::int8);
+  static_assert(layout.weights == 8 && layout.ids == 12 && layout.bytes == 16);
+  std::vector<char> record(16, 'x');
+  dispatch_pack({x.data(), 4, DType::f32, weights.data(), 4, id.data(), id.data(), id.data(), offsets.data(),
+                 tokens.data(), 1, 4, 1, 1, 1, 1, moert::Payload::int8},
+                1, record.data());
+  EXPECT(record[0] == 1 && record[1] == -2 && record[2] == 127 && record[3] == 0);
+  std::vector<float> back(4);
+  moert::cpu::dispatch_unpack({record.data(), 16, moert::Payload::int8, DType::f32, 1, 4}, 1, back.data());
+  EXPECT(back == x);
+}
+
+// Slots 1 and 2 of four lie apart; token 1 has rows on both sides.
+void rows_of_two_places() {
+  const std::vector<float> rows{10, 40}, own{20, 30}, residual{100, 200};
+  const std::vector<int32_t> slots{3, 1, -1, 2, 0, -1};
+  std::vector<float> y(2);
+  moert::cpu::dispatch_combine(
+      {rows.data(), 1, own.data(), 1, 1, 2, DType::f32, slots.data(), residual.data(), 1, 2, 3, 4, 1}, 1, y.data());
+  EXPECT(y[0] == 160 && y[1] == 240);
+}
+
 void same_on_any_threads() {
   const int64_t T = 30011, k = 4, E = 61, R = 7;
   std::vector<int32_t> ids(T * k), ranks(E);
@@ -115,6 +141,8 @@ int main() {
   one_copy_for_a_rank();
   records_hold_row_weights_and_ids();
   padding_before_wider_weights();
+  rounded_rows();
+  rows_of_two_places();
   same_on_any_threads();
   errors();
 }

@@ -8,6 +8,7 @@ from torch.library import opcheck
 from moert import GluExperts, MoELayer, Routing, TopKRouter
 from moert.layers import FeedForward
 from moert.ops import Capacity, ExpertMap, Ranks, combine, dispatch
+from moert.ops.dispatch import dispatch_plan_ref
 from moert.parallel import Pulse, shard_experts_
 from moert.placement import PlacedLayer
 from moert.testing import random_routing
@@ -125,6 +126,13 @@ def checked() -> None:
             opcheck(torch.ops.moert.dispatch_rows.default, (*args, [True, True]))
         sizes = torch.tensor([T]), torch.tensor([T]), torch.empty(0, 0, dtype=torch.int64)
         opcheck(torch.ops.moert.dispatch_exchange.default, (x, *sizes, "", False, T))
+        plan = dispatch_plan_ref(ids, experts.expert_to_rank, 1)
+        N = int(plan.offsets[-1])
+        rows, own = torch.randn(N, H), torch.randint(-1, E, (N, k)).short()
+        sizes, slots = (torch.tensor([N]), torch.tensor([N]), sizes[2]), (plan.tokens[:N], plan.slots)
+        for needs in ([True, True], [True, False], [False, True]):
+            args = rows, torch.rand(N, k), own, *slots, *sizes, "", needs
+            opcheck(torch.ops.moert.dispatch_gradients.default, args)
 
 
 def test_opcheck():

@@ -4,6 +4,7 @@ import torch
 
 from moert import GluExperts, MoELayer, TopKRouter
 from moert.ops import compiled_dispatch
+from moert.ops.dispatch import record_bytes
 from moert.parallel import shard_experts_
 from ranks import ranks
 
@@ -42,5 +43,7 @@ def test_exchanges_stay_and_keep_their_order():
     forward = [f"{H} there", f"{H} back", f"{2 * H} there", f"{2 * H} back"]
     few, many, none, one = ranks(1, orders, ((2, 9000), True), ((9000, 2), True), ((0, 0), True), ((0, 1), False))[0]
     assert few == many == none and few[:4] == forward
-    assert sorted(few[4:]) == sorted([f"{H} back"] * 2 + [f"{2 * H} back"] * 2 + [f"{k} back"] * 2)
+    # Of each layer: its results' gradient, and those of its rows and weights in one record.
+    both = [f"{record_bytes(torch.float32, torch.float32, h, k)} back" for h in (H, 2 * H)]
+    assert sorted(few[4:]) == sorted([f"{H} back", f"{2 * H} back", *both])
     assert sorted(one) == sorted(forward)

@@ -18,6 +18,7 @@ from moert.ops.dispatch import (
 )
 from moert.ops.expert_map import ExpertMap
 from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.permute import unpermute, unpermute_ref
 from moert.testing import (
     DTYPES,
     ID_DTYPES,
@@ -29,6 +30,7 @@ from moert.testing import (
     random_routing,
     strided,
 )
+from moert.types import DispatchPlan
 from ranks import error_of, ranks
 
 OPS = torch.ops.moert
@@ -272,6 +274,40 @@ def test_pack(shape, dtype):
         assert torch.equal(records, dispatch_pack_ref(*args)) and records.shape[1] % 16 == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PERMUTE_SHAPES, ids=str)
+def test_pack_some(shape, dtype):
+    """Records of some slots, in memory that there is."""
+    args = pack_args(shape, dtype, 3)
+    for payload in ("none", "int8", "float8_e4m3"):
+        whole = OPS.dispatch_pack(*args, payload)
+        assert torch.equal(whole, dispatch_pack_ref(*args, payload))
+        for first, last in ((0, len(whole)), (len(whole) // 3, len(whole) // 2), (len(whole), len(whole))):
+            records = torch.full_like(whole[first:last], 77)
+            OPS.dispatch_pack_(records, *args, first, payload)
+            assert torch.equal(records, whole[first:last])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", PERMUTE_SHAPES, ids=str)
+def test_rows_of_two_places_are_added_as_those_of_one(shape, dtype):
+    """Bit for bit: own rows at the begin, at the end and in between, strided, none or all."""
+    offsets, tokens, slots = OPS.dispatch_plan(shape.routing().ids, torch.randint(0, 3, (shape.E,)).int(), 3)
+    plan, N = DispatchPlan(offsets, tokens[: offsets[-1]], slots), int(offsets[-1])
+    rows, residual = torch.randn(N, shape.H + 3).to(dtype)[:, : shape.H], torch.randn(shape.T, shape.H).to(dtype)
+    for first, last in ((0, N // 2), (N // 2, N), (N // 3, N - N // 4), (0, 0), (0, N)):
+        others = torch.cat([rows[:first], rows[last:]])
+        for onto in (None, residual):
+            got = OPS.dispatch_combine(others, rows[first:last], first, slots, onto)
+            assert torch.equal(got, unpermute(rows, plan, None, onto))
+            assert_rows_close(
+                got,
+                lambda rows, onto: unpermute_ref(rows, plan, None, onto),
+                rows,
+                torch.zeros_like(residual) if onto is None else onto,
+            )
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_same_bits_for_every_number_of_threads(threads):
     before, shape = torch.get_num_threads(), Shape("several tasks of every kernel", 9001, 64, 8, 40, kind="sentinels")
@@ -300,11 +336,29 @@ def test_compile():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("op", ["dispatch_plan", "dispatch_pack"])
+def checks(op, shape):
+    """Arguments of an operator."""
+    x, weights, ids, *_ = args = pack_args(shape, torch.bfloat16, 3)
+    records = OPS.dispatch_pack(*args, "int8")
+    rows, N = torch.zeros(len(records), shape.H, dtype=torch.bfloat16), len(records)
+    slots = OPS.dispatch_plan(ids, args[3], 3)[2]
+    return {
+        "dispatch_plan": [(ids, args[3], 3), (ids, args[3], 3, x, weights)],
+        "dispatch_pack": [args, (*args, "float8_e4m3")],
+        "dispatch_pack_": [(records[N // 2 :], *args, N // 2, "int8")],
+        "dispatch_unpack_": [(rows, records, "int8")],
+        "dispatch_combine": [(rows[N // 2 :], rows[: N // 2], 0, slots, each) for each in (None, x)],
+    }[op]
+
+
+OPERATORS = ("dispatch_plan", "dispatch_pack", "dispatch_pack_", "dispatch_unpack_", "dispatch_combine")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
 def test_opcheck(op):
     for shape in PERMUTE_SHAPES[:8]:
-        args = pack_args(shape, torch.bfloat16, 3)
-        opcheck(getattr(OPS, op).default, args if op == "dispatch_pack" else (args[2], args[3], 3))
+        for args in checks(op, shape):
+            opcheck(getattr(OPS, op).default, args)
 
 
 def read_early() -> None:
@@ -318,9 +372,13 @@ def read_early() -> None:
             there.wait()
         back = start_combine(there.x.cos(), there)
         with torch.set_grad_enabled(not early):
-            back._rows.wait()
-        grads.append(torch.autograd.grad(back.wait().sum(), x)[0])
+            first = back.wait()
+        y = back.wait()
+        assert torch.equal(first, y)
+        grads.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
     assert torch.equal(*grads) and grads[0].any()
+    first, y = back.wait(), back.wait(x)  # residual and results, twice the latter
+    assert torch.equal(torch.autograd.grad((first + y).sum(), x)[0], 2 * grads[0] + 1)
 
 
 def test_first_read_without_gradient():

@@ -8,12 +8,14 @@ N rows sent, M rows received.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moert import _C
 from moert.ops.ranks import Ranks, named
 from moert.ops.two_level import TwoSteps, send_numbers
 
@@ -36,6 +38,34 @@ class Splits:
     @property
     def reversed(self) -> "Splits":
         return Splits(self.received, self.sent, self.ranks, self.between, not self.back)
+
+    @property
+    def others(self) -> "Splits":
+        """The same without what this rank has for itself."""
+        sent, received = list(self.sent), list(self.received)
+        sent[self.ranks.rank] = received[self.ranks.rank] = 0
+        return Splits(sent, received, self.ranks, self.between, self.back)
+
+
+class Part(NamedTuple):
+    """Of rows for all ranks, or of all, those that this rank has for itself, and the others."""
+
+    own: slice
+    others: slice
+
+
+def at_home(counts: list[int], ranks: Ranks, device: torch.device) -> Part | None:
+    """Of rows of which so many are of each rank: this rank's own need not travel if the others are in one piece.
+
+    They are on the first and on the last rank, sent straight.  On a CPU a group copies own rows like any others; on a
+    GPU they may travel.
+    """
+    rank, total, own = ranks.rank, sum(counts), counts[ranks.rank]
+    if device.type != "cpu" or ranks.levels is not None or 0 < rank < len(counts) - 1:
+        return None
+    if rank == 0:
+        return Part(slice(0, own), slice(own, total))
+    return Part(slice(total - own, total), slice(0, total - own))
 
 
 def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
@@ -72,26 +102,43 @@ def all_to_all_ref(rows: Tensor, splits: Splits) -> Tensor:
     return torch.cat([theirs.split(sent)[rank] for theirs, sent in everything])
 
 
-def exchange_counts(counts: Tensor | None, facts: dict[str, int | str], ranks: Ranks) -> Splits:
-    """How many rows each rank has for each: counts [R], of this rank, integers.
+class Counting:
+    """How many rows each rank has for each, begun: wait() gives Splits.  counts [R] are this rank's, integers.
 
     facts say what must be the same on every rank, by name: a size, or one of a few words; they travel with the counts.
     Where they differ every rank raises the same RuntimeError, which names the ranks; so it does for a rank whose counts
     are None, which says by this that it is about to raise an error of its own.
     """
-    said = torch.zeros(ranks.size, 1 + len(facts), dtype=torch.int64, device=ranks.device)
-    said[:, 0] = FAILED if counts is None else counts
-    said[:, 1:] = torch.tensor([_number(value) for value in facts.values()])
-    heard, between = torch.empty_like(said), None
-    with ranks.guard():
-        if ranks.levels is None:
-            dist.all_to_all_single(heard, said, group=ranks.group)
-        else:
-            heard, between = send_numbers(said, ranks.levels)
-    if counts is not None:
-        _check_same(heard, facts, ranks.group)
-    between = between if between is None else between.cpu()
-    return Splits(said[:, 0].tolist(), heard[:, 0].tolist(), ranks, between)
+
+    def __init__(self, counts: Tensor | list[int] | None, facts: dict[str, int | str], ranks: Ranks):
+        self._ranks, self._facts = ranks, facts
+        self._numbers = [_number(value) for value in facts.values()]
+        self._failed = counts is None
+        counts = [FAILED] * ranks.size if counts is None else counts.tolist() if isinstance(counts, Tensor) else counts
+        self._counts = counts
+        self._said = torch.tensor([[count, *self._numbers] for count in counts], device=ranks.device)
+        self._heard, self._between = torch.empty_like(self._said), None
+        with ranks.guard():
+            if ranks.levels is None:
+                self._work = dist.all_to_all_single(self._heard, self._said, group=ranks.group, async_op=True)
+            else:
+                self._heard, self._between = send_numbers(self._said, ranks.levels)
+
+    def wait(self) -> Splits:
+        if self._ranks.levels is None:
+            with self._ranks.guard():
+                self._work.wait()
+        heard = self._heard.tolist()
+        received = [count for count, *_ in heard]
+        if not self._failed and (FAILED in received or any(numbers != self._numbers for _, *numbers in heard)):
+            _raise_difference(heard, self._facts, self._ranks.group)
+        between = self._between if self._between is None else self._between.cpu()
+        return Splits(self._counts, received, self._ranks, between)
+
+
+def exchange_counts(counts: Tensor | list[int] | None, facts: dict[str, int | str], ranks: Ranks) -> Splits:
+    """Counting, waited for."""
+    return Counting(counts, facts, ranks).wait()
 
 
 @contextmanager
@@ -104,30 +151,55 @@ def refusing(ranks: Ranks, facts: Iterable[str]) -> Iterator[None]:
         raise
 
 
-def send_rows(rows: Tensor, splits: Splits, asynchronous: bool = False) -> tuple[Tensor, dist.Work | TwoSteps | None]:
-    """The exchange itself, without gradient: the rows that arrive, and what to wait for before they are read.
+def fresh_rows(like: Tensor, num_rows: int) -> Tensor:
+    """Memory for rows like these [N, H] -> [num_rows, H], in large pages: of small ones megabytes take many."""
+    rows = like.new_empty(num_rows, like.shape[1])
+    if rows.device.type == "cpu":
+        _C.advise_huge_pages(rows.data_ptr(), rows.nbytes)
+    return rows
+
+
+def send_rows(
+    rows: Tensor, splits: Splits, asynchronous: bool = False, into: Tensor | None = None
+) -> tuple[Tensor, dist.Work | TwoSteps | None]:
+    """The exchange itself, without gradient: the rows that arrive (`into`), and what to wait for before they are read.
 
     rows must live until then.
     """
     # Without rows any strides are contiguous, but not all can be seen as bytes.
     rows = rows.contiguous() if len(rows) else rows.new_empty(rows.shape)
-    received = rows.new_empty(sum(splits.received), rows.shape[1])
-    given, taken, ranks = rows.view(torch.uint8), received.view(torch.uint8), splits.ranks
+    received, ranks = fresh_rows(rows, sum(splits.received)) if into is None else into, splits.ranks
+    given, taken = rows.view(torch.uint8), received.view(torch.uint8)
     with ranks.guard():
         if ranks.levels is None:
-            sizes = splits.received, splits.sent, ranks.group, asynchronous
-            return received, dist.all_to_all_single(taken, given, *sizes)
-        sizes = torch.tensor(splits.sent), torch.tensor(splits.received), splits.between
-        work = TwoSteps(given, taken, *sizes, ranks.levels, splits.back)
-        return received, work if asynchronous else work.wait()
+            work = _send_straight(given, taken, splits)
+        else:
+            sizes = torch.tensor(splits.sent), torch.tensor(splits.received), splits.between
+            work = TwoSteps(given, taken, *sizes, ranks.levels, splits.back)
+        if not asynchronous:
+            work.wait()
+    return received, work if asynchronous else None
+
+
+def _send_straight(given: Tensor, taken: Tensor, splits: Splits) -> dist.Work:
+    ranks, device = splits.ranks, given.device
+    mine, came = (at_home(counts, ranks, device) for counts in (splits.sent, splits.received))
+    if mine is None:
+        return dist.all_to_all_single(taken, given, splits.received, splits.sent, ranks.group, async_op=True)
+    sizes = splits.others
+    work = dist.all_to_all_single(
+        taken[came.others], given[mine.others], sizes.received, sizes.sent, ranks.group, async_op=True
+    )
+    taken[came.own] = given[mine.own]  # while the others travel
+    return work
 
 
 class Sending:
     """send_rows, begun: wait() gives the rows that arrive."""
 
-    def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool = True):
+    def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool = True, into: Tensor | None = None):
         self._sent, self._guard = rows.contiguous(), splits.ranks.guard  # what is sent must live so long
-        self._received, self._work = send_rows(self._sent, splits, asynchronous)
+        self._received, self._work = send_rows(self._sent, splits, asynchronous, into)
 
     def wait(self) -> Tensor:
         if self._work is not None:
@@ -200,14 +272,14 @@ def _number(value: int | str) -> int:
     return WORDS.index(value) if isinstance(value, str) else value
 
 
-def _check_same(heard: Tensor, facts: dict[str, int | str], group: dist.ProcessGroup | None) -> None:
-    failed = [rank for rank, count in enumerate(heard[:, 0].tolist()) if count == FAILED]
+def _raise_difference(heard: list[list[int]], facts: dict[str, int | str], group: dist.ProcessGroup | None) -> None:
+    failed = [rank for rank, (count, *_) in enumerate(heard) if count == FAILED]
     if failed:
         raise RuntimeError(f"every rank must be able to dispatch, got an error on {named(failed, group)} (see there)")
     for column, (name, own) in enumerate(facts.items(), 1):
         holders: dict[int, list[int]] = {}
-        for rank, value in enumerate(heard[:, column].tolist()):
-            holders.setdefault(value, []).append(rank)
+        for rank, row in enumerate(heard):
+            holders.setdefault(row[column], []).append(rank)
         if len(holders) > 1:
             # What most ranks say comes first, so that the odd one out is the last word.
             told = sorted(holders.items(), key=lambda item: -len(item[1]))

@@ -13,7 +13,6 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from moert.ops.all_to_all import Splits, send_rows
 from moert.ops.compiled_order import register_exchange
 from moert.ops.expert_map import ExpertMap
-from moert.ops.permute import unpermute
 from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import HANDLES, Ranks
 from moert.types import DispatchPlan, Routing
@@ -133,17 +132,44 @@ def _keep_dispatch(ctx, inputs, output):
 
 
 def _dispatch_back(ctx, drows, dweights, *_):
-    """Two exchanges where eager packs both gradients in one."""
-    ids, tokens, slots, *way = ctx.saved_tensors
-    sent, received, between = way
-    home, needs = (received, sent, between, ctx.ranks, True, tokens.shape[0]), ctx.needs
-    dx = torch.ops.moert.dispatch_exchange(drows.contiguous(), *home) if needs[0] else None
-    # Each choice has its gradient from the one copy that came for it.
-    own = torch.where(ids >= 0, dweights, 0)
-    dweights = torch.ops.moert.dispatch_exchange(own, *home) if needs[1] else None
-    plan = DispatchPlan(None, tokens, slots)
-    grads = (None if rows is None else unpermute(rows, plan) for rows in (dx, dweights))
-    return *grads, *[None] * 11
+    grads = torch.ops.moert.dispatch_gradients(drows, dweights, *ctx.saved_tensors, ctx.ranks, ctx.needs)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *[None] * 11
 
 
 dispatch_rows.register_autograd(_dispatch_back, setup_context=_keep_dispatch)
+
+
+@torch.library.custom_op("moert::dispatch_gradients", mutates_args=())
+def sent_gradients(
+    drows: Tensor,
+    dweights: Tensor,
+    ids: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    sent: Tensor,
+    received: Tensor,
+    between: Tensor,
+    ranks: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of dispatch's x [T, H] and weights [T, k] (those not needed: nothing), in one exchange."""
+    from moert.ops.dispatch import gradient_records, gradients_of
+
+    home = Splits(received.tolist(), sent.tolist(), ranks_of(ranks), between if between.numel() else None, True)
+    back, _ = send_rows(gradient_records(drows, dweights, ids, needs), home)
+    shapes, plan = (drows.shape, dweights.shape), DispatchPlan(None, tokens, slots)
+    grads = gradients_of(back, (drows.dtype, dweights.dtype), shapes, plan, needs)
+    pairs = zip(grads, (drows, dweights), strict=True)
+    return tuple(like.new_empty(0) if grad is None else grad for grad, like in pairs)
+
+
+order_gradients = register_exchange(torch.ops.moert.dispatch_gradients.default)
+
+
+@sent_gradients.register_fake
+def _(drows, dweights, ids, tokens, slots, sent, received, between, ranks, needs):
+    order_gradients()
+    T, shapes = slots.shape[0], []
+    for grad, needed in zip((drows, dweights), needs, strict=True):
+        shapes.append(grad.new_empty(T, grad.shape[1]) if needed else grad.new_empty(0))
+    return tuple(shapes)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import AllToAll, Hold, Sending, Splits, exchange_counts, refusing, stand_in
+from moert.ops.all_to_all import Counting, Hold, Sending, Splits, at_home, fresh_rows, refusing, stand_in
 from moert.ops.compiled_dispatch import CompiledSplits
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
-from moert.ops.payload import check_payload, decode, encode
-from moert.ops.permute import unpermute
+from moert.ops.payload import WORD, check_payload, encode_ref, rounded_width
+from moert.ops.permute import permute, unpermute
 from moert.ops.rank_capacity import Capacity, plan_within
 from moert.ops.ranks import Ranks
 from moert.ops.same_device import same_device
@@ -37,8 +37,11 @@ class Dispatched:
 
     def wait(self) -> "Dispatched":
         if self._x is None:
-            with torch.set_grad_enabled(any(held.requires_grad for held in self._held)):  # whoever is first to read
-                self._x, weights = _Arrive.apply(*self._held, self._flight)
+            if any(held.requires_grad for held in self._held):
+                with torch.enable_grad():  # whoever is first to read
+                    self._x, weights = _Arrive.apply(*self._held, self._flight)
+            else:
+                self._x, weights = self._flight.arrive()
             self._routing = Routing(self._flight.ids, weights, self._flight.num_local)
         return self
 
@@ -80,7 +83,8 @@ def dispatch(
     if torch.compiler.is_compiling():
         return _compiled(x, routing, experts, ranks, payload, capacity, parts)
     flight = exchange(x, routing, experts, ranks, payload, capacity, parts, None, asynchronous)
-    there = Dispatched(flight.plan, flight.splits, flight.dropped, Hold.apply(flight.home, x, routing.weights), flight)
+    held = Hold.apply(flight.home, x, routing.weights) if any(flight.needs) else ()
+    there = Dispatched(flight.plan, flight.splits, flight.dropped, held, flight)
     return there if asynchronous else there.wait()
 
 
@@ -90,16 +94,20 @@ def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynch
     if capacity is None:
         with refusing(ranks, FACTS):
             plan, needs = _plan(x, routing, experts, ranks, payload), needs or _needs(x, routing)
-            counts = plan.offsets.diff()
-        splits = exchange_counts(counts, _facts(x, routing, experts, payload, parts, needs), ranks)
-        plan = DispatchPlan(plan.offsets, plan.tokens[: sum(splits.sent)], plan.slots)
+            ends = plan.offsets.tolist()
+            counts = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+        counting = Counting(counts, _facts(x, routing, experts, payload, parts, needs), ranks)
+        plan = DispatchPlan(plan.offsets, plan.tokens[: sum(counts)], plan.slots)
     else:
-        _check(x, routing, experts, ranks, payload)
+        _plan(x, routing, experts, ranks, payload)
         needs = needs or _needs(x, routing)
         plan, dropped = plan_within(routing, experts, capacity)
-        splits = _even(capacity.rows, ranks)
-    flight = _Flight(x, routing, experts, (plan, splits, dropped), payload, needs)
-    flight.start(x.detach(), routing, experts, asynchronous)
+        counts = [capacity.rows] * ranks.size
+    flight = _Flight(x, routing, experts, (plan, dropped), payload, needs)
+    flight.pack(counts, ranks)  # while the counts travel
+    flight.start(counting.wait() if capacity is None else _even(capacity.rows, ranks))
+    if not asynchronous:
+        flight.wait()
     return flight
 
 
@@ -126,17 +134,30 @@ def _even(rows: int, ranks: Ranks) -> Splits:
 
 
 class Returning:
-    """Results on their way home."""
+    """Results on their way home.  Those of this rank's own tokens stay where the experts left them."""
 
     def __init__(self, y: Tensor, dispatched: Dispatched, asynchronous: bool):
         splits, self._plan = dispatched.splits, dispatched.plan
-        compiled = isinstance(splits, CompiledSplits)
-        self._rows = splits.back(y, self._plan) if compiled else AllToAll(y, splits.reversed, asynchronous)
+        if isinstance(splits, CompiledSplits):
+            self._rows = splits.back(y, self._plan)
+            return
+        home, rows, self._rows, self._own = splits.reversed, y.detach(), None, None
+        mine, came = (at_home(counts, home.ranks, y.device) for counts in (home.sent, home.received))
+        if mine is None:
+            self._there = Sending(rows, home, asynchronous)
+        else:
+            self._own = rows[mine.own], came.own.start
+            self._there = Sending(rows[mine.others], home.others, asynchronous)
+        needed = y.requires_grad and torch.is_grad_enabled()
+        self._way = _WayBack(y.shape, self._plan, splits)
+        self._held = Hold.apply(self._way.home, y)[0] if needed else None
 
     def wait(self, residual: Tensor | None = None) -> Tensor:
         """combine's [T, H]."""
-        rows = self._rows if isinstance(self._rows, Tensor) else self._rows.wait()
-        return unpermute(rows, self._plan, None, residual)
+        if self._rows is not None:
+            return unpermute(self._rows, self._plan, None, residual)
+        landing = residual, self._way, self._there.wait(), self._own
+        return _landed(*landing) if self._held is None and residual is None else _Land.apply(self._held, *landing)
 
 
 def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -> Tensor:
@@ -209,8 +230,10 @@ def dispatch_plan_ref(ids: Tensor, expert_to_rank: Tensor, num_ranks: int) -> Di
     return DispatchPlan(torch.tensor(offsets).int(), tokens.int(), slots.int())
 
 
-def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, tokens) -> Tensor:
+def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, tokens, payload="none") -> Tensor:
     """Of the operator dispatch_pack: records [N, bytes], uint8; each a row, its weights and its ids (_fields)."""
+    if payload != "none":
+        x = encode_ref(x, payload)
     (_, H), k = x.shape, ids.shape[1]
     records = torch.zeros(len(tokens), record_bytes(x.dtype, weights.dtype, H, k), dtype=torch.uint8)
     to_rows, to_weights, to_ids = _fields(records, x.dtype, weights.dtype, H, k)
@@ -237,11 +260,7 @@ def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload, parts: int,
 
 
 def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> DispatchPlan:
-    _check(x, routing, experts, ranks, payload)
-    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, experts.on(x.device)[0], experts.num_ranks))
-
-
-def _check(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> None:
+    """Where each token goes; with the checks of all that dispatch is given."""
     expect(Tensor, x=x)
     expect(Routing, routing=routing)
     expect(ExpertMap, experts=experts)
@@ -252,16 +271,12 @@ def _check(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payloa
     check_payload(payload)
     if payload is not None and routing.weights.dtype != torch.float32:
         raise ValueError(f"routing.weights must be float32 beside a payload, got {routing.weights.dtype}")
-    torch.ops.moert.dispatch_pack(*_routed(x, routing, experts), *_nothing(x, experts))  # its checks of all the rest
+    where = experts.on(x.device)[0], experts.num_ranks
+    return DispatchPlan(*torch.ops.moert.dispatch_plan(routing.ids, *where, x.detach(), routing.weights.detach()))
 
 
 def _routed(x: Tensor, routing: Routing, experts: ExpertMap) -> tuple[Tensor, ...]:
     return x.detach(), routing.weights.detach(), routing.ids, *experts.on(x.device)
-
-
-def _nothing(x: Tensor, experts: ExpertMap) -> tuple[Tensor, Tensor]:
-    """Offsets and tokens of a plan that sends nothing."""
-    return x.new_zeros(experts.num_ranks + 1, dtype=torch.int32), x.new_zeros(0, dtype=torch.int32)
 
 
 def _one_more(x, weights, ids, *maps):
@@ -271,49 +286,124 @@ def _one_more(x, weights, ids, *maps):
 class _Flight:
     """What the two nodes of a dispatch share: rows and weights on their way, then their gradients on the way home."""
 
-    def __init__(
-        self, x: Tensor, routing: Routing, experts: ExpertMap, where: tuple, payload: str | None, needs: tuple
-    ):
-        self.plan, self.splits, self.dropped = where
-        self.shapes, self._payload = (x.shape, routing.weights.shape), payload
-        self._types, self._needs = (x.dtype, routing.weights.dtype), needs
-        self.num_local, self.ids = experts.held[self.splits.ranks.rank], None
-
-    def start(self, x: Tensor, routing: Routing, experts: ExpertMap, asynchronous: bool) -> None:
-        travels = encode(x, self._payload) if self._payload else x
-        routed, tokens = _routed(travels, routing, experts), self.plan.tokens
+    def __init__(self, x: Tensor, routing: Routing, experts: ExpertMap, where: tuple, payload: str | None, needs):
+        self.plan, self.dropped = where
+        self.shapes, self.needs = (x.shape, routing.weights.shape), needs
+        self._types, self._payload = (x.dtype, routing.weights.dtype), payload
+        self._experts, self.ids = experts, None
+        self._routed, self._tokens = _routed(x, routing, experts), self.plan.tokens
         if self.dropped is not None:  # an empty row is that of one token more, which goes nowhere
-            routed, tokens = _one_more(*routed), torch.where(tokens < 0, len(x), tokens)
-        records = torch.ops.moert.dispatch_pack(*routed, self.plan.offsets, tokens)
-        self._there, self._word = Sending(records, self.splits, asynchronous), (travels.dtype, travels.shape[1])
+            self._routed, self._tokens = _one_more(*self._routed), torch.where(self._tokens < 0, len(x), self._tokens)
+
+    def pack(self, counts: list[int], ranks: Ranks) -> None:
+        """What travels of the rows, so many for each rank."""
+        self._mine = at_home(counts, ranks, self._routed[0].device)
+        part = slice(0, sum(counts)) if self._mine is None else self._mine.others
+        (_, H), (_, k) = self.shapes
+        size = record_bytes(*self._word(), k)
+        self._records = self._routed[0].new_empty(part.stop - part.start, size, dtype=torch.uint8)
+        self._pack(self._records, part.start)
+
+    def start(self, splits: Splits) -> None:
+        self.splits, self.num_local = splits, self._experts.held[splits.ranks.rank]
+        self._arrived = fresh_rows(self._records, sum(splits.received))
+        came = at_home(splits.received, splits.ranks, self._records.device)
+        if came is None:
+            self._there = Sending(self._records, splits, True, self._arrived)
+        else:
+            self._there = Sending(self._records, splits.others, True, self._arrived[came.others])
+            self._pack(self._arrived[came.own], self._mine.own.start)  # while the others travel
+        self._records = self._routed = self._tokens = None
+
+    def _pack(self, records: Tensor, first: int) -> None:
+        plan = self.plan.offsets, self._tokens
+        torch.ops.moert.dispatch_pack_(records, *self._routed, *plan, first, self._payload or "none")
+
+    def wait(self) -> None:
+        self._there.wait()
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         """Rows [M, H] and weights [M, k]; sets the ids."""
+        self.wait()
         (_, H), (_, k) = self.shapes
-        (dtype, weight_dtype), (word, width) = self._types, self._word
-        rows, weights, self.ids = _fields(self._there.wait(), word, weight_dtype, width, k)
-        self._there = None
-        return decode(rows, H, dtype, self._payload) if self._payload else rows, weights
+        records, self._arrived = self._arrived, None
+        rows, weights, self.ids = _fields(records, *self._word(), k)
+        if self._payload:
+            rows = records.new_empty(len(records), H, dtype=self._types[0])
+            torch.ops.moert.dispatch_unpack_(rows, records, self._payload)
+        return rows, weights
+
+    def _word(self) -> tuple[torch.dtype, torch.dtype, int]:
+        """What the elements of a row travel as, the type of weights, how many of the former there are."""
+        H = self.shapes[0][1]
+        dtype, width = (WORD, rounded_width(H)) if self._payload else (self._types[0], H)
+        return dtype, self._types[1], width
 
     def send_back(self, drows: Tensor, dweights: Tensor) -> None:
-        records = drows.new_empty(len(drows), record_bytes(*self._types, *self._returned()), dtype=torch.uint8)
-        to_rows, to_weights, _ = _fields(records, *self._types, *self._returned())
-        to_rows.copy_(drows)
-        # Each choice has its gradient from the one copy that came for it.
-        to_weights.copy_(torch.where(self.ids >= 0, dweights, 0)[:, : to_weights.shape[1]])
-        self._back = Sending(records, self.splits.reversed)
+        self._back = Sending(gradient_records(drows, dweights, self.ids, self.needs), self.splits.reversed)
 
     def home(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and of the weights, added up over the ranks."""
         back, self._back = self._back, None
-        drows, dweights, _ = _fields(back.wait(), *self._types, *self._returned())
-        pairs = zip((drows, dweights), self._needs, strict=True)
-        return tuple(unpermute(rows, self.plan) if needed else None for rows, needed in pairs)
+        return gradients_of(back.wait(), self._types, self.shapes, self.plan, self.needs)
 
-    def _returned(self) -> tuple[int, int]:
-        """H, and how many weights' gradients travel."""
-        (_, H), (_, k) = self.shapes
-        return H, k if self._needs[1] else 0
+
+def gradient_records(drows: Tensor, dweights: Tensor, ids: Tensor, needs) -> Tensor:
+    """Gradients of rows [M, H] and, where they are needed, of their weights [M, k], as they travel home."""
+    (M, H), k = drows.shape, dweights.shape[1] if needs[1] else 0
+    kind = drows.dtype, dweights.dtype, H, k
+    records = drows.new_empty(M, record_bytes(*kind), dtype=torch.uint8)
+    to_rows, to_weights, _ = _fields(records, *kind)
+    to_rows.copy_(drows)
+    # Each choice has its gradient from the one copy that came for it.
+    to_weights.copy_(torch.where(ids >= 0, dweights, 0)[:, :k])
+    return records
+
+
+def gradients_of(records: Tensor, types, shapes, plan: DispatchPlan, needs) -> tuple[Tensor | None, Tensor | None]:
+    """What arrives home of x [T, H] and of the weights [T, k], added up."""
+    (_, H), (_, k) = shapes
+    drows, dweights, _ = _fields(records, *types, H, k if needs[1] else 0)
+    pairs = zip((drows, dweights), needs, strict=True)
+    return tuple(unpermute(rows, plan) if needed else None for rows, needed in pairs)
+
+
+class _WayBack:
+    """What the nodes of a combine share: the gradient of its results on its way to the experts."""
+
+    def __init__(self, shape: torch.Size, plan: DispatchPlan, splits: Splits):
+        self.shape, self.plan, self._splits, self._sent = shape, plan, splits, []
+
+    def send(self, dy: Tensor) -> None:
+        self._sent.append(Sending(permute(dy, self.plan), self._splits))
+
+    def home(self) -> tuple[Tensor]:
+        sent, self._sent = self._sent, []  # one for each time that the results were waited for
+        first, *others = (sending.wait() for sending in sent)
+        return (sum(others, first),)
+
+
+def _landed(residual: Tensor | None, way: _WayBack, rows: Tensor, own: tuple[Tensor, int] | None) -> Tensor:
+    """Added up: rows of all ranks, or of others and own ones with the slot of their first."""
+    if own is None:
+        return unpermute(rows, way.plan, None, residual)
+    return torch.ops.moert.dispatch_combine(rows, *own, way.plan.slots, residual)
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, held, residual, way, rows, own):
+        ctx.way, ctx.has_residual = way, residual is not None
+        return _landed(residual, way, rows, own)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        held = None
+        if ctx.needs_input_grad[0]:
+            ctx.way.send(dy)
+            held = stand_in(ctx.way.shape, dy)
+        return held, dy if ctx.has_residual else None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -354,15 +444,37 @@ def _fields(records: Tensor, dtype, weight_dtype, H: int, k: int) -> tuple[Tenso
 
 
 @torch.library.register_fake("moert::dispatch_plan")
-def _(ids, expert_to_rank, num_ranks):
-    same_device(ids=ids, expert_to_rank=expert_to_rank)
+def _(ids, expert_to_rank, num_ranks, x=None, weights=None):
+    same_device(ids=ids, expert_to_rank=expert_to_rank, x=x, weights=weights)
     T, k = ids.shape
     return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in ((num_ranks + 1,), (T * k,), (T, k)))
 
 
-@torch.library.register_fake("moert::dispatch_pack")
-def _(x, weights, ids, expert_to_rank, local_ids, offsets, tokens):
+def _check_devices(x, weights, ids, expert_to_rank, local_ids, offsets, tokens, **others):
     maps = {"expert_to_rank": expert_to_rank, "local_ids": local_ids}
-    same_device(x=x, weights=weights, ids=ids, **maps, offsets=offsets, tokens=tokens)
-    size = record_bytes(x.dtype, weights.dtype, x.shape[1], ids.shape[1])
+    same_device(x=x, weights=weights, ids=ids, **maps, offsets=offsets, tokens=tokens, **others)
+
+
+@torch.library.register_fake("moert::dispatch_pack")
+def _(x, weights, ids, expert_to_rank, local_ids, offsets, tokens, payload="none"):
+    _check_devices(x, weights, ids, expert_to_rank, local_ids, offsets, tokens)
+    H = x.shape[1]
+    dtype, width = (x.dtype, H) if payload == "none" else (WORD, rounded_width(H))
+    size = record_bytes(dtype, weights.dtype, width, ids.shape[1])
     return x.new_empty(tokens.shape[0], size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("moert::dispatch_pack_")
+def _(records, x, weights, ids, expert_to_rank, local_ids, offsets, tokens, first, payload):
+    _check_devices(x, weights, ids, expert_to_rank, local_ids, offsets, tokens, records=records)
+
+
+@torch.library.register_fake("moert::dispatch_unpack_")
+def _(rows, records, payload):
+    same_device(rows=rows, records=records)
+
+
+@torch.library.register_fake("moert::dispatch_combine")
+def _(rows, own, first, slots, residual=None):
+    same_device(rows=rows, own=own, slots=slots, residual=residual)
+    return rows.new_empty(slots.shape[0], rows.shape[1])

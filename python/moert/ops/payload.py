@@ -1,6 +1,6 @@
 """Rows that travel in eight bits an element, a scale for each, as DeepSeek-V3 dispatches in fp8 (arXiv 2412.19437).
 
-Letters: T rows of H elements.
+dispatch_pack rounds them, dispatch_unpack_ widens them (csrc/cpu/dispatch_rows.h).  Letters: T rows of H elements.
 """
 
 import torch
@@ -16,7 +16,12 @@ def check_payload(payload: str | None) -> None:
         raise ValueError(f"payload must be None or one of {', '.join(PAYLOADS)}, got {payload}")
 
 
-def encode(x: Tensor, payload: str) -> Tensor:
+def rounded_width(H: int) -> int:
+    """Words of a rounded row: its elements, and its scale."""
+    return (H + 3) // 4 + 1
+
+
+def encode_ref(x: Tensor, payload: str) -> Tensor:
     """x [T, H], floating point -> words [T, ceil(H / 4) + 1]: the elements, zeros up to a word, the row's scale.
 
     The scale is the row's largest magnitude over the type's, float32.  A row with a value that is not finite in float32
@@ -24,7 +29,7 @@ def encode(x: Tensor, payload: str) -> Tensor:
     """
     dtype, largest = PAYLOADS[payload]
     T, H = x.shape
-    words = torch.zeros(T, (H + 3) // 4 + 1, dtype=WORD, device=x.device)
+    words = torch.zeros(T, rounded_width(H), dtype=WORD, device=x.device)
     if H:
         x = x.float()
         scale = x.abs().amax(-1, keepdim=True) / largest
@@ -36,7 +41,7 @@ def encode(x: Tensor, payload: str) -> Tensor:
     return words
 
 
-def decode(words: Tensor, H: int, dtype: torch.dtype, payload: str) -> Tensor:
+def decode_ref(words: Tensor, H: int, dtype: torch.dtype, payload: str) -> Tensor:
     """words [M, ceil(H / 4) + 1], strided rows -> [M, H] in dtype."""
     elements = words[:, :-1].view(PAYLOADS[payload][0])[:, :H]
     most = torch.finfo(WORD).max  # which the largest magnitude times its scale may round past

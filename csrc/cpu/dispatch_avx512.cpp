@@ -1,0 +1,7 @@
+#include "cpu/dispatch_rows.h"
+
+namespace moert::cpu::avx512 {
+
+const DispatchKernels dispatch_kernels = {round_row, widen_row};
+
+}  // namespace moert::cpu::avx512
