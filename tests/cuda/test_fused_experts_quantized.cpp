@@ -158,7 +158,8 @@ struct Gradients {
   std::vector<X> dx;
   std::vector<Acc<X>> dweights;
   bool operator==(const Gradients& other) const {
-    return std::memcmp(dx.data(), other.dx.data(), dx.size() * sizeof(X)) == 0 && dweights == other.dweights;
+    const bool same = dx.empty() || std::memcmp(dx.data(), other.dx.data(), dx.size() * sizeof(X)) == 0;
+    return same && dweights == other.dweights;
   }
 };
 
