@@ -32,8 +32,8 @@ def generates(folder: str) -> None:
             got = model.generate(prompt, max_new_tokens=6, min_new_tokens=6)
         assert torch.equal(got, alone), experts
         layers = model.config.num_hidden_layers
-        # Each is asked twice: with nothing to send, for its checks, and to pack.
-        assert ran.names.count("dispatch_pack") == 2 * 6 * layers, experts
+        # Each packs twice: for the other rank, and for itself.
+        assert ran.names.count("dispatch_pack_") == 2 * 6 * layers, experts
         assert ("fused_experts" in ran.names) == (experts == "moert")
 
 
