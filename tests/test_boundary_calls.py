@@ -174,7 +174,7 @@ BAD = {
         ("own", ones(2, H + 1), r"own must be \[n, H=6\], got shape \[2, 7\]"),
         ("first", 3, r"first must be in \[0, N - n=2\], got 3"),
         ("slots", ints(0, 1), r"slots must be \[T, k\], got shape \[2\]"),
-        ("slots", ints(0, 4).view(1, 2), r"slots must hold -1 or be in \[0, S=4\), got 4"),
+        ("slots", ints(0, 4, 1).view(3, 1), r"slots must hold -1 or be in \[0, S=4\), got 4"),
         ("slots", ints(0, 1).view(1, 2).long(), "slots must have dtype Int, got Long"),
         ("residual", ones(T, H + 1), r"residual must have shape \[T=3, H=6\], got \[3, 7\]"),
         ("residual", ones(T, H).half(), "residual must have the dtype of rows, Float, got Half"),

@@ -131,6 +131,7 @@ void dispatch_pack_(Tensor records, const Tensor& x, const Tensor& weights, cons
   STD_TORCH_CHECK(records.dim() == 2 && records.size(1) == p.layout.bytes && records.is_contiguous(),
                   "records must be contiguous [n, ", p.layout.bytes, "], got shape ", shape(records));
   const int64_t n = records.size(0), N = p.packing.N;
+  STD_TORCH_CHECK(n <= N, "records must have at most N=", N, " rows, got ", n);
   STD_TORCH_CHECK(first >= 0 && first <= N - n, "first must be in [0, N - n=", N - n, "], got ", first);
   p.packing.first = first;
   p.packing.last = first + n;

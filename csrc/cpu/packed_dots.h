@@ -27,7 +27,7 @@ struct DotRow {
 };
 
 struct DotBlock {
-  int64_t rows;  // of the weights, at most kBlock; the rest repeats the last
+  int64_t rows;  // of the weights, at most kBlock; codes repeat the last, and what their scales are does not matter
   const uint8_t* codes[kBlock];
   const uint8_t* tails[kBlock];  // the last step's bytes, zeros after them; null where it is a whole one
   int shift;                     // 2^shift columns have one scale of the weights

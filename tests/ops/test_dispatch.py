@@ -1,3 +1,4 @@
+import gc
 import re
 
 import pytest
@@ -383,3 +384,19 @@ def read_early() -> None:
 
 def test_first_read_without_gradient():
     assert ranks(2, read_early) == [None] * 2
+
+
+def read_partly() -> None:
+    """A gradient of the residual alone, or a pass that failed, leaves nothing for the next."""
+    x, residual = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    routing, experts = random_routing(4, E, 2), ExpertMap.of(None, E, dist.get_world_size())
+    there = dispatch(x, routing, experts, payload="int8")
+    assert not [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype == torch.uint8]  # all was read
+    y = combine(there.x * 2, there, residual).sum()
+    expected = torch.autograd.grad(y, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, residual, retain_graph=True)[0], torch.ones(4, 6))
+    assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+
+
+def test_a_gradient_of_the_residual_alone():
+    assert ranks(2, read_partly) == [None] * 2

@@ -54,6 +54,22 @@ def test_errors(placement, message):
         ExpertMap.of(placement, 3, 2)
 
 
+@pytest.mark.parametrize(
+    "ranks,local,message",
+    [
+        ([0, 1], [0, 0, 0], r"local_ids must be int32 \[E=2\] on the CPU, got torch.int32 \[3\] on cpu"),
+        ([0, 1], [0.0, 0.0], r"local_ids must be int32 \[E=2\] on the CPU, got torch.float32 \[2\] on cpu"),
+        ([0, 1], [0, 32768], r"local_ids must hold ids in \[0, 32768\), got 32768"),
+        ([0, 1], [-1, 0], r"local_ids must hold ids in \[0, 32768\), got -1"),
+        ([0.5, 1.0], [0, 0], r"expert_to_rank must be int32 \[E=2\] on the CPU, got torch.float32 \[2\] on cpu"),
+    ],
+)
+def test_a_map_made_by_hand_is_checked(ranks, local, message):
+    ranks, local = (torch.tensor(ids) for ids in (ranks, local))
+    with pytest.raises(ValueError, match=message):
+        ExpertMap(*(ids if ids.is_floating_point() else ids.int() for ids in (ranks, local)), 2)
+
+
 def test_a_rank_holds_what_a_local_id_can_tell_apart():
     assert ExpertMap.of(None, 32767, 1).local_ids[-1] == 32766
     with pytest.raises(ValueError, match="placement must give a rank at most 32767 experts, got 32768"):

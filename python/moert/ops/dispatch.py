@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from moert.ops.all_to_all import Counting, Hold, Sending, Splits, at_home, fresh_rows, refusing, stand_in
 from moert.ops.compiled_dispatch import CompiledSplits
 from moert.ops.expert_map import ExpertMap
-from moert.ops.kinds import expect
+from moert.ops.kinds import OPTIONAL, expect
 from moert.ops.payload import WORD, check_payload, encode_ref, rounded_width
 from moert.ops.permute import permute, unpermute
 from moert.ops.rank_capacity import Capacity, plan_within
@@ -154,6 +154,7 @@ class Returning:
 
     def wait(self, residual: Tensor | None = None) -> Tensor:
         """combine's [T, H]."""
+        expect(OPTIONAL, residual=residual)
         if self._rows is not None:
             return unpermute(self._rows, self._plan, None, residual)
         landing = residual, self._way, self._there.wait(), self._own
@@ -171,7 +172,10 @@ def combine(y: Tensor, dispatched: Dispatched, residual: Tensor | None = None) -
 
 
 def start_combine(y: Tensor, dispatched: Dispatched, asynchronous: bool = True) -> Returning:
-    """combine, begun: this rank may do something else while rows travel.  y must not be written before wait()."""
+    """combine, begun: this rank may do something else while rows travel.
+
+    y must not be written before the last wait().
+    """
     expect(Tensor, y=y)
     expect(Dispatched, dispatched=dispatched)
     x = dispatched.x
@@ -326,7 +330,7 @@ class _Flight:
         """Rows [M, H] and weights [M, k]; sets the ids."""
         self.wait()
         (_, H), (_, k) = self.shapes
-        records, self._arrived = self._arrived, None
+        records, self._arrived, self._there = self._arrived, None, None  # the graph holds this object
         rows, weights, self.ids = _fields(records, *self._word(), k)
         if self._payload:
             rows = records.new_empty(len(records), H, dtype=self._types[0])
@@ -372,9 +376,13 @@ class _WayBack:
     """What the nodes of a combine share: the gradient of its results on its way to the experts."""
 
     def __init__(self, shape: torch.Size, plan: DispatchPlan, splits: Splits):
-        self.shape, self.plan, self._splits, self._sent = shape, plan, splits, []
+        self.shape, self.plan, self._splits = shape, plan, splits
+        self._backward, self._sent = None, []
 
     def send(self, dy: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # what one before has left needed no gradient of the results, or failed
+            self._backward, self._sent = backward, []
         self._sent.append(Sending(permute(dy, self.plan), self._splits))
 
     def home(self) -> tuple[Tensor]:

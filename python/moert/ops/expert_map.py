@@ -24,6 +24,15 @@ class ExpertMap:
     _elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
+        E = len(self.expert_to_rank)
+        for name in ("expert_to_rank", "local_ids"):
+            ids = getattr(self, name)
+            if (ids.shape, ids.dtype, ids.device.type) != ((E,), torch.int32, "cpu"):
+                got = f"{ids.dtype} {list(ids.shape)} on {ids.device}"
+                raise ValueError(f"{name} must be int32 [E={E}] on the CPU, got {got}")
+        wrong = self.local_ids[(self.local_ids < 0) | (self.local_ids > MOST_LOCAL_EXPERTS)]
+        if len(wrong):
+            raise ValueError(f"local_ids must hold ids in [0, {MOST_LOCAL_EXPERTS + 1}), got {wrong[0].item()}")
         object.__setattr__(self, "held", torch.bincount(self.expert_to_rank, minlength=self.num_ranks).tolist())
 
     @classmethod
@@ -66,7 +75,7 @@ class ExpertMap:
     @cached_property
     def checksum(self) -> int:
         """A number that two different maps hardly share: ranks compare it before they exchange anything."""
-        return zlib.crc32(self.expert_to_rank.numpy().tobytes())
+        return zlib.crc32(self.local_ids.numpy().tobytes(), zlib.crc32(self.expert_to_rank.numpy().tobytes()))
 
 
 def _block_sizes(num_experts: int, num_ranks: int) -> Tensor:
