@@ -18,8 +18,8 @@ typedef int8_t SignedBytes __attribute__((vector_size(kLanes<float>)));
 template <Payload P>
 MOERT_INLINE Bits codes_of(const VecF& x) {
   if constexpr (P == Payload::int8) {
-    return bit_cast_vector<Bits>(x +
-                                 12582912.0f);  // 1.5 * 2^23: the adder rounds to an integer, whose low bits these are
+    // 1.5 * 2^23: the adder rounds to an integer, whose low bits these are.
+    return bit_cast_vector<Bits>(x + 12582912.0f);
   } else {
     const Bits bits = bit_cast_vector<Bits>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
     const Bits normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
@@ -39,7 +39,8 @@ MOERT_INLINE VecF values_of(const uint8_t* codes, N n) {
     const Bits code = __builtin_convertvector(bytes, Bits), magnitude = code & 0x7fu;
     const VecF small = __builtin_convertvector(bit_cast_vector<VecI>(magnitude), VecF) * 0x1p-9f;
     const Bits normal = (magnitude << 20) + (120u << 23);
-    const Bits value = select(magnitude < 8u, bit_cast_vector<Bits>(small), normal);
+    const Bits finite = select(magnitude < 8u, bit_cast_vector<Bits>(small), normal);
+    const Bits value = select(magnitude == 0x7fu, Bits{} + 0x7fc00000u, finite);
     return bit_cast_vector<VecF>(value | (code & 0x80u) << 24);
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 
 #include "cuda/simt.h"
 #include "moert/dispatch.h"
@@ -154,7 +155,8 @@ __global__ void __launch_bounds__(kRecordWarps* kWarp) unpack_kernel(const Unpac
   const int64_t m = int64_t(blockIdx.x) * kRecordWarps + warp_id();
   if (m >= u.M) return;
   const unsigned char* record = static_cast<const unsigned char*>(u.records) + m * u.bytes;
-  const float scale = *reinterpret_cast<const float*>(record + scale_place(u.H));
+  float scale;
+  memcpy(&scale, record + scale_place(u.H), 4);  // records may begin anywhere
   for (int64_t h = lane_id(); h < u.H; h += kWarp) {
     const float x = value_of(record[h], u.payload) * scale;
     // The largest magnitude times its scale may round past float32; NaN stays.

@@ -80,6 +80,7 @@ struct Backward {
     GroupedGemm p{};
     p.S = S, p.E = w.E, p.N = N, p.K = K, p.offsets = plan.offsets, p.x = x, p.w = m;
     p.workspace = groups;
+    p.batch_invariant = tokens.batch_invariant;
     multiply(product_of<T>(p, y, N), tokens.tf32, stream);
   }
 

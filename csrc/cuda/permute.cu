@@ -24,7 +24,9 @@ struct Runs {
 };
 
 // Warps of a block that has so many counters an expert and warp, and `rows` rows of them more.
-int64_t plan_warps(int64_t E, int64_t rows) { return std::clamp<int64_t>(kCounters / E - rows, 1, 32); }
+int64_t plan_warps(int64_t E, int64_t rows) {
+  return std::clamp<int64_t>(kCounters / std::max<int64_t>(1, E) - rows, 1, 32);
+}
 
 bool fits_one_block(int64_t choices, int64_t E) { return choices <= kOneBlock && 2 * E <= kCounters; }
 

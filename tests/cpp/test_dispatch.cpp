@@ -1,11 +1,13 @@
 #include "moert/dispatch.h"
 
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "expect.h"
+#include "moert/fp8.h"
 
 using moert::DType;
 using moert::cpu::dispatch_pack;
@@ -84,6 +86,19 @@ void rounded_rows() {
   EXPECT(back == x);
 }
 
+void every_code() {
+  uint8_t record[260];
+  for (int code = 0; code < 256; ++code) record[code] = uint8_t(code);
+  const float scale = 1;
+  std::memcpy(record + 256, &scale, 4);
+  std::vector<float> row(256);
+  moert::cpu::dispatch_unpack({record, 260, moert::Payload::float8_e4m3, DType::f32, 1, 256}, 1, row.data());
+  for (int code = 0; code < 256; ++code) {
+    const float expected = moert::e4m3_to_float(uint8_t(code));
+    EXPECT(row[code] == expected || (std::isnan(row[code]) && std::isnan(expected)));
+  }
+}
+
 // Slots 1 and 2 of four lie apart; token 1 has rows on both sides.
 void rows_of_two_places() {
   const std::vector<float> rows{10, 40}, own{20, 30}, residual{100, 200};
@@ -142,6 +157,7 @@ int main() {
   records_hold_row_weights_and_ids();
   padding_before_wider_weights();
   rounded_rows();
+  every_code();
   rows_of_two_places();
   same_on_any_threads();
   errors();

@@ -107,6 +107,30 @@ void rounded(const std::vector<int32_t>& ids, const Plan& plan, const Experts& e
     }
 }
 
+// Every code, NaN among them, in records that begin and end anywhere.
+template <typename X>
+void every_code() {
+  constexpr int64_t M = 2, H = 256, bytes = H + 5;
+  std::vector<uint8_t> records(M * bytes);
+  for (int64_t m = 0; m < M; ++m) {
+    const float scale = m ? 1e-3f : 1;
+    for (int64_t h = 0; h < H; ++h) records[size_t(m * bytes + h)] = uint8_t(h);
+    std::memcpy(&records[size_t(m * bytes + H)], &scale, 4);
+  }
+  OnDevice<uint8_t> there(records, 1);
+  for (const Payload payload : {Payload::int8, Payload::float8_e4m3}) {
+    std::vector<X> rows(M * H);
+    OnDevice<X> rows_there(rows);
+    cpu::dispatch_unpack({records.data(), bytes, payload, DTypeOf<X>::value, M, H}, 1, rows.data());
+    cuda::dispatch_unpack({there.data(), bytes, payload, DTypeOf<X>::value, M, H}, nullptr, rows_there.data());
+    const std::vector<X> got = rows_there.read();
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const float a = to_float(got[i]), b = to_float(rows[i]);
+      EXPECT(a == b || (std::isnan(a) && std::isnan(b)));
+    }
+  }
+}
+
 template <typename X>
 void in_every_layout(const std::vector<int32_t>& ids, const Plan& plan, const Experts& experts, int64_t T, int64_t k,
                      int64_t R) {
@@ -160,6 +184,9 @@ void tests() {
     in_every_layout<f16>(ids, plan, experts, T, k, R);
     in_every_layout<double>(ids, plan, experts, T, k, R);
   }
+  every_code<float>();
+  every_code<bf16>();
+  every_code<f16>();
   numbers_out_of_range();
 }
 

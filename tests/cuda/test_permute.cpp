@@ -107,6 +107,14 @@ void in_every_layout(const Plan& plan, int64_t T, int64_t k) {
       rows_there_and_back<X>(plan, T, k, H, pad, shift);
 }
 
+void without_experts() {
+  for (int64_t T : {0, 7, 3000})
+    for (int64_t capacity : {-1, 0, 3}) {
+      const Plan plan = plan_of(std::vector<int32_t>(size_t(2 * T)), T, 2, 0, capacity);
+      EXPECT(plan.offsets == std::vector<int32_t>{0} && plan.slots == std::vector<int32_t>(size_t(2 * T), -1));
+    }
+}
+
 // Tokens and slots that point nowhere are left out.
 void numbers_out_of_range() {
   Plan plan{{0, 4}, {0, 9, -5, 1}, {0, 7, 3, -9}};
@@ -167,6 +175,7 @@ void tests() {
     in_every_layout<f16>(plan, 40, 3);
     in_every_layout<double>(plan, 40, 3);
   }
+  without_experts();
   numbers_out_of_range();
   ids_of_any_type<int8_t>();
   ids_of_any_type<uint8_t>();

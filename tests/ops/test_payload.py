@@ -67,6 +67,16 @@ def test_every_value(payload):
         assert len(records[:, 0].unique()) == (254 if payload == "float8_e4m3" else 255)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code(dtype):
+    """Also those that no row is rounded to: 0x80 of int8, and the NaN of float8_e4m3."""
+    codes, scale = torch.arange(256).to(torch.uint8), torch.ones(1).view(torch.uint8)
+    records = torch.cat([codes, scale])[None]
+    for payload, kind in (("int8", torch.int8), ("float8_e4m3", torch.float8_e4m3fn)):
+        expected = codes.view(kind).to(dtype)[None]
+        torch.testing.assert_close(decode(records, 256, dtype, payload), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_error():
     """Of Gaussian rows, relative: 3.7 standard deviations over 127 steps, or 8 steps an octave; bytes of a row."""
     x = torch.randn(64, 2048)

@@ -37,9 +37,17 @@ def test_other_products_are_not_asked(x):
     assert not rounds_to_tf32(x)
 
 
-def test_compiled_with_the_setting_of_the_call():
+@pytest.mark.parametrize("name, on, off", (("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")))
+def test_compiled_with_the_setting_of_the_call(name, on, off):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     torch.compiler.reset()
-    fn = torch.compile(lambda x: x + rounds_to_tf32(FLOATS), fullgraph=True, backend="eager")
-    for allowed in (True, False, True):
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-        assert fn(torch.zeros(1)).item() == allowed
+    fn = torch.compile(lambda x: x + rounds_to_tf32(FLOATS), fullgraph=True, backend=count)
+    for value in (on, on, off, off, on):
+        setattr(torch.backends.cuda.matmul, name, value)
+        assert fn(torch.zeros(1)).item() == (value == on)
+    assert len(graphs) == 2

@@ -8,9 +8,15 @@ def rounds_to_tf32(x: Tensor) -> bool:
     """Whether torch may round the factors of a product like x's to tf32.
 
     That is what torch.backends.cuda.matmul.fp32_precision says, which torch.set_float32_matmul_precision and
-    allow_tf32 set as well.  torch.compile reads the last alone, and compiles again when it changes.
+    allow_tf32 set as well.  torch.compile compiles again when it changes.
     """
-    if not (x.is_cuda and x.dtype == torch.float32):
-        return False
-    settings = torch.backends.cuda.matmul
-    return settings.allow_tf32 if torch.compiler.is_compiling() else settings.fp32_precision == "tf32"
+    return x.is_cuda and x.dtype == torch.float32 and _allows_tf32()
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Dynamo cannot trace it, but guards each graph on this setting.  torch.compiler.assume_constant_result sets this,
+# and imports Dynamo.
+_allows_tf32._dynamo_marked_constant = True
