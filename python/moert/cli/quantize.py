@@ -15,7 +15,9 @@ from moert.cli.errors import CommandError, first_line
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Local Hugging Face MoE checkpoint (safetensors).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
-    format: Annotated[str, typer.Option(help="Format of the experts' weights: moert info lists them.")] = "int4",
+    format: Annotated[
+        str, typer.Option(help="Format of the experts' weights: a wrong one is answered with all.")
+    ] = "int4",
     group: Annotated[int | None, typer.Option(help="Columns that share a scale; default: the format's own.")] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")
