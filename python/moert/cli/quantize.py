@@ -16,7 +16,7 @@ def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Local Hugging Face MoE checkpoint (safetensors).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
     format: Annotated[
-        str, typer.Option(help="Format of the experts' weights: a wrong one is answered with all.")
+        str, typer.Option(help="Format of the experts' weights, as docs/quantized.md names them.")
     ] = "int4",
     group: Annotated[int | None, typer.Option(help="Columns that share a scale; default: the format's own.")] = None,
     skip: Annotated[
