@@ -251,5 +251,8 @@ def travelling() -> dict[int, tuple[int, int]]:
 
 
 def test_what_travels():
-    """r = 0: all parameters and no row; then r rows a choice and the fewer parameters."""
-    assert ranks(4, travelling) == [{0: 0, 1: 1, 2: 2}] * 4
+    """r = 0: all parameters and no row; then r rows a choice and the fewer parameters.
+
+    Half of the choices have a slice on the first rank and half on the last, where own rows stay.
+    """
+    assert ranks(4, travelling) == [{0: 0, 1: 1 - own, 2: 2 - own} for own in (0.5, 0, 0, 0.5)]
