@@ -16,23 +16,12 @@ namespace moert::cpu {
 
 namespace {
 
-constexpr int64_t kTaskBytes = 128 * 1024;  // of records; less is not worth a thread
-
 const DispatchKernels& kernels() {
 #if defined(__x86_64__)
   if (isa() >= Isa::avx512) return avx512::dispatch_kernels;
   if (isa() >= Isa::avx2) return avx2::dispatch_kernels;
 #endif
   return generic::dispatch_kernels;
-}
-
-// f(i) for every i in [0, n), where each touches about `bytes` bytes.
-template <typename F>
-void for_records(int64_t n, int64_t bytes, int64_t threads, const F& f) {
-  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes));
-  parallel_for((n + step - 1) / step, threads, [&](int64_t task) {
-    for (int64_t i = task * step, end = std::min(n, i + step); i < end; ++i) f(i);
-  });
 }
 
 void check_between(const char* name, const int32_t* values, int64_t count, int64_t end, const char* contract) {
@@ -90,7 +79,7 @@ void dispatch_pack(const Packing& p, int64_t threads, void* records) {
   const int64_t row_bytes = p.payload == Payload::none ? p.H * size : scale_place(p.H) + 4;
   const auto round_row = kernels().round_row;
   advise_huge_pages(records, (p.last - p.first) * layout.bytes);
-  for_records(p.last - p.first, layout.bytes, threads, [&](int64_t i) {
+  parallel_for_rows(p.last - p.first, layout.bytes, threads, [&](int64_t i) {
     char* record = static_cast<char*>(records) + i * layout.bytes;
     const int64_t n = p.first + i, token = p.tokens[n];
     const int64_t r = std::upper_bound(p.offsets, p.offsets + p.R + 1, int32_t(n)) - p.offsets - 1;
@@ -110,7 +99,7 @@ void dispatch_unpack(const Unpacking& u, int64_t threads, void* rows) {
   const int64_t row_bytes = u.H * size_of(u.dtype);
   const auto widen_row = kernels().widen_row;
   advise_huge_pages(rows, u.M * row_bytes);
-  for_records(u.M, row_bytes, threads, [&](int64_t i) {
+  parallel_for_rows(u.M, row_bytes, threads, [&](int64_t i) {
     widen_row(static_cast<const char*>(u.records) + i * u.bytes, u.H, u.payload, u.dtype,
               static_cast<char*>(rows) + i * row_bytes);
   });

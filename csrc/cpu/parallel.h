@@ -115,4 +115,15 @@ void parallel_for(int64_t tasks, int64_t threads, const F& f) {
   parallel_region(std::min(threads, tasks), [&](Team& team) { team.for_each(tasks, f); });
 }
 
+constexpr int64_t kTaskBytes = 128 * 1024;  // of rows; less is not worth a thread
+
+// f(i) for every row i in [0, n), where each touches about `bytes` bytes.
+template <typename F>
+void parallel_for_rows(int64_t n, int64_t bytes, int64_t threads, const F& f) {
+  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes));
+  parallel_for((n + step - 1) / step, threads, [&](int64_t task) {
+    for (int64_t i = task * step, end = std::min(n, i + step); i < end; ++i) f(i);
+  });
+}
+
 }  // namespace moert::cpu

@@ -15,7 +15,6 @@ namespace moert::cpu {
 
 namespace {
 
-constexpr int64_t kTaskBytes = 128 * 1024;    // of rows; less is not worth a thread
 constexpr int64_t kParallelPlan = 64 * 1024;  // choices; fewer are sorted before a second thread has woken
 
 const PermuteKernels& kernels() {
@@ -24,15 +23,6 @@ const PermuteKernels& kernels() {
   if (isa() >= Isa::avx2) return avx2::permute_kernels;
 #endif
   return generic::permute_kernels;
-}
-
-// f(i) for every i in [0, n), where each touches about `bytes` bytes.
-template <typename F>
-void for_rows(int64_t n, int64_t bytes, int64_t threads, const F& f) {
-  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, bytes));
-  parallel_for((n + step - 1) / step, threads, [&](int64_t task) {
-    for (int64_t i = task * step, end = std::min(n, i + step); i < end; ++i) f(i);
-  });
 }
 
 // Plans may come from a caller: none of their numbers reaches an address before this.
@@ -63,7 +53,7 @@ void add_rows(const RowPlaces& places, DType dtype, const int32_t* slots, const 
   const auto sum_rows = kernels().sum_rows;
   const int64_t size = size_of(dtype), weight_size = dtype == DType::f64 ? 8 : 4;
   advise_huge_pages(y, T * H * size);
-  for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
+  parallel_for_rows(T, (k + 1) * H * size, threads, [&](int64_t t) {
     const void* w = weights ? static_cast<const char*>(weights) + t * k * weight_size : nullptr;
     const void* start = residual ? static_cast<const char*>(residual) + t * residual_stride * size : nullptr;
     const int32_t *own = slots + t * k, *next = t + 1 < T ? own + k : nullptr;
@@ -132,7 +122,7 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
   const auto row = [&](int64_t s) { return static_cast<char*>(rows) + s * bytes; };
   const auto from = [&](int64_t t) { return static_cast<const char*>(x) + t * x_stride * size; };
   if (S * bytes < kStreamBytes) {
-    for_rows(S, bytes, threads, [&](int64_t s) {
+    parallel_for_rows(S, bytes, threads, [&](int64_t s) {
       if (tokens[s] < 0) return void(std::memset(row(s), 0, bytes));
       std::memcpy(row(s), from(tokens[s]), bytes);
     });
@@ -142,10 +132,10 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
   std::vector<int32_t> first(T + 1), slots(S), places(S);  // slots of token t: slots[first[t]] .. slots[first[t+1]-1]
   permute_plan(tokens, S, 1, T, -1, threads, first.data(), slots.data(), places.data());
   const auto stream_row = kernels().stream_row;
-  for_rows(T, S * bytes / std::max<int64_t>(1, T), threads, [&](int64_t t) {
+  parallel_for_rows(T, S * bytes / std::max<int64_t>(1, T), threads, [&](int64_t t) {
     for (int32_t i = first[t]; i < first[t + 1]; ++i) stream_row(from(t), row(slots[i]), bytes);
   });
-  for_rows(S, bytes, threads, [&](int64_t s) {
+  parallel_for_rows(S, bytes, threads, [&](int64_t s) {
     if (tokens[s] < 0) std::memset(row(s), 0, bytes);
   });
 }
@@ -175,7 +165,7 @@ void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows
   advise_huge_pages(drows, S * H * size);
   const bool stream = S * H * size >= kStreamBytes;
   // By slot, not by token: every row of drows then has one writer, whatever the plan says.
-  for_rows(S, 3 * H * size, threads, [&](int64_t s) {
+  parallel_for_rows(S, 3 * H * size, threads, [&](int64_t s) {
     char* drow = static_cast<char*>(drows) + s * H * size;
     const int64_t t = tokens[s];
     double weight = 0;
