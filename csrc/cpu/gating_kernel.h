@@ -12,8 +12,8 @@ MOERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 MOERT_INLINE int64_t whole_blocks(int64_t n) { return (n + 15) / 16 * 16; }
 
-// e^x for x <= 0, to 0.97 ulp; 0 below -87.33, where float32 has no normal numbers; NaN stays.
-MOERT_INLINE VecF exp_negative(VecF x) {
+// e^x for x < 88, to 0.97 ulp; 0 below -87.33, where float32 has no normal numbers; NaN stays.
+MOERT_INLINE VecF exp_to_88(VecF x) {
   // n = round(x / ln 2), left in the low bits by the addition of 1.5 * 2^23; r = x - n ln 2, ln 2 in two parts.
   const VecF shifted = x * 1.44269504f + 12582912.0f;
   const VecF n = shifted - 12582912.0f;
@@ -28,7 +28,7 @@ MOERT_INLINE VecF exp_negative(VecF x) {
   return x < -87.33f ? VecF{} : y * bit_cast_vector<VecF>(power);
 }
 
-MOERT_INLINE Vec<double> exp_negative(Vec<double> x) { return exp(x); }
+MOERT_INLINE Vec<double> exp_to_88(Vec<double> x) { return exp(x); }
 
 // a and b change places in the lanes where `wanted` is all ones.  One blend: GCC makes a mask of its own for each.
 template <typename Ints>
@@ -163,15 +163,15 @@ struct Gating {
     Reals max = splat(-kInf), sums[4] = {};
     for (int64_t e = 0; e < n; ++e) max = rows[e] > max ? rows[e] : max;
     for (int64_t e = 0; e < n; ++e) {
-      rows[e] = exp_negative(rows[e] - max);
+      rows[e] = exp_to_88(rows[e] - max);
       sums[e % 4] += rows[e];
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
   static MOERT_INLINE Reals sigmoid(Reals x) {
-    const Reals z = exp_negative(x > 0 ? -x : x);
-    return (x > 0 ? splat(Real(1)) : z) / (1 + z);
+    constexpr Real kLowest = sizeof(Real) == 8 ? -700 : -87.33;  // below, e^-x may overflow
+    return x < kLowest ? Reals{} : 1 / (1 + exp_to_88(-x));
   }
 
   static void divide(int64_t n, Reals denominator, Reals* rows) {
@@ -261,8 +261,18 @@ struct Gating {
     for (int i = 0; i < N; ++i) best[i] = list[i];
   }
 
-  // The expert takes the place of a score's last bits, 8 at most.  False where those could have decided: then ids are
-  // not set.  They are zero in logits of 16 bits (exact), and rarely decide among others.
+  // ids [k] of a lane, which are the choices, in descending order of their keys; equal ones keep theirs.
+  static void order_choices(int64_t k, const Ints* keys, int lane, Ints* ids) {
+    for (int64_t i = 1; i < k; ++i) {
+      const Int id = ids[i][lane];
+      int64_t j = i;
+      for (; j > 0 && keys[ids[j - 1][lane]][lane] < keys[id][lane]; --j) ids[j][lane] = ids[j - 1][lane];
+      ids[j][lane] = id;
+    }
+  }
+
+  // The expert takes the place of a score's last bits, 8 at most.  False where those could have decided who is chosen:
+  // then ids are not set.  They are zero in logits of 16 bits (exact), and rarely decide among others.
   template <int N>
   static bool select_by_high_bits(const GatingCall& call, const Ints* keys, bool exact, Ints* ids) {
     Int expert = 15;
@@ -270,12 +280,16 @@ struct Gating {
     Ints best[N], lost = splat(kNone), clash = {};
     const auto packed = [&](int64_t e) { return (keys[e] & ~expert) | (expert - Int(e)); };
     largest<N>(call.E, packed, best, exact ? nullptr : &lost);
+    const auto agree = [&](Ints a, Ints b) { return ((a ^ b) & ~expert) == 0; };
     if (!exact) {
-      for (int64_t j = 0; j < call.k; ++j) clash |= ((best[j] ^ (j + 1 < N ? best[j + 1] : lost)) & ~expert) == 0;
+      const Ints left_out = agree(best[call.k - 1], call.k < N ? best[call.k] : lost);
       for (int lane = 0; lane < lanes; ++lane)
-        if (clash[lane]) return false;
+        if (left_out[lane]) return false;
+      for (int64_t j = 1; j < call.k; ++j) clash |= agree(best[j - 1], best[j]);
     }
     for (int64_t j = 0; j < call.k; ++j) ids[j] = expert - (best[j] & expert);
+    for (int lane = 0; lane < lanes; ++lane)
+      if (clash[lane]) order_choices(call.k, keys, lane, ids);
     return true;
   }
 

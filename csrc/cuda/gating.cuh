@@ -43,8 +43,8 @@ MOERT_HOST_DEVICE constexpr int item_of_expert(int e) {
   return e / (kSide<Items> * kWarp) * kSide<Items> + e % kSide<Items>;
 }
 
-// e^x for x <= 0 as cpu/gating_kernel.h has it.
-MOERT_DEVICE_INLINE float exp_negative(float x) {
+// e^x for x < 88 as cpu/gating_kernel.h has it.
+MOERT_DEVICE_INLINE float exp_to_88(float x) {
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -57,12 +57,12 @@ MOERT_DEVICE_INLINE float exp_negative(float x) {
 }
 
 // Not inlined: float64 is for checking gradients, and this is long.
-__device__ __noinline__ inline double exp_negative(double x) { return exp(x); }
+__device__ __noinline__ inline double exp_to_88(double x) { return exp(x); }
 
 template <typename Real>
 MOERT_DEVICE_INLINE Real gate_sigmoid(Real x) {
-  const Real z = exp_negative(x > 0 ? -x : x);
-  return (x > 0 ? Real(1) : z) / (1 + z);
+  constexpr Real kLowest = sizeof(Real) == 8 ? -700 : -87.33;  // below, e^-x may overflow
+  return x < kLowest ? Real(0) : 1 / (1 + exp_to_88(-x));
 }
 
 // Selection scores as integers in the same order: no choice at all, then NaN, then -inf to inf.
@@ -153,7 +153,7 @@ struct GatingRow {
 #pragma unroll
       for (int i = 0; i < Items; ++i) {
         if (expert(i) >= call.E) continue;
-        x[i] = exp_negative(x[i] - max);
+        x[i] = exp_to_88(x[i] - max);
         sum += x[i];
       }
       sum = warp_sum(sum);
@@ -267,7 +267,7 @@ struct GatingRow {
     if (score != Score::softmax && score != Score::softmax_over_topk) return logit;
     const bool in = lane < call.k;
     const Real max = warp_max(in && logit == logit ? logit : -Real(INFINITY));
-    Real numerator = in ? exp_negative(logit - max) : Real(0);
+    Real numerator = in ? exp_to_88(logit - max) : Real(0);
     numerator /= warp_sum(numerator);
     if (score == Score::softmax_over_topk) return numerator;
     bool poison = false;
@@ -332,7 +332,7 @@ struct GatingRow {
     Real mine = chosen(id, over_topk ? -Real(INFINITY) : Real(0));
     if (over_topk) {
       const Real max = warp_max(mine == mine ? mine : -Real(INFINITY));
-      const Real numerator = in ? exp_negative(mine - max) : Real(0);
+      const Real numerator = in ? exp_to_88(mine - max) : Real(0);
       const Real sum = warp_sum(numerator);
       mine = in ? numerator / sum : Real(0);
     }

@@ -118,6 +118,16 @@ def test_ties_go_to_the_lower_id(score):
     assert topk_gating(torch.tensor([[-0.0, 0.0]]), 2, score)[1].tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("k", (3, 8, 12, 16))
+def test_last_bits_decide(k):
+    # Pairs of experts that differ in the last seven bits at most, also the last chosen one and the first left out.
+    logits = torch.randn(600, 64).repeat(1, 2)
+    bits = logits.view(torch.int32) + torch.randint(-60, 60, logits.shape, dtype=torch.int32)
+    order = torch.randperm(128)
+    for logits in (bits.view(torch.float32)[:, order], 1 + torch.randint(90, (600, 128)) * 2.0**-23):
+        assert torch.equal(topk_gating(logits, k)[1], topk_gating_ref(logits, k)[1])
+
+
 def test_ties_of_groups_go_to_the_lower_group():
     for groups in (GroupLimit(4, 2, "max"), GroupLimit(4, 2, "top2")):
         assert topk_gating(torch.zeros(1, 16), 8, groups=groups)[1].tolist() == [list(range(8))]
