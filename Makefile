@@ -29,11 +29,13 @@ test-cpp: $(READY)
 	$(BIN)/python tools/symbols.py $(CPP)
 
 # Every instruction set with kernels of its own that this CPU has, but the highest, which all other targets use.
-# Registration and compilation do not depend on it.  ISA_TESTS=tests: the whole suite under each.
-ISA_TESTS ?= tests/ops -k "not opcheck and not test_compile"
+# Registration, compilation and exchanges do not depend on it, test_every_isa… chooses for itself, and avx512_vnni has
+# kernels of packed weights alone.  ISA_TESTS=tests: the whole suite under each.
+OF_KERNELS := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
 test-isa: test-cpp
 	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
-	  $(BIN)/ctest --test-dir $(CPP) -Q; $(PYTEST) -q -m "not slow and not gpu" $(ISA_TESTS); done
+	  $(BIN)/ctest --test-dir $(CPP) -Q; files=tests/ops; [ $$isa != avx512_vnni ] || files=$$files/test_fused_experts_quantized.py; \
+	  $(PYTEST) -q -m "not slow and not gpu" $(or $(ISA_TESTS),$$files $(OF_KERNELS)); done
 
 test-slow: $(READY)
 	$(PYTEST) -m slow

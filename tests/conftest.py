@@ -9,3 +9,10 @@ def _reproducible():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what starts the processes of a group, which costs seconds each: tests that call ranks()."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "ranks" in item.function.__code__.co_names:
+            item.add_marker("ranks")

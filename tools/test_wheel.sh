@@ -24,5 +24,5 @@ cp -r tests pyproject.toml "$run"
 venv=$(pwd)/$out/venv/bin
 cd "$run"
 "$venv/python" -c "import moert; assert 'site-packages' in moert.__file__, moert.__file__"
-OMP_WAIT_POLICY=passive "$venv/python" -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" -p no:cacheprovider tests/test_package.py tests/test_info.py tests/ops tests/routers
+OMP_WAIT_POLICY=passive "$venv/python" -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not ranks" -p no:cacheprovider tests/test_package.py tests/test_info.py tests/ops tests/routers
 "$venv/moert" info

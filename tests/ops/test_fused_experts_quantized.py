@@ -329,7 +329,7 @@ def test_batch_invariant(fmt):
         assert row_error(run(slice(None), precision), whole) < 1e-2
 
 
-def test_every_instruction_set_gives_the_same_sums():
+def test_every_isa_gives_the_same_sums():
     code = (
         "import torch\n"
         "from moert import Routing, fused_experts_quantized as f\n"

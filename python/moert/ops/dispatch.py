@@ -224,6 +224,7 @@ def combine_ref(y: Tensor, routing: Routing, experts: ExpertMap, group: dist.Pro
 def dispatch_plan_ref(ids: Tensor, expert_to_rank: Tensor, num_ranks: int) -> DispatchPlan:
     """Of the operator dispatch_plan: offsets [R+1], tokens [T*k], slots [T, k]; a slot stands at the first choice."""
     tokens, slots, offsets = torch.full((ids.numel(),), -1), torch.full(ids.shape, -1), [0]
+    expert_to_rank = expert_to_rank.tolist()
     for r in range(num_ranks):
         n = offsets[-1]
         for t, row in enumerate(ids.tolist()):
@@ -241,13 +242,14 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
     (_, H), k = x.shape, ids.shape[1]
     records = torch.zeros(len(tokens), record_bytes(x.dtype, weights.dtype, H, k), dtype=torch.uint8)
     to_rows, to_weights, to_ids = _fields(records, x.dtype, weights.dtype, H, k)
-    to_ids.fill_(-1)
-    for r, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        for n in range(first, last):
-            to_rows[n] = x[tokens[n]]
-            for j, e in enumerate(ids[tokens[n]].tolist()):
-                if 0 <= e < len(expert_to_rank) and expert_to_rank[e] == r:
-                    to_weights[n, j], to_ids[n, j] = weights[tokens[n], j], local_ids[e].short()
+    rank = torch.arange(len(offsets) - 1).repeat_interleave(offsets.long().diff())[:, None]
+    e = ids[tokens].long()
+    known = (e >= 0) & (e < len(expert_to_rank))
+    e = torch.where(known, e, 0)
+    here = known & (expert_to_rank[e] == rank)
+    to_rows.copy_(x[tokens])
+    to_weights.copy_(torch.where(here, weights[tokens], 0))
+    to_ids.copy_(torch.where(here, local_ids[e], -1))
     return records
 
 
