@@ -1,4 +1,6 @@
-"""moert, with weights as they lie and prepacked, or packed in few bits; and the limits of the machine."""
+"""moert, with weights as they lie, in large pages and prepacked, or packed in few bits; and the limits of the machine."""
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torch_inputs import inputs, routings, training, weights
 import moert
 from moert import GluExperts
 from moert.quant.quantize import any_format_of
+from moert.runtime import huge_pages_
 
 
 def providers(problem: Problem, threads: int) -> dict:
@@ -23,18 +26,19 @@ def providers(problem: Problem, threads: int) -> dict:
 
         return {"moert": training(step, x, (w1, w2), routed)} | _limits(packed=False)
 
-    prepacked, laid_out = _prepacked(problem)
+    in_pages, (prepacked, laid_out) = _in_large_pages(problem), _prepacked(problem)
     routed = [moert.Routing(ids, weights, problem.E) for ids, weights in routed]
 
     def call(turn):
         with torch.inference_mode():
             return moert.fused_experts(x, routed[turn], w1, w2).float().numpy()
 
-    def call_prepacked(turn):
+    def call_module(experts, turn):
         with torch.inference_mode():
-            return prepacked(x, routed[turn]).float().numpy()
+            return experts(x, routed[turn]).float().numpy()
 
-    mine = {"moert": call} | ({"moert prepacked": call_prepacked} if laid_out else {})
+    mine = {"moert": call, "moert large pages": partial(call_module, in_pages)}
+    mine |= {"moert prepacked": partial(call_module, prepacked)} if laid_out else {}
     return mine | _limits(packed=False)
 
 
@@ -73,8 +77,18 @@ def _packed(problem: Problem) -> list:
     return [fmt.pack_each((torch.from_numpy(np.array(w)) for w in view), view.shape) for view in problem.windows()]
 
 
-@kept
-def _prepacked(problem: Problem) -> tuple[GluExperts, list[str]]:
+def _module(problem: Problem) -> GluExperts:
     experts = GluExperts(problem.E, problem.H, problem.I, device="meta")
     experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w.clone()) for w in weights(problem))
-    return experts, moert.prepack_(experts)
+    return experts
+
+
+@kept
+def _in_large_pages(problem: Problem) -> GluExperts:
+    huge_pages_(experts := _module(problem))
+    return experts
+
+
+@kept
+def _prepacked(problem: Problem) -> tuple[GluExperts, list[str]]:
+    return (experts := _module(problem)), moert.prepack_(experts)

@@ -22,6 +22,7 @@ from moert.cli.errors import CommandError, first_line
 from moert.cli.generation import Generation, Request
 from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
 from moert.cli.perplexity import nats
+from moert.runtime import huge_pages_
 
 
 class _Clock(TextStreamer):
@@ -67,6 +68,8 @@ class Generator:
         self.send = send
         self.tokenizer = load_tokenizer(directory)
         self.model = load_model(directory, experts, dtype, random, packing)
+        if experts == "moert":
+            huge_pages_(self.model)  # as README has it
         self.peak = peak_bytes()
         reset_peak()
         self.loaded = resident_bytes()

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from moert.experts.base import Experts
 from moert.ops.fused_experts import fused_experts, fused_experts_onto
 from moert.ops.kinds import expect
+from moert.pages import in_large_pages
 from moert.types import Activation, ExpertLayout, Onto, Routing
 
 
@@ -40,7 +41,7 @@ class GluExperts(Experts):
         width = 2 * intermediate if self.activation.gated else intermediate
 
         def parameter(*shape):
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(in_large_pages(torch.empty(num_experts, *shape, device=device, dtype=dtype)))
 
         self.gate_up_proj = parameter(hidden, width) if layout.transposed else parameter(width, hidden)
         self.down_proj = parameter(intermediate, hidden) if layout.transposed else parameter(hidden, intermediate)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert import _C
 from moert.ops.ranks import Ranks, named
 from moert.ops.two_level import TwoSteps, send_numbers
+from moert.pages import in_large_pages
 
 FAILED = -1  # as a rank's number of rows: it raised an error of its own instead
 
@@ -153,10 +153,7 @@ def refusing(ranks: Ranks, facts: Iterable[str]) -> Iterator[None]:
 
 def fresh_rows(like: Tensor, num_rows: int) -> Tensor:
     """Memory for rows like these [N, H] -> [num_rows, H], in large pages: of small ones megabytes take many."""
-    rows = like.new_empty(num_rows, like.shape[1])
-    if rows.device.type == "cpu":
-        _C.advise_huge_pages(rows.data_ptr(), rows.nbytes)
-    return rows
+    return in_large_pages(like.new_empty(num_rows, like.shape[1]))
 
 
 def send_rows(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moert import _C
+from moert.pages import in_large_pages
 
 PARTS = ("codes", "scales", "zeros")  # of a packed tensor
 
@@ -141,7 +142,8 @@ class RowFormat(Format):
     def empty(self, shape: tuple[int, ...]) -> PackedTensor:
         *rows, columns = shape
         groups = 1 if self.group is None else -(-columns // self.group)
-        codes = torch.zeros(*rows, 16 * -(-columns // self.weights_per_block), dtype=torch.uint8)
+        blocks = -(-columns // self.weights_per_block)
+        codes = in_large_pages(torch.empty(*rows, 16 * blocks, dtype=torch.uint8)).zero_()
         scales = torch.zeros(*rows, groups, dtype=self.scale_dtype)
         return PackedTensor(
             self, columns, codes, scales, torch.zeros_like(scales, dtype=torch.uint8) if self.has_zeros else None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moert import _C
+from moert.pages import in_large_pages
 from moert.quant.format import Format, PackedTensor, flat, float_weights
 
 
@@ -30,7 +31,7 @@ class Fp8(Format):
 
     def empty(self, shape: tuple[int, ...]) -> PackedTensor:
         *matrices, rows, columns = shape
-        codes = torch.zeros(*matrices, rows, 16 * -(-columns // 16), dtype=torch.uint8)
+        codes = in_large_pages(torch.empty(*matrices, rows, 16 * -(-columns // 16), dtype=torch.uint8)).zero_()
         return PackedTensor(self, columns, codes, torch.zeros(*matrices, -(-rows // 128), -(-columns // 128)))
 
     def check_values(self, packed: PackedTensor) -> None:

@@ -17,6 +17,7 @@ from moert.quant.format import Format, PackedTensor
 from moert.quant.gptq import GPTQ
 from moert.quant.quantize import Quantized, any_format_of, check_options, check_weights, pack_, skipped
 from moert.quant.sub1 import SubOneBit, SubOneBitTensor
+from moert.runtime.huge_pages import huge_pages_
 
 
 @register_quantization_config("moert")
@@ -134,6 +135,7 @@ class MoertQuantizer(HfQuantizer):
             for place in ("w1", "w2"):
                 packed = module.packed(place)
                 packed.format.check_values(packed)
+            huge_pages_(module)  # the loader's memory is in small ones
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)
