@@ -47,7 +47,7 @@ SELECTORS = {
     "T": tuple(T for T, _ in FORWARD),
     "routing": ("uniform", "zipf"),
 }
-MOERT = ("moert", "moert large pages", "moert prepacked")
+MOERT = ("moert", "moert prepacked")
 SLOW = 5  # times as slow as moert: one turn says enough
 FAMILIES = ("transformers", "vllm", "onnxruntime", "ggml", "kt")
 # What moert.runtime.keep_memory sets, for every family alike.
@@ -309,7 +309,7 @@ def title(problem: dict) -> str:
 
 def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
     table = Table(title="ms of a layer (share of what the machine allows), medians of turns")
-    for column in ("layer", "moert", "large pages", "prepacked", "best peer", "", "moert is faster by"):
+    for column in ("layer", "moert", "prepacked", "best peer", "", "moert is faster by"):
         table.add_column(column, justify="left" if column in ("layer", "best peer") else "right")
     for row in rows:
         peer = row.best_peer()

@@ -1,11 +1,12 @@
-"""moert, with weights as they lie, in large pages and prepacked, or packed in few bits; and the limits of the machine."""
+"""moert, with weights as they lie and prepacked, or packed in few bits; and the limits of the machine."""
 
+import copy
 from functools import partial
 
 import numpy as np
 import torch
 from problem import PRODUCT_SIZE, READ_BYTES, Problem, kept
-from torch_inputs import inputs, routings, training, weights
+from torch_inputs import inputs, made_weights, routings, tokens, training, weights
 
 import moert
 from moert import GluExperts
@@ -17,34 +18,34 @@ def providers(problem: Problem, threads: int) -> dict:
     torch.set_num_threads(threads)
     if problem.packed:
         return _over_packed(problem) | _limits(packed=True)
-    x, w1, w2, routed = inputs(problem, threads)
     if problem.training:
-        w1, w2 = (w.detach().requires_grad_() for w in (w1, w2))
+        return _training(problem, threads) | _limits(packed=False)
+    x, experts, (prepacked, laid_out) = tokens(problem, threads), _experts(problem), _prepacked(problem)
+    routed = [moert.Routing(ids, weights, problem.E) for ids, weights in routings(problem)]
 
-        def step(x, ids, weights):
-            return moert.fused_experts(x, moert.Routing(ids, weights, problem.E), w1, w2)
-
-        return {"moert": training(step, x, (w1, w2), routed)} | _limits(packed=False)
-
-    in_pages, (prepacked, laid_out) = _in_large_pages(problem), _prepacked(problem)
-    routed = [moert.Routing(ids, weights, problem.E) for ids, weights in routed]
-
-    def call(turn):
-        with torch.inference_mode():
-            return moert.fused_experts(x, routed[turn], w1, w2).float().numpy()
-
-    def call_module(experts, turn):
+    def call(experts, turn):
         with torch.inference_mode():
             return experts(x, routed[turn]).float().numpy()
 
-    mine = {"moert": call, "moert large pages": partial(call_module, in_pages)}
-    mine |= {"moert prepacked": partial(call_module, prepacked)} if laid_out else {}
+    mine = {"moert": partial(call, experts)} | ({"moert prepacked": partial(call, prepacked)} if laid_out else {})
     return mine | _limits(packed=False)
 
 
 def weight_bytes(problem: Problem) -> int:
     """Of all experts as they are stored, scales included."""
-    return sum(w.nbytes for w in (_packed if problem.packed else weights)(problem))
+    if problem.packed:
+        return sum(w.nbytes for w in _packed(problem))
+    return sum(w.nbytes for w in (weights(problem) if problem.training else _experts(problem).parameters()))
+
+
+def _training(problem: Problem, threads: int) -> dict:
+    x, w1, w2, routed = inputs(problem, threads)
+    w1, w2 = (w.detach().requires_grad_() for w in (w1, w2))
+
+    def step(x, ids, weights):
+        return moert.fused_experts(x, moert.Routing(ids, weights, problem.E), w1, w2)
+
+    return {"moert": training(step, x, (w1, w2), routed)}
 
 
 def _over_packed(problem: Problem) -> dict:
@@ -77,18 +78,15 @@ def _packed(problem: Problem) -> list:
     return [fmt.pack_each((torch.from_numpy(np.array(w)) for w in view), view.shape) for view in problem.windows()]
 
 
-def _module(problem: Problem) -> GluExperts:
-    experts = GluExperts(problem.E, problem.H, problem.I, device="meta")
-    experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(w.clone()) for w in weights(problem))
-    return experts
-
-
 @kept
-def _in_large_pages(problem: Problem) -> GluExperts:
-    huge_pages_(experts := _module(problem))
+def _experts(problem: Problem) -> GluExperts:
+    """In large pages, as moert's own modules are made and huge_pages_ leaves others."""
+    experts = GluExperts(problem.E, problem.H, problem.I, device="meta")
+    experts.gate_up_proj, experts.down_proj = map(torch.nn.Parameter, made_weights(problem))
+    huge_pages_(experts)
     return experts
 
 
 @kept
 def _prepacked(problem: Problem) -> tuple[GluExperts, list[str]]:
-    return (experts := _module(problem)), moert.prepack_(experts)
+    return (experts := copy.deepcopy(_experts(problem))), moert.prepack_(experts)
