@@ -5,7 +5,7 @@ from torch import nn
 from moert import GluExperts, MoELayer, QuantizedExperts, TopKRouter, quantize_
 from moert.experts import HeteroExperts
 from moert.quant import BitNested, Fp8, Int4, Int8, Mxfp4
-from moert.quant.quantize import format_of
+from moert.quant.quantize import any_format_of, format_of
 
 
 def model():
@@ -41,6 +41,8 @@ def test_format_of():
     assert format_of("int4") == Int4(32) and format_of("int8") == Int8(None) and format_of(Int8(64)) == Int8(64)
     with pytest.raises(ValueError, match="format must be one of int8, .*, ternary5, fp8, bit_nested, got int3"):
         format_of("int3")
+    with pytest.raises(ValueError, match="format must be one of int8, .*, bit_nested, sub1, got int3"):
+        any_format_of("int3")
     with pytest.raises(ValueError, match="group must be one of 32, 64, 128 for int4, got 16"):
         format_of("int4", 16)
     assert format_of("fp8") == Fp8() and format_of("bit_nested", 64) == BitNested(2, 3, 64)

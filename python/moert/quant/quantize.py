@@ -110,7 +110,7 @@ def pack_(
 def any_format_of(format: str | Format | SubOneBit, group: int | None = None) -> Format | SubOneBit:
     """format_of, and "sub1"."""
     if format not in ("sub1", SubOneBit()):
-        return format_of(format, group)
+        return format_of(format, group, (*FORMATS, "sub1"))
     if group is not None:
         raise ValueError(f"group must be None for sub1, whose values belong to rows, got {group}")
     return SubOneBit()
@@ -125,19 +125,19 @@ def method_of(method: str | GPTQ) -> GPTQ:
     return GPTQ()
 
 
-def format_of(format: str | Format, group: int | None = None) -> Format:
-    """ "int4" and 64 -> Int4(64); "bit_nested_5_4" -> BitNested(5, 4)."""
+def format_of(format: str | Format, group: int | None = None, names: Iterable[str] = FORMATS) -> Format:
+    """ "int4" and 64 -> Int4(64); "bit_nested_5_4" -> BitNested(5, 4).  names: what an error says there is."""
     if isinstance(format, Format):
         if group is not None:
             raise ValueError(f"group must be None with a format that has its own, {format}, got {group}")
         return format
     if not isinstance(format, str):
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"format must be one of {', '.join(names)}, got {format!r}")
     options = {} if group is None else {"group": group}
     if nested := re.fullmatch(r"bit_nested_(\d)_(\d)", format):
         return BitNested(int(nested[1]), int(nested[2]), **options)
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format}")
+        raise ValueError(f"format must be one of {', '.join(names)}, got {format}")
     if options and FORMATS[format] is Fp8:
         raise ValueError(f"group must be None for fp8, whose scales belong to blocks of 128 x 128, got {group}")
     return FORMATS[format](**options)
