@@ -46,6 +46,14 @@ MOERT_HOST_DEVICE inline Neighbours<T, n> take(const T* from) {
   return *reinterpret_cast<const Neighbours<T, n>*>(from);
 }
 
+// n gates and n ups from 2 n values in turns.
+template <typename A, int n>
+MOERT_HOST_DEVICE inline void separate(A (&low)[n], A (&high)[n]) {
+  A values[2 * n];
+  for (int i = 0; i < n; ++i) values[i] = low[i], values[n + i] = high[i];
+  for (int i = 0; i < n; ++i) low[i] = values[2 * i], high[i] = values[2 * i + 1];
+}
+
 template <typename T>
 struct Epilogue {
   using A = Acc<T>;

@@ -269,14 +269,6 @@ constexpr int kSharedBytes =
 static_assert(kSharedBytes<cute::half_t> == kMmaTile * kMmaTile * sizeof(float));
 static_assert(kSharedBytes<cute::tfloat32_t> == kMmaTile * kMmaTile * sizeof(float));
 
-// Eight gates and eight ups from sixteen values in turns.
-template <int n>
-MOERT_HOST_DEVICE void separate(float (&low)[n], float (&high)[n]) {
-  float values[2 * n];
-  for (int i = 0; i < n; ++i) values[i] = low[i], values[n + i] = high[i];
-  for (int i = 0; i < n; ++i) low[i] = values[2 * i], high[i] = values[2 * i + 1];
-}
-
 // A row of the tile of weights that column n of the tile comes from; null outside.
 template <Gates kGates, class T, class To>
 __device__ const T* weight_at(const Product<T, To>& p, int64_t expert, int64_t first, int n) {

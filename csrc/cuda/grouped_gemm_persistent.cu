@@ -1,5 +1,5 @@
-// Every persistent kernel that there is: for each 16-bit element and either way that weights lie, wide and narrow tiles
-// of rows that are gathered or not, and four for few rows, gathered.
+// Every persistent kernel that there is: for each 16-bit element and either way that weights lie, gated or not, wide and
+// narrow tiles of rows that are gathered or not, and four for few rows, gathered.
 #include "cuda/grouped_gemm_persistent.cuh"
 
 #include <algorithm>
@@ -30,21 +30,27 @@ int64_t up_from_gate(const Product<T>& p) {
   return (reinterpret_cast<intptr_t>(p.up.data) - reinterpret_cast<intptr_t>(p.w.data)) / int64_t(sizeof(T));
 }
 
-// With gates, a box has eight rows of the gate, the same eight of up, and so on, as dimensions of their own.
+// The gate and the up half of w1 are dimensions of their own.
 template <class Tiling, typename T>
-TensorMap weights(const Product<T>& p) {
+TensorMap weights(const PersistentProduct<T>& q) {
+  const Product<T>& p = q.p;
   const auto K = uint64_t(p.K), N = uint64_t(p.N), E = uint64_t(p.E);
   const uint64_t line = 2 * (Tiling::kMajor ? p.w.row : p.w.column), expert = E > 1 ? 2 * p.w.expert : line;
-  if constexpr (!Tiling::kMajor)
-    return tensor_map({p.w.data, 3, {N, K, E}, {line, expert}, {Tiling::kBox, kSliceK, 1}});
-  else if (p.epilogue.form.gated)
-    return tensor_map({p.w.data,
-                       5,
-                       {K, 8, 2, N / 8, E},
-                       {line, uint64_t(2 * up_from_gate(p)), 8 * line, expert},
-                       {kSliceK, 8, 2, Tiling::kBox / 16, 1}});
-  else
+  const auto up = [&] { return uint64_t(2 * up_from_gate(p)); };
+  if constexpr (Tiling::kMajor) {
+    if (q.gating() == Gating::eights)
+      return tensor_map({p.w.data,
+                         5,
+                         {K, 8, 2, N / 8, E},
+                         {line, up(), 8 * line, expert},
+                         {kSliceK, 8, 2, Tiling::kBox / 16, 1}});
     return tensor_map({p.w.data, 3, {K, N, E}, {line, expert}, {kSliceK, Tiling::kBox, 1}});
+  } else {
+    if (q.gating() == Gating::halves)
+      return tensor_map({p.w.data, 4, {N, K, 2, E}, {line, up(), expert}, {Tiling::kBox, kSliceK, 1, 1}});
+    const uint64_t across = q.gating() == Gating::alternate ? 2 * N : N;
+    return tensor_map({p.w.data, 3, {across, K, E}, {line, expert}, {Tiling::kBox, kSliceK, 1}});
+  }
 }
 
 template <class Kernel, class Q>
@@ -69,7 +75,8 @@ void launch_clusters(Kernel kernel, unsigned blocks, int bytes, [[maybe_unused]]
 
 template <class Tiling, typename T>
 void start(const Product<T>& p, const PersistentTile& tile, void* stream) {
-  PersistentProduct<T> q{weights<Tiling>(p), {}, p, tile, nullptr};
+  PersistentProduct<T> q{{}, {}, p, tile, nullptr};
+  q.w = weights<Tiling>(q);
   if constexpr (!Tiling::kGathered)
     q.x = tensor_map({p.x.data, 2, {uint64_t(p.K), uint64_t(p.S)}, {uint64_t(2 * p.x.stride)}, {kSliceK, kXBox}});
   if (tile.splits > 1) q.sums = static_cast<float*>(p.workspace);
@@ -97,14 +104,14 @@ void start_many_rows(const Product<T>& p, const PersistentTile& tile, void* stre
 template <typename T>
 bool takes_persistent(const Product<T>& p) {
   if (!is_asked_for() || !is_sm90()) return false;
-  if (p.S == 0 || p.E == 0 || p.K == 0 || p.N > 0x7fffffff) return false;
+  if (p.S == 0 || p.E == 0 || p.K == 0 || p.N > 0x3fffffff) return false;
   // Rows, or columns, that lie apart, and steps of the copy engine forwards.
-  const bool by_rows = p.w.column == 1;
-  const int64_t line = by_rows ? p.w.row : p.w.column;
-  if (!by_rows && (p.w.row != 1 || p.epilogue.form.gated)) return false;
-  if (line < (by_rows ? p.K : p.N) || !steps(8 * line) || (p.E > 1 && !steps(p.w.expert))) return false;
+  const bool gated = p.epilogue.form.gated, by_rows = p.w.column == 1, alternate = gated && !by_rows && p.w.row == 2;
+  const int64_t line = by_rows ? p.w.row : p.w.column, width = by_rows ? p.K : alternate ? 2 * p.N : p.N;
+  if (!by_rows && !alternate && p.w.row != 1) return false;
+  if (line < width || !steps(8 * line) || (p.E > 1 && !steps(p.w.expert))) return false;
   // Gates and ups are one tensor, of which an expert is one step.
-  if (p.epilogue.form.gated) return p.x.index && steps(up_from_gate(p)) && (p.E == 1 || p.up.expert == p.w.expert);
+  if (gated) return p.x.index && steps(up_from_gate(p)) && (p.E == 1 || p.up.expert == p.w.expert);
   return p.x.index || (p.x.stride >= p.K && steps(p.x.stride));
 }
 

@@ -3,7 +3,8 @@
 // memory; two groups of four warps multiply them, 64 rows of the tile each, and store the sums while the first already
 // fill the ring for the next tile.  Where experts have few rows a tile is 8 to 64 rows of x by 128 of w, of which the
 // two groups have 64 rows of w each: the tensor cores' M side is never shorter, and weights are what there is much of.
-// With tiles of 128 by 128 of rows in expert order the groups take turns: one stores while the other multiplies.
+// With tiles of 128 by 128 of rows in expert order the groups take turns: one stores while the other multiplies.  So they
+// do with few rows of x where w is MN-major: of its 64 gates and 64 ups no group would have both, else.
 //
 // The weights are one tensor of which the copy engine takes boxes, with the expert as a coordinate: nothing is
 // rewritten from expert to expert.  Rows of x that lie in expert order it brings as well; others are gathered in
@@ -25,7 +26,7 @@ constexpr int kPersistentThreads = kConsumers + kProducers;
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(kProducers * kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * kPersistentThreads);
 
-// A kind of tile.  With gates its rows of w are eight of the gate, the same eight of up, and so on.
+// A kind of tile.
 template <class Element_, int kX_, int kW_, bool kGathered_, bool kMajor_>
 struct Tiling {
   using Element = Element_;
@@ -33,7 +34,7 @@ struct Tiling {
   static constexpr int kX = kX_, kW = kW_;                         // rows of x and of w
   static constexpr bool kSwapped = kX < kWideX;                    // w on the M side
   // Of the groups of warps; else each has half of every tile.
-  static constexpr bool kTurns = kX == kWideX && kW == kNarrowW && !kGathered;
+  static constexpr bool kTurns = kSwapped ? !kMajor : kX == kWideX && kW == kNarrowW && !kGathered;
   static constexpr int kGroups = kTurns ? 1 : 2;                        // at work on a tile
   static constexpr int kRing = 192 * 1024 / ((kX + kW) * 2 * kSliceK);  // as many as fit
   // Rows of w of a box, of which an MN-major one has its 128 bytes along.
@@ -48,7 +49,8 @@ template <class Tiling>
 struct SumTile {
   static constexpr bool kSwapped = Tiling::kSwapped;
   static constexpr int kRows = kSwapped ? Tiling::kX : 16, kGroups = kSwapped ? 2 : 8;
-  // One after the other, across w and then in the other 64 rows of x, if they are the group's too.
+  // One after the other, across w and then in the other 64 rows of x, or, of all rows of x, in the other 64 of w, if they
+  // are the group's too.
   static constexpr int kAcross = kSwapped ? 1 : Tiling::kW / 64, kParts = kAcross * 2 / Tiling::kGroups;
   static constexpr int kSums = kRows * kGroups * kStoredColumns;
 
@@ -120,6 +122,7 @@ template <class Tiling, class T>
 MOERT_DEVICE_INLINE void copy_weights(const PersistentProduct<T>& q, const TileWork& work, int i, int k, Barrier& full,
                                       typename Tiling::Element* w) {
   const int first = work.first + i * (q.gated() ? Tiling::kBox / 2 : Tiling::kBox), expert = work.rows.expert;
+  const Gating gating = q.gating();
   typename Tiling::Element* to = w + i * Tiling::kBox * kSliceK;
   const auto copy = [&](auto... at) {
     if (Tiling::kBoxes > 1 && q.tile.cluster > 1)
@@ -127,12 +130,17 @@ MOERT_DEVICE_INLINE void copy_weights(const PersistentProduct<T>& q, const TileW
     else
       copy_box(q.w, full, to, at...);
   };
-  if constexpr (!Tiling::kMajor)
-    copy(first, k, expert);
-  else if (q.gated())
-    copy(k, 0, 0, first / kStoredColumns, expert);
-  else
-    copy(k, first, expert);
+  if constexpr (Tiling::kMajor) {
+    if (gating == Gating::eights)
+      copy(k, 0, 0, first / kStoredColumns, expert);
+    else
+      copy(k, first, expert);
+  } else {
+    if (gating == Gating::halves)
+      copy(work.first + i / 2 * Tiling::kBox, k, i % 2, expert);
+    else
+      copy(gating == Gating::alternate ? 2 * first : first, k, expert);
+  }
 }
 
 // One thread asks for a stage's boxes.
@@ -188,20 +196,37 @@ MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared
   }
 }
 
+// Which of a thread's sums comes to place i of a part.  They follow each other, but for halves: the 64 gates and 64 ups
+// of two parts come as eight gates, the same eight of up, and so on, half of them in each.
+template <class Tiling>
+constexpr int sum_of_part(int part, int i, bool halves) {
+  if (Tiling::kSwapped) {
+    constexpr int kSums = Tiling::kX / 2;  // sums 2 and 3 of four are eight rows of w further
+    return halves ? i / 2 % 2 * kSums + i / 4 * 4 + part * 2 + i % 2 : part * kSums + i;
+  }
+  const int group = i / 4, pair = part / 2 * 2;
+  return halves ? (pair + group % 2) * 32 + (part % 2 * 4 + group / 2) * 4 + i % 4 : part * 32 + i;
+}
+
 // A part of the sums of a warp.  Registers have no index: there is code for each part, but only one copy of the
 // epilogue.
 template <class Tiling, class Sums>
-MOERT_DEVICE_INLINE void spread_part(const Sums& c, int part, float* sums) {
+MOERT_DEVICE_INLINE void spread_part(const Sums& c, int part, [[maybe_unused]] bool halves, float* sums) {
   using To = SumTile<Tiling>;
-  constexpr int kSums = Tiling::kSwapped ? Tiling::kX / 2 : 32;  // of a part; they follow each other
+  constexpr int kSums = Tiling::kSwapped ? Tiling::kX / 2 : 32;
   const int lane = lane_id();
+  const auto sum = [&](int known, int i) {
+    const float plain = c.sum(sum_of_part<Tiling>(known, i, false));
+    if constexpr (Tiling::kMajor) return plain;
+    return halves ? c.sum(sum_of_part<Tiling>(known, i, true)) : plain;
+  };
 #pragma unroll
   for (int known = 0; known < To::kParts; ++known) {
     if (known != part) continue;
 #pragma unroll
     for (int i = 0; i < kSums; i += 2) {
       const int row = sum_row(lane, i), column = sum_column(lane, i);  // of the tensor cores' tile
-      const float a = c.sum(known * kSums + i), b = c.sum(known * kSums + i + 1);
+      const float a = sum(known, i), b = sum(known, i + 1);
       if constexpr (Tiling::kSwapped) {
         sums[To::place(column, row / kStoredColumns) + row % kStoredColumns] = a;
         sums[To::place(column + 1, row / kStoredColumns) + row % kStoredColumns] = b;
@@ -227,6 +252,7 @@ template <class Tiling, class T>
 MOERT_DEVICE_INLINE void store_part(const PersistentProduct<T>& q, const TileWork& work, int64_t unit, int first_row,
                                     int first_group, const float* sums) {
   using From = SumTile<Tiling>;
+  [[maybe_unused]] const Gating gating = q.gating();
   const int pair = q.gated() ? 2 : 1, groups = From::kGroups / pair, rows = work.rows.rows - first_row;
 #pragma unroll 1
   for (int i = lane_id(); i < From::kRows * groups; i += kWarp) {
@@ -236,6 +262,8 @@ MOERT_DEVICE_INLINE void store_part(const PersistentProduct<T>& q, const TileWor
     float gate[kStoredColumns], up[kStoredColumns];
     read_sums(sums + From::place(row, group), gate);
     read_sums(sums + From::place(row, group + pair - 1), up);
+    if constexpr (!Tiling::kMajor)
+      if (gating == Gating::alternate) separate(gate, up);
     if (!q.sums) {
       q.p.epilogue.store(work.rows.expert, work.rows.row + first_row + row, column, gate, up);
       continue;
@@ -254,14 +282,16 @@ MOERT_DEVICE_INLINE void store_sums(const PersistentProduct<T>& q, const TileWor
                                     float* sums) {
   using From = SumTile<Tiling>;
   const int warp = Tiling::kTurns ? warp_id() % 4 : warp_id();
+  const bool halves = q.gating() == Gating::halves;
 #pragma unroll 1
   for (int part = 0; part < From::kParts; ++part) {
     const int first_row = Tiling::kSwapped ? 0 : From::kRows * warp + part / From::kAcross * 64;
     if (work.rows.rows <= first_row) return;
-    spread_part<Tiling>(c, part, sums);
+    // Of w a warp has 16 rows in each 64, or, of halves, 32 that follow each other once they are spread.
+    const int across = Tiling::kSwapped ? (halves ? 2 * warp + part : warp + part * 4) : part % From::kAcross;
+    spread_part<Tiling>(c, part, halves, sums);
     __syncwarp();
-    store_part<Tiling>(q, work, unit, first_row, From::kGroups * (Tiling::kSwapped ? warp : part % From::kAcross),
-                       sums);
+    store_part<Tiling>(q, work, unit, first_row, From::kGroups * across, sums);
     __syncwarp();
   }
 }
@@ -269,7 +299,7 @@ MOERT_DEVICE_INLINE void store_sums(const PersistentProduct<T>& q, const TileWor
 // Whether none of a group's rows of the tile, of x or of w, is there.
 template <class Tiling, class T>
 MOERT_DEVICE_INLINE bool has_none(const PersistentProduct<T>& q, const TileWork& work, int group) {
-  if constexpr (Tiling::kSwapped) return work.first + group * q.columns() / 2 >= q.p.N;
+  if constexpr (Tiling::kSwapped) return !Tiling::kTurns && work.first + group * q.columns() / 2 >= q.p.N;
   return work.rows.rows <= (Tiling::kTurns ? 0 : group * 64);
 }
 

@@ -8,8 +8,8 @@
 namespace moert::cuda {
 
 // Whether the kernel is asked for, and the current device and the product, one that fits_tensor_cores, are of the kind:
-// weights of which rows or columns lie side by side, rows if they are gated, and rows of x that are gathered or, where
-// nothing is gated, lie in expert order.
+// weights of which rows or columns lie side by side, and rows of x that are gathered or, where nothing is gated, lie in
+// expert order.
 template <typename T>
 bool takes_persistent(const Product<T>& p);
 

@@ -21,6 +21,12 @@ struct PersistentTile {
   int32_t splits;   // parts of K, each a tile of its own
 };
 
+// How a tile's rows of w hold gates and ups, so that both of a column of y end in one thread or one warp:
+//   eights      K-major rows: eight of the gate, the same eight of up, and so on
+//   halves      MN-major, the gate half before the up half: 64 of the gate, the same 64 of up, and so on
+//   alternate   MN-major, in turns as they lie in memory
+enum class Gating { none, eights, halves, alternate };
+
 constexpr int64_t kWideX = 128, kNarrowW = 128, kWideW = 256;
 // Below this K wide tiles are not taken of rows in expert order.
 constexpr int64_t kTurnsBelow = 1024;

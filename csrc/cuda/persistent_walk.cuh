@@ -12,13 +12,17 @@ constexpr int kStoredColumns = 8;
 
 template <class T>
 struct PersistentProduct {
-  TensorMap w;  // of three dimensions, or, where it has gates, of five
+  TensorMap w;  // of three dimensions, or, of eights, of five, of halves, of four
   TensorMap x;  // of rows in expert order
   Product<T> p;
   PersistentTile tile;
   float* sums;  // [tiles, splits, x, w] where there are splits
 
   MOERT_HOST_DEVICE bool gated() const { return p.epilogue.form.gated; }
+  MOERT_HOST_DEVICE Gating gating() const {
+    if (!gated()) return Gating::none;
+    return p.w.column == 1 ? Gating::eights : p.w.row == 1 ? Gating::halves : Gating::alternate;
+  }
   MOERT_HOST_DEVICE int columns() const { return gated() ? tile.w / 2 : tile.w; }
   // An upper bound, which depends on nothing that only the device knows.
   MOERT_HOST_DEVICE int64_t num_tiles_at_most() const {

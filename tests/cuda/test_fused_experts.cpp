@@ -296,6 +296,8 @@ void test_few_rows() {
        std::initializer_list<std::array<int64_t, 3>>{{7, 2, 9}, {25, 2, 7}, {40, 2, 5}, {90, 1, 4}}) {
     check<bf16>({T, k, E, 136, 104, Act::swiglu, false, false, true, ScaleOn::input});
     check<f16>({T, k, E, 72, 136, Act::swiglu_oai, false, true, true});
+    check<f16>({T, k, E, 72, 104, Act::swiglu_oai, true, true, true});  // as gpt-oss has them
+    check<bf16>({T, k, E, 72, 104, Act::swiglu, true, false, true, ScaleOn::input});
     check<bf16>({T, k, E, 136, 72, Act::gelu});
   }
   check<bf16>({6, 1, 1, 1096, 72, Act::swiglu, false, false, true});

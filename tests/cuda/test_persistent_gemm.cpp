@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -126,6 +127,74 @@ void products(const Case& c) {
     for (const bool gathered : {false, true}) product<T>(c, transposed, gathered);
 }
 
+using cuda::Gating;
+
+// w1 [E, 2N, K] of eights, else [E, K, 2N]; gathered rows, relu of the gate times up: exact in float32.
+template <typename T>
+void gated_product(const Case& c, Gating gating, bool saves) {
+  const auto E = int64_t(c.counts.size());
+  const int64_t N = c.N, K = c.K, tokens = 11, S = std::accumulate(c.counts.begin(), c.counts.end(), int64_t(2));
+  std::vector<int32_t> offsets{0}, index;
+  for (const int32_t count : c.counts) offsets.push_back(offsets.back() + count);
+  for (int64_t s = 0; s < S; ++s) index.push_back(s < S - 2 ? int32_t(s * 5 % tokens) : -1);
+  const auto x = integers(tokens * K, 1), w = integers(E * 2 * N * K, 2), bias = integers(E * 2 * N, 3);
+  const bool turned = gating != Gating::eights, alternate = gating == Gating::alternate;
+  const int64_t row = turned ? 1 : K, column = turned ? 2 * N : 1, apart = alternate ? row : N * row;
+  std::vector<T> y(S * N, cuda::narrow<T>(0)), h(S * 2 * N, cuda::narrow<T>(0));
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t s = offsets[e]; s < offsets[e + 1]; ++s)
+      for (int64_t n = 0; n < N; ++n) {
+        float sums[2];
+        for (const int64_t up : {0, 1}) {
+          sums[up] = bias[e * 2 * N + (alternate ? 2 * n + up : n + up * N)];
+          const float* at = &w[e * 2 * N * K + n * (alternate ? 2 : 1) * row + up * apart];
+          for (int64_t k = 0; k < K; ++k) sums[up] += x[index[s] * K + k] * at[k * column];
+          h[(2 * s + up) * N + n] = cuda::narrow<T>(sums[up]);
+        }
+        y[s * N + n] = cuda::narrow<T>((sums[0] > 0 ? sums[0] : 0) * sums[1]);
+      }
+  const std::vector<T> nan(S * 2 * N, cuda::narrow<T>(NAN));
+  OnDevice<T> dx(rounded<T>(x)), dw(rounded<T>(w)), dbias(rounded<T>(bias)), dy(nan), dh(nan);
+  OnDevice<int32_t> doffsets(offsets), dindex(index);
+  OnDevice<uint8_t> workspace(std::vector<uint8_t>(cuda::grouped_gemm_workspace(E), 0xff));
+  GroupedGemm g{S, E, N, K, doffsets.data(), {dx.data(), DTypeOf<T>::value, K, dindex.data(), tokens}, {}, {}};
+  g.w = {dw.data(), DTypeOf<T>::value, 2 * N * K, alternate ? 2 * row : row, column};
+  g.bias = {dbias.data(), DTypeOf<T>::value, 2 * N};
+  g.workspace = workspace.data();
+  cuda::Product<T> p = cuda::product_of<T>(g, dy.data(), N);
+  p.up.data += apart;
+  p.epilogue.up_bias = p.epilogue.bias + (alternate ? 1 : N), p.epilogue.bias_step = alternate ? 2 : 1;
+  p.epilogue.activates = true, p.epilogue.form = cuda::activation_form<float>({Act::reglu});
+  if (saves) p.epilogue.h = dh.data();
+#if defined(MOERT_EMULATED)
+  EXPECT(cuda::takes_persistent(p) && cuda::tile_of(p) == c.tile);
+#endif
+  cuda::multiply(p, false, nullptr);
+  std::vector<T> got = dy.read();
+  got.resize(S * N);
+  EXPECT(equal(got, y));
+  if (saves) EXPECT(equal(dh.read(), h));
+}
+
+void test_gated_products() {
+  setenv(kPersistent, "1", 1);
+  for (const Gating gating : {Gating::eights, Gating::halves, Gating::alternate}) {
+    // Few rows; columns that end within a tile's first or second half
+    gated_product<bf16>({{1, 0, 3, 9, 2}, 72, 72, {8, 128, 1, 1}}, gating, true);
+    gated_product<f16>({{17, 0, 5, 8}, 136, 328, {16, 128, 1, 1}}, gating, false);
+    gated_product<bf16>({{40, 0, 1, 15}, 104, 72, {32, 128, 1, 1}}, gating, true);
+    gated_product<f16>({{100, 0, 3, 20}, 40, 1160, {64, 128, 1, 1}}, gating, false);
+    // Narrow, wide, in pairs
+    gated_product<bf16>({{80, 0, 1, 60}, 72, 136, {128, 128, 1, 1}}, gating, true);
+    gated_product<f16>({{300, 0, 1, 260}, 264, 72, {128, 256, 1, 1}}, gating, true);
+    gated_product<bf16>({{520, 70}, 264, 136, {128, 256, 2, 1}}, gating, false);
+    // Sums in parts
+    gated_product<f16>({{128}, 64, 1096, {128, 128, 1, 2}}, gating, true);
+    gated_product<bf16>({{5}, 56, 2000, {16, 128, 1, 4}}, gating, true);
+  }
+  setenv(kPersistent, "0", 1);
+}
+
 void test_products() {
   setenv(kPersistent, "1", 1);
   // Few rows, of experts with more than a tile and with none; depths around the ring
@@ -159,7 +228,7 @@ void test_takes_persistent() {
   alignas(16) static uint16_t memory[64];
   static int32_t index[1];
   struct Asked {
-    int64_t N = 16, K = 24, x_stride = 24, w_row = 24, w_column = 1, w_expert = 16 * 24, up = 0;
+    int64_t N = 16, K = 24, x_stride = 24, w_row = 24, w_column = 1, w_expert = 16 * 24, up = 0, up_expert = 0;
     bool gathered = false;
   };
   const auto takes = [&](const Asked& a) {
@@ -170,6 +239,7 @@ void test_takes_persistent() {
     cuda::Product<bf16> product = cuda::product_of<bf16>(p, memory, a.N);
     product.epilogue.form.gated = a.up != 0;
     product.up.data += a.up;
+    product.up.expert = a.up_expert ? a.up_expert : a.w_expert;
     return cuda::takes_persistent(product);
   };
   for (const char* off : {"", "0"}) {
@@ -181,7 +251,12 @@ void test_takes_persistent() {
   EXPECT(takes({.x_stride = 0, .gathered = true}));
   EXPECT(takes({.w_row = 48, .up = 24, .gathered = true}));  // gates and ups in turns
   EXPECT(takes({.w_row = 1, .w_column = 16}));
-  EXPECT(!takes({.w_row = 1, .w_column = 16, .up = 24, .gathered = true}));
+  EXPECT(takes({.w_row = 1, .w_column = 32, .up = 16, .gathered = true}));  // turned: halves, and in turns
+  EXPECT(takes({.w_row = 2, .w_column = 32, .up = 1, .gathered = true}));
+  EXPECT(!takes({.w_row = 2, .w_column = 24, .up = 1, .gathered = true}));
+  EXPECT(!takes({.w_row = 2, .w_column = 32}));
+  EXPECT(!takes({.w_row = 1, .w_column = 32, .up = 16, .up_expert = 8, .gathered = true}));
+  EXPECT(!takes({.w_row = 1, .w_column = 32, .up = 16}));
   EXPECT(!takes({.w_row = 1, .w_column = 8}));  // columns that overlap
   EXPECT(!takes({.up = 24}));                   // nobody asks for it in expert order
   EXPECT(!takes({.up = -24, .gathered = true}));
@@ -206,9 +281,11 @@ void tests() {
 #if defined(MOERT_EMULATED)
   test_takes_persistent();
   test_products();
+  test_gated_products();
   emulate::copies_at_once = true;
 #endif
   test_products();
+  test_gated_products();
 }
 
 }  // namespace
