@@ -128,7 +128,7 @@ void bench(const Shape& s) {
   experts.up = {static_cast<bf16*>(w1) + s.I * s.H, DType::bf16, 2 * s.I * s.H, s.H, 1};
   experts.down = {w2, DType::bf16, s.H * s.I, s.I, 1};
   const RoutedRows tokens{s.T, s.k, {x, DType::bf16, s.H}, device_ids, device_weights};
-  void *workspace = allocate(cuda::fused_experts_workspace(tokens, experts)), *y = allocate(s.T * s.H * 2);
+  void *workspace = allocate(cuda::fused_experts_workspace(tokens, experts, false)), *y = allocate(s.T * s.H * 2);
   for (const char* persistent : {"0", "1"}) {
     setenv("MOERT_PERSISTENT_GEMM", persistent, 1);
     time(*persistent == '1' ? "fused_experts, persistent" : "fused_experts", 1.5 * flop,

@@ -156,8 +156,6 @@ void dispatch_unpack_(Tensor rows, const Tensor& records, const std::string& pay
                           rows.mutable_data_ptr());
 }
 
-#if !defined(MOERT_CUDA)
-
 Tensor dispatch_combine(const Tensor& rows, const Tensor& own, int64_t first, const Tensor& slots,
                         const std::optional<Tensor>& residual) {
   CHECK_DEVICE(rows);
@@ -183,23 +181,19 @@ Tensor dispatch_combine(const Tensor& rows, const Tensor& own, int64_t first, co
   const Tensor theirs = dense_rows(rows), ours = dense_rows(own), of = torch::stable::contiguous(slots);
   const std::optional<Tensor> start = residual ? std::optional(dense_rows(*residual)) : std::nullopt;
   Tensor y = torch::stable::new_empty(rows, {T, H});
-  cpu::dispatch_combine({theirs.const_data_ptr(), theirs.stride(0), ours.const_data_ptr(), ours.stride(0), first,
-                         own.size(0), dtype(rows), of.const_data_ptr<int32_t>(),
-                         start ? start->const_data_ptr() : nullptr, start ? start->stride(0) : 0, T, k, N, H},
-                        Execution(rows), y.mutable_data_ptr());
+  device::dispatch_combine({theirs.const_data_ptr(), theirs.stride(0), ours.const_data_ptr(), ours.stride(0), first,
+                            own.size(0), dtype(rows), of.const_data_ptr<int32_t>(),
+                            start ? start->const_data_ptr() : nullptr, start ? start->stride(0) : 0, T, k, N, H},
+                           Execution(rows), y.mutable_data_ptr());
   return y;
 }
-
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(moert, MOERT_DISPATCH_KEY, m) {
   m.impl("dispatch_plan", TORCH_BOX(&dispatch_plan));
   m.impl("dispatch_pack", TORCH_BOX(&dispatch_pack));
   m.impl("dispatch_pack_", TORCH_BOX(&dispatch_pack_));
   m.impl("dispatch_unpack_", TORCH_BOX(&dispatch_unpack_));
-#if !defined(MOERT_CUDA)
   m.impl("dispatch_combine", TORCH_BOX(&dispatch_combine));
-#endif
 }
 
 }  // namespace moert

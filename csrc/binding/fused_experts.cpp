@@ -26,11 +26,8 @@ struct GivenPlan {
   const std::optional<Tensor>&offsets, &tokens, &slots;
 };
 
-void take_plan(const GivenPlan& plan, [[maybe_unused]] int64_t E, [[maybe_unused]] Call& call) {
+void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
   if (!plan.offsets && !plan.tokens && !plan.slots) return;
-#if defined(MOERT_CUDA)
-  STD_TORCH_CHECK(false, "offsets, tokens and slots must be None on a GPU, which sorts the ids itself, got a plan");
-#else
   STD_TORCH_CHECK(plan.offsets && plan.tokens && plan.slots,
                   "offsets, tokens and slots must be given together, got some of them");
   const Tensor &offsets = *plan.offsets, &tokens = *plan.tokens, &slots = *plan.slots;
@@ -52,18 +49,13 @@ void take_plan(const GivenPlan& plan, [[maybe_unused]] int64_t E, [[maybe_unused
   call.tokens.tokens = call.slot_tokens.const_data_ptr<int32_t>();
   call.tokens.slots = call.slots.const_data_ptr<int32_t>();
   call.tokens.S = call.S;
-#endif
 }
 
 struct GivenOnto {
   const std::optional<Tensor>&rows, &scale, &mix, &constants;
 };
 
-void take_onto(const GivenOnto& onto, [[maybe_unused]] Call& call) {
-#if defined(MOERT_CUDA)
-  STD_TORCH_CHECK(!onto.rows && !onto.scale && !onto.mix && !onto.constants,
-                  "onto_rows, onto_scale, mix and constants must be None on a GPU, got a tensor");
-#else
+void take_onto(const GivenOnto& onto, Call& call) {
   if (onto.rows) {
     const Tensor &onto_rows = *onto.rows, &x = call.x;
     CHECK_SAME_DEVICE(onto_rows, x);
@@ -99,7 +91,6 @@ void take_onto(const GivenOnto& onto, [[maybe_unused]] Call& call) {
   call.tokens.onto.C = C;
   call.tokens.onto.mix = call.mix.const_data_ptr();
   call.tokens.onto.constants = call.constants.const_data_ptr();
-#endif
 }
 
 Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w2,
@@ -243,7 +234,7 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& ids, con
   void* kept = save ? h.mutable_data_ptr() : nullptr;
   const Execution execution(x);
 #if defined(MOERT_CUDA)
-  Tensor workspace = bytes_beside(x, cuda::fused_experts_workspace(call.tokens, call.experts.weights));
+  Tensor workspace = bytes_beside(x, cuda::fused_experts_workspace(call.tokens, call.experts.weights, save));
   cuda::fused_experts(call.tokens, call.experts.weights, workspace.mutable_data_ptr(), execution, y.mutable_data_ptr(),
                       kept);
 #else

@@ -1,5 +1,6 @@
 #include "cuda/dispatch.cuh"
 
+#include "cuda/combine.h"
 #include "cuda/launch.h"
 #include "cuda/memory.h"
 #include "moert/permute.h"
@@ -66,6 +67,11 @@ void dispatch_unpack(const Unpacking& u, void* stream, void* rows) {
     using T = decltype(type);
     launch(&unpack_kernel<T>, {ceil_div(u.M, kRecordWarps)}, kRecordWarps * kWarp, stream, u, static_cast<T*>(rows));
   });
+}
+
+void dispatch_combine(const Returned& r, void* stream, void* y) {
+  combine_rows({r.rows, r.rows_stride, r.dtype, r.S, r.H, r.own, r.own_stride, r.first, r.O}, r.slots, nullptr,
+               {{r.residual, r.dtype, r.residual_stride}}, r.T, r.k, stream, y);
 }
 
 }  // namespace moert::cuda

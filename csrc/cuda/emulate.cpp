@@ -235,6 +235,7 @@ void run(Index grid, unsigned threads, size_t shared, const std::function<void()
     fail("a block must have 32 to 1024 threads in whole warps, and a cluster as many");
   if (shared > most_shared) fail("a block must have at most 99 KiB of shared memory, of sm_90 227 KiB");
   if (blocks == 0 || grid.x % blocks) fail("a grid must have whole clusters");
+  ++kernels_run;
   cluster.threads = threads;
   cluster.warps.resize(threads * blocks / kLanes);
   cluster.kernel = &kernel;

@@ -40,6 +40,9 @@ constexpr size_t kMostShared = 99 * 1024, kMostSharedOfHopper = 227 * 1024;
 void run(Index grid, unsigned threads, size_t shared, const std::function<void()>& kernel,
          size_t most_shared = kMostShared, unsigned cluster = 1);
 
+// Kernels that have run.
+inline int64_t kernels_run = 0;
+
 // Of the calling thread's block.
 void* shared_memory();
 

@@ -46,6 +46,27 @@ MOERT_HOST_DEVICE inline Neighbours<T, n> take(const T* from) {
   return *reinterpret_cast<const Neighbours<T, n>*>(from);
 }
 
+// Each to what is there, one at a time with all others that add to it.  Of four neighbours Hopper's memory takes one
+// addition.
+template <typename A, int n>
+MOERT_HOST_DEVICE inline void add(A* to, const A (&values)[n]) {
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  if constexpr (sizeof(A) == 4 && n % 4 == 0) {
+    for (int i = 0; i < n; i += 4)
+      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(to + i), "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
+                   : "memory");
+    return;
+  }
+#endif
+  for (int i = 0; i < n; ++i) atomicAdd(to + i, values[i]);
+#else
+  for (int i = 0; i < n; ++i) to[i] += values[i];
+#endif
+}
+
 // n gates and n ups from 2 n values in turns.
 template <typename A, int n>
 MOERT_HOST_DEVICE inline void separate(A (&low)[n], A (&high)[n]) {
@@ -70,6 +91,11 @@ struct Epilogue {
   bool activates = false;
   ActivationForm<A> form{};
   T* h = nullptr;  // [S, N] or, gate then up, [S, 2N], dense: what the activation is given
+  // Where there are sums [tokens, N], rows are added to those of their tokens, unrounded and in no order, and y and h
+  // are not written.
+  A* sums = nullptr;
+  const int32_t* tokens = nullptr;  // [S]
+  int64_t num_tokens = 0;
 
   // Whether it acts on two products, gate and up.
   MOERT_HOST_DEVICE bool takes_up() const { return form.gated; }
@@ -81,9 +107,9 @@ struct Epilogue {
   }
 
   // As it is stored in y.
-  MOERT_HOST_DEVICE T after(int64_t row, A g, A u) const {
+  MOERT_HOST_DEVICE A after(int64_t row, A g, A u) const {
     const A value = activates ? activate(form, g, u) : g;
-    return narrow<T>(scale && !scale_input ? value * scale[row] : value);
+    return scale && !scale_input ? value * scale[row] : value;
   }
 
   // n columns from `column` on, which y and h must be aligned to; `up` is not looked at where there is no gate.
@@ -91,20 +117,27 @@ struct Epilogue {
   MOERT_HOST_DEVICE void store(int32_t expert, int64_t row, int64_t column, const A (&gate)[n],
                                const A (&up)[n]) const {
     Neighbours<T, n> out, h_gate, h_up;
+    A values[n];
     for (int i = 0; i < n; ++i) {
       const A g = before(expert, row, column + i, gate[i], bias);
       const A u = form.gated ? before(expert, row, column + i, up[i], up_bias) : A(0);
       h_gate.values[i] = narrow<T>(g);
       h_up.values[i] = narrow<T>(u);
-      out.values[i] = after(row, g, u);
+      values[i] = after(row, g, u);
     }
+    if (sums) {
+      const int64_t token = tokens[row];
+      if (token >= 0 && token < num_tokens) add(sums + token * N + column, values);
+      return;
+    }
+    for (int i = 0; i < n; ++i) out.values[i] = narrow<T>(values[i]);
     put_row(row, column, out, h_gate, h_up);
   }
 
   // A slot that no expert has.
   MOERT_HOST_DEVICE void clear(int64_t row, int64_t column) const {
     const Neighbours<T, 1> zero{{narrow<T>(0)}};
-    put_row(row, column, zero, zero, zero);
+    if (!sums) put_row(row, column, zero, zero, zero);
   }
 
   template <int n>

@@ -98,6 +98,7 @@ void fused_experts_few(const RoutedRows& tokens, const ExpertWeights& experts, v
     FewTokens<T> p = call_of<T>(tokens.x, tokens.ids, tokens.T, tokens.k, experts, workspace, y);
     p.ids_stride = p.weights_stride = tokens.k;
     p.weights = static_cast<const Acc<T>*>(tokens.weights);
+    p.onto = OntoOf<T>(tokens.onto);
     run(p, stream);
   });
 }

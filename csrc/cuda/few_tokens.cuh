@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/activation.h"
+#include "cuda/onto.h"
 #include "cuda/simt.h"
 
 namespace moert::cuda {
@@ -34,6 +35,7 @@ struct FewTokens {
   const T *gate_bias, *up_bias, *down_bias;
   int64_t bias1_expert, bias1_step, down_bias_expert;
   ActivationForm<A> form;
+  OntoOf<T> onto;
   A* act;  // [tokens * k, I]
   T* y;    // [tokens, H]
 
@@ -57,14 +59,14 @@ struct FewTokens {
     act[choice * I + i] = activate(form, g, u);
   }
 
-  // What the biases of w2 add to column h of token t.
-  MOERT_DEVICE_INLINE A bias_sum(int64_t t, int64_t h) const {
-    A sum = 0;
+  // Column h of token t from its sum, the biases of w2 and what else is added.
+  MOERT_DEVICE_INLINE void store(int64_t t, int64_t h, A sum) const {
+    sum += onto.at(t, h, H);
     for (int64_t j = 0; down_bias && j < k; ++j) {
       const int64_t e = expert(t, j);
       if (e >= 0) sum += (scale_input ? A(1) : weight(t, j, e)) * A(widen(down_bias[e * down_bias_expert + h]));
     }
-    return sum;
+    y[t * H + h] = narrow<T>(sum);
   }
 };
 
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kFewThreads) few_second_rows(const FewTokens<T
     }
   }
   sum = warp_sum(sum);
-  if (lane_id() == 0) p.y[t * p.H + h] = narrow<T>(sum + p.bias_sum(t, h));
+  if (lane_id() == 0) p.store(t, h, sum);
 }
 
 template <typename T, bool Gated>
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kFewThreads) few_second_any(const FewTokens<T>
     sum += (p.scale_input ? A(1) : p.weight(t, j, e)) * part;
   }
   sum = warp_sum(sum);
-  if (lane_id() == 0) p.y[t * p.H + h] = narrow<T>(sum + p.bias_sum(t, h));
+  if (lane_id() == 0) p.store(t, h, sum);
 }
 
 constexpr int kColumnWarps = 16, kColumnThreads = kColumnWarps * kWarp, kAcross = 4;
@@ -303,7 +305,7 @@ __global__ void __launch_bounds__(kColumnThreads) few_second_columns(const FewTo
     }
   };
   sum_columns<T, 1>(terms, [&](int c, const auto& sum) {
-    if (first + c < p.H) p.y[t * p.H + first + c] = narrow<T>(sum(0, c) + p.bias_sum(t, first + c));
+    if (first + c < p.H) p.store(t, first + c, sum(0, c));
   });
 }
 

@@ -1,8 +1,9 @@
 // The kernels around the grouped products of fused_experts: memory-bound, one pass each, in a fixed order.
 #pragma once
 
-#include "cuda/epilogue.h"
 #include "cuda/expert_tiles.h"
+#include "cuda/grouped_gemm_product.h"
+#include "cuda/onto.h"
 #include "cuda/simt.h"
 
 namespace moert::cuda {
@@ -12,18 +13,18 @@ constexpr int kRowThreads = 256;
 // scale[slots[i]] = weights[i].
 template <typename A>
 __global__ void __launch_bounds__(kRowThreads)
-    scale_by_slot(const A* weights, const int32_t* slots, int64_t choices, A* scale) {
+    scale_by_slot(const A* weights, const int32_t* slots, int64_t choices, int64_t S, A* scale) {
   const int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (i < choices && slots[i] >= 0) scale[slots[i]] = weights[i];
+  if (i < choices && slots[i] >= 0 && slots[i] < S) scale[slots[i]] = weights[i];
 }
 
 // out[t, j] = the sum of the slot's parts + <a[t], b[row]>, where the row is the choice's slot or, of b2, its expert; 0
 // where the choice was dropped.
 template <typename T>
 struct ChoiceDots {
-  int64_t choices, k, N;
-  const int32_t *slots, *ids;  // [T, k]; row = slot where ids is null
-  const Acc<T>* parts;         // [S, num_parts] or null
+  int64_t choices, k, N, S, rows;  // of b: those of slots, or those of experts
+  const int32_t *slots, *ids;      // [T, k]; row = slot where ids is null
+  const Acc<T>* parts;             // [S, num_parts] or null
   int64_t num_parts;
   const T *a, *b;  // b may be null
   int64_t a_stride, b_stride;
@@ -49,10 +50,10 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads) choice_dots(ChoiceDots<T> p) {
   const int64_t i = int64_t(blockIdx.x) * (kRowThreads / kWarp) + warp_id();
   if (i >= p.choices) return;
-  const int32_t slot = p.slots[i];
+  const int32_t slot = p.slots[i], row = p.ids ? p.ids[i] : slot;
   Acc<T> dot = 0;
-  if (slot >= 0) {
-    if (p.b) dot = lane_dot(p.a + i / p.k * p.a_stride, p.b + (p.ids ? p.ids[i] : slot) * p.b_stride, p.N);
+  if (slot >= 0 && slot < p.S) {
+    if (p.b && row >= 0 && row < p.rows) dot = lane_dot(p.a + i / p.k * p.a_stride, p.b + row * p.b_stride, p.N);
     for (int64_t n = lane_id(); p.parts && n < p.num_parts; n += kWarp) dot += p.parts[slot * p.num_parts + n];
   }
   dot = warp_sum(dot);
@@ -66,10 +67,8 @@ struct SlotSums {
   int32_t S, E;
   int64_t N;
   const int32_t* offsets;
-  const T* rows;
-  int64_t stride;
-  const int32_t* index;  // of rows, or null
-  const Acc<T>* scale;   // or null
+  RowsOf<T> rows;
+  const Acc<T>* scale;  // or null
   T* out;
   Acc<T>* onto;        // or null
   int64_t out_stride;  // of either
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(kRowThreads) slot_sums(SlotSums<T> p) {
   const Slots slots = slots_of(p.offsets, e, p.S);
   A sum = 0;
   for (int64_t s = slots.begin + warp_id(); n < p.N && s < slots.begin + slots.count; s += kWarps) {
-    const int64_t row = p.index ? p.index[s] : s;
-    sum += (p.scale ? p.scale[s] : A(1)) * A(widen(p.rows[row * p.stride + n]));
+    const T* row = p.rows.row(s);
+    if (row) sum += (p.scale ? p.scale[s] : A(1)) * A(widen(row[n]));
   }
   parts[warp_id()][lane_id()] = sum;
   __syncthreads();
@@ -107,6 +106,28 @@ __global__ void __launch_bounds__(kRowThreads)
   if (s >= *used) return;
   for (int64_t i = threadIdx.x; i < width; i += kRowThreads)
     rows[s * width + i] = narrow<T>(scale[s] * Acc<T>(widen(rows[s * width + i])));
+}
+
+// What products that add to sums [T, H] begin with and end in, `n` columns a thread.
+template <typename T, int n>
+__global__ void __launch_bounds__(kRowThreads) start_sums(OntoOf<T> onto, int64_t count, int64_t H, Acc<T>* sums) {
+  const int64_t i = (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) * n;
+  if (i >= count) return;
+  Neighbours<Acc<T>, n> start;
+#pragma unroll
+  for (int j = 0; j < n; ++j) start.values[j] = onto.at(i / H, i % H + j, H);
+  put(sums + i, start);
+}
+
+template <typename T, int n>
+__global__ void __launch_bounds__(kRowThreads) round_sums(const Acc<T>* sums, int64_t count, T* y) {
+  const int64_t i = (int64_t(blockIdx.x) * kRowThreads + threadIdx.x) * n;
+  if (i >= count) return;
+  const Neighbours<Acc<T>, n> sum = take<n>(sums + i);
+  Neighbours<T, n> out;
+#pragma unroll
+  for (int j = 0; j < n; ++j) out.values[j] = narrow<T>(sum.values[j]);
+  put(y + i, out);
 }
 
 }  // namespace moert::cuda

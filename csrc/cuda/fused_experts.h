@@ -9,27 +9,35 @@
 
 namespace moert::cuda {
 
-// These kernels sort the ids themselves and add nothing to the sums.
+// Kernels over packed weights sort the ids themselves and add nothing to the sums.
 inline void check_alone(const RoutedRows& r) {
   MOERT_CHECK(!r.offsets && !r.onto.rows.data && r.onto.C == 0, "offsets, onto_rows and mix must be None on a GPU");
 }
 
-// The routing in slot order.
+// The routing in slot order: the caller's, or of the ids.
 template <typename T>
 struct SlotPlan {
-  int32_t *offsets, *tokens, *slots;  // [E+1], [T*k], [T, k], as permute_plan gives them
-  Acc<T>* scale;                      // [T*k], the routing weight of each slot; null where none is asked for
-  void* workspace;                    // of permute_plan
+  int64_t S;
+  const int32_t *offsets, *tokens, *slots;  // [E+1], [S], [T, k], as permute_plan gives them
+  Acc<T>* scale;                            // [S], the routing weight of each slot; null where none is asked for
+  void* workspace;                          // of permute_plan
 
   SlotPlan(const RoutedRows& r, int64_t E, bool scaled, Memory& memory)
-      : offsets(memory.take<int32_t>(E + 1)),
-        tokens(memory.take<int32_t>(r.T * r.k)),
-        slots(memory.take<int32_t>(r.T * r.k)),
-        scale(scaled ? memory.take<Acc<T>>(r.T * r.k) : nullptr),
-        workspace(memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {}
+      : S(r.offsets ? r.S : r.T * r.k),
+        offsets(r.offsets ? r.offsets : memory.take<int32_t>(E + 1)),
+        tokens(r.offsets ? r.tokens : memory.take<int32_t>(S)),
+        slots(r.offsets ? r.slots : memory.take<int32_t>(S)),
+        scale(scaled ? memory.take<Acc<T>>(S) : nullptr),
+        workspace(r.offsets ? nullptr : memory.take<char>(permute_plan_workspace(r.T, r.k, E))) {}
 
   void run(const RoutedRows& r, int64_t E, void* stream) const;
 };
+
+// Rows of the tokens in slot order.  What a caller's plan says is not known: no row outside the tokens is read.
+template <typename T>
+Rows in_slot_order(const Rows& rows, const RoutedRows& tokens, const SlotPlan<T>& plan) {
+  return {rows.data, rows.dtype, rows.stride, plan.tokens, tokens.T};
+}
 
 // y [slots, I] = the activation of the first product's rows; h (may be null) = the pre-activations, gate then up.
 template <typename T>
@@ -45,13 +53,12 @@ Product<T> first_product(const RoutedRows& tokens, const ExpertWeights& w, const
   to.activates = true;
   to.form = activation_form<Acc<T>>(w.activation);
   to.h = h;
-  const Rows x{tokens.x.data, tokens.x.dtype, tokens.x.stride, plan.tokens, tokens.T};
-  return {int32_t(tokens.T * tokens.k),
+  return {int32_t(plan.S),
           int32_t(w.E),
           w.I,
           w.H,
           plan.offsets,
-          RowsOf<T>(x),
+          RowsOf<T>(in_slot_order(tokens.x, tokens, plan)),
           MatrixOf<const T>(w.gate),
           MatrixOf<const T>(gated ? w.up : w.gate),
           to,

@@ -45,9 +45,9 @@ struct Backward {
   const ExpertWeights& w;
   const ExpertGradients& out;
   const bool gated, scale_output, needs_act, needs_rows;
-  const int64_t S, width;
   Memory memory;
   SlotPlan<T> plan;
+  const int64_t S, width;
   T *recomputed, *dh;  // [S, width]
   T* act;              // [S, I]
   T* rows;             // [S, H], in the place of act: dy . w2's is read by then
@@ -64,10 +64,10 @@ struct Backward {
         scale_output(w.scale_on == ScaleOn::output),
         needs_act(!saved || out.ddown.data),
         needs_rows(out.dx || (out.dweights && !scale_output)),
-        S(tokens.T * tokens.k),
-        width(gated ? 2 * w.I : w.I),
         memory(workspace),
         plan(tokens, w.E, true, memory),
+        S(plan.S),
+        width(gated ? 2 * w.I : w.I),
         recomputed(saved ? nullptr : memory.take<T>(S * width)),
         dh(memory.take<T>(S * width)),
         act(memory.take<T>(S * std::max(needs_act ? w.I : 0, needs_rows ? w.H : 0))),
@@ -106,15 +106,15 @@ struct Backward {
     if (!db.data) return;
     void* data = const_cast<void*>(db.data);
     launch(&slot_sums<T>, {w.E * ceil_div(N, kWarp)}, kRowThreads, stream,
-           SlotSums<T>{int32_t(S), int32_t(w.E), N, plan.offsets, static_cast<const T*>(from.data), from.stride,
-                       from.index, scale, static_cast<T*>(data), accumulate ? static_cast<A*>(data) : nullptr,
-                       db.expert_stride});
+           SlotSums<T>{int32_t(S), int32_t(w.E), N, plan.offsets, RowsOf<T>(from), scale, static_cast<T*>(data),
+                       accumulate ? static_cast<A*>(data) : nullptr, db.expert_stride});
   }
 
   void routing_gradient(void* stream) const {
     if (!out.dweights) return;
     ChoiceDots<T> p{};
-    p.choices = S, p.k = tokens.k, p.N = w.H, p.slots = plan.slots, p.out = static_cast<A*>(out.dweights);
+    p.choices = tokens.T * tokens.k, p.k = tokens.k, p.N = w.H, p.slots = plan.slots;
+    p.S = S, p.rows = scale_output ? w.E : S, p.out = static_cast<A*>(out.dweights);
     if (scale_output) {
       p.ids = tokens.ids, p.parts = dots, p.num_parts = ceil_div(w.I, kDotColumns);
       p.a = static_cast<const T*>(dy.data), p.a_stride = dy.stride;
@@ -123,12 +123,11 @@ struct Backward {
       p.a = static_cast<const T*>(tokens.x.data), p.a_stride = tokens.x.stride;
       p.b = rows, p.b_stride = w.H;
     }
-    launch(&choice_dots<T>, {ceil_div(S, kRowThreads / kWarp)}, kRowThreads, stream, p);
+    launch(&choice_dots<T>, {ceil_div(p.choices, kRowThreads / kWarp)}, kRowThreads, stream, p);
   }
 
   void run(const T* saved, void* stream) const {
-    const Rows x_slots{tokens.x.data, kType, tokens.x.stride, plan.tokens};
-    const Rows dy_slots{dy.data, kType, dy.stride, plan.tokens};
+    const Rows x_slots = in_slot_order(tokens.x, tokens, plan), dy_slots = in_slot_order(dy, tokens, plan);
     const Rows dh_slots{dh, kType, width}, act_slots{act, kType, w.I};
     const Whole w1 = whole(w.gate, w.up, w.I, gated);
     const auto& added = out.accumulate;
@@ -168,7 +167,6 @@ int64_t fused_experts_backward_workspace(const RoutedRows& tokens, const ExpertW
 
 void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const ExpertWeights& experts, const void* h,
                             void* workspace, void* stream, const ExpertGradients& gradients) {
-  check_alone(tokens);
   with_dtype(tokens.x.dtype, [&](auto type) {
     using T = decltype(type);
     Backward<T>(dy, tokens, experts, gradients, h, workspace).run(static_cast<const T*>(h), stream);

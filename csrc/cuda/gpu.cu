@@ -1,10 +1,24 @@
 #include "cuda/gpu.h"
 
 #include <atomic>
+#include <cstdlib>
+#include <string>
 
 #include "cuda/launch.h"
 
 namespace moert::cuda {
+
+bool is_on(const char* name) {
+  const char* value = std::getenv(name);
+  const std::string wanted = value ? value : "";
+  MOERT_CHECK(wanted.empty() || wanted == "0" || wanted == "1", name, " must be 0 or 1, got ", wanted);
+  return wanted == "1";
+}
+
+void require_capability(int major, int minor, int device) {
+  MOERT_CHECK(major >= 8, "the GPU must have compute capability >= 8.0, got ", major, ".", minor, " (device ", device,
+              ")");
+}
 
 #if defined(__CUDACC__)
 
@@ -32,8 +46,7 @@ void require_device() {
   if (device < kDevices && good[device].load(std::memory_order_relaxed)) return;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  MOERT_CHECK(major >= 8, "the GPU must have compute capability >= 8.0, got ", major, ".", minor, " (device ", device,
-              ")");
+  require_capability(major, minor, device);
   if (device < kDevices) good[device].store(true, std::memory_order_relaxed);
 }
 

@@ -1,10 +1,8 @@
-// Every persistent kernel that there is: for each 16-bit element and either way that weights lie, gated or not, wide and
-// narrow tiles of rows that are gathered or not, and four for few rows, gathered.
+// Every persistent kernel that there is: for each 16-bit element and either way that weights lie, gated or not, wide
+// and narrow tiles of rows that are gathered or not, and four for few rows, gathered.
 #include "cuda/grouped_gemm_persistent.cuh"
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 
 #include "cuda/gpu.h"
 #include "cuda/grouped_gemm_persistent.h"
@@ -14,12 +12,7 @@ namespace moert::cuda {
 
 namespace {
 
-bool is_asked_for() {
-  const char* value = std::getenv("MOERT_PERSISTENT_GEMM");
-  const std::string wanted = value ? value : "";
-  MOERT_CHECK(wanted.empty() || wanted == "0" || wanted == "1", "MOERT_PERSISTENT_GEMM must be 0 or 1, got ", wanted);
-  return wanted == "1";
-}
+bool is_asked_for() { return is_on("MOERT_PERSISTENT_GEMM"); }
 
 constexpr int64_t kMostStride = int64_t(1) << 40;  // bytes that the copy engine steps over, less one
 
@@ -39,11 +32,8 @@ TensorMap weights(const PersistentProduct<T>& q) {
   const auto up = [&] { return uint64_t(2 * up_from_gate(p)); };
   if constexpr (Tiling::kMajor) {
     if (q.gating() == Gating::eights)
-      return tensor_map({p.w.data,
-                         5,
-                         {K, 8, 2, N / 8, E},
-                         {line, up(), 8 * line, expert},
-                         {kSliceK, 8, 2, Tiling::kBox / 16, 1}});
+      return tensor_map(
+          {p.w.data, 5, {K, 8, 2, N / 8, E}, {line, up(), 8 * line, expert}, {kSliceK, 8, 2, Tiling::kBox / 16, 1}});
     return tensor_map({p.w.data, 3, {K, N, E}, {line, expert}, {kSliceK, Tiling::kBox, 1}});
   } else {
     if (q.gating() == Gating::halves)

@@ -3,8 +3,8 @@
 // memory; two groups of four warps multiply them, 64 rows of the tile each, and store the sums while the first already
 // fill the ring for the next tile.  Where experts have few rows a tile is 8 to 64 rows of x by 128 of w, of which the
 // two groups have 64 rows of w each: the tensor cores' M side is never shorter, and weights are what there is much of.
-// With tiles of 128 by 128 of rows in expert order the groups take turns: one stores while the other multiplies.  So they
-// do with few rows of x where w is MN-major: of its 64 gates and 64 ups no group would have both, else.
+// With tiles of 128 by 128 of rows in expert order the groups take turns: one stores while the other multiplies.  So
+// they do with few rows of x where w is MN-major: of its 64 gates and 64 ups no group would have both, else.
 //
 // The weights are one tensor of which the copy engine takes boxes, with the expert as a coordinate: nothing is
 // rewritten from expert to expert.  Rows of x that lie in expert order it brings as well; others are gathered in
@@ -49,8 +49,8 @@ template <class Tiling>
 struct SumTile {
   static constexpr bool kSwapped = Tiling::kSwapped;
   static constexpr int kRows = kSwapped ? Tiling::kX : 16, kGroups = kSwapped ? 2 : 8;
-  // One after the other, across w and then in the other 64 rows of x, or, of all rows of x, in the other 64 of w, if they
-  // are the group's too.
+  // One after the other, across w and then in the other 64 rows of x, or, of all rows of x, in the other 64 of w, if
+  // they are the group's too.
   static constexpr int kAcross = kSwapped ? 1 : Tiling::kW / 64, kParts = kAcross * 2 / Tiling::kGroups;
   static constexpr int kSums = kRows * kGroups * kStoredColumns;
 

@@ -136,7 +136,7 @@ void run(const Product<T>& p, void* workspace, void* stream) {
 template <typename T>
 bool takes_pointer_arrays(const Product<T>& p) {
   const Epilogue<T>& to = p.epilogue;
-  const bool plain = !p.x.index && !to.bias && !to.scale && !to.activates && !to.h;
+  const bool plain = !p.x.index && !to.bias && !to.scale && !to.activates && !to.h && !to.sums;
   // TMA is for rows that lie apart.  A problem of no depth has no tile in it, and so no zeros.
   const bool apart = p.x.stride >= p.K && (p.w.column == 1 ? p.w.row >= p.K : p.w.column >= p.N);
   return plain && apart && p.K > 0 && p.N <= 0x7fffffff && is_sm90();

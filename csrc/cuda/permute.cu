@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/combine.h"
 #include "cuda/launch.h"
 #include "cuda/permute.cuh"
 #include "cuda/permute_plan.cuh"
@@ -72,28 +73,37 @@ void permute_rows(const void* x, int64_t x_stride, DType dtype, const int32_t* t
     copy(uint64_t{}, H, x_stride);
 }
 
-void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
-                    const void* residual, int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H,
-                    void* stream, void* y) {
-  with_dtype(dtype, [&](auto type) {
+void combine_rows(const SlotRows& rows, const int32_t* slots, const void* weights, const Onto& onto, int64_t T,
+                  int64_t k, void* stream, void* y) {
+  with_dtype(rows.dtype, [&](auto type) {
     using X = decltype(type);
-    const int64_t size = sizeof(X);
-    const UnpermuteCall<X> call{static_cast<const X*>(rows),
-                                static_cast<const X*>(residual),
-                                rows_stride,
-                                residual_stride,
+    const int64_t size = sizeof(X), H = rows.H;
+    const UnpermuteCall<X> call{static_cast<const X*>(rows.rows),
+                                static_cast<const X*>(rows.own),
+                                rows.stride,
+                                rows.own_stride,
+                                rows.first,
+                                rows.O,
                                 slots,
                                 static_cast<const Acc<X>*>(weights),
+                                OntoOf<X>(onto),
                                 T,
                                 k,
-                                S,
+                                rows.S,
                                 H,
                                 static_cast<X*>(y)};
-    const bool aligned =
-        is_aligned(rows, rows_stride * size) && is_aligned(residual, residual_stride * size) && is_aligned(y, H * size);
+    const bool aligned = is_aligned(rows.rows, rows.stride * size) && is_aligned(rows.own, rows.own_stride * size) &&
+                         is_aligned(onto.rows.data, onto.rows.data ? onto.rows.stride * size : 0) &&
+                         is_aligned(onto.constants, 0) && is_aligned(y, H * size);
     launch(aligned ? &unpermute_kernel<X, true> : &unpermute_kernel<X, false>,
            {ceil_div(T * pieces_of<X>(H), kRowWarps)}, kRowWarps * kWarp, stream, call);
   });
+}
+
+void unpermute_rows(const void* rows, int64_t rows_stride, DType dtype, const int32_t* slots, const void* weights,
+                    const void* residual, int64_t residual_stride, int64_t T, int64_t k, int64_t S, int64_t H,
+                    void* stream, void* y) {
+  combine_rows({rows, rows_stride, dtype, S, H}, slots, weights, {{residual, dtype, residual_stride}}, T, k, stream, y);
 }
 
 void unpermute_rows_backward(const void* dy, int64_t dy_stride, const void* rows, int64_t rows_stride, DType dtype,

@@ -1,6 +1,7 @@
 // Rows to expert order and back: memory-bound, 16 bytes a lane where every row is aligned to that.
 #pragma once
 
+#include "cuda/onto.h"
 #include "cuda/simt.h"
 
 namespace moert::cuda {
@@ -90,15 +91,22 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   }
 }
 
-// y[t] = residual[t] + the weighted sum of the rows of its slots, in choice order.  A warp: one piece of one token.
+// combine_rows.  A warp: one piece of one token.
 template <typename T>
 struct UnpermuteCall {
-  const T *rows, *residual;  // residual may be null
-  int64_t rows_stride, residual_stride;
+  const T *rows, *own;  // as SlotRows has them
+  int64_t rows_stride, own_stride, first, O;
   const int32_t* slots;   // [T, k]
   const Acc<T>* weights;  // [T, k] or null
+  OntoOf<T> onto;
   int64_t tokens, k, S, H;
   T* y;
+
+  MOERT_DEVICE_INLINE const T* row(int64_t slot) const {
+    const int64_t here = slot - first;
+    if (here >= 0 && here < O) return own + here * own_stride;
+    return rows + (here < 0 ? slot : slot - O) * rows_stride;
+  }
 };
 
 template <typename T, bool Aligned>
@@ -109,11 +117,11 @@ __global__ void __launch_bounds__(kRowWarps* kWarp) unpermute_kernel(const Unper
   if (t >= p.tokens) return;
   const Piece<T, Aligned> piece(task % pieces, p.H);
   A sum[kColumns] = {};
-  if (p.residual) {
-    const Chunk c = piece.load(p.residual + t * p.residual_stride);
+  p.onto.for_rows(t, p.H, [&](A factor, const T* row) {
+    const Chunk c = piece.load(row);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) sum[i] = element<T>(c, i);
-  }
+    for (int i = 0; i < kColumns; ++i) sum[i] += factor * element<T>(c, i);
+  });
   for (int64_t first = 0; first < p.k; first += kAhead) {
     Chunk rows[kAhead];
     A weights[kAhead];
@@ -123,7 +131,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp) unpermute_kernel(const Unper
       const int64_t choice = t * p.k + first + j, slot = first + j < p.k ? p.slots[choice] : -1;
       used[j] = slot >= 0 && slot < p.S;
       if (!used[j]) continue;
-      rows[j] = piece.load(p.rows + slot * p.rows_stride);
+      rows[j] = piece.load(p.row(slot));
       weights[j] = p.weights ? p.weights[choice] : A(1);
     }
 #pragma unroll

@@ -56,6 +56,7 @@ class TileWalk {
   const PersistentProduct<T>& q_;
   const int32_t tile_rows_, slices_;
   const int64_t columns_;        // in tiles
+  const int64_t most_;           // tiles, which bad offsets might have more of
   int32_t expert_ = -kWarp;      // of lane 0
   int64_t begin_ = 0, end_ = 0;  // rows of tiles before these experts, and with them
   Slots slots_{0, 0};
@@ -79,12 +80,14 @@ class TileWalk {
       : q_(q),
         tile_rows_(q.tile.x * q.tile.cluster),
         slices_(int32_t(ceil_div(q.p.K, kSliceK))),
-        columns_(ceil_div(q.p.N, q.columns())) {}
+        columns_(ceil_div(q.p.N, q.columns())),
+        most_(q.num_tiles_at_most()) {}
 
   // The same in every lane; `unit`, a tile's part of K, ascends from call to call.
   MOERT_DEVICE_INLINE TileWork at(int64_t unit) {
     const int splits = q_.tile.splits;  // mostly 1, and divisions of 64 bits are slow
     const int64_t tile = splits == 1 ? unit : unit / splits;
+    if (tile >= most_) return {{0, 0, 0}, 0, 0, 0};
     while (tile >= end_ * columns_) {
       if (expert_ + kWarp >= q_.p.E) return {{0, 0, 0}, 0, 0, 0};
       next_experts();

@@ -99,7 +99,7 @@ void dispatch_combine(const Returned& returned, int64_t threads, void* y);
 }  // namespace moert::cpu
 
 // The same on the current device, ordered by `stream` (a cudaStream_t); the pointers are the device's.  Nothing is
-// thrown for what lies in the device's memory: a rank, token or local id out of range counts as none.
+// thrown for what lies in the device's memory: a rank, token, slot or local id out of range counts as none.
 namespace moert::cuda {
 
 // Bytes of memory that dispatch_plan works in.
@@ -111,5 +111,7 @@ void dispatch_plan(const int32_t* ids, int64_t T, int64_t k, const int32_t* expe
 void dispatch_pack(const Packing& packing, void* stream, void* records);
 
 void dispatch_unpack(const Unpacking& unpacking, void* stream, void* rows);
+
+void dispatch_combine(const Returned& returned, void* stream, void* y);
 
 }  // namespace moert::cuda

@@ -103,10 +103,12 @@ void fused_experts_backward(const Rows& dy, const RoutedRows& tokens, const Expe
 }  // namespace cpu
 
 // The same on the current device, ordered by `stream` (a cudaStream_t); every pointer is the device's.  Not for weights
-// in panels.  `workspace` is as many bytes of the device as the function before says, aligned to 256.
+// in panels.  `workspace` is as many bytes of the device as the function before says, aligned to 256.  A plan is taken
+// as it is: of another one than that of the ids nothing outside the given memory is read or written.
 namespace cuda {
 
-int64_t fused_experts_workspace(const RoutedRows& tokens, const ExpertWeights& experts);
+// saves: whether h is wanted.
+int64_t fused_experts_workspace(const RoutedRows& tokens, const ExpertWeights& experts, bool saves);
 
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y,
                    void* h);

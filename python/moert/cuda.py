@@ -4,16 +4,13 @@ from importlib.util import find_spec
 
 import torch
 
-# Nothing asks for it on a GPU, where a rank's own rows travel with the others.
-CPU_ONLY = ("dispatch_combine",)
 # All that have kernels; to ask torch for them would take a fortieth of what `import moert` may.
 OPERATORS = (
     *("topk_gating", "topk_gating_backward", "expert_choice"),
     *("permute_plan", "permute", "unpermute", "unpermute_backward"),
     *("grouped_gemm", "grouped_gemm_wgrad", "fused_experts", "fused_experts_backward", "fused_experts_backward_"),
     *("fused_experts_quantized", "fused_experts_quantized_backward"),
-    *("union_experts", "dispatch_plan", "dispatch_pack", "dispatch_pack_", "dispatch_unpack_"),
-    *CPU_ONLY,
+    *("union_experts", "dispatch_plan", "dispatch_pack", "dispatch_pack_", "dispatch_unpack_", "dispatch_combine"),
 )
 
 
@@ -45,7 +42,7 @@ def _refusal(name: str):
 
 def why_not(name: str) -> str:
     """Why the operator cannot take tensors on a GPU, and what to do."""
-    if name in CPU_ONLY or (is_built() and torch.version.cuda):
+    if is_built() and torch.version.cuda:
         return f"tensors of {name} must be on the CPU, got a GPU: this version has no CUDA kernel for it"
     return f"tensors of {name} must be on the CPU, got a GPU: {how()}"
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -43,6 +44,11 @@ std::vector<T> numbers(Random& random, size_t n, double scale = 1) {
   std::vector<T> values(n);
   for (T& x : values) x = rounded<T>(random.number(scale));
   return values;
+}
+
+template <typename T>
+bool equal_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // Whether every row of `width` numbers is within `tolerance` of the other's, relative to the larger of its norm and a

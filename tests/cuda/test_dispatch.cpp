@@ -102,9 +102,38 @@ void rounded(const std::vector<int32_t>& ids, const Plan& plan, const Experts& e
       cpu::dispatch_unpack({records.data(), layout.bytes, payload, DTypeOf<X>::value, last - first, H}, 1, rows.data());
       cuda::dispatch_unpack({records_there.data(), layout.bytes, payload, DTypeOf<X>::value, last - first, H}, nullptr,
                             rows_there.data());
-      const std::vector<X> got = rows_there.read();
-      EXPECT(std::memcmp(got.data(), rows.data(), rows.size() * sizeof(X)) == 0);
+      EXPECT(equal_bits(rows_there.read(), rows));
     }
+}
+
+// Results of other ranks and of this one, whose slots are the first, in the middle, the last, all or none; slots that
+// point nowhere count as none.
+template <typename X>
+void combine() {
+  const int64_t T = 7, k = 3, S = 16;
+  Random random{7};
+  std::vector<int32_t> slots(size_t(T * k)), wild;
+  for (int32_t& slot : slots) slot = random.below(4) ? int32_t(random.below(S)) : -1;
+  wild = slots;
+  for (int32_t& slot : wild) slot = slot < 0 ? (random.below(2) ? int32_t(S) : -9) : slot;
+  OnDevice<int32_t> wild_there(wild);
+  for (const int64_t H : {0, 1, 33, 64})
+    for (const auto& [first, O] : {std::pair<int64_t, int64_t>{0, 5}, {4, 5}, {S - 5, 5}, {0, S}, {3, 0}})
+      for (const auto& [pad, shift] : {std::pair<int64_t, size_t>{0, 0}, {8, 0}, {3, 0}, {0, 1}})
+        for (const bool onto : {false, true}) {
+          const auto rows = numbers<X>(random, size_t((S - O) * (H + pad))), own = numbers<X>(random, size_t(O * H));
+          const auto residual = numbers<X>(random, size_t(T * (H + pad)));
+          std::vector<X> y(size_t(T * H), numbers<X>(random, 1)[0]);
+          OnDevice<X> rows_there(rows, shift), own_there(own), residual_there(residual, shift), y_there(y);
+          const DType dtype = DTypeOf<X>::value;
+          cpu::dispatch_combine({rows.data(), H + pad, own.data(), H, first, O, dtype, slots.data(),
+                                 onto ? residual.data() : nullptr, H + pad, T, k, S, H},
+                                1, y.data());
+          cuda::dispatch_combine({rows_there.data(), H + pad, own_there.data(), H, first, O, dtype, wild_there.data(),
+                                  onto ? residual_there.data() : nullptr, H + pad, T, k, S, H},
+                                 nullptr, y_there.data());
+          EXPECT(equal_bits(y_there.read(), y));
+        }
 }
 
 // Every code, NaN among them, in records that begin and end anywhere.
@@ -187,6 +216,10 @@ void tests() {
   every_code<float>();
   every_code<bf16>();
   every_code<f16>();
+  combine<float>();
+  combine<bf16>();
+  combine<f16>();
+  combine<double>();
   numbers_out_of_range();
 }
 

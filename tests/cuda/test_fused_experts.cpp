@@ -10,6 +10,7 @@
 #include "../cpp/expect.h"
 #include "cuda/epilogue.h"
 #include "memory.h"
+#include "moert/permute.h"
 #include "random.h"
 
 #if defined(MOERT_EMULATED)
@@ -24,6 +25,9 @@ constexpr Act kActs[] = {Act::identity,   Act::silu,  Act::gelu,           Act::
                          Act::relu,       Act::relu2, Act::swiglu,         Act::geglu,
                          Act::geglu_tanh, Act::reglu, Act::swiglu_clamped, Act::swiglu_oai};
 
+// What is added to y beside the choices.
+enum class Added { nothing, rows, all };
+
 struct Case {
   int64_t T, k, E, H, I;
   Act act;
@@ -31,6 +35,8 @@ struct Case {
   ScaleOn scale_on = ScaleOn::output;
   bool tf32 = false;
   int64_t apart = 0;  // elements between the rows of x and of dy
+  Added added = Added::nothing;
+  int64_t spare = -1;  // slots more than choices, of a plan that is given; -1: none is
 };
 
 template <typename T>
@@ -42,9 +48,9 @@ struct Problem {
   using A = Acc<T>;
   Case c;
   int64_t width, stride;
-  Values<T> x, w1, w2, b1, b2, dy;
-  Values<A> weights;
-  Values<int32_t> ids;
+  Values<T> x, w1, w2, b1, b2, dy, constants;
+  Values<A> weights, scale, mix;
+  Values<int32_t> ids, offsets, slot_tokens, slots;
 
   explicit Problem(const Case& c) : c(c), width(is_gated(c.act) ? 2 * c.I : c.I), stride(c.H + c.apart) {
     Random random;
@@ -59,6 +65,29 @@ struct Problem {
       const auto e = int32_t(random.below(c.E + 1));
       ids.push_back(e == 1 ? -1 - int32_t(i) : e);
     }
+    constants = numbers<T>(random, kConstants * c.H);
+    scale = numbers<A>(random, c.T), mix = numbers<A>(random, c.T * kConstants);
+    if (c.spare < 0) return;
+    offsets.resize(c.E + 1), slot_tokens.resize(c.T * c.k), slots.resize(c.T * c.k);
+    cpu::permute_plan(ids.data(), c.T, c.k, c.E, -1, 1, offsets.data(), slot_tokens.data(), slots.data());
+    slot_tokens.resize(c.T * c.k + c.spare, -1);
+  }
+
+  static constexpr int64_t kConstants = 3;
+
+  int64_t num_slots() const { return c.T * c.k + std::max<int64_t>(c.spare, 0); }
+
+  // What else tokens are given: rows in the place of x.
+  void add_to(RoutedRows& tokens, const T* rows, const A* scale, const A* mix, const T* constants) const {
+    if (c.added == Added::nothing) return;
+    tokens.onto.rows = {rows, kType, stride};
+    if (c.added == Added::all) tokens.onto.scale = scale;
+    if (c.added == Added::all) tokens.onto.C = kConstants, tokens.onto.mix = mix, tokens.onto.constants = constants;
+  }
+
+  void give_plan(RoutedRows& tokens, const int32_t* offsets, const int32_t* slot_tokens, const int32_t* slots) const {
+    if (c.spare >= 0)
+      tokens.offsets = offsets, tokens.tokens = slot_tokens, tokens.slots = slots, tokens.S = num_slots();
   }
 
   static constexpr DType kType = DTypeOf<T>::value;
@@ -138,14 +167,16 @@ Results<T, W> at_first(const Problem<T>& p, bool accumulate) {
   const Case& c = p.c;
   Random random{7};
   const auto start = [&](int64_t n) { return accumulate ? numbers<W>(random, n) : nan<W>(n); };
-  return {nan<T>(c.T * c.H),          nan<T>(c.T * c.k * p.width), nan<T>(c.T * c.H),    nan<Acc<T>>(c.T * c.k),
-          start(c.E * p.width * c.H), start(c.E * c.H * c.I),      start(c.E * p.width), start(c.E * c.H)};
+  return {nan<T>(c.T * c.H),          nan<T>(p.num_slots() * p.width), nan<T>(c.T * c.H),    nan<Acc<T>>(c.T * c.k),
+          start(c.E * p.width * c.H), start(c.E * c.H * c.I),          start(c.E * p.width), start(c.E * c.H)};
 }
 
 template <typename T, typename W>
 Results<T, W> on_cpu(const Problem<T>& p, bool accumulate) {
   Results<T, W> r = at_first<T, W>(p, accumulate);
-  const auto tokens = p.tokens(p.x.data(), p.ids.data(), p.weights.data());
+  auto tokens = p.tokens(p.x.data(), p.ids.data(), p.weights.data());
+  p.add_to(tokens, p.dy.data(), p.scale.data(), p.mix.data(), p.constants.data());
+  p.give_plan(tokens, p.offsets.data(), p.slot_tokens.data(), p.slots.data());
   const auto experts = p.experts(p.w1.data(), p.w2.data(), p.b1.data(), p.b2.data());
   cpu::fused_experts(tokens, experts, 1, r.y.data(), r.h.data());
   auto gradients = p.gradients(r.dx.data(), r.dweights.data(), r.dw1.data(), r.dw2.data(), r.db1.data(), r.db2.data());
@@ -158,27 +189,24 @@ template <typename T, typename W>
 Results<T, W> on_device(const Problem<T>& p, bool saved, bool accumulate) {
   using A = Acc<T>;
   const Results<T, W> start = at_first<T, W>(p, accumulate);
-  OnDevice<T> x(p.x), w1(p.w1), w2(p.w2), b1(p.b1), b2(p.b2), dy(p.dy);
-  OnDevice<A> weights(p.weights), dweights(start.dweights);
-  OnDevice<int32_t> ids(p.ids);
+  OnDevice<T> x(p.x), w1(p.w1), w2(p.w2), b1(p.b1), b2(p.b2), dy(p.dy), constants(p.constants);
+  OnDevice<A> weights(p.weights), dweights(start.dweights), scale(p.scale), mix(p.mix);
+  OnDevice<int32_t> ids(p.ids), offsets(p.offsets), slot_tokens(p.slot_tokens), slots(p.slots);
   OnDevice<T> y(start.y), h(start.h), dx(start.dx);
   OnDevice<W> dw1(start.dw1), dw2(start.dw2), db1(start.db1), db2(start.db2);
-  const auto tokens = p.tokens(x.data(), ids.data(), weights.data());
+  auto tokens = p.tokens(x.data(), ids.data(), weights.data());
+  p.add_to(tokens, dy.data(), scale.data(), mix.data(), constants.data());
+  p.give_plan(tokens, offsets.data(), slot_tokens.data(), slots.data());
   const auto experts = p.experts(w1.data(), w2.data(), b1.data(), b2.data());
   auto gradients = p.gradients(dx.data(), dweights.data(), dw1.data(), dw2.data(), db1.data(), db2.data());
   gradients.accumulate = {accumulate, accumulate, accumulate, accumulate};
   const auto memory = [](int64_t bytes) { return OnDevice<uint8_t>(Values<uint8_t>(bytes, 0xff)); };
-  auto forward = memory(cuda::fused_experts_workspace(tokens, experts));
+  auto forward = memory(cuda::fused_experts_workspace(tokens, experts, saved));
   cuda::fused_experts(tokens, experts, forward.data(), nullptr, y.data(), saved ? h.data() : nullptr);
   auto backward = memory(cuda::fused_experts_backward_workspace(tokens, experts, saved, gradients));
   cuda::fused_experts_backward({dy.data(), p.kType, p.stride}, tokens, experts, saved ? h.data() : nullptr,
                                backward.data(), nullptr, gradients);
   return {y.read(), h.read(), dx.read(), dweights.read(), dw1.read(), dw2.read(), db1.read(), db2.read()};
-}
-
-template <typename T>
-bool equal_bits(const Values<T>& a, const Values<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // What lies between the products is rounded to T here and to float on the CPU: three times on the way to dx, half a
@@ -223,6 +251,67 @@ void check(const Case& c, bool accumulate = false) {
 template <typename T>
 void check_added(const Case& c) {
   check<T, Acc<T>>(c, true);
+}
+
+// What is added to the choices, and a plan that is known: as the CPU has them, and of a plan the bits of one that is
+// made here.
+template <typename T>
+void check_given(Case c) {
+  for (const Added added : {Added::nothing, Added::rows, Added::all}) {
+    c.added = added, c.spare = -1;
+    const auto own = on_device<T, T>(Problem<T>(c), true, false);
+    for (const int64_t spare : {0, 7}) {
+      c.spare = spare;
+      check<T>(c);
+      const auto given = on_device<T, T>(Problem<T>(c), true, false);
+      EXPECT(equal_bits(given.y, own.y) && equal_bits(given.dx, own.dx) && equal_bits(given.dweights, own.dweights));
+      EXPECT(equal_bits(given.dw1, own.dw1) && equal_bits(given.dw2, own.dw2));
+    }
+  }
+}
+
+// A plan of anything: nothing is read or written that is not given, which compute-sanitizer and the host see.
+template <typename T>
+void check_wild_plan(const Case& c) {
+  Problem<T> p(c);
+  Random random{5};
+  const auto wild = [&](Values<int32_t>& values) {
+    for (int32_t& value : values) value = int32_t(random.bits()) >> random.below(32);
+  };
+  for (int round = 0; round < 4; ++round) {
+    wild(p.offsets), wild(p.slot_tokens), wild(p.slots);
+    for (const bool saved : {false, true}) {
+      const auto results = on_device<T, T>(p, saved, false);
+      EXPECT(results.y.size() == size_t(c.T * c.H));
+    }
+  }
+}
+
+void test_given() {
+  check_given<float>({13, 2, 3, 24, 16, Act::swiglu, false, false, true});
+  check_given<bf16>({40, 3, 4, 72, 40, Act::swiglu, true, true, true});
+  check_given<f16>({9, 2, 3, 21, 11, Act::relu, false, false, true, ScaleOn::input, false, 3});
+  check_given<double>({9, 2, 3, 20, 11, Act::geglu, false, false, true});
+  check_given<bf16>({3, 2, 3, 72, 40, Act::swiglu, false, false, true});  // few tokens, which are not sorted
+  check_given<float>({0, 2, 3, 8, 8, Act::swiglu});
+  check_wild_plan<float>({13, 2, 3, 24, 16, Act::swiglu, false, false, true, ScaleOn::input, false, 0, {}, 3});
+  check_wild_plan<bf16>({40, 3, 4, 72, 40, Act::swiglu, false, false, true, ScaleOn::output, false, 0, {}, 3});
+}
+
+// Rows added to their tokens' sums by the second product, where no backward follows.
+void test_fused_combine() {
+  setenv("MOERT_FUSED_COMBINE", "1", 1);
+  for (const ScaleOn scale_on : {ScaleOn::output, ScaleOn::input}) {
+    check<float>({13, 2, 3, 21, 16, Act::swiglu, false, false, true, scale_on});
+    check<double>({13, 2, 3, 24, 16, Act::swiglu, true, false, true, scale_on});
+    check<bf16>({70, 3, 4, 72, 40, Act::swiglu, false, false, true, scale_on});
+    check<f16>({70, 3, 4, 72, 40, Act::swiglu_oai, true, true, true, scale_on});
+    check<float>({70, 2, 3, 72, 40, Act::relu, false, false, true, scale_on, true});
+  }
+  check_given<bf16>({40, 3, 4, 72, 40, Act::swiglu, true, true, true});
+  check_given<float>({9, 2, 3, 21, 11, Act::relu, false, false, true, ScaleOn::input, false, 3});
+  check_wild_plan<bf16>({40, 3, 4, 72, 40, Act::swiglu, false, false, true, ScaleOn::output, false, 0, {}, 3});
+  setenv("MOERT_FUSED_COMBINE", "0", 1);
 }
 
 // Between the products lie the gradient of the pre-activations, and one after the other the activation and dx's rows.
@@ -319,6 +408,8 @@ void tests() {
   test_activations();
   test_layouts();
   test_edges();
+  test_given();
+  test_fused_combine();
 #if defined(MOERT_EMULATED) && defined(MOERT_CUTLASS)
   emulate::copies_at_once = true;
   test_layouts();
@@ -329,6 +420,8 @@ void tests() {
   check<bf16>({300, 2, 3, 72, 264, Act::swiglu, false, false, true});  // wide tiles, where multiprocessors are few
   check<bf16>({300, 2, 3, 72, 264, Act::relu2});
   test_few_rows();
+  test_given();
+  test_fused_combine();
 #endif
 }
 

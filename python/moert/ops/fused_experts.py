@@ -3,8 +3,6 @@
 Letters: T tokens, H hidden, I intermediate, E experts, k choices per token; 2I is I where the activation is not gated.
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +29,8 @@ def fused_experts(
 
     x [T, H], w1 [E, 2I, H], w2 [E, H, I] (see ExpertLayout), bias ([E, 2I], [E, H]) -> y [T, H] in x's dtype.
     scale_on="input" multiplies the routing weight into the expert's input instead of its output (Llama 4).
-    Ids outside [0, E) are dropped: they add nothing and get no gradient.  A routing.plan must be that of the ids.
+    Ids outside [0, E) are dropped: they add nothing and get no gradient.  A routing.plan must be that of the ids; a CPU
+    looks whether it is, a GPU does not.
     On a GPU float32 factors are rounded to tf32, in backward too, where torch's own float32 matrix products may be.
     w1 and w2 may lie in panels, as moert.prepack_ leaves them; then there are no gradients.
 
@@ -66,23 +65,20 @@ def _fused_experts(x, routing, w1, w2, onto, bias, activation, layout, scale_on)
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
     x, w1, w2, b1, b2, rows, constants = autocast(x, *parameters, onto.rows, onto.constants)
-    onto = replace(onto, rows=rows, constants=constants)
-    # Kernels of other devices sort the ids themselves, and what is to be added comes after them.
-    plan, fused = (routing.plan, onto) if x.device.type == "cpu" else (None, Onto())
-    added = (fused.rows, fused.scale, fused.mix, fused.constants)
+    added = (rows, onto.scale, onto.mix, constants)
     tensors = (x, routing.weights, w1, w2, b1, b2, *added)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if save and w1.dim() == 5:
         raise ValueError("w1 must not lie in panels where gradients are wanted, got prepacked weights (unprepack_)")
     gate = (activation.name, activation.alpha, activation.limit, layout.transposed, layout.interleaved)
     routed = (x, routing.ids, routing.weights, w1, w2, b1, b2)
+    plan = routing.plan
     plan = (None, None, None) if plan is None else (plan.offsets, plan.tokens, plan.slots)
     rest = (*plan, *added, *(_main_grads(parameters) if save else (None,) * 4))
     tf32 = rounds_to_tf32(x)
     # For one token every argument counts: what nobody gave is left out.
     rest = (*rest, tf32) if tf32 or any(t is not None for t in rest) else ()
-    y = torch.ops.moert.fused_experts(*routed, *gate, scale_on, save, *rest)[0]
-    return y if fused is onto else onto.added_to(y)
+    return torch.ops.moert.fused_experts(*routed, *gate, scale_on, save, *rest)[0]
 
 
 def _main_grads(parameters):
