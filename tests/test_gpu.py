@@ -170,6 +170,12 @@ TILES = (
 )
 
 
+def persistent_tiles(names):
+    """Rows of x and of w in the tiles of persistent kernels among those named."""
+    taken = [re.search(r"grouped_gemm_persistent_kernel<.*?Tiling<[\w:]+, \D*(\d+), \D*(\d+)", name) for name in names]
+    return [tuple(map(int, match.groups())) for match in taken if match]
+
+
 @pytest.mark.parametrize("gathered", (False, True), ids=("", "gathered"))
 @pytest.mark.parametrize("transposed", (False, True), ids=("ENK", "EKN"))
 @pytest.mark.parametrize("E,S,N,K,tile", TILES)
@@ -191,13 +197,15 @@ def test_persistent_grouped_gemm_takes_its_tiles(E, S, N, K, tile, transposed, g
         y = grouped_gemm(*args)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events()]
-    taken = [re.search(r"grouped_gemm_persistent_kernel<.*?Tiling<[\w:]+, \D*(\d+), \D*(\d+)", name) for name in names]
-    assert [tuple(map(int, match.groups())) for match in taken if match] == [tile], names
+    assert persistent_tiles(names) == [tile], names
     assert any("add_split_sums" in name for name in names) == (K == 2048)
     assert torch.equal(y.cpu(), expected)
 
 
-@pytest.mark.parametrize("layout", (ExpertLayout(), ExpertLayout(True, True)), ids=("ENK", "EKN-interleaved"))
+LAYOUTS = (ExpertLayout(), ExpertLayout(True), ExpertLayout(True, True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("ENK", "EKN", "EKN-interleaved"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", FUSED_EXPERTS_SHAPES, ids=str)
 def test_fused_experts(shape, dtype, layout):
@@ -354,22 +362,18 @@ def test_too_large(E, k, message):
         moert.topk_gating(torch.randn(3, E, device="cuda"), k)
 
 
-@pytest.mark.parametrize(
-    "given,message",
-    [
-        ({"offsets": 5, "tokens": 6, "slots": (3, 2)}, "offsets, tokens and slots must be None on a GPU"),
-        ({"onto_rows": (3, 8)}, "onto_rows, onto_scale, mix and constants must be None on a GPU"),
-    ],
-)
-def test_what_the_kernel_does_not_do_is_refused(given, message):
-    def zeros(*shape, **options):
-        return torch.zeros(*shape, device="cuda", **options)
-
-    ints = {"dtype": torch.int32}
-    tensors = {name: zeros(size, **({} if name == "onto_rows" else ints)) for name, size in given.items()}
-    args = zeros(3, 8), zeros(3, 2, **ints), zeros(3, 2), zeros(4, 10, 8), zeros(4, 8, 5), None, None
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.moert.fused_experts(*args, "swiglu", 1.0, 1.0, False, False, "output", False, **tensors)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dispatch_combine(dtype):
+    """The bits of the CPU's, rows strided or not; a slot that points nowhere is left out."""
+    H, slots, ops = 40, torch.randint(-1, 9, (7, 3)).int(), torch.ops.moert
+    rows, own = torch.randn(5, H + 8).to(dtype)[:, :H], torch.randn(4, H).to(dtype)
+    for first in (0, 2, 5):
+        for residual in (None, torch.randn(7, H).to(dtype)):
+            got = ops.dispatch_combine(there(rows), there(own), first, there(slots), there(residual))
+            assert torch.equal(got.cpu(), ops.dispatch_combine(rows, own, first, slots, residual))
+    astray = torch.where(slots < 0, 99, slots)
+    got = ops.dispatch_combine(there(rows), there(own), 0, there(astray))
+    assert torch.equal(got.cpu(), ops.dispatch_combine(rows, own, 0, slots))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ ctest --test-dir $build -L gpu --no-tests=error --output-on-failure
 # With the persistent grouped GEMM for Hopper too; the C++ programs ask for it themselves.
 for persistent in 0 1; do
   MOERT_PERSISTENT_GEMM=$persistent "$python" -S -m pytest -q -m "gpu" -p no:cacheprovider -rs tests/test_gpu.py \
-    tests/test_gpu_quantized.py tests/integrations/transformers/test_trainer.py
+    tests/test_gpu_experts.py tests/test_gpu_quantized.py tests/integrations/transformers/test_trainer.py
 done
 
 if command -v compute-sanitizer >/dev/null; then
