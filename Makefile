@@ -67,7 +67,7 @@ cuda-toolchain: $(READY)
 
 # Needs a GPU and a torch built for CUDA: TORCH="torch --index-url https://download.pytorch.org/whl/cu130".
 test-gpu: $(READY)
-	tools/test_gpu.sh $(BIN)/python
+	tools/test_gpu.sh $(BIN)/python $(ARGS)
 
 test-asan: $(READY)
 	tools/test_asan.sh $(BIN)/python

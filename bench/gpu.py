@@ -25,9 +25,11 @@ from run import commit, default_path, save
 
 DECODE, PREFILL = (1, 4, 8, 16, 64), (256, 1024, 8192)
 PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1
-OWN = ("moert", PERSISTENT, "moert main_grad")  # no peers
+# moert in another way, a line of its own: with MOERT_FUSED_COMBINE=1, weights that lie turned, gradients added.
+WAYS = ("", " fused combine", " turned", " main_grad")
+OWN = tuple(name + way for name in ("moert", PERSISTENT) for way in WAYS)  # no peers
 AGREE = 0.05  # the worst row's error: bfloat16 twice over; a wrong expert is off by 1
-LAYER = gpu_cases.Layer("small", 32, 16, 8, 2)  # --smoke
+LAYER = gpu_cases.Layer("small", 32, 16, 8, 2, turned=True)  # --smoke
 
 
 def main() -> None:
@@ -117,7 +119,7 @@ def gpu_facts() -> dict:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = None
-    facts = machine_facts(("torch", "transformers", "liger-kernel", "scattermoe"))
+    facts = machine_facts(("torch", "transformers", "liger-kernel", "megatron-core", "scattermoe"))
     return {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda, **facts}
 
 
@@ -133,24 +135,32 @@ def show(rows: list[dict], console: Console) -> None:
         "operator", "layer", "floor us", "moert us", "persistent us", "share", "TFLOP/s", "best peer", "peer / moert"
     )
     for row in rows:
-        seconds = row["seconds"]
-        peers = {name: time for name, time in seconds.items() if name not in OWN}
-        best = min(peers, key=peers.get, default=None)
-        name = f"{best}{'' if row['graph'].get(best) else ' (no graph)'}" if best else "-"
-        table.add_row(
-            row["op"],
-            row["shape"],
-            f"{row['floor'] * 1e6:.1f}",
-            f"{seconds['moert'] * 1e6:.1f}",
-            f"{seconds[PERSISTENT] * 1e6:.1f}" if PERSISTENT in seconds else "-",
-            f"{row['share']:.2f}",
-            f"{row['tflops']:.0f}" if row["flop"] else "-",
-            name,
-            f"{peers[best] / seconds['moert']:.2f}" if best else "-",
-        )
+        for way in WAYS:
+            if f"moert{way}" in row["seconds"]:
+                table.add_row(*cells(row, way))
     console.print(table)
     for name, why in sorted({(name, why) for row in rows for name, why in row["left_out"].items()}):
         console.print(f"left out: {name}: {why}")
+
+
+def cells(row: dict, way: str) -> tuple[str, ...]:
+    """A line of the table."""
+    seconds = row["seconds"]
+    own, persistent = seconds[f"moert{way}"], seconds.get(PERSISTENT + way)
+    peers = {name: time for name, time in seconds.items() if name not in OWN}
+    best = min(peers, key=peers.get, default=None)
+    name = f"{best}{'' if row['graph'].get(best) else ' (no graph)'}" if best else "-"
+    return (
+        row["op"] + way,
+        row["shape"],
+        f"{row['floor'] * 1e6:.1f}",
+        f"{own * 1e6:.1f}",
+        f"{persistent * 1e6:.1f}" if persistent else "-",
+        f"{row['floor'] / own:.2f}",
+        f"{row['flop'] / own / 1e12:.0f}" if row["flop"] else "-",
+        name,
+        f"{peers[best] / own:.2f}" if best else "-",
+    )
 
 
 if __name__ == "__main__":

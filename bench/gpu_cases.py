@@ -8,14 +8,15 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gpu_peers
 import moert
-from moert import Routing
+from gpu_more import Problem, more
+from moert import ExpertLayout, Routing
 from moert.quant import Int4, Int8, Mxfp4
 from moert.quant.format import PackedTensor, RowFormat
 
@@ -27,6 +28,7 @@ class Layer:
     I: int
     E: int
     k: int
+    turned: bool = False  # its weights lie [E, H, 2I], gates and ups in turns, and [E, I, H]
 
 
 MODELS = (
@@ -34,7 +36,7 @@ MODELS = (
     Layer("Mixtral-8x7B", 4096, 14336, 8, 2),
     Layer("OLMoE", 2048, 1024, 64, 8),
     Layer("DeepSeek-V2-Lite", 2048, 1408, 64, 6),
-    Layer("gpt-oss-20b", 2880, 2880, 32, 4),
+    Layer("gpt-oss-20b", 2880, 2880, 32, 4, turned=True),
 )
 # The shapes of the SonicMoE paper (arXiv:2512.14080), T = 32768.
 SONIC = (
@@ -45,19 +47,6 @@ SONIC = (
 )
 QUANTIZED = (Int4(32), Int4(128), Int8(), Mxfp4())
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-COPIES = 16  # tokens up to which batched_mm, which copies the weights of every choice, is worth a look
-
-
-@dataclass
-class Problem:
-    """Providers compute the same; bytes and flop are what none of them can avoid.  `exact`: integers are compared."""
-
-    op: str
-    shape: str
-    bytes: float
-    flop: float
-    providers: dict[str, Callable[[], Tensor]]
-    exact: bool = False
 
 
 def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Iterator[Problem]:
@@ -71,6 +60,7 @@ def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Ite
     yield made.experts()
     for fmt in QUANTIZED:
         yield made.quantized(fmt)
+    yield from more(made, step)
     if step:
         yield made.step()
         yield made.backward()
@@ -165,17 +155,29 @@ class _Inputs:
             return torch.cat([self.rows[begin:end] @ w.T for begin, end, w in parts])
 
         providers = {"moert": lambda: moert.grouped_gemm(self.rows, self.w1, offsets), "loop": loop}
-        providers["moert persistent"] = _persistent(providers["moert"])
+        providers["moert persistent"] = _asking("MOERT_PERSISTENT_GEMM", providers["moert"])
         if hasattr(F, "grouped_mm"):
             providers["grouped_mm"] = lambda: F.grouped_mm(self.rows, self.w1.transpose(1, 2), offs=ends)
         moved = self.used * N * K * 2 + self.rows.nbytes + S * N * 2
         return Problem("grouped_gemm", self.shape, moved, 2.0 * S * N * K, providers)
 
     def experts(self) -> Problem:
+        forwards = self._forwards()
+        for name in ("moert", "moert persistent"):
+            forwards[f"{name} fused combine"] = _asking("MOERT_FUSED_COMBINE", forwards[name])
+            if self.layer.turned:
+                forwards[f"{name} turned"] = self._turned(forwards[name])
         providers = {}
-        for name, forward in self._forwards().items():
+        for name, forward in (forwards | gpu_peers.inference_peers(self.layer, self.ids)).items():
             providers[name] = torch.inference_mode()(functools.partial(forward, self.x, self.weights, self.w1, self.w2))
         return Problem("fused_experts", self.shape, self._moved(), self._flop(), providers)
+
+    def _turned(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The same experts with their weights as the layer's checkpoints have them."""
+        E, I, H = self.layer.E, self.layer.I, self.layer.H
+        w1 = self.w1.view(E, 2, I, H).transpose(1, 2).reshape(E, 2 * I, H).mT.contiguous()
+        w2, layout = self.w2.mT.contiguous(), ExpertLayout(transposed=True, interleaved=True)
+        return lambda x, weights, *_: forward(x, weights, w1, w2, layout)
 
     def quantized(self, fmt: RowFormat) -> Problem:
         """Random codes beside the same weights in bfloat16."""
@@ -276,69 +278,28 @@ class _Inputs:
         return 6.0 * self.T * self.layer.k * self.layer.H * self.layer.I
 
     def _forwards(self) -> dict[str, Callable[..., Tensor]]:
-        """forward(x, weights, w1, w2) of everything that can be imported."""
+        """forward(x, weights, w1, w2) of all that has gradients."""
         ids, E = self.ids, self.layer.E
         forwards = {
-            "moert": lambda x, weights, w1, w2: moert.fused_experts(x, Routing(ids, weights, E), w1, w2),
-            **_transformers(self.layer, ids, self.T),
+            "moert": lambda x, weights, w1, w2, layout=ExpertLayout(): moert.fused_experts(
+                x, Routing(ids, weights, E), w1, w2, layout=layout
+            ),
+            **gpu_peers.peers(self.layer, ids, self.T),
         }
-        forwards["moert persistent"] = _persistent(forwards["moert"])
-        if find_spec("liger_kernel"):
-            from liger_kernel.ops import LigerFusedMoEFunction
-
-            narrow = ids.int()
-            forwards["Liger-Kernel"] = lambda x, weights, w1, w2: LigerFusedMoEFunction.apply(
-                x, w1, w2, narrow, weights.to(x.dtype)
-            )
-        if find_spec("scattermoe"):
-            forwards["ScatterMoE"] = functools.partial(_scattermoe, self.layer, ids)
+        forwards["moert persistent"] = _asking("MOERT_PERSISTENT_GEMM", forwards["moert"])
         return forwards
 
 
-def _persistent(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The forward with the persistent grouped GEMM, where the device is Hopper's and it takes the product."""
+def _asking(name: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The call with what `name` in the environment asks for, where the device and the call have it."""
 
     @functools.wraps(call)
     def run(*args):
-        before = os.environ.get("MOERT_PERSISTENT_GEMM", "")
-        os.environ["MOERT_PERSISTENT_GEMM"] = "1"
+        before = os.environ.get(name, "")
+        os.environ[name] = "1"
         try:
             return call(*args)
         finally:
-            os.environ["MOERT_PERSISTENT_GEMM"] = before
+            os.environ[name] = before
 
     return run
-
-
-def _transformers(layer: Layer, ids: Tensor, T: int) -> dict[str, Callable[..., Tensor]]:
-    """The ways in which stock transformers runs the experts of Qwen3-MoE."""
-    if not find_spec("transformers"):
-        return {}
-    from transformers import Qwen3MoeConfig
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    sizes = {"hidden_size": layer.H, "moe_intermediate_size": layer.I, "num_experts": layer.E}
-    with torch.device("meta"):
-        experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, num_experts_per_tok=layer.k))
-    del experts.gate_up_proj, experts.down_proj
-    wide = ids.long()
-
-    def run(forward, x, weights, w1, w2):
-        experts.gate_up_proj, experts.down_proj = w1, w2
-        return forward(experts, x, wide, weights.to(x.dtype))
-
-    ways = {"loop": type(experts).forward.__wrapped__, "grouped_mm": ALL_EXPERTS_FUNCTIONS["grouped_mm"]}
-    if T <= COPIES:
-        ways["batched_mm"] = ALL_EXPERTS_FUNCTIONS["batched_mm"]
-    return {f"transformers {name}": functools.partial(run, forward) for name, forward in ways.items()}
-
-
-def _scattermoe(layer: Layer, ids: Tensor, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    from scattermoe.mlp import GLUMLP
-
-    with torch.device("meta"):
-        experts = GLUMLP(layer.H, layer.I, layer.E, layer.k, activation=torch.nn.SiLU())
-    up_then_gate = torch.cat(w1.chunk(2, dim=1)[::-1], dim=1)
-    named = {"experts.weight": up_then_gate, "output_experts.weight": w2}
-    return torch.func.functional_call(experts, named, (x, weights.to(x.dtype), ids.long()))
