@@ -346,6 +346,7 @@ BAD = {
         ("offsets", OFFSETS.flip(0), "offsets must ascend from 0 to at most S=6, got others"),
         ("tokens", TOKENS[None], r"tokens must be \[S\], got shape \[1, 6\]"),
         ("tokens", TOKENS.long(), "tokens must have dtype Int, got Long"),
+        ("tokens", TOKENS[:1].expand(2**31), r"tokens must have fewer than 2\^31 elements, got shape \[2147483648\]"),
         ("tokens", TOKENS + 1, r"slots must be those of the plan of ids \(permute_plan\), got others"),
         ("slots", SLOTS[1:], r"slots must have shape \[T=3, k=2\], got \[2, 2\]"),
         ("slots", SLOTS.float(), "slots must have dtype Int, got Float"),

@@ -58,6 +58,24 @@ RULES = (
         "rows are gathered 16 bytes at a time",
     ),
     Rule(
+        r"grouped_gemm_persistent_kernel\w*Li128ELi\d+ELb[01]ELb0E",
+        "sm_90a",
+        (r"\bHGMMA[^;]*\.tnspB\b", r"\bUTMALDG\.4D\b"),
+        "weights are multiplied as they lie along their columns, their gate and up halves one box after the other",
+    ),
+    Rule(
+        r"grouped_gemm_persistent_kernel\w*Li(?:8|16|32|64)ELi128ELb1ELb0E",
+        "sm_90a",
+        (r"\bHGMMA[^;]*\.tnspA\b", r"\bUTMALDG\.4D\b"),
+        "the same with the weights on the M side",
+    ),
+    Rule(
+        r"grouped_gemm_(?:persistent_kernel|mma\w*8Epilogue)",
+        "sm_90a",
+        (r"\bREDG\.E\.ADD\.F32x4\b",),
+        "rows are added to sums 16 bytes at a time",
+    ),
+    Rule(
         r"grouped_gemm_mma\w*ActivationBackward",
         ".*",
         (LOAD_128,),
@@ -70,6 +88,8 @@ RULES = (
         "tensor cores; rows are stored 16 bytes at a time",
     ),
     Rule(r"choice_dots", ".*", (LOAD_128,), "rows are read 16 bytes at a time"),
+    Rule(r"start_sums\w*Li8E", ".*", (STORE_128,), "sums are written 16 bytes at a time"),
+    Rule(r"round_sums\w*Li8E", ".*", (LOAD_128, STORE_128), "sums are rounded 16 bytes at a time"),
     Rule(
         r"grouped_gemm_persistent_kernel\w*Li128ELi256E",
         "sm_90a",

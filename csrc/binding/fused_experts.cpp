@@ -1,6 +1,7 @@
 #include "moert/fused_experts.h"
 
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "binding/batch_invariant.h"
@@ -39,6 +40,8 @@ void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
   CHECK_SAME_DEVICE(slots, call.x);
   STD_TORCH_CHECK(has_shape(offsets, {E + 1}), "offsets must have shape [E + 1=", E + 1, "], got ", shape(offsets));
   CHECK_DIM(tokens, 1, "[S]");
+  STD_TORCH_CHECK(tokens.numel() <= std::numeric_limits<int32_t>::max(),
+                  "tokens must have fewer than 2^31 elements, got shape ", shape(tokens));
   STD_TORCH_CHECK(has_shape(slots, {call.T, call.k}), "slots must have shape [T=", call.T, ", k=", call.k, "], got ",
                   shape(slots));
   call.offsets = torch::stable::contiguous(offsets);
