@@ -142,6 +142,20 @@ def test_other_systems(tmp_path):
 
 
 @in_source_tree
+def test_old_cuda_compiler(tmp_path):
+    """An error for who asks for CUDA, a line for who does not."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
+    nvcc.chmod(0o755)
+    old = f"nvcc >= 12.8, got 12.4 ({nvcc})"
+    said = configure(tmp_path, "-DMOERT_TORCH=OFF", "-DMOERT_CUDA=ON", CUDACXX=str(nvcc))
+    assert said == f"moert: there must be {old} for MOERT_CUDA=ON"
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "auto", "-DMOERT_TORCH=OFF"]
+    run = subprocess.run(command, env={**os.environ, "CUDACXX": str(nvcc)}, capture_output=True, text=True, check=True)
+    assert f"moert: without CUDA, for want of {old}\n" in run.stdout
+
+
+@in_source_tree
 @pytest.mark.parametrize("asked", ("ON", "OFF", None))
 def test_cutlass_is_a_requirement_of_a_build_with_cuda_alone(asked):
     environment = {name: value for name, value in os.environ.items() if name != "MOERT_CUDA"}
