@@ -29,3 +29,11 @@ def test_a_tensor_elsewhere_reaches_no_kernel(op):
             elsewhere = {name: other if name == argument.name else there(other) for name, other in VALID[op].items()}
             with pytest.raises(RuntimeError, match=f"{argument.name} must be on the GPU like .*, got another device"):
                 operator.redispatch(CUDA, **elsewhere)
+
+
+def test_weights_in_panels_are_refused():
+    """As moert.prepack_ leaves them for a CPU."""
+    panels = {name: torch.zeros(4, 1, 1, 16, 2, device="cuda") for name in ("w1", "w2")}
+    call = {name: there(value) for name, value in VALID["fused_experts"].items()}
+    with pytest.raises(RuntimeError, match=r"w1 must not lie in panels on a GPU, got prepacked weights \(unprepack_\)"):
+        torch.ops.moert.fused_experts(**(call | panels))

@@ -268,6 +268,20 @@ void test_backward_fits_tensor_cores() {
 }
 
 #if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
+void test_too_many_tiles() {
+  alignas(16) static uint16_t memory[64];
+  GroupedGemm p{};
+  p.S = 1 << 30, p.E = 1, p.N = 1 << 20, p.K = 8;
+  p.x = {memory, DType::bf16, 8}, p.w = {memory, DType::bf16, p.N * p.K, p.K, 1};
+  std::string said;
+  try {
+    cuda::grouped_gemm(p, nullptr, memory, p.N);
+  } catch (const std::runtime_error& error) {
+    said = error.what();
+  }
+  EXPECT(said == "a grouped product must have at most 2^31 - 1 tiles, got 68719493120");
+}
+
 constexpr const char* kPersistent = "MOERT_PERSISTENT_GEMM";
 
 void test_persistent() {
@@ -295,6 +309,7 @@ void tests() {
   test_products<f16>();
 #endif
 #if !defined(MOERT_EMULATED) || defined(MOERT_CUTLASS)
+  test_too_many_tiles();
   test_persistent();
 #endif
 }

@@ -46,6 +46,20 @@ void test_words() {
   EXPECT(gating(128, 2) == "num_groups must be at most 32 on a GPU, got 64");
   EXPECT(words([] { cuda::permute_plan(nullptr, 1, 1, 12289, -1, nullptr, nullptr, nullptr, nullptr, nullptr); }) ==
          "num_experts must be at most 12288 on a GPU, got 12289");
+  EXPECT(words([] { cuda::narrow_ids(nullptr, 4, true, 1, 1, int64_t(1) << 40, 1, 8, nullptr, nullptr); }) ==
+         "a grid must have at most 2^31 - 1 by 65535 blocks, got 4294967296 by 1");
+  EXPECT(words([] {
+           const int64_t T = 2, H = 8, I = 4;
+           bf16 some[1];
+           ExpertWeights w{};
+           w.E = 1, w.H = H, w.I = I;
+           w.gate = {some, DType::bf16, 2 * I * H, H, 1};
+           w.up = {some + 3 * H, DType::bf16, 2 * I * H, H, 1};
+           w.down = {some, DType::bf16, H * I, I, 1};
+           const RoutedRows rows{T, 1, {some, DType::bf16, H}, nullptr, nullptr};
+           cuda::fused_experts_backward({some, DType::bf16, H}, rows, w, some, nullptr, nullptr, {});
+         }) ==
+         "w1 must hold its gate and up rows one after the other or in turns, got halves that are 24 elements apart");
   setenv("MOERT_FUSED_COMBINE", "yes", 1);
   EXPECT(words([] { cuda::is_on("MOERT_FUSED_COMBINE"); }) == "MOERT_FUSED_COMBINE must be 0 or 1, got yes");
   unsetenv("MOERT_FUSED_COMBINE");
@@ -111,6 +125,7 @@ void test_launches() {
 #endif
 
 void tests() {
+  test_words();
 #if defined(MOERT_EMULATED)
   test_launches();
 #endif
@@ -118,7 +133,4 @@ void tests() {
 
 }  // namespace
 
-int main() {
-  test_words();
-  return run_tests(tests);
-}
+int main() { return run_tests(tests); }
