@@ -1,7 +1,5 @@
 #include "cuda/fused_experts.cuh"
 
-#include <algorithm>
-
 #include "cuda/combine.h"
 #include "cuda/few_tokens.h"
 #include "cuda/fused_experts.h"
@@ -96,17 +94,18 @@ struct Forward {
 };
 
 // Whether the tokens are so few that sorting them does not pay.  A row's bits depend on how many there are, then.
-bool are_few(const RoutedRows& tokens, const void* h) {
-  return tokens.T <= kFewTokens && !h && !tokens.batch_invariant;
+bool are_few(const RoutedRows& tokens, bool saves) {
+  return tokens.T <= kFewTokens && !saves && !tokens.batch_invariant;
 }
 
 }  // namespace
 
 int64_t fused_experts_workspace(const RoutedRows& tokens, const ExpertWeights& experts, bool saves) {
+  if (are_few(tokens, saves)) return few_tokens_workspace(tokens.x.dtype, tokens.T * tokens.k, experts.I);
   int64_t bytes = 0;
   with_dtype(tokens.x.dtype,
              [&](auto type) { bytes = Forward<decltype(type)>(tokens, experts, saves, nullptr).memory.used(); });
-  return std::max(bytes, few_tokens_workspace(tokens.x.dtype, tokens.T * tokens.k, experts.I));
+  return bytes;
 }
 
 void fused_experts(const RoutedRows& tokens, const ExpertWeights& experts, void* workspace, void* stream, void* y,
