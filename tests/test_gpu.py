@@ -407,6 +407,27 @@ def test_dispatch(dtype, options, one_rank):
             assert torch.allclose(a.cpu(), b, rtol=1e-2 if close else 0, atol=1e-2 if close else 0), name
 
 
+def test_compiled_dispatch(one_rank):
+    """dispatch_rows, dispatch_exchange and dispatch_gradients: the bits of eager calls."""
+    experts, E, H, k = ExpertMap.of(None, 7, 1), 7, 12, 2
+
+    def run(x, ids, weights):
+        arrived = dispatch(x, Routing(ids, weights, E), experts)
+        y = torch.tanh(arrived.x) * arrived.routing.weights.sum(1, keepdim=True).to(x.dtype)
+        return combine(y, arrived, x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (20, 30, 2):
+        ids = torch.randint(-1, E + 1, (T, k), device=DEVICE).int()
+        leaves = [torch.randn(T, n, device=DEVICE).requires_grad_() for n in (H, k)]
+        expected, got = (fn(leaves[0], ids, leaves[1]) for fn in (run, compiled))
+        assert torch.equal(got, expected)
+        dy = torch.randn_like(got)
+        grads = [torch.autograd.grad(y, leaves, dy) for y in (expected, got)]
+        assert all(map(torch.equal, *grads))
+
+
 def test_expert_parallel(one_rank):
     """A layer whose experts are spread over one rank is the layer; forward, backward, in parts."""
     torch.manual_seed(0)
