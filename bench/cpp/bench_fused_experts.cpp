@@ -58,7 +58,7 @@ void fused_experts(benchmark::State& state, const Model& model, DType dtype, con
   const Bytes x = values(T * H, dtype, 1), dy = values(T * H, dtype, 1);
   Bytes y(T * H * size), h(backward ? T * k * 2 * model.I * size : 0), dx(y.size());
   std::vector<float> weights(T * k, 1.0f / float(k)), dweights(T * k);
-  cpu::ExpertGradients gradients{};
+  ExpertGradients gradients{};
   if (backward) {
     gradients.dx = dx.data(), gradients.dweights = dweights.data();
     gradients.dgate = layer.matrix(layer.dw1, model.I, H, 2 * model.I);

@@ -61,16 +61,20 @@ void packed_gemm(benchmark::State& state, const NamedFormat& format, Precision p
       rates[rates.size() * 9 / 10] * double(weights.packing.rows * kColumns) / double(weights.bytes_per_expert());
 }
 
+void add(const NamedFormat& format, Precision precision) {
+  const std::string name = std::string("packed_gemm/") + format.name + "/" + moert::name(precision);
+  auto* bench = benchmark::RegisterBenchmark(name.c_str(),
+                                             [=, &format](benchmark::State& s) { packed_gemm(s, format, precision); });
+  bench->UseManualTime()->Unit(benchmark::kMicrosecond)->ArgNames({"M", "cached"})->Iterations(1500);
+  for (const int64_t M : {1, 2, 4})
+    for (const int64_t cached : {1, 0}) bench->Args({M, cached});
+}
+
 const bool registered = [] {
   for (const NamedFormat& format : kNamedFormats) {
-    const Precision precision = default_precision(format.format, format.group);
-    if (precision == Precision::full && int(format.format) < kRowFormats) continue;  // tiles of float32
-    const std::string name = std::string("packed_gemm/") + format.name + "/" + moert::name(precision);
-    auto* bench = benchmark::RegisterBenchmark(
-        name.c_str(), [=, &format](benchmark::State& s) { packed_gemm(s, format, precision); });
-    bench->UseManualTime()->Unit(benchmark::kMicrosecond)->ArgNames({"M", "cached"})->Iterations(1500);
-    for (const int64_t M : {1, 2, 4})
-      for (const int64_t cached : {1, 0}) bench->Args({M, cached});
+    const Precision precision = default_precision(format.format, format.group, format.planes);
+    if (precision != Precision::full) add(format, precision);
+    if (int(format.format) >= kRowFormats) add(format, Precision::full);  // of others full rows meet tiles of float32
   }
   return true;
 }();

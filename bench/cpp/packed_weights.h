@@ -19,7 +19,7 @@ namespace moert::bench {
 struct NamedFormat {
   const char* name;
   Format format;
-  int64_t group, base = 0, levels = 0;
+  int64_t group, planes = 0;
 };
 
 inline constexpr NamedFormat kNamedFormats[] = {{"int8", Format::int8, 0},
@@ -31,8 +31,9 @@ inline constexpr NamedFormat kNamedFormats[] = {{"int8", Format::int8, 0},
                                                 {"ternary2", Format::ternary2, 0},
                                                 {"ternary5", Format::ternary5, 0},
                                                 {"fp8", Format::fp8, kFp8Block},
-                                                {"bit_nested-4", Format::bit_nested, 128, 2, 3},
-                                                {"bit_nested-8", Format::bit_nested, 128, 5, 4},
+                                                {"bit_nested-2", Format::bit_nested, 32, 2},
+                                                {"bit_nested-4", Format::bit_nested, 32, 4},
+                                                {"bit_nested-8", Format::bit_nested, 128, 8},
                                                 {"sub1", Format::sub1, 0}};
 
 // Bytes in pages of 2 MiB, as moert.runtime.huge_pages_ gives them to a model; a pattern over and over.
@@ -67,7 +68,7 @@ struct PackedWeights {
   int64_t E;
 
   PackedWeights(const NamedFormat& f, int64_t E, int64_t rows, int64_t columns)
-      : packing{f.format, rows, columns, f.group, f.base, f.levels}, E(E) {
+      : packing{f.format, rows, columns, f.group, f.planes}, E(E) {
     if (f.format == Format::fp8)
       fill_fp8();
     else if (f.format == Format::bit_nested)
@@ -81,8 +82,8 @@ struct PackedWeights {
   int64_t bytes_per_expert() const { return (codes.size() + scales.size() + zeros.size()) / E; }
 
   PackedMatrix matrix() const {
-    return {packing,          codes.data(),      scales.data(), zeros.size() ? zeros.data() : nullptr,
-            codes.size() / E, scales.size() / E, starts.data()};
+    return {packing,          codes.data(), scales.data(), zeros.size() ? zeros.data() : nullptr,
+            codes.size() / E, starts.data()};
   }
 
  private:
@@ -112,12 +113,12 @@ struct PackedWeights {
   }
 
   void fill_bit_nested() {
-    const BitNestedPacking one{1, packing.rows, packing.columns, packing.group, packing.base, packing.levels};
+    const BitNestedPacking one{1, packing.rows, packing.columns, packing.group, packing.planes};
     const Bytes w = floats(packing.rows);
-    std::vector<uint8_t> c(planes(one) * one.rows * row_bytes(one)), z(one.rows * groups(one));
-    std::vector<f16> s(one.levels * one.rows * groups(one));
-    cpu::bit_nested_quantize(one, reinterpret_cast<const float*>(w.data()), 2, c.data(), s.data(), z.data());
-    codes.repeat(c, E), scales.repeat(s, E), zeros.repeat(z, E);
+    std::vector<uint8_t> c(one.planes * one.rows * row_bytes(one));
+    std::vector<f16> s(one.rows * groups(one));
+    cpu::bit_nested_quantize(one, reinterpret_cast<const float*>(w.data()), 2, c.data(), s.data());
+    codes.repeat(c, E), scales.repeat(s, E);
   }
 
   // 88.5 % zeros.

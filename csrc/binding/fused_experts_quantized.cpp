@@ -35,7 +35,7 @@ Precision precision_of(const std::string& name, const Packing& w1, const Packing
   for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32}) {
     if (name != moert::name(p)) continue;
     for (const Format format : {w1.format, w2.format})
-      STD_TORCH_CHECK(p == Precision::full || int(format) < kRowFormats, "precision must be auto or full for ",
+      STD_TORCH_CHECK(p == Precision::full || has_int8_rows(format), "precision must be auto or full for ",
                       cpu::name(format), ", got ", name);
     return p;
   }
@@ -136,20 +136,15 @@ Tensor dense_matrices(const Tensor& x) {
 
 Packed packed_bit_nested(const PackedArguments& a) {
   a.check_dim(4, "[E, planes, rows, bytes]");
-  a.check_zeros(true);
-  STD_TORCH_CHECK(a.scales.dim() == 4, a.name("scales"), " must be [E, levels, rows, groups], got shape ",
-                  shape(a.scales));
+  a.check_zeros(false);
   const Size E{"E", a.codes.size(0)}, planes{"planes", a.codes.size(1)}, rows{"rows", a.codes.size(2)};
-  const Size levels{"levels", a.scales.size(1)};
-  const int64_t base = planes.size - levels.size + 1;
-  cpu::check_packing(BitNestedPacking{E.size, rows.size, a.columns, a.group, base, levels.size});
-  const Packing p{Format::bit_nested, rows.size, a.columns, a.group, base, levels.size};
-  const Size per_row{"groups", groups(p)};
+  cpu::check_packing(BitNestedPacking{E.size, rows.size, a.columns, a.group, planes.size});
+  const Packing p{Format::bit_nested, rows.size, a.columns, a.group, planes.size};
   a.check_part("codes", a.codes, {E, planes, rows, {"bytes", row_bytes(p)}}, ScalarType::Byte);
-  a.check_part("scales", a.scales, {E, levels, rows, per_row}, ScalarType::Half);
-  a.check_part("zeros", *a.zeros, {E, rows, per_row}, ScalarType::Byte);
-  Packed out{dense_matrices(a.codes), dense_matrices(a.scales), {}, {}, {p, nullptr, nullptr, nullptr}, E.size};
-  out.matrix.codes_stride = out.codes.stride(0), out.matrix.scales_stride = 2 * out.scales.stride(0);
+  a.check_part("scales", a.scales, {E, rows, {"groups", groups(p)}}, ScalarType::Half);
+  Packed out = a.taken(p, E.size);
+  out.codes = dense_matrices(a.codes);
+  out.matrix.codes_stride = out.codes.stride(0);
   return out;
 }
 

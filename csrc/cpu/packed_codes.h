@@ -1,13 +1,14 @@
 // Packed codes as vectors of bytes, and their products with int8 activations.  Included by one translation unit per
 // instruction set.
 //
-// A vector of packed bytes holds kPlanes codes a byte: plane p has those of columns kPlanes * byte + p.  A plane is
-// unsigned, value + kBias, as the dot product of bytes wants it; what the bias adds is taken off through the sums of
-// the activations.  kMaxCode bounds a plane.
+// A vector of packed bytes holds kPlanes codes a byte, and kVectors of them hold a bit of each: plane p has those of
+// columns kPlanes * byte + p.  A plane is unsigned, as the dot product of bytes wants it, its value 2^kShift * code -
+// kBias; what the bias adds is taken off through the sums of the activations.  kMaxCode bounds a plane.
 #pragma once
 
 #include "cpu/packed_gemm_isa.h"
 #include "cpu/simd.h"
+#include "moert/bit_nested.h"
 
 namespace moert::cpu {
 namespace {
@@ -97,37 +98,40 @@ MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
 #endif
 }
 
-struct Int8Code {
-  static constexpr int kPlanes = 1, kBias = 128, kMaxCode = 255;
+// Of most formats.
+struct BytesOfCodes {
+  static constexpr int kVectors = 1, kShift = 0;
   static constexpr bool kZeros = false;
-  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) { planes[0] = bytes ^ uint8_t(128); }
 };
 
-struct Int4Code {
+struct Int8Code : BytesOfCodes {
+  static constexpr int kPlanes = 1, kBias = 128, kMaxCode = 255;
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) { planes[0] = bytes[0] ^ uint8_t(128); }
+};
+
+struct Int4Code : BytesOfCodes {
   static constexpr int kPlanes = 2, kBias = 8, kMaxCode = 15;
-  static constexpr bool kZeros = false;
-  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
-    planes[0] = bytes & uint8_t(15);
-    planes[1] = bytes >> 4;
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) {
+    planes[0] = bytes[0] & uint8_t(15);
+    planes[1] = bytes[0] >> 4;
   }
 };
 
 // Here `zeros` is kBias - zero.
-struct Int4AsymmetricCode {
+struct Int4AsymmetricCode : BytesOfCodes {
   static constexpr int kPlanes = 2, kBias = 15, kMaxCode = 30;
   static constexpr bool kZeros = true;
-  MOERT_INLINE static void unpack(const VecB& bytes, const VecB& zeros, VecB* planes) {
-    planes[0] = (bytes & uint8_t(15)) + zeros;
-    planes[1] = (bytes >> 4) + zeros;
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB& zeros, VecB* planes) {
+    planes[0] = (bytes[0] & uint8_t(15)) + zeros;
+    planes[1] = (bytes[0] >> 4) + zeros;
   }
 };
 
 // Twice the value of each e2m1 code, plus kBias.
 alignas(16) constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-struct Mxfp4Code {
+struct Mxfp4Code : BytesOfCodes {
   static constexpr int kPlanes = 2, kBias = 12, kMaxCode = 24;
-  static constexpr bool kZeros = false;
 
   MOERT_INLINE static VecB look_up(const VecB& codes) {
 #if defined(__AVX512F__)
@@ -143,29 +147,27 @@ struct Mxfp4Code {
 #endif
   }
 
-  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
-    planes[0] = look_up(bytes & uint8_t(15));
-    planes[1] = look_up(bytes >> 4);
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) {
+    planes[0] = look_up(bytes[0] & uint8_t(15));
+    planes[1] = look_up(bytes[0] >> 4);
   }
 };
 
-struct Ternary2Code {
+struct Ternary2Code : BytesOfCodes {
   static constexpr int kPlanes = 4, kBias = 1, kMaxCode = 3;
-  static constexpr bool kZeros = false;
-  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
-    planes[0] = bytes & uint8_t(3);
-    planes[1] = bytes >> 2 & uint8_t(3);
-    planes[2] = bytes >> 4 & uint8_t(3);
-    planes[3] = bytes >> 6;
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) {
+    planes[0] = bytes[0] & uint8_t(3);
+    planes[1] = bytes[0] >> 2 & uint8_t(3);
+    planes[2] = bytes[0] >> 4 & uint8_t(3);
+    planes[3] = bytes[0] >> 6;
   }
 };
 
 // The carry of 3 * fraction above 8 bits: 1 from 86 on, 2 from 171 on.
-struct Ternary5Code {
+struct Ternary5Code : BytesOfCodes {
   static constexpr int kPlanes = 5, kBias = 1, kMaxCode = 2;
-  static constexpr bool kZeros = false;
-  MOERT_INLINE static void unpack(const VecB& bytes, const VecB&, VecB* planes) {
-    VecB fraction = bytes;
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) {
+    VecB fraction = bytes[0];
 #pragma GCC unroll 5
     for (int p = 0; p < kPlanes; ++p) {
       const VecS one = fraction >= uint8_t(86), two = fraction >= uint8_t(171);
@@ -175,13 +177,83 @@ struct Ternary5Code {
   }
 };
 
-// Columns in one vector of packed bytes.
+// The bits of `a` where those of mask are 1, else those of b.
+MOERT_INLINE VecB select_bits(const VecB& mask, const VecB& a, const VecB& b) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecB>(_mm512_ternarylogic_epi32(bit_cast_vector<__m512i>(mask), bit_cast_vector<__m512i>(a),
+                                                         bit_cast_vector<__m512i>(b), 0xca));
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
+// Fields of kWidth bits, those of `high` above those of `low`, become fields of twice the width: in low those of even
+// places, in high those of odd ones.  Without kHigh, `high` counts as zeros.
+template <int kWidth, bool kHigh>
+MOERT_INLINE void join_fields(VecB& low, VecB& high) {
+  using VecW = Vec<uint16_t>;  // bits that cross bytes are masked
+  const VecB mask = splat(uint8_t(255 / ((1 << kWidth) + 1)));
+  const VecB odd = bit_cast_vector<VecB>(bit_cast_vector<VecW>(low) >> kWidth);
+  if constexpr (kHigh) {
+    const VecB even = bit_cast_vector<VecB>(bit_cast_vector<VecW>(high) << kWidth);
+    low = select_bits(mask, low, even);
+    high = select_bits(mask, odd, high);
+  } else {
+    low = low & mask;
+    high = odd & mask;
+  }
+}
+
+// 32 bit_nested_value(code) = bit_nested_step * code - bit_nested_offset, and what divides both.
+constexpr int bit_nested_step(int64_t planes) { return 512 >> planes; }
+constexpr int bit_nested_offset(int64_t planes) { return int(-32 * bit_nested_value(0, planes)); }
+constexpr int bit_nested_unit(int64_t planes) {
+  const int both = bit_nested_step(planes) | bit_nested_offset(planes);
+  return both & -both;
+}
+
+// Bit planes, the highest first: three rounds of joining make the bits of eight columns, which share a byte, bytes.
+template <int kBits>
+struct BitNestedCode {
+  static constexpr int kVectors = kBits, kPlanes = 8, kMaxCode = (1 << kBits) - 1;
+  static constexpr bool kZeros = false;
+  static constexpr int kBias = bit_nested_offset(kBits) / bit_nested_unit(kBits);
+  static constexpr int kShift = __builtin_ctz(bit_nested_step(kBits) / bit_nested_unit(kBits));
+
+  MOERT_INLINE static void unpack(const VecB* bits, const VecB&, VecB* planes) {
+    // Bits of the index i of a vector v become those of its columns' place among eight: first bit 0, then 1, then 2.
+    VecB* v = planes;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) v[i] = i < kBits ? bits[kBits - 1 - i] : VecB{};
+    join_fields<1, (kBits > 1)>(v[0], v[1]);
+    if constexpr (kBits > 2) join_fields<1, (kBits > 3)>(v[2], v[3]);
+    if constexpr (kBits > 4) join_fields<1, (kBits > 5)>(v[4], v[5]);
+    if constexpr (kBits > 6) join_fields<1, (kBits > 7)>(v[6], v[7]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      join_fields<2, (kBits > 2)>(v[i], v[i + 2]);
+      if constexpr (kBits > 4) join_fields<2, (kBits > 6)>(v[i + 4], v[i + 6]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) join_fields<4, (kBits > 4)>(v[i], v[i + 4]);
+  }
+};
+
+// Columns in one step: a vector of packed bytes, or of each bit.
 template <typename Code>
 constexpr int64_t kStepColumns = int64_t(Code::kPlanes) * kVectorBytes;
 
 // A byte of ternary5 has columns of two groups: for scales within the row its codes are unpacked to int8 first.
 MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
   return p.format == Format::ternary5 && (p.group != 0 || precision != Precision::int8);
+}
+
+// f(BitNestedCode{}) of so many planes.
+template <int kBits = 1, typename F>
+MOERT_INLINE auto with_bits(int64_t planes, const F& f) {
+  if constexpr (kBits < 8)
+    if (planes != kBits) return with_bits<kBits + 1>(planes, f);
+  return f(BitNestedCode<kBits>{});
 }
 
 // f(Code{}) for the codes that the kernel reads.
@@ -198,7 +270,9 @@ MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
       return f(Ternary2Code{});
     case Format::ternary5:
       if (!unpacks_first(p, precision)) return f(Ternary5Code{});
-      [[fallthrough]];
+      return f(Int8Code{});
+    case Format::bit_nested:
+      return with_bits(p.planes, f);
     default:
       return f(Int8Code{});
   }

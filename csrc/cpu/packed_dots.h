@@ -29,11 +29,12 @@ struct DotRow {
 struct DotBlock {
   int64_t rows;  // of the weights, at most kBlock; codes repeat the last, and what their scales are does not matter
   const uint8_t* codes[kBlock];
-  const uint8_t* tails[kBlock];  // the last step's bytes, zeros after them; null where it is a whole one
-  int shift;                     // 2^shift columns have one scale of the weights
-  const float* scales;           // [rows, pitch]
-  const int32_t* zeros;          // [rows, pitch]
-  int64_t pitch, ahead;          // ahead: bytes to what is prefetched
+  int64_t vector;        // bytes from one of a code's kVectors to the next
+  int64_t last;          // bytes of the last step that are the row's; 0: it is a whole one
+  int shift;             // 2^shift columns have one scale of the weights
+  const float* scales;   // [rows, pitch]
+  const int32_t* zeros;  // [rows, pitch]
+  int64_t pitch, ahead;  // ahead: bytes to what is prefetched
   RowLayout layout;
 };
 
@@ -51,25 +52,29 @@ struct Dots {
     VecF scale;
   };
 
+  template <bool kLast>
   MOERT_INLINE static Weights unpack(const DotBlock& b, const uint8_t* bytes, int r, int64_t s, const VecI& lanes) {
     Weights w;
-    VecB zeros{};
+    VecB zeros{}, codes[Code::kVectors];
     const int64_t at = r * b.pitch + first_group(s, b.shift);
     if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + at, lanes));
-    Code::unpack(load_vector<VecB>(bytes), zeros, w.planes);
+    load_codes<Code, kLast>(bytes, b.vector, b.last, codes);
+    Code::unpack(codes, zeros, w.planes);
     if constexpr (kScales == Scales::both) w.scale = pick(b.scales + at, lanes);
     return w;
   }
 
   MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int m, int r) {
     if constexpr (kScales == Scales::none) {
-#pragma GCC unroll 5
+#pragma GCC unroll 8
       for (int p = 0; p < P; ++p)
         sums[m][r] = dot4<Code::kMaxCode>(sums[m][r], w.planes[p], load_vector<VecS>(x + p * V));
     } else {
-      VecI sum = load_vector<VecI>(x + P * V);
-#pragma GCC unroll 5
+      const VecI bias = load_vector<VecI>(x + P * V);
+      VecI sum = Code::kShift ? VecI{} : bias;
+#pragma GCC unroll 8
       for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], load_vector<VecS>(x + p * V));
+      if constexpr (Code::kShift != 0) sum = (sum << Code::kShift) + bias;
       sums[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
     }
   }
@@ -79,13 +84,14 @@ struct Dots {
     return pick(x + first_group(s, kGroupShift), lanes);
   }
 
+  template <bool kLast>
   MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
                          const VecI& x_lanes) {
     const int64_t at = s * b.layout.step_bytes;
     if constexpr (P <= 2) {  // all planes of the block stay in registers
       Weights w[kBlock];
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlock; ++r) w[r] = unpack(b, bytes[r], r, s, lanes);
+      for (int r = 0; r < kBlock; ++r) w[r] = unpack<kLast>(b, bytes[r], r, s, lanes);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const VecF x_scale = scale_of_step(x[m].scales, s, x_lanes);
@@ -95,7 +101,7 @@ struct Dots {
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < kBlock; ++r) {
-        const Weights w = unpack(b, bytes[r], r, s, lanes);
+        const Weights w = unpack<kLast>(b, bytes[r], r, s, lanes);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), m, r);
       }
@@ -111,21 +117,20 @@ struct Dots {
         else
           sums[m][r] = VecF{};
       }
-    const int64_t whole = b.layout.steps - (b.tails[0] ? 1 : 0);
-    // The last step, if it is not a whole vector, reads copies of its bytes.
-    for (int64_t s = 0, end = whole; s < b.layout.steps; end = b.layout.steps) {
-      const bool tail = s == whole;
-      const uint8_t* bytes[kBlock];
-      for (int r = 0; r < kBlock; ++r) bytes[r] = tail ? b.tails[r] : b.codes[r];
-      for (; s < end; ++s) {
-        step(b, bytes, x, s, lanes, x_lanes);
+    const uint8_t* bytes[kBlock];
+    for (int r = 0; r < kBlock; ++r) bytes[r] = b.codes[r];
+    const int64_t whole = b.layout.steps - (b.last ? 1 : 0);
+    for (int64_t s = 0; s < whole; ++s) {
+      step<false>(b, bytes, x, s, lanes, x_lanes);
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlock; ++r) {
-          __builtin_prefetch(bytes[r] + b.ahead, 0, 2);
-          bytes[r] += V;
-        }
+      for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Code::kVectors; ++i) __builtin_prefetch(bytes[r] + i * b.vector + b.ahead, 0, 2);
+        bytes[r] += V;
       }
     }
+    if constexpr (V > 16)  // rows are whole blocks of 16 bytes
+      if (b.last) step<true>(b, bytes, x, whole, lanes, x_lanes);
   }
 
   // c[m, r], at most `rows` of each.
@@ -193,7 +198,7 @@ struct DotScales {
   }
 };
 
-// The weight rows from n on as a block; their tails and what is unpacked first are written to scratch.
+// The weight rows from n on as a block; what is unpacked first is written to scratch.
 template <typename Code, Scales kScales>
 DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales<Code, kScales>& of, int64_t n) {
   const PackedRows& b = t.b;
@@ -205,18 +210,11 @@ DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales
   block.layout = layout;
   block.scales = of.scales + (n - of.first) * of.pitch;
   block.zeros = of.zeros + (n - of.first) * of.pitch;
-  uint8_t* tails = reinterpret_cast<uint8_t*>(t.scratch + of.bytes);
-  const CodeRows rows = code_rows(b, t.precision, n, block.rows, reinterpret_cast<char*>(tails + kBlock * 64));
-  const int64_t last = rows.stride % kVectorBytes;
+  const CodeRows rows = code_rows(b, t.precision, n, block.rows, t.scratch + of.bytes);
+  block.vector = rows.vector;
+  block.last = rows.stride % kVectorBytes;
   block.ahead = whole_blocks_ahead(kBlock * rows.stride);
-  for (int64_t r = 0; r < kBlock; ++r) {
-    const int64_t row = r < block.rows ? r : block.rows - 1;
-    block.codes[r] = rows.data + row * rows.stride;
-    if (!last) continue;
-    block.tails[r] = tails + r * 64;
-    std::memset(tails + r * 64, 0, 64);
-    std::memcpy(tails + r * 64, block.codes[r] + rows.stride - last, size_t(last));
-  }
+  for (int64_t r = 0; r < kBlock; ++r) block.codes[r] = rows.data + smaller(r, block.rows - 1) * rows.stride;
   return block;
 }
 

@@ -16,8 +16,7 @@ inline PackedRows rows_of(const PackedMatrix& w, int64_t e, int64_t row) {
     case Format::fp8:
       return {p, w.codes + first * row_bytes(p), scales + e * fp8_blocks(p.rows) * per_row * 4, nullptr, row};
     case Format::bit_nested:
-      return {p, w.codes + e * w.codes_stride + row * row_bytes(p), scales + e * w.scales_stride + row * per_row * 2,
-              w.zeros + first * per_row};
+      return {p, w.codes + e * w.codes_stride + row * row_bytes(p), scales + first * per_row * 2, nullptr};
     case Format::sub1:
       return {p,   w.codes + 2 * w.starts[e],    scales + first * 4, w.zeros + 4 * (first + e),
               row, w.starts[e + 1] - w.starts[e]};

@@ -68,78 +68,68 @@ struct Fp8Row {
   }
 };
 
-// The bits of a byte as bytes 0 or 1, the lowest first.
-struct SpreadBits {
-  uint8_t of_byte[256][8] = {};
-  constexpr SpreadBits() {
-    for (int byte = 0; byte < 256; ++byte)
-      for (int j = 0; j < 8; ++j) of_byte[byte][j] = uint8_t(byte >> j & 1);
-  }
-};
-constexpr SpreadBits kSpreadBits;
+// Bytes of a and b by turns, of every 16 the lower (kUpper: the upper) half.
+template <bool kUpper, size_t... I>
+MOERT_INLINE VecB interleave(const VecB& a, const VecB& b, std::index_sequence<I...>) {
+#define MOERT_PLACE (I / 16 * 16 + (kUpper ? 8 : 0) + I % 16 / 2 + (I % 2 ? sizeof...(I) : 0))
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, int(MOERT_PLACE)...);
+#else
+  return __builtin_shuffle(a, b, VecB{uint8_t(MOERT_PLACE)...});
+#endif
+#undef MOERT_PLACE
+}
+
+// v[i], v[i + kApart] -> their lower halves by turns, and at v[i + kApart] the upper ones.
+template <int kApart>
+MOERT_INLINE void interleave(VecB* v) {
+  constexpr auto every = std::make_index_sequence<kVectorBytes>{};
+  const VecB lower = interleave<false>(v[0], v[kApart], every), upper = interleave<true>(v[0], v[kApart], every);
+  v[0] = lower, v[kApart] = upper;
+}
+
+// The codes of 8 kVectorBytes columns from one bit plane after the other, of which `left` bytes are the row's: a byte
+// each, columns 128 i + 16 j and on at codes + j kVectorBytes + 16 i.
+__attribute__((noinline)) void unpack_bits(const uint8_t* bits, int64_t plane, int64_t left, int64_t planes,
+                                           uint8_t* codes) {
+  with_bits(planes, [&](auto code) {
+    using Code = decltype(code);
+    VecB vectors[Code::kVectors], v[8];
+    if (left >= kVectorBytes)
+      load_codes<Code, false>(bits, plane, left, vectors);
+    else
+      load_codes<Code, true>(bits, plane, left, vectors);
+    Code::unpack(vectors, VecB{}, v);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) interleave<4>(v + i);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) interleave<2>(v + i + (i & 2));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) interleave<1>(v + 2 * i);
+    for (int i = 0; i < 8; ++i) store_vector(codes + i * kVectorBytes, v[i]);
+  });
+}
 
 // A row of bit-nested weights.
 struct BitNestedRow {
   static constexpr float kFactor = 1;
-  const uint8_t* codes;
+  static constexpr int64_t kUnpacked = 8 * kVectorBytes;
+  const uint8_t* bits;
   const f16* scales;
-  const uint8_t* zeros;
-  int64_t plane_stride, scale_stride, group_steps;
-  int base, levels;
-  float scale[8], zero;
-  VecF table;  // the values of the first kLanes<float> codes
+  int64_t bytes, plane;
+  int planes, group_shift;
+  float first, width;  // bit_nested_value(code) = first + width * code
+  uint8_t codes[kUnpacked];
 
   BitNestedRow(const PackedRows& b, int64_t n)
-      : codes(b.codes + n * row_bytes(b.packing)),
+      : bits(b.codes + n * row_bytes(b.packing)),
         scales(static_cast<const f16*>(b.scales) + n * groups(b.packing)),
-        zeros(b.zeros + n * groups(b.packing)),
-        plane_stride(b.packing.rows * row_bytes(b.packing)),
-        scale_stride(b.packing.rows * groups(b.packing)),
-        group_steps(b.packing.group / kStep),
-        base(int(b.packing.base)),
-        levels(int(b.packing.levels)) {}
-
-  MOERT_INLINE VecF values_of(const VecI& code) const {
-    VecF v = (to_floats(code & ((1 << base) - 1)) - zero) * scale[0];
-    for (int level = 1; level < levels; ++level) {
-      const VecI bit = (code >> (base + level - 1)) & 1;
-      v = v + select(bit != 0, splat(scale[level]), splat(-scale[level]));
-    }
-    return v;
-  }
-
-  MOERT_INLINE void begin_group(int64_t g) {
-    for (int level = 0; level < levels; ++level) scale[level] = widen_scale(scales[level * scale_stride + g]);
-    zero = float(zeros[g]);
-    VecI each;
-    for (int i = 0; i < kLanes<float>; ++i) each[i] = i;
-    table = values_of(each);
-  }
-
-  // The planes' bits of kStep columns, together: a byte each.
-  MOERT_INLINE void gather(int64_t s, uint8_t* out) const {
-    const uint8_t* from = codes + s * (kStep / 8);
-#if defined(__AVX512F__)
-    __m256i code = _mm256_setzero_si256(), bit = _mm256_set1_epi8(1);
-    for (int i = 0; i < base + levels - 1; ++i, from += plane_stride) {
-      uint32_t mask;
-      std::memcpy(&mask, from, 4);
-      code = _mm256_mask_add_epi8(code, mask, code, bit);
-      bit = _mm256_add_epi8(bit, bit);
-    }
-    std::memcpy(out, &code, sizeof code);
-#else
-    for (int64_t j = 0; j < kStep / 8; ++j) {
-      uint64_t all = 0;
-      for (int i = 0; i < base + levels - 1; ++i) {
-        uint64_t bits;
-        std::memcpy(&bits, kSpreadBits.of_byte[from[i * plane_stride + j]], 8);
-        all |= bits << i;
-      }
-      std::memcpy(out + 8 * j, &all, 8);
-    }
-#endif
-  }
+        bytes(row_bytes(b.packing)),
+        plane(b.packing.rows * bytes),
+        planes(int(b.packing.planes)),
+        group_shift(__builtin_ctzll(uint64_t(b.packing.group / kStep))),
+        first(bit_nested_value(0, planes)),
+        width(16 / float(1 << planes)) {}
 
   MOERT_INLINE static VecI widen(const uint8_t* bytes) {
 #if defined(__AVX512F__)
@@ -154,20 +144,15 @@ struct BitNestedRow {
   }
 
   MOERT_INLINE float step(int64_t s, VecF* v) {
-    if (s % group_steps == 0) begin_group(s / group_steps);
-    uint8_t code[kStep];
-    gather(s, code);
-#if defined(__AVX512F__)
-    if (base + levels <= 5) {
-      for (int i = 0; i < kStepVectors; ++i) {
-        const __m512i index = bit_cast_vector<__m512i>(widen(code + i * kLanes<float>));
-        v[i] = bit_cast_vector<VecF>(_mm512_permutexvar_ps(index, bit_cast_vector<__m512>(table)));
-      }
-      return 1;
+    const int64_t byte = s * kStep / 8, column = s * kStep % kUnpacked;
+    if (column == 0) unpack_bits(bits + byte, plane, bytes - byte, planes, codes);
+    const uint8_t* from = codes + column / 128 * 16 + column % 128 / 16 * kVectorBytes;
+#pragma GCC unroll 8
+    for (int i = 0; i < kStepVectors; ++i) {
+      const int at = i * kLanes<float>;
+      v[i] = to_floats(widen(from + at / 16 * kVectorBytes + at % 16)) * width + first;
     }
-#endif
-    for (int i = 0; i < kStepVectors; ++i) v[i] = values_of(widen(code + i * kLanes<float>));
-    return 1;
+    return widen_scale(scales[s >> group_shift]);
   }
 };
 

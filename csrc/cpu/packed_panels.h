@@ -20,6 +20,14 @@ constexpr int64_t kPanelN = kLanes<int32_t>;
 template <typename Code>
 constexpr int64_t kPanelSteps = kPanelColumns / kStepColumns<Code>;
 
+// What the micro kernel knows of a code; few enough kinds.
+template <int kCodePlanes, int kCodeMax, int kCodeShift>
+struct PanelCode {
+  static constexpr int kPlanes = kCodePlanes, kMaxCode = kCodeMax, kShift = kCodeShift;
+};
+template <typename Code>
+using PanelOf = PanelCode<Code::kPlanes, (Code::kMaxCode <= 129 ? 129 : 255), Code::kShift>;
+
 // One row of x for the columns of a panel.
 struct PanelRow {
   int8_t x[kPanelColumns];
@@ -91,27 +99,27 @@ void panel_codes(const CodeRows& source, int64_t rows, int64_t first, int64_t st
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
   uint8_t* out = memory.codes;
   for (int64_t s = first; s < first + steps; ++s) {
-    VecI lanes[kPanelN];
+    VecI lanes[Code::kVectors][kPanelN];
     const int64_t left = source.stride - s * V;
+    for (int i = 0; i < Code::kVectors; ++i) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kPanelN; ++r) {
-      lanes[r] = VecI{};
-      if (r >= rows) continue;
-      const uint8_t* bytes = source.data + r * source.stride + s * V;
-      if (left >= V)
-        lanes[r] = load_vector<VecI>(bytes);
-      else
-        std::memcpy(&lanes[r], bytes, size_t(left));
-      __builtin_prefetch(bytes + kPanelN * source.stride, 0, 2);
+      for (int r = 0; r < kPanelN; ++r) {
+        lanes[i][r] = VecI{};
+        if (r >= rows) continue;
+        const uint8_t* bytes = source.data + i * source.vector + r * source.stride + s * V;
+        lanes[i][r] = left >= V ? load_vector<VecI>(bytes) : bit_cast_vector<VecI>(load_last(bytes, left));
+        __builtin_prefetch(bytes + kPanelN * source.stride, 0, 2);
+      }
+      transpose<kPanelN / 2>(lanes[i]);
     }
-    transpose<kPanelN / 2>(lanes);
     for (int64_t lane = 0; lane < kPanelN; ++lane, out += P * V) {
-      VecB zeros{}, planes[P];
+      VecB zeros{}, codes[Code::kVectors], planes[P];
       if constexpr (Code::kZeros) {
         const int64_t group = ((s - first) * kStepColumns<Code> + lane * 4 * P) / kGroup;
         zeros = load_vector<VecB>(memory.zeros + group * kPanelN);
       }
-      Code::unpack(bit_cast_vector<VecB>(lanes[lane]), zeros, planes);
+      for (int i = 0; i < Code::kVectors; ++i) codes[i] = bit_cast_vector<VecB>(lanes[i][lane]);
+      Code::unpack(codes, zeros, planes);
       for (int p = 0; p < P; ++p) store_vector(out + p * V, planes[p]);
     }
   }
@@ -127,7 +135,7 @@ MOERT_INLINE VecS broadcast4(const int8_t* x) {
 template <typename Code, int M>
 MOERT_INLINE void panel_lane(const uint8_t* codes, const PanelRow* x, int64_t s, int64_t lane, VecI* sums) {
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
-#pragma GCC unroll 5
+#pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
     const VecB code = load_vector<VecB>(codes + ((s * kPanelN + lane) * P + p) * V);
 #pragma GCC unroll 16
@@ -147,9 +155,12 @@ void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, f
     for (int64_t first = 0; first < kGroupsPerStep * kLanesPerGroup; first += kLanesPerGroup, ++g) {
       VecI sums[M];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sums[m] = splat(x[m].sums[g]);
+      for (int m = 0; m < M; ++m) sums[m] = Code::kShift ? VecI{} : splat(x[m].sums[g]);
 #pragma GCC unroll 8
       for (int lane = 0; lane < kLanesPerGroup; ++lane) panel_lane<Code, M>(memory.codes, x, s, first + lane, sums);
+      if constexpr (Code::kShift != 0)
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sums[m] = (sums[m] << Code::kShift) + x[m].sums[g];
       const VecF scale = load(memory.scales + g * kPanelN);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) total[m] += to_floats(sums[m]) * (scale * x[m].scales[g]);
@@ -226,8 +237,8 @@ void packed_panels(const PackedTile& t) {
       const int64_t slabs = (t.M + kPanelM - 1) / kPanelM;
       for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
         M = (t.M - m + slabs - i - 1) / (slabs - i);
-        panel_rows_of<Code, kScales>(M, std::make_integer_sequence<int, kPanelM>{})(memory, memory.x + m, steps,
-                                                                                    t.c + m * kTileColumns + n);
+        panel_rows_of<PanelOf<Code>, kScales>(M, std::make_integer_sequence<int, kPanelM>{})(
+            memory, memory.x + m, steps, t.c + m * kTileColumns + n);
       }
     }
   }

@@ -20,12 +20,14 @@ MOERT_INLINE VecF half_e8m0(const uint8_t* bytes) {
   return bit_cast_vector<VecF>(max(wide << 23, splat(0x00400000))) * 0.5f;
 }
 
-// f16 scales, or e8m0 ones times 1/2 because Mxfp4Code doubles its values; `first`, `n`: of one row's groups.
+// f16 scales, or a part of them where codes are integers by being doubled (mxfp4, whose scales are e8m0) or in other
+// units (bit_nested); `first`, `n`: of one row's groups.
 MOERT_INLINE void widen_scales(const PackedRows& b, int64_t row, int64_t first, int64_t n, float* out) {
   const int64_t at = row * groups(b.packing) + first;
   if (b.packing.format != Format::mxfp4) {
     const f16* scales = static_cast<const f16*>(b.scales) + at;
-    for_vectors<float>(n, [&](int64_t i, auto count) { store(out + i, load(scales + i, count), count); });
+    const float unit = b.packing.format == Format::bit_nested ? float(bit_nested_unit(b.packing.planes)) / 32 : 1;
+    for_vectors<float>(n, [&](int64_t i, auto count) { store(out + i, load(scales + i, count) * unit, count); });
     return;
   }
   const uint8_t* scales = static_cast<const uint8_t*>(b.scales) + at;
@@ -57,7 +59,27 @@ constexpr Trits kTrits;
 struct CodeRows {
   const uint8_t* data;
   int64_t stride;  // also the bytes of a row
+  int64_t vector;  // bytes from one of a code's kVectors to the next
 };
+
+// The vector of packed bytes at p, of which `left` are the row's: zeros after them.  left: a multiple of 16.
+MOERT_INLINE VecB load_last(const uint8_t* p, [[maybe_unused]] int64_t left) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecB>(_mm512_maskz_loadu_epi32(__mmask16((1u << left / 4) - 1), p));
+#elif defined(__AVX2__)
+  return bit_cast_vector<VecB>(_mm256_zextsi128_si256(load_vector<__m128i>(p)));
+#else
+  return load_vector<VecB>(p);
+#endif
+}
+
+// The kVectors vectors of a code, the row's last ones (with kLast) as load_last does.
+template <typename Code, bool kLast>
+MOERT_INLINE void load_codes(const uint8_t* p, int64_t vector, int64_t left, VecB* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Code::kVectors; ++i)
+    out[i] = kLast ? load_last(p + i * vector, left) : load_vector<VecB>(p + i * vector);
+}
 
 // Room for so many unpacked rows.
 constexpr int64_t kUnpackedRows = 16;
@@ -65,7 +87,7 @@ constexpr int64_t kUnpackedRows = 16;
 MOERT_INLINE CodeRows code_rows(const PackedRows& b, Precision precision, int64_t row, int64_t n, char* scratch) {
   const int64_t bytes = row_bytes(b.packing);
   const uint8_t* data = b.codes + row * bytes;
-  if (!unpacks_first(b.packing, precision)) return {data, bytes};
+  if (!unpacks_first(b.packing, precision)) return {data, bytes, b.packing.rows * bytes};
   const int64_t columns = b.packing.columns, stride = round_up(columns, 16);
   uint8_t* out = reinterpret_cast<uint8_t*>(scratch);
   for (int64_t r = 0; r < n; ++r, data += bytes) {
@@ -74,7 +96,7 @@ MOERT_INLINE CodeRows code_rows(const PackedRows& b, Precision precision, int64_
     for (int64_t i = 0; i < columns; i += 5) std::memcpy(q + i, kTrits.of_byte[data[i / 5]], 8);
     std::memset(q + columns, 0, size_t(stride - columns));
   }
-  return {out, stride};
+  return {out, stride, 0};
 }
 
 // Lane l of a step belongs to group (l * columns of a lane) >> shift, counted from first_group.

@@ -24,7 +24,7 @@ void packed_gemm(const PackedTile& t) {
     using Code = decltype(code);
     if constexpr (Code::kPlanes == 5) {
       packed_product<Code, Scales::none>(t);
-    } else if constexpr (Code::kPlanes == 2) {  // always in groups
+    } else if constexpr (Code::kPlanes == 2 || Code::kPlanes == 8) {  // always in groups
       packed_product<Code, Scales::both>(t);
     } else {
       if (t.b.packing.group)

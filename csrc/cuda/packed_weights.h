@@ -172,14 +172,11 @@ struct BlockCodes {
 // A lane's bits of 32 columns in each plane.
 struct BitNestedCodes {
   static constexpr int kRows = 2, kColumns = 32, kShared = 32, kUnrolled = 1, kAhead = 1, kMostPlanes = 8;
-  uint32_t planes[kMostPlanes];
-  float first, further[kMostPlanes];  // the scale of level 1; those of the levels by their plane
-  int base, count;                    // planes of level 1, and of all
+  uint32_t planes[kMostPlanes];  // of what is not there, zeros
 
   MOERT_DEVICE_INLINE static PackedWeights expert(PackedWeights w, int64_t e) {
     w.matrix.codes += e * w.matrix.codes_stride;
-    w.matrix.scales = static_cast<const char*>(w.matrix.scales) + e * w.matrix.scales_stride;
-    w.matrix.zeros += e * w.matrix.packing.rows * w.groups;
+    w.matrix.scales = static_cast<const f16*>(w.matrix.scales) + e * w.matrix.packing.rows * w.groups;
     return w;
   }
   MOERT_DEVICE_INLINE static CodeRow row(const PackedWeights& w, int64_t n) {
@@ -187,32 +184,25 @@ struct BitNestedCodes {
   }
   MOERT_DEVICE_INLINE void load(const PackedWeights& w, const CodeRow& row, int i) {
     const Packing& p = w.matrix.packing;
-    base = int(p.base), count = int(p.base + p.levels) - 1;
-    const f16* scale = static_cast<const f16*>(w.matrix.scales) + row.scale + (i * kColumns >> w.group_shift);
-    first = to_float(*scale);
 #pragma unroll
     for (int n = 0; n < kMostPlanes; ++n) {
-      planes[n] = 0, further[n] = 0;
-      if (n >= count) continue;
+      planes[n] = 0;
+      if (n >= int(p.planes)) continue;
       const uint8_t* b = row.codes + n * p.rows * w.row_bytes + int64_t(i) * 4;
       planes[n] = w.aligned ? *reinterpret_cast<const uint32_t*>(b)
                             : b[0] | uint32_t(b[1]) << 8 | uint32_t(b[2]) << 16 | uint32_t(b[3]) << 24;
-      if (n >= base) further[n] = to_float(scale[(n - base + 1) * p.rows * w.groups]);
     }
   }
+  // With the first plane as bit 8, the next as bit 7, and so on, code - zero is 32 bit_nested_value.
   MOERT_DEVICE_INLINE Scale scale(const PackedWeights& w, const CodeRow& row, int i, int) const {
-    return {1, kBeside + float(w.matrix.zeros[row.scale + (i * kColumns >> w.group_shift)])};
+    const f16 scale = static_cast<const f16*>(w.matrix.scales)[row.scale + (i * kColumns >> w.group_shift)];
+    return {to_float(scale) / 32, kBeside - 32 * bit_nested_value(0, w.matrix.packing.planes)};
   }
   MOERT_DEVICE_INLINE float value(int j, const Scale& s) const {
     uint32_t code = 0;
 #pragma unroll
-    for (int n = 0; n < kMostPlanes; ++n)
-      if (n < base) code |= (planes[n] >> j & 1u) << n;
-    float v = (beside(code) - s.zero) * first;
-#pragma unroll
-    for (int n = 1; n < kMostPlanes; ++n)
-      if (n >= base && n < count) v += planes[n] >> j & 1u ? further[n] : -further[n];
-    return v;
+    for (int n = 0; n < kMostPlanes; ++n) code |= (planes[n] >> j & 1u) << (kMostPlanes - n);
+    return beside(code) - s.zero;
   }
 };
 

@@ -91,8 +91,8 @@ struct Packing {
   Format format;
   int64_t rows;
   int64_t columns;
-  int64_t group;                 // columns that share a scale; 0: the whole row (int8, ternary)
-  int64_t base = 0, levels = 0;  // of bit_nested
+  int64_t group;       // columns that share a scale; 0: the whole row (int8, ternary)
+  int64_t planes = 0;  // of bit_nested
 };
 
 MOERT_HOST_DEVICE constexpr int64_t weights_per_block(Format format) {

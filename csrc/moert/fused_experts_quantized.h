@@ -16,17 +16,22 @@ constexpr const char* name(Precision precision) {
   return precision == Precision::full ? "full" : precision == Precision::int8 ? "int8" : "int8_group32";
 }
 
-// int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md); the
-// weights of int8 in small groups are too exact for them, and fp8, bit_nested and sub1 have no such products.
-constexpr Precision default_precision(Format format, int64_t group) {
+// fp8 and sub1 have no products with int8 rows.
+constexpr bool has_int8_rows(Format format) { return int(format) < kRowFormats || format == Format::bit_nested; }
+
+// int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md): weights of
+// 8 bits in small groups are too exact for them.  planes: of bit_nested.
+constexpr Precision default_precision(Format format, int64_t group, int64_t planes) {
   if (format == Format::ternary2 || format == Format::ternary5) return Precision::int8;
-  if (int(format) >= kRowFormats) return Precision::full;
-  return format == Format::int8 && (group == 32 || group == 64) ? Precision::full : Precision::int8_group32;
+  if (!has_int8_rows(format)) return Precision::full;
+  const bool eight_bits = format == Format::int8 || (format == Format::bit_nested && planes == 8);
+  return eight_bits && (group == 32 || group == 64) ? Precision::full : Precision::int8_group32;
 }
+constexpr Precision default_precision(const Packing& p) { return default_precision(p.format, p.group, p.planes); }
 
 // The finer one of two matrices.
 constexpr Precision default_precision(const Packing& w1, const Packing& w2) {
-  const Precision a = default_precision(w1.format, w1.group), b = default_precision(w2.format, w2.group);
+  const Precision a = default_precision(w1), b = default_precision(w2);
   return a == Precision::full || b == Precision::full ? Precision::full : a > b ? a : b;
 }
 
@@ -36,12 +41,10 @@ constexpr int64_t kMaxInt8Columns = 1 << 17;
 // The matrices of all experts.  In fp8, bit_nested and sub1 the arrays are those of their headers.
 struct PackedMatrix {
   Packing packing;
-  const uint8_t* codes;  // [E, rows, row_bytes]; sub1: uint16_t of all experts
-  const void* scales;    // [E, rows, groups]; sub1: bfloat16 low and high [E, rows, 2]
-  const uint8_t* zeros;  // likewise, or null; sub1: int32_t row_ptr [E, rows + 1]
-  // bit_nested: bytes from the planes, and from the scales, of an expert to those of the next, which may have levels
-  // that are not read.
-  int64_t codes_stride = 0, scales_stride = 0;
+  const uint8_t* codes;             // [E, rows, row_bytes]; sub1: uint16_t of all experts
+  const void* scales;               // [E, rows, groups]; sub1: bfloat16 low and high [E, rows, 2]
+  const uint8_t* zeros;             // likewise, or null; sub1: int32_t row_ptr [E, rows + 1]
+  int64_t codes_stride = 0;         // bit_nested: bytes from an expert's planes to the next one's; some may not be read
   const int64_t* starts = nullptr;  // sub1 on a CPU: [E + 1], the codeword at which each expert begins
   int64_t size = 0;                 // sub1 on a GPU: codewords of all experts; more are not read
 };

@@ -74,12 +74,12 @@ py::dict threads() {
   return facts;
 }
 
-const char* default_precision(const std::string& format, int64_t group) {
+const char* default_precision(const std::string& format, int64_t group, int64_t planes) {
   for (int i = moert::kRowFormats; i < moert::kFormats; ++i) {
     const moert::Format other{i};
-    if (format == moert::cpu::name(other)) return moert::name(moert::default_precision(other, group));
+    if (format == moert::cpu::name(other)) return moert::name(moert::default_precision(other, group, planes));
   }
-  return moert::name(moert::default_precision(format_of(format), group));
+  return moert::name(moert::default_precision(format_of(format), group, planes));
 }
 
 py::tuple panel(const std::string& dtype) {
@@ -110,8 +110,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return moert::name(moert::isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return moert::name(moert::best_isa()); }, "The best instruction set of this CPU.");
   m.def("panel", &panel, "Columns and depth of the panels in which weights of a dtype are multiplied as they lie.");
-  m.def("default_precision", &default_precision,
-        "The precision of activations that \"auto\" is over a format and group.");
+  m.def("default_precision", &default_precision, py::arg("format"), py::arg("group"), py::arg("planes") = 0,
+        "The precision of activations that \"auto\" is over a format and group; planes: of bit_nested.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { moert::cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },

@@ -28,12 +28,14 @@ _ISAS = {
     "avx512_vnni": "AVX512-VNNI",
     "avx512_bf16": "AVX512-BF16 and VNNI",
 }
-# Formats of quantized weights by group, 0 the row: of those left out, "auto" is what it is for the nearest one.
-_FORMATS = (
-    *(("int8", 0), ("int8", 32), ("int8", 64), ("int8", 128)),
-    *(("int4", 32), ("int4_asymmetric", 32), ("mxfp4", 32), ("ternary2", 0), ("ternary5", 0)),
-    *(("fp8", 0), ("bit_nested", 128), ("sub1", 0)),
-)
+# Formats of quantized weights: name, group, planes.  Of those left out, "auto" is what it is for the nearest one.
+_FORMATS = {
+    **{f"int8{'-g' * (g > 0)}{g or ''}": ("int8", g, 0) for g in (0, 32, 64, 128)},
+    **{f"{name}-g32": (name, 32, 0) for name in ("int4", "int4_asymmetric", "mxfp4")},
+    **{name: (name, 0, 0) for name in ("ternary2", "ternary5", "fp8")},
+    **{f"bit_nested-{planes}bit-g{g}": ("bit_nested", g, planes) for planes, g in ((4, 32), (8, 32), (8, 128))},
+    "sub1": ("sub1", 0, 0),
+}
 # Optional package -> the extra that brings it.
 _EXTRAS = {"transformers": "hf", "accelerate": "hf", "typer": "cli", "rich": "cli", "matplotlib": "cli"}
 
@@ -50,9 +52,7 @@ def info() -> dict:
         "build": _C.build(),
         "cpu": {"isa": _C.isa(), "best_isa": _C.best_isa(), "features": _C.cpu_features()},
         "threads": {"torch": torch.get_num_threads(), **_C.threads(), "runtimes": openmp_runtimes()},
-        "quantized_precision": {
-            f"{name}-g{group}" if group else name: _C.default_precision(name, group) for name, group in _FORMATS
-        },
+        "quantized_precision": {name: _C.default_precision(*fmt) for name, fmt in _FORMATS.items()},
         "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
         "cuda": {"archs": _C.build()["cuda_archs"], "torch": torch.version.cuda, "gpu": _gpu()},
         "missing": _missing(),

@@ -19,7 +19,7 @@ struct Matrix {
   std::vector<uint8_t> codes, scales, zeros;
   std::vector<float> values;
   std::vector<int64_t> starts;
-  int64_t codes_stride = 0, scales_stride = 0;
+  int64_t codes_stride = 0;
 
   // `floats` [E, rows, columns], in [-1, 1)
   Matrix(const Packing& of, int64_t E, std::vector<float> floats) : packing(of), E(E), values(std::move(floats)) {
@@ -58,13 +58,12 @@ struct Matrix {
   }
 
   void fill_bit_nested() {
-    const BitNestedPacking all{E, packing.rows, packing.columns, packing.group, packing.base, packing.levels};
-    const int64_t per_level = packing.rows * groups(packing);
-    codes_stride = planes(all) * packing.rows * row_bytes(all), scales_stride = 2 * packing.levels * per_level;
-    codes.resize(E * codes_stride), scales.resize(E * scales_stride), zeros.resize(E * per_level);
-    f16* levels = reinterpret_cast<f16*>(scales.data());
-    cpu::bit_nested_quantize(all, values.data(), 1, codes.data(), levels, zeros.data());
-    cpu::bit_nested_dequantize(all, codes.data(), levels, zeros.data(), 1, values.data());
+    const BitNestedPacking all{E, packing.rows, packing.columns, packing.group, packing.planes};
+    codes_stride = packing.planes * packing.rows * row_bytes(packing);
+    codes.resize(E * codes_stride), scales.resize(2 * E * packing.rows * groups(packing));
+    f16* each = reinterpret_cast<f16*>(scales.data());
+    cpu::bit_nested_quantize(all, values.data(), 1, codes.data(), each);
+    cpu::bit_nested_dequantize(all, codes.data(), each, 1, values.data());
   }
 
   // Rows of 0, -r and r.
@@ -95,8 +94,7 @@ struct Matrix {
 
   uint8_t* zeros_data() { return zeros.empty() ? nullptr : zeros.data(); }
   PackedMatrix packed() const {
-    return {packing,      codes.data(),  scales.data(), zeros.empty() ? nullptr : zeros.data(),
-            codes_stride, scales_stride, starts.data()};
+    return {packing, codes.data(), scales.data(), zeros.empty() ? nullptr : zeros.data(), codes_stride, starts.data()};
   }
   // The same parts elsewhere, as a GPU takes them.
   PackedMatrix packed(const uint8_t* codes_at, const uint8_t* scales_at, const uint8_t* zeros_at) const {

@@ -40,10 +40,10 @@ const std::vector<Packing> kKinds = {{Format::int8, 0, 0, 0},
                                      {Format::ternary5, 0, 0, 32},
                                      {Format::ternary5, 0, 0, 128},
                                      {Format::fp8, 0, 0, kFp8Block},
-                                     {Format::bit_nested, 0, 0, 32, 1, 3},
-                                     {Format::bit_nested, 0, 0, 64, 2, 3},
-                                     {Format::bit_nested, 0, 0, 128, 5, 4},
-                                     {Format::bit_nested, 0, 0, 32, 8, 1},
+                                     {Format::bit_nested, 0, 0, 32, 3},
+                                     {Format::bit_nested, 0, 0, 64, 4},
+                                     {Format::bit_nested, 0, 0, 128, 8},
+                                     {Format::bit_nested, 0, 0, 32, 1},
                                      {Format::sub1, 0, 0, 0}};
 
 // A packed matrix on the host and on the device.

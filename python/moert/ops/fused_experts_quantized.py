@@ -69,7 +69,8 @@ def fused_experts_quantized(
 def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | SubOneBitTensor) -> str:
     """What "auto" is on a CPU: the finer one of the two matrices (docs/quantized.md says how it was measured)."""
     order = ("int8", "int8_group32", "full")
-    return max((_C.default_precision(w.format.name, _group(w)) for w in (w1, w2)), key=order.index)
+    each = (_C.default_precision(w.format.name, _group(w), getattr(w.format, "planes", 0)) for w in (w1, w2))
+    return max(each, key=order.index)
 
 
 def _group(w: PackedTensor | SubOneBitTensor) -> int:

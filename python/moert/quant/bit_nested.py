@@ -16,15 +16,16 @@ from moert.quant.format import Format, PackedTensor, flat, float_weights
 class BitNested(Format):
     """`base` bits at level 1 and one more a level: BitNested(2, 3) is 2, 3 and 4 bits, BitNested(5, 4) is 5 to 8.
 
-    Level 1 is asymmetric, w = scale * (q - zero); each further level adds + or - its own scale, the mean of what the
-    levels below leave (D2MoE, arXiv 2504.15299, "matryoshka weight quantisation"; per-group, without error feedback).
-    codes are bit planes [..., planes, rows, row_bytes], scales float16 [..., levels, rows, groups], zeros uint8
-    [..., rows, groups]; a lower level reads the first planes and scales only.
+    A weight's bits halve the range from -8.5 to 7.5 scales again and again, and it is the middle of what is left: 4
+    bits are scale * (code - 8), fewer the mean of the codes that begin with them.  The scale, a float16 of either sign,
+    is the one of eight with the smallest squared error at the highest level.  codes are bit planes [..., planes, rows,
+    row_bytes], the highest bit first, scales [..., rows, groups]; a lower level reads the first planes only.  After
+    D2MoE (arXiv 2504.15299), whose levels have a scale each.
     """
 
     base: int = 2
     levels: int = 3
-    group: int = 128
+    group: int = 32
 
     name = "bit_nested"
 
@@ -53,8 +54,7 @@ class BitNested(Format):
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         *rows, columns = shape
-        groups = -(-columns // self.group)
-        return prod(rows) * (self.planes * 16 * -(-columns // 128) + groups * (2 * self.levels + 1))
+        return prod(rows) * (self.planes * 16 * -(-columns // 128) + 2 * -(-columns // self.group))
 
     @property
     def spelling(self) -> str:
@@ -63,28 +63,27 @@ class BitNested(Format):
     def empty(self, shape: tuple[int, ...]) -> PackedTensor:
         *matrices, rows, columns = shape
         codes = torch.zeros(*matrices, self.planes, rows, 16 * -(-columns // 128), dtype=torch.uint8)
-        scales = torch.zeros(*matrices, self.levels, rows, -(-columns // self.group), dtype=torch.float16)
-        zeros = torch.zeros(*matrices, rows, -(-columns // self.group), dtype=torch.uint8)
-        return PackedTensor(self, columns, codes, scales, zeros)
+        scales = torch.zeros(*matrices, rows, -(-columns // self.group), dtype=torch.float16)
+        return PackedTensor(self, columns, codes, scales)
 
     def check_values(self, packed: PackedTensor) -> None:
         if not packed.scales.isfinite().all():
             raise ValueError(f"scales must be finite for {self}, got inf or nan")
-        if (packed.zeros >= 2**self.base).any():
-            raise ValueError(f"zeros must be below {2**self.base} for {self}, got {int(packed.zeros.max())}")
 
     def pack(self, w: Tensor) -> PackedTensor:
         w = float_weights(w)
-        sizes = (self.group, self.base, self.levels, torch.get_num_threads())
-        parts = _C.bit_nested_quantize(flat(w, 2).numpy(), *sizes)
+        parts = _C.bit_nested_quantize(flat(w, 2).numpy(), self.group, self.planes, torch.get_num_threads())
         shaped = (torch.from_numpy(part).view(*w.shape[:-2], *part.shape[1:]) for part in parts)
         return PackedTensor(self, w.shape[-1], *shaped)
 
     def unpack(self, packed: PackedTensor) -> Tensor:
         self.check(packed)
-        parts = [flat(x, n).numpy() for x, n in ((packed.codes, 3), (packed.scales, 3), (packed.zeros, 2))]
-        sizes = (packed.columns, self.group, self.base, self.levels, torch.get_num_threads())
-        return torch.from_numpy(_C.bit_nested_dequantize(*parts, *sizes)).view(packed.shape)
+        shape = self.shape_of(packed)
+        if packed.codes.shape[-3] != self.planes:
+            raise ValueError(f"codes must have {self.planes} planes for {self}, got {packed.codes.shape[-3]}")
+        codes, scales = flat(packed.codes, 3).numpy(), flat(packed.scales, 2).numpy()
+        w = _C.bit_nested_dequantize(codes, scales, packed.columns, self.group, torch.get_num_threads())
+        return torch.from_numpy(w).view(shape)
 
     def lower(self, packed: PackedTensor, levels: int) -> PackedTensor:
         """The first `levels` levels of packed: views of its own memory, no bit of which is changed."""
@@ -92,45 +91,54 @@ class BitNested(Format):
         if not 1 <= levels <= self.levels:
             raise ValueError(f"levels must be 1 to {self.levels}, got {levels}")
         fmt = BitNested(self.base, levels, self.group)
-        codes, scales = packed.codes[..., : fmt.planes, :, :], packed.scales[..., :levels, :, :]
-        return PackedTensor(fmt, packed.columns, codes, scales, packed.zeros)
+        return PackedTensor(fmt, packed.columns, packed.codes[..., : fmt.planes, :, :], packed.scales)
 
 
-def pack_ref(w: np.ndarray, base: int, levels: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """w float32 [rows, columns] -> codes [planes, rows, row_bytes], scales [levels, rows, groups], zeros."""
-    top = np.float32(2**base - 1)
-    bits, scales, zeros = [], [], []
+def value_ref(code: np.ndarray, planes: int) -> np.ndarray:
+    """The mean, in scales, of the 4-bit codes less 8 that begin with these bits, or the part of one that they say."""
+    return ((code + np.float32(0.5)) * np.float32(2.0 ** (4 - planes)) - np.float32(8.5)).astype(np.float32)
+
+
+def pack_ref(w: np.ndarray, planes: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """w float32 [rows, columns] -> codes [planes, rows, row_bytes], scales [rows, groups]."""
+    every, scales = np.zeros((*w.shape, planes), np.uint8), []
     for columns in reference.groups(w, group):
-        low, high = columns.min(1, initial=0), columns.max(1, initial=0)
-        scale = reference.float16_up((high / 2 - low / 2) / (top / 2))
-        zero = reference.nearest(-low[:, None], scale).clip(0, top).astype(np.float32)
-        q = (reference.nearest(columns, scale) + zero).clip(0, top)
-        value = (q - zero).astype(np.float32) * scale.astype(np.float32)[:, None]
-        planes, found = [q.astype(np.int64) >> b & 1 for b in range(base)], [scale]
-        for _ in range(levels - 1):
-            rest = np.add.accumulate(np.abs(columns - value).astype(np.float64), axis=1)[:, -1] / columns.shape[1]
-            found.append(rest.astype(np.float32).astype(np.float16))
-            planes.append(columns - value >= 0)
-            value = value + np.where(planes[-1], 1, -1).astype(np.float32) * found[-1].astype(np.float32)[:, None]
-        bits.append(np.stack(planes).astype(np.uint8))
-        scales.append(np.stack(found))
-        zeros.append(zero[:, 0])
-    if not bits:
-        empty = np.zeros((base + levels - 1, len(w), 0), np.uint8)
-        return empty, np.zeros((levels, len(w), 0), np.float16), np.zeros((len(w), 0), np.uint8)
-    every = np.concatenate(bits, 2)
-    codes = np.zeros((*every.shape[:2], 16 * -(-w.shape[1] // 128)), np.uint8)
-    packed = np.packbits(every, axis=2, bitorder="little")
+        start = len(scales) * group
+        scale, codes = _round_group(columns, planes)
+        scales.append(scale)
+        for plane in range(planes):
+            every[:, start : start + group, plane] = codes >> (planes - 1 - plane) & 1
+    codes = np.zeros((planes, len(w), 16 * -(-w.shape[1] // 128)), np.uint8)
+    packed = np.packbits(every.transpose(2, 0, 1), axis=2, bitorder="little")
     codes[:, :, : packed.shape[2]] = packed
-    return codes, np.stack(scales, 2), np.stack(zeros, 1).astype(np.uint8)
+    return codes, np.stack(scales, 1) if scales else np.zeros((len(w), 0), np.float16)
 
 
-def unpack_ref(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, columns: int, base: int, group: int):
-    """w float32 [rows, columns] at the level that the scales have."""
-    bits = np.unpackbits(codes, axis=2, bitorder="little", count=columns).astype(np.float32)
-    q = sum(bits[b] * np.float32(2**b) for b in range(base))
-    each = [reference.per_column(scale.astype(np.float32), columns, group) for scale in scales]
-    w = (q - reference.per_column(zeros.astype(np.float32), columns, group)) * each[0]
-    for plane, scale in zip(bits[base:], each[1:], strict=True):
-        w = w + (2 * plane - 1) * scale
-    return w.astype(np.float32)
+def _round_group(w: np.ndarray, planes: int) -> tuple[np.ndarray, np.ndarray]:
+    """w [rows, columns] of one group -> the scale [rows] of least squared error, the first of several, and codes."""
+    low, high = 0 - w.min(1, initial=0), w.max(1, initial=0)
+    tried = []
+    for sign, above, below in ((1, high, low), (-1, low, high)):
+        whole = np.maximum(above / np.float32(7.5), below / np.float32(8.5))
+        for sixteenths in (17, 16, 15, 14):
+            with np.errstate(over="ignore"):  # some may be beyond float16
+                scale = (sign * (whole * np.float32(sixteenths / 16))).astype(np.float16)
+            wide = scale.astype(np.float32)[:, None]
+            with np.errstate(invalid="ignore"):
+                units = np.where(wide == 0, np.float32(0), w / np.where(wide == 0, np.float32(1), wide))
+                cells = (units + np.float32(8.5)) * np.float32(2.0 ** (planes - 4))
+                codes = np.floor(cells.clip(0, 2**planes - 1)).astype(np.int64)
+                error = reference.squared_error(w, wide * value_ref(codes, planes))
+            tried.append((np.where(np.isfinite(error), error, np.inf), scale, codes))
+    best = np.argmin([error for error, _, _ in tried], axis=0)
+    rows = np.arange(len(w))
+    return np.stack([scale for _, scale, _ in tried])[best, rows], np.stack([c for _, _, c in tried])[best, rows]
+
+
+def unpack_ref(codes: np.ndarray, scales: np.ndarray, columns: int, group: int) -> np.ndarray:
+    """w float32 [rows, columns] of as many planes as codes have."""
+    bits = np.unpackbits(codes, axis=2, bitorder="little", count=columns).astype(np.int64)
+    code = np.zeros(bits.shape[1:], np.int64)
+    for plane in bits:
+        code = 2 * code + plane
+    return value_ref(code, len(codes)) * reference.per_column(scales.astype(np.float32), columns, group)
