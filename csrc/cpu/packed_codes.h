@@ -177,11 +177,11 @@ struct Ternary5Code : BytesOfCodes {
   }
 };
 
-// The bits of `a` where those of mask are 1, else those of b.
-MOERT_INLINE VecB select_bits(const VecB& mask, const VecB& a, const VecB& b) {
+// The bits of `a` where those of mask are 1, else those of b.  `a` is first, as what the result may overwrite.
+MOERT_INLINE VecB select_bits(const VecB& a, const VecB& mask, const VecB& b) {
 #if defined(__AVX512F__)
-  return bit_cast_vector<VecB>(_mm512_ternarylogic_epi32(bit_cast_vector<__m512i>(mask), bit_cast_vector<__m512i>(a),
-                                                         bit_cast_vector<__m512i>(b), 0xca));
+  return bit_cast_vector<VecB>(_mm512_ternarylogic_epi32(bit_cast_vector<__m512i>(a), bit_cast_vector<__m512i>(mask),
+                                                         bit_cast_vector<__m512i>(b), 0xe2));
 #else
   return (a & mask) | (b & ~mask);
 #endif
@@ -196,8 +196,8 @@ MOERT_INLINE void join_fields(VecB& low, VecB& high) {
   const VecB odd = bit_cast_vector<VecB>(bit_cast_vector<VecW>(low) >> kWidth);
   if constexpr (kHigh) {
     const VecB even = bit_cast_vector<VecB>(bit_cast_vector<VecW>(high) << kWidth);
-    low = select_bits(mask, low, even);
-    high = select_bits(mask, odd, high);
+    low = select_bits(low, mask, even);
+    high = select_bits(odd, mask, high);
   } else {
     low = low & mask;
     high = odd & mask;

@@ -64,17 +64,33 @@ struct Dots {
     return w;
   }
 
+  // The integers of a step; read(x) is a vector of x.
+  template <typename Read>
+  MOERT_INLINE static VecI integers(const Weights& w, const char* x, const Read& read) {
+    const VecI bias = bit_cast_vector<VecI>(read(x + P * V));
+    VecI sum = Code::kShift ? VecI{} : bias;
+    if constexpr (P == 8) {  // two chains of sums, or they wait for one another
+      VecI other{};
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p += 2) {
+        sum = dot4<Code::kMaxCode>(sum, w.planes[p], read(x + p * V));
+        other = dot4<Code::kMaxCode>(other, w.planes[p + 1], read(x + (p + 1) * V));
+      }
+      sum += other;
+    } else {
+#pragma GCC unroll 5
+      for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], read(x + p * V));
+    }
+    return Code::kShift ? (sum << Code::kShift) + bias : sum;
+  }
+
   MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int m, int r) {
     if constexpr (kScales == Scales::none) {
-#pragma GCC unroll 8
+#pragma GCC unroll 5
       for (int p = 0; p < P; ++p)
         sums[m][r] = dot4<Code::kMaxCode>(sums[m][r], w.planes[p], load_vector<VecS>(x + p * V));
     } else {
-      const VecI bias = load_vector<VecI>(x + P * V);
-      VecI sum = Code::kShift ? VecI{} : bias;
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], load_vector<VecS>(x + p * V));
-      if constexpr (Code::kShift != 0) sum = (sum << Code::kShift) + bias;
+      const VecI sum = integers(w, x, [](const char* p) { return load_vector<VecS>(p); });
       sums[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
     }
   }
@@ -108,6 +124,45 @@ struct Dots {
     }
   }
 
+  // A last step of half a vector (many formats have none; 768 columns of bit-nested weights do): two rows share one.
+  static constexpr bool kHalves = V == 64 && Code::kVectors > 1;
+#if defined(__AVX512F__)
+  MOERT_INLINE static __m512 join(const VecF& low, const VecF& high) {
+    return _mm512_insertf32x8(__m512(low), _mm512_castps512_ps256(__m512(high)), 1);
+  }
+
+  MOERT_INLINE void half_step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s,
+                              const VecI& lanes, const VecI& x_lanes) {
+    const auto twice = [](const char* p) {
+      return bit_cast_vector<VecS>(_mm512_broadcast_i64x4(load_vector<__m256i>(p)));
+    };
+#pragma GCC unroll 2
+    for (int r = 0; r < kBlock; r += 2) {
+      VecB codes[Code::kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < Code::kVectors; ++i)
+        codes[i] = bit_cast_vector<VecB>(
+            _mm512_inserti64x4(_mm512_castsi256_si512(load_vector<__m256i>(bytes[r] + i * b.vector)),
+                               load_vector<__m256i>(bytes[r + 1] + i * b.vector), 1));
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * Code::kVectors; ++i)
+        __builtin_prefetch(bytes[r + i % 2] + i / 2 * b.vector + b.ahead, 0, 2);
+      Weights w;
+      Code::unpack(codes, VecB{}, w.planes);
+      const float* scales = b.scales + r * b.pitch + first_group(s, b.shift);
+      w.scale = VecF(join(pick(scales, lanes), pick(scales + (r + 1 < b.rows ? b.pitch : 0), lanes)));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const VecF x_scale = scale_of_step(x[m].scales, s, x_lanes);
+        const VecI sum = integers(w, x[m].data + s * b.layout.step_bytes, twice);
+        const __m512 both = __m512(to_floats(sum) * (w.scale * VecF(join(x_scale, x_scale))));
+        sums[m][r] += VecF(_mm512_maskz_mov_ps(0x00ff, both));
+        sums[m][r + 1] += VecF(_mm512_zextps256_ps512(_mm512_extractf32x8_ps(both, 1)));
+      }
+    }
+  }
+#endif
+
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
     const VecI lanes = group_of_lane<Code>(b.shift), x_lanes = group_of_lane<Code>(kGroupShift);
     for (int m = 0; m < M; ++m)
@@ -129,6 +184,10 @@ struct Dots {
         bytes[r] += V;
       }
     }
+#if defined(__AVX512F__)
+    if constexpr (kHalves)
+      if (b.last == V / 2) return half_step(b, bytes, x, whole, lanes, x_lanes);
+#endif
     if constexpr (V > 16)  // rows are whole blocks of 16 bytes
       if (b.last) step<true>(b, bytes, x, whole, lanes, x_lanes);
   }
@@ -166,8 +225,8 @@ auto dots_of(int64_t m, std::integer_sequence<int, M...>) {
 }
 
 // Scales and zeros of some weight rows, widened together.  Where scales are picked, vectors are read from any of them
-// on, and those of columns that pad a row are zeros.
-template <typename Code, Scales kScales>
+// on: columns that pad a row, whose sums are 0, have those of the next one, and the last zeros.
+template <typename Code>
 struct DotScales {
   static constexpr int64_t kRows = 32;  // their scales stay in the level-1 cache
   int64_t first, pitch, bytes;          // bytes: of the scratch
@@ -175,32 +234,27 @@ struct DotScales {
   int32_t* zeros;                       // likewise
 
   DotScales(const PackedTile& t, int64_t first, int64_t rows) : first(first) {
-    const int64_t columns = t.b.packing.columns, per_row = groups(t.b.packing);
-    const bool padded = kScales == Scales::both && columns % kStepColumns<Code> != 0;
-    pitch = padded ? round_up(per_row, 16) + 16 : per_row;
-    const int64_t size = round_up(kRows * pitch + 16, 16);
+    constexpr int64_t kBehind = 16 + kStepColumns<Code> / kGroup;
+    pitch = groups(t.b.packing);
+    const int64_t count = rows * pitch, size = round_up(kRows * pitch + kBehind, 16);
     scales = reinterpret_cast<float*>(t.scratch);
     zeros = reinterpret_cast<int32_t*>(scales + size);
     bytes = (Code::kZeros ? 2 : 1) * size * 4;
-    if (!padded) {
-      widen(t.b, 0, rows * per_row);
-    } else {
-      std::memset(t.scratch, 0, size_t(bytes));
-      for (int64_t r = 0; r < rows; ++r) widen(t.b, r, per_row);
+    // Those of the rows to come, of which the next tile begins with the first.
+    const char* next = static_cast<const char*>(t.b.scales) + (first + rows) * pitch * scale_bytes(t.b.packing.format);
+    for (int64_t i = 0; i < count * scale_bytes(t.b.packing.format); i += 64) __builtin_prefetch(next + i, 0, 2);
+    widen_scales(t.b, first, 0, count, scales);
+    std::memset(scales + count, 0, kBehind * sizeof(float));
+    if constexpr (Code::kZeros) {
+      widen_zeros<Code>(t.b, first, 0, count, zeros);
+      std::memset(zeros + count, 0, kBehind * sizeof(int32_t));
     }
-  }
-
- private:
-  // n scales of row r and those after it.
-  void widen(const PackedRows& b, int64_t r, int64_t n) {
-    widen_scales(b, first + r, 0, n, scales + r * pitch);
-    if constexpr (Code::kZeros) widen_zeros<Code>(b, first + r, 0, n, zeros + r * pitch);
   }
 };
 
 // The weight rows from n on as a block; what is unpacked first is written to scratch.
-template <typename Code, Scales kScales>
-DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales<Code, kScales>& of, int64_t n) {
+template <typename Code>
+DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales<Code>& of, int64_t n) {
   const PackedRows& b = t.b;
   DotBlock block{};
   block.rows = t.N - n < kBlock ? t.N - n : kBlock;
@@ -213,14 +267,15 @@ DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales
   const CodeRows rows = code_rows(b, t.precision, n, block.rows, t.scratch + of.bytes);
   block.vector = rows.vector;
   block.last = rows.stride % kVectorBytes;
-  block.ahead = whole_blocks_ahead(kBlock * rows.stride);
+  // The planes of bits are streams beside one another: of each, half as far.
+  block.ahead = whole_blocks_ahead(kBlock * rows.stride, kAheadBytes / (Code::kVectors > 1 ? 2 : 1));
   for (int64_t r = 0; r < kBlock; ++r) block.codes[r] = rows.data + smaller(r, block.rows - 1) * rows.stride;
   return block;
 }
 
 template <typename Code, Scales kScales>
 void packed_dots(const PackedTile& t) {
-  using Widened = DotScales<Code, kScales>;
+  using Widened = DotScales<Code>;
   const RowLayout layout = row_layout<Code>(t.b.packing.columns);
   const int64_t parts = (t.M + kBlockM - 1) / kBlockM;
   for (int64_t first = 0; first < t.N; first += Widened::kRows) {

@@ -45,8 +45,8 @@ using VecI = Vec<int32_t>;
 constexpr int64_t kAheadBytes = 8 << 10;
 
 // The bytes of the blocks of `bytes` each that reach so far.
-MOERT_INLINE int64_t whole_blocks_ahead(int64_t bytes) {
-  return bytes > 0 ? (kAheadBytes + bytes - 1) / bytes * bytes : 0;
+MOERT_INLINE int64_t whole_blocks_ahead(int64_t bytes, int64_t ahead = kAheadBytes) {
+  return bytes > 0 ? (ahead + bytes - 1) / bytes * bytes : 0;
 }
 
 template <typename V, typename T>
