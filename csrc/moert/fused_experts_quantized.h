@@ -16,6 +16,14 @@ constexpr const char* name(Precision precision) {
   return precision == Precision::full ? "full" : precision == Precision::int8 ? "int8" : "int8_group32";
 }
 
+// The scale of int8 codes of values up to x, of which these are the bits without the sign; NaN where that is not
+// finite, 0 where it is below 2^-119 (products would be subnormal).
+MOERT_HOST_DEVICE static inline float int8_scale(uint32_t bits) {
+  if (bits >= 0x7f800000u) return bits_to_float(0x7fc00000u);
+  const float most = bits_to_float(bits);
+  return most < 0x1p-119f ? 0 : most / 127;
+}
+
 // int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md); the
 // weights of int8 in small groups are too exact for them, and fp8, bit_nested and sub1 have no such products.
 constexpr Precision default_precision(Format format, int64_t group) {
@@ -64,16 +72,17 @@ void fused_experts_quantized_backward(const Rows& dy, const RoutedRows& tokens, 
 
 }  // namespace cpu
 
-// The same with full activations on the current device, ordered by `stream` (a cudaStream_t); every pointer is the
-// device's.  `workspace` is as many bytes of the device as the first function says, aligned to 256.  The bits of a row
-// of y do not depend on the other rows.  The first call over sub1 weights on a device brings it their dictionary and
-// waits for that; it can't be captured.
+// The same on the current device, with int8 codes and scales of x that are those of a CPU; ordered by `stream` (a
+// cudaStream_t); every pointer is the device's.  `workspace` is as many bytes of the device as the first function says,
+// aligned to 256.  The bits of a row of y do not depend on the other rows.  The first call over sub1 weights on a
+// device brings it their dictionary and waits for that; it can't be captured.
 namespace cuda {
 
-int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const QuantizedExperts& experts);
+int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const QuantizedExperts& experts,
+                                          Precision precision);
 
-void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, void* workspace, void* stream,
-                             void* y);
+void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
+                             void* workspace, void* stream, void* y);
 
 // Of the gradients there are dx and dweights.  Some experts at a time are dequantized, to x's dtype; what lies between
 // the products is rounded to that, too.
