@@ -27,7 +27,7 @@ DECODE, PREFILL = (1, 4, 8, 16, 64), (256, 1024, 8192)
 PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1
 # moert in another way, a line of its own: with MOERT_FUSED_COMBINE=1, weights that lie turned, gradients added.
 WAYS = ("", " fused combine", " turned", " main_grad")
-OWN = tuple(name + way for name in ("moert", PERSISTENT) for way in WAYS)  # no peers
+OWN = (*(name + way for name in ("moert", PERSISTENT) for way in WAYS), "moert int8", "moert int8_group32")  # no peers
 AGREE = 0.05  # the worst row's error: bfloat16 twice over; a wrong expert is off by 1
 LAYER = gpu_cases.Layer("small", 32, 16, 8, 2, turned=True)  # --smoke
 

@@ -63,6 +63,15 @@ MOERT_DEVICE_INLINE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t sele
 constexpr uint32_t kBytesBeside = 0x80808080u;
 MOERT_DEVICE_INLINE uint32_t subtract_bytes(uint32_t beside, uint32_t bytes) { return (beside - bytes) ^ kBytesBeside; }
 
+// The upper word of high and low shifted to the left, by at most 31 (SHF).
+MOERT_DEVICE_INLINE uint32_t shift_pair(uint32_t low, uint32_t high, int count) {
+#if defined(__CUDACC__)
+  return __funnelshift_l(low, high, count);
+#else
+  return uint32_t((uint64_t(high) << 32 | low) << count >> 32);
+#endif
+}
+
 // A positive count is a shift to the left.
 MOERT_DEVICE_INLINE uint32_t shifted(uint32_t word, int count) { return count < 0 ? word >> -count : word << count; }
 

@@ -38,7 +38,7 @@ struct FloatRows {
 #pragma unroll(Shape::kUnrolled ? kSpans : 1)
     for (int span = 0; span < kSpans; ++span)
 #pragma unroll Weights::kTermsTogether
-      for (int term = 0; term < weights.terms(); ++term)
+      for (int term = 0; term < weights.template terms<T>(); ++term)
         multiply_span<Shape>(weights, x, codes, step, span, term, scales, rows, sums);
   }
 
@@ -56,7 +56,7 @@ struct FloatRows {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t bits = of_span(scales[i][half], span);
-        scale[i][half] = weights.scale(term, half, step, span, bits);
+        scale[i][half] = weights.template scale<T>(term, half, step, span, bits);
         weights.template pairs<T>(term, codes, 16 * i + 8 * half + g, span, bits, a[i][half]);
       }
     // Multiply

@@ -60,12 +60,13 @@ struct Int8Rows {
       if (n % 4 == 0 && n > 0 && n * 8 >= rows) break;
       const Chunk b = load_chunk(x + place<Shape>(n * 8 + g, pair * 4 + t) * 16);
       float2 x_scale[2] = {};
-      if constexpr (!kWhole)
+      if constexpr (!kWhole) {
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
           const char* from = x + place<Shape>(n * 8 + 2 * t + v, kCodePieces) * 16;
           x_scale[v] = reinterpret_cast<const float2*>(from)[pair];
         }
+      }
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll

@@ -61,8 +61,11 @@ struct FragmentRows {
   int32_t pieces;                // of a row
 
   MOERT_HOST_DEVICE static int stage_bytes(const PackedWeights&) { return kRows * kPieces * 16; }
-  // How many sums of a span there are, each with a scale.
-  MOERT_DEVICE_INLINE static constexpr int terms() { return 1; }
+  // How many sums of a span of rows of T there are, each with a scale.
+  template <typename T>
+  MOERT_DEVICE_INLINE static constexpr int terms() {
+    return 1;
+  }
 
   template <typename P>
   MOERT_DEVICE_INLINE FragmentRows(const P& p, int64_t expert, int64_t first) : w(p.w) {
@@ -108,7 +111,10 @@ struct FragmentRows {
   }
 
   // Of a span, of which `bits` are what was read.
-  MOERT_DEVICE_INLINE float scale(int, int, int, int, uint32_t bits) const { return Codes::scale(bits); }
+  template <typename T>
+  MOERT_DEVICE_INLINE float scale(int, int, int, int, uint32_t bits) const {
+    return Codes::scale(bits);
+  }
   template <typename T>
   MOERT_DEVICE_INLINE void pairs(int, const char* codes, int row, int span, uint32_t bits, uint32_t (&out)[4]) const {
     Codes::template pairs<T>(codes, row, span, lane_id() % 4, bits, out);

@@ -25,7 +25,10 @@ struct FragmentRows<BitNestedFragments, 1> {
     const Packing& p = w.matrix.packing;
     return int(p.base + p.levels - 1) * kRows * 16;
   }
-  MOERT_DEVICE_INLINE int terms() const { return int(w.matrix.packing.levels); }
+  template <typename T>
+  MOERT_DEVICE_INLINE int terms() const {
+    return int(w.matrix.packing.levels);
+  }
 
   template <typename P>
   MOERT_DEVICE_INLINE FragmentRows(const P& p, int64_t expert, int64_t first) : w(BitNestedCodes::expert(p.w, expert)) {
@@ -60,6 +63,7 @@ struct FragmentRows<BitNestedFragments, 1> {
     for (int half = 0; half < 2; ++half)
       out[0][half] = BitNestedFragments::read(w, at_scales[half] + group(step, lane_id() % 4));
   }
+  template <typename T>
   MOERT_DEVICE_INLINE float scale(int term, int half, int step, int span, uint32_t bits) const {
     if (term == 0) return BitNestedFragments::scale(bits);
     const int64_t level = (term - 1) * w.matrix.packing.rows * w.groups;
@@ -94,9 +98,11 @@ struct FragmentRows<BitNestedFragments, 1> {
   }
 };
 
-// The terms are where a digit is 1 and where it is 2.  The warp writes the digits of a step to shared memory, two bits
-// a column as ternary2 has them: a codeword's are side by side in its entry of the dictionary, and eight lanes bring
-// those of eight codewords of a row to their place.
+// The warp writes the digits of a step to shared memory, two bits a column as ternary2 has them: a codeword's are side
+// by side in its entry of the dictionary, and eight lanes bring those of eight codewords of a row to their place.
+//
+// A row's low and high are bf16, and so its weights are; f16 may not hold them, and has a term where a digit is 1 and
+// another where it is 2.
 struct Sub1Fragments : TwoBitFragments {
   static constexpr Format kFormat = Format::sub1;
 };
@@ -114,7 +120,10 @@ struct FragmentRows<Sub1Fragments, 1> {
   uint16_t codeword[kPasses];  // number next + lane % 8
 
   MOERT_HOST_DEVICE static int stage_bytes(const PackedWeights&) { return kRows * kPieces * 16; }
-  MOERT_DEVICE_INLINE static constexpr int terms() { return 2; }
+  template <typename T>
+  MOERT_DEVICE_INLINE static constexpr int terms() {
+    return kIsBf16<T> ? 1 : 2;
+  }
 
   template <typename P>
   MOERT_DEVICE_INLINE FragmentRows(const P& p, int64_t expert, int64_t first) : dictionary(p.w.dictionary) {
@@ -198,34 +207,43 @@ struct FragmentRows<Sub1Fragments, 1> {
 
   // The digits of a codeword that are in the step, from column `start` on, which may be before it.
   MOERT_DEVICE_INLINE static void put_digits(const Sub1Entry& entry, int start, int row, char* to) {
-    uint64_t bits = uint64_t(entry[1] >> 4) << 28 | entry[0] >> 4;
-    bits = start < 0 ? bits >> -2 * start : bits;
-    const int offset = start < 0 ? 0 : 2 * start, word = offset / 32, shift = offset % 32;
-    const uint32_t parts[] = {uint32_t(bits << shift), uint32_t(bits << shift >> 32),
-                              shift ? uint32_t(bits >> (64 - shift)) : 0u};
+    const uint64_t digits = uint64_t(entry[1] >> 4) << 28 | entry[0] >> 4;
+    const uint32_t low = uint32_t(digits), high = uint32_t(digits >> 32);
+    const int first = start * 2 >> 5, shift = start * 2 & 31;
+    const uint32_t parts[] = {low << shift, shift_pair(low, high, shift), shift_pair(high, 0, shift)};
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      const int w = word + i;
-      if (parts[i] == 0 || w >= 2 * kColumns / 32) continue;
-      char* const piece = to + (row * kPieces + Sub1Fragments::place(row, w / 4)) * 16;
-      atomicOr(reinterpret_cast<uint32_t*>(piece) + w % 4, parts[i]);
+      const int word = first + i;
+      if (parts[i] == 0 || word < 0 || word >= 2 * kColumns / 32) continue;
+      char* const piece = to + (row * kPieces + Sub1Fragments::place(row, word / 4)) * 16;
+      atomicOr(reinterpret_cast<uint32_t*>(piece) + word % 4, parts[i]);
     }
   }
 
   MOERT_DEVICE_INLINE void read_scales(int, uint32_t (&out)[1][2]) const {
     out[0][0] = limits[0], out[0][1] = limits[1];
   }
-  // A digit of 2 is 2 where the product has it.
+  // A digit of 2 is 2 where an f16 has it.
+  template <typename T>
   MOERT_DEVICE_INLINE float scale(int term, int, int, int, uint32_t bits) const {
+    if (kIsBf16<T>) return 1;
     return term == 0 ? bits_to_float(bits << 16) : 0.5f * bits_to_float(bits & 0xffff0000u);
   }
   template <typename T>
-  MOERT_DEVICE_INLINE void pairs(int term, const char* step, int row, int span, uint32_t, uint32_t (&out)[4]) const {
-    const uint32_t word = permute_bytes(Sub1Fragments::load(step, row, span, lane_id() % 4), 0, 0x4140);
-    const uint32_t digit = term == 0 ? 0x00010001u : 0x00020002u;
+  MOERT_DEVICE_INLINE void pairs(int term, const char* step, int row, int span, uint32_t bits,
+                                 uint32_t (&out)[4]) const {
+    const uint32_t half = Sub1Fragments::load(step, row, span, lane_id() % 4);
+    if constexpr (kIsBf16<T>) {
+      // Digit d is bytes 2 d and 2 d + 1 of 0, low and high.
+      const uint32_t zero_low = bits << 16, high = bits >> 16;
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-      out[c] = fma_pair<T>(and_or(word >> 2 * c, digit, kPairBeside<T>), kOne<T>, kMinusBeside<T>);
+      for (int c = 0; c < 4; ++c) out[c] = permute_bytes(zero_low, high, (half >> 2 * c & 0x0303u) * 0x22u + 0x1010u);
+    } else {
+      const uint32_t word = permute_bytes(half, 0, 0x4140), digit = term == 0 ? 0x00010001u : 0x00020002u;
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        out[c] = fma_pair<T>(and_or(word >> 2 * c, digit, kPairBeside<T>), kOne<T>, kMinusBeside<T>);
+    }
   }
 };
 

@@ -150,7 +150,8 @@ void wrong_tables() {
     copy(experts.w1.zeros.data(), table.data(), zeros.size());
     std::vector<X> y = on_device(c, experts, in.x, in.ids, in.weights);
     y.resize(size_t(6 * c.H));
-    EXPECT(rows_close(y, {expected.begin(), expected.begin() + 6 * c.H}, size_t(c.H), kUnit<X>));
+    const std::vector<X> wanted(expected.begin(), expected.begin() + 6 * c.H);
+    EXPECT(rows_close(y, wanted, size_t(c.H), kUnit<X>));
   }
 }
 

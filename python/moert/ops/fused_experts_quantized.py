@@ -33,8 +33,7 @@ def fused_experts_quantized(
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
     precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
     columns; "auto", what default_precision says.  Gradients go to x and the routing weights alone, and are those
-    of full precision.  NaN or infinity in a token makes its whole output NaN in int8.  On a GPU there is full precision
-    alone, which is also what "auto" is.
+    of full precision.  NaN or infinity in a token makes its whole output NaN in int8.  On a GPU "auto" is "full".
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x)
@@ -80,7 +79,8 @@ def fused_experts_quantized_ref(
     x, routing, w1, w2, bias=(None, None), activation="swiglu", precision="auto", scale_on="output"
 ):
     activation = Activation.of(activation)
-    precision = default_precision(w1, w2) if precision == "auto" else precision
+    if precision == "auto":
+        precision = "full" if x.is_cuda else default_precision(w1, w2)
     first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
     b1, b2 = bias
     y = torch.zeros_like(x)
