@@ -186,6 +186,8 @@ class _Inputs:
         providers = {"moert": functools.partial(op, precision="full")}
         if isinstance(fmt, RowFormat):
             providers |= {f"moert {rows}": functools.partial(op, precision=rows) for rows in ("int8", "int8_group32")}
+        if isinstance(fmt, Fp8):
+            providers["moert fp8_group128"] = functools.partial(op, precision="fp8_group128")
         providers["moert bf16"] = lambda: moert.fused_experts(self.x, routing, w1, w2)
         moved = self.used * (first.nbytes + second.nbytes) / self.layer.E + 2 * self.x.nbytes
         return Problem(f"fused_experts {fmt}", self.shape, moved, self._flop(), providers)

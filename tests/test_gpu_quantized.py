@@ -11,7 +11,7 @@ import moert
 from moert import Routing
 from moert.ops.fused_experts_quantized import fused_experts_quantized_ref
 from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
-from moert.testing import DTYPES, FUSED_EXPERTS_SHAPES, assert_grads_close, assert_rows_close
+from moert.testing import DTYPES, FUSED_EXPERTS_SHAPES, assert_grads_close, assert_rows_close, row_error
 
 pytestmark = NEEDS_GPU
 
@@ -134,6 +134,27 @@ def test_rows_of_int8(T, E, H, I, dtype, fmt, precision):
         assert torch.equal(alone, whole[one])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("T,E,H,I", (*INT8_SHAPES, (300, 4, 1024, 256)))
+def test_rows_of_fp8(T, E, H, I, dtype):
+    """The codes are a CPU's but for values between two of them, in sums that tensor cores keep in fewer bits."""
+    shape = replace(FUSED_EXPERTS_SHAPES[0], T=T, E=E, H=H, I=I, k=2)
+    args, run = quantized(shape, Fp8(), dtype)
+    op = by_gpu(lambda *a: run(moert.fused_experts_quantized, *a, "fp8_group128"))
+    y = op(*args)
+    expected = run(moert.fused_experts_quantized, *args, "fp8_group128")
+    assert row_error(y, expected) < 0.05 and ((y - expected).norm() / expected.norm()) < 5e-3
+    assert torch.equal(y, op(*args))
+    one = slice(T // 2, T // 2 + 1)
+    routing = shape.routing()
+    packed = [there(Fp8().pack(torch.randn(E, 2 * I, H))), there(Fp8().pack(torch.randn(E, H, I)))]
+    ids, x, weights = there(routing.ids), there(args[0]), there(args[1])
+    whole = moert.fused_experts_quantized(x, Routing(ids, weights, E), *packed, precision="fp8_group128")
+    routing = Routing(ids[one], weights[one], E)
+    alone = moert.fused_experts_quantized(x[one], routing, *packed, precision="fp8_group128")
+    assert torch.equal(alone, whole[one])
+
+
 @pytest.mark.parametrize("fmt", (Int8(), Ternary2(), Ternary5()), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("activation", ("identity", "relu", "reglu"))
@@ -163,12 +184,12 @@ def test_precision_of_quantized_experts():
     args, run = quantized(FUSED_EXPERTS_SHAPES[0], Int4(32), torch.float32)
     auto, full = (run(moert.fused_experts_quantized, *map(there, args), precision) for precision in ("auto", "full"))
     assert torch.equal(auto, full)
-    with pytest.raises(RuntimeError, match="precision must be auto, full, int8 or int8_group32, got $"):
-        run(moert.fused_experts_quantized, *map(there, args), "")
     with pytest.raises(
-        RuntimeError, match="x must have dtype Float, BFloat16 or Half for int8 activations, got Double"
+        RuntimeError, match="precision must be one of auto, full, int8, int8_group32, fp8_group128, got $"
     ):
+        run(moert.fused_experts_quantized, *map(there, args), "")
+    with pytest.raises(RuntimeError, match="x must have dtype Float, BFloat16 or Half for int8 rows, got Double"):
         run(moert.fused_experts_quantized, *(there(a.double()) for a in args), "int8")
     args, run = quantized(FUSED_EXPERTS_SHAPES[0], Fp8(), torch.float32)
-    with pytest.raises(RuntimeError, match="precision must be auto or full for fp8, got int8"):
+    with pytest.raises(RuntimeError, match="precision must be one of auto, full, fp8_group128 for fp8, got int8"):
         run(moert.fused_experts_quantized, *map(there, args), "int8")

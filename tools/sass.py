@@ -37,7 +37,7 @@ RULES = (
         r"packed_product\w*BlockCodes", ".*", (LOAD_128, STREAM_128), "x and packed weights are read 16 bytes at a time"
     ),
     Rule(
-        r"packed_product_mma\w*FloatRows",
+        r"packed_product_mma\w*(?:Float|E4m3)Rows",
         ".*",
         (r"\bHMMA\.16816", r"\bLDGSTS\.E(?:\.\w+)*\.128", r"\bLDS\.128"),
         "tensor cores, fed 16 bytes at a time",

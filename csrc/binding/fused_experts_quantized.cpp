@@ -28,14 +28,19 @@ Precision precision_of(const std::string& name, const Packing& w1, const Packing
 #else
   if (name == "auto") return default_precision(w1, w2);
 #endif
-  for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32}) {
+  std::string known = "auto";
+  for (const Precision p : kPrecisions) {
+    known += ", " + std::string(moert::name(p));
     if (name != moert::name(p)) continue;
-    for (const Format format : {w1.format, w2.format})
-      STD_TORCH_CHECK(p == Precision::full || int(format) < kRowFormats, "precision must be auto or full for ",
-                      cpu::name(format), ", got ", name);
+    for (const Format format : {w1.format, w2.format}) {
+      std::string has = "auto";
+      for (const Precision other : kPrecisions)
+        if (takes(format, other)) has += ", " + std::string(moert::name(other));
+      STD_TORCH_CHECK(takes(format, p), "precision must be one of ", has, " for ", cpu::name(format), ", got ", name);
+    }
     return p;
   }
-  STD_TORCH_CHECK(false, "precision must be auto, full, int8 or int8_group32, got ", name);
+  STD_TORCH_CHECK(false, "precision must be one of ", known, ", got ", name);
 }
 
 struct Size {
@@ -258,10 +263,10 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
   Precision used = precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
   if (is_double && precision == "auto") used = Precision::full;
   if (used != Precision::full) {
-    STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for int8 activations, got Double");
+    STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for ", name(used), " rows, got Double");
     const int64_t longest = std::max(H, call.experts.floats.I);
-    STD_TORCH_CHECK(longest <= kMaxInt8Columns, "H and I must be at most ", kMaxInt8Columns,
-                    " for int8 activations, got ", longest);
+    STD_TORCH_CHECK(used == Precision::fp8_group128 || longest <= kMaxInt8Columns, "H and I must be at most ",
+                    kMaxInt8Columns, " for ", name(used), " rows, got ", longest);
   }
   Tensor y = torch::stable::new_empty(x, {T, H});
   const Execution execution(x);

@@ -42,7 +42,7 @@ MOERT_INLINE const char* quantized_row(const QuantizedRows& rows, int64_t r) {
   return rows.data + (rows.index ? rows.index[r] : r) * rows.stride;
 }
 
-// int8_scale of the largest.
+// row_scale of the largest.
 float scale_of(const float* x, int64_t n) {
   VecF largest{};
   VecI bad{};
@@ -54,7 +54,7 @@ float scale_of(const float* x, int64_t n) {
   float most = 0;
   int32_t any = 0;
   for (int i = 0; i < kLanes<float>; ++i) most = most < largest[i] ? largest[i] : most, any |= bad[i];
-  return int8_scale(any ? 0x7f800000u : float_to_bits(most));
+  return row_scale(any ? 0x7f800000u : float_to_bits(most), kLargestInt8);
 }
 
 MOERT_INLINE void narrow_codes(const VecI& x, int8_t* out) {

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "cuda/code_rows.cuh"
 #include "cuda/fused_experts.h"
-#include "cuda/int8_rows.cuh"
 #include "cuda/launch.h"
 #include "cuda/packed_product.cuh"
 #include "cuda/packed_product_mma.h"
@@ -15,24 +15,24 @@ namespace {
 // How a matrix is multiplied, and the rows of x that this wants.
 struct Way {
   Precision precision;
-  bool integers, on_tensor_cores;  // integers: of int8 rows
+  bool coded, on_tensor_cores;  // coded: rows of codes are multiplied, not what they stand for
   ColumnOrder order;
   DType rows;
 
   Way(const PackedMatrix& w, Precision precision, DType x)
       : precision(precision),
-        integers(takes_tensor_cores_as_int8(w, precision)),
-        on_tensor_cores(integers || (precision == Precision::full && takes_tensor_cores(w, x))),
-        order(integers          ? int8_order(w.packing.format)
+        coded(takes_tensor_cores_as_codes(w, precision)),
+        on_tensor_cores(coded || (precision == Precision::full && takes_tensor_cores(w, x))),
+        order(coded             ? code_order(w.packing.format)
               : on_tensor_cores ? tensor_core_order(w.packing.format)
                                 : ColumnOrder{width_of(w.packing.format)}),
         rows(on_tensor_cores || x == DType::f64 ? x : DType::f32) {}
 
   int64_t stride(int64_t columns) const {
     const int64_t length = order.length(columns);
-    return integers ? length / order.step * Int8Step{order.step}.bytes() : length;
+    return coded ? length / order.step * CodeStep{order.step}.bytes() : length;
   }
-  int64_t bytes(int64_t columns) const { return stride(columns) * (integers ? 1 : size_of(rows)); }
+  int64_t bytes(int64_t columns) const { return stride(columns) * (coded ? 1 : size_of(rows)); }
 };
 
 // What lies between the kernels.  A is the type of sums, T that of x.
@@ -43,12 +43,12 @@ struct Quantized {
   const RoutedRows& tokens;
   const QuantizedExperts& experts;
   const ExpertWeights& floats;
-  const bool rounds;  // rows to int8
+  const bool rounds;  // rows to codes
   Way way1, way2;
   Memory memory;
   SlotPlan<T> plan;
   char *x, *act;   // [T, H] and [T*k, I], each as the weights want it that it is multiplied with
-  float* between;  // [T*k, I], what becomes int8
+  float* between;  // [T*k, I], what becomes codes
   T* rows;         // [T*k, H]
 
   Quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision, void* workspace)
@@ -104,7 +104,7 @@ struct Quantized {
     if (p.S == 0 || p.N == 0) return;
     if (p.w.matrix.packing.format == Format::sub1) p.w.dictionary = sub1_on_device();
     if constexpr (kPackedOnTensorCores && sizeof(T) <= 4)
-      if (way.integers) return multiply_int8(p, way.precision, stream);
+      if (way.coded) return multiply_codes(p, way.precision, stream);
     if constexpr (kPackedOnTensorCores && sizeof(T) == 2)
       if (way.on_tensor_cores) return multiply_on_tensor_cores<T>(p, stream);
     p.tile_rows(kMostRows<A>);
@@ -118,12 +118,16 @@ struct Quantized {
   // The first `count` of so many rows of x, all without one, as `way` wants them.
   void round(const Way& way, const Rows& from, int64_t columns, int64_t most, const int32_t* count, void* to,
              void* stream) const {
+    const bool e4m3 = way.precision == Precision::fp8_group128;
     const RowRounding p{from.data,   from.dtype,
                         from.stride, columns,
-                        count,       way.precision == Precision::int8,
+                        count,       e4m3 ? kFp8Block : way.precision == Precision::int8 ? 0 : kSpanColumns,
                         way.order,   way.order.length(columns),
                         to};
-    launch(way.integers ? &round_rows<true> : &round_rows<false>, {most}, kRoundThreads, stream, p);
+    const auto kernel = way.coded ? e4m3 ? &round_rows<E4m3Code, true> : &round_rows<Int8Code, true>
+                        : e4m3    ? &round_rows<E4m3Code, false>
+                                  : &round_rows<Int8Code, false>;
+    launch(kernel, {most}, kRoundThreads, stream, p);
   }
 
   void run(void* stream, void* y) const {
@@ -158,7 +162,7 @@ void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& e
                              void* workspace, void* stream, void* y) {
   check_alone(tokens);
   MOERT_CHECK(precision == Precision::full || tokens.x.dtype != DType::f64,
-              "x must have dtype float32, bfloat16 or float16 for int8 activations, got float64");
+              "x must have dtype float32, bfloat16 or float16 for ", name(precision), " rows, got float64");
   if (tokens.T == 0) return;
   with_dtype(tokens.x.dtype,
              [&](auto type) { Quantized<decltype(type)>(tokens, experts, precision, workspace).run(stream, y); });

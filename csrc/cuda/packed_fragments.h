@@ -217,21 +217,28 @@ struct Int8Fragments : ByteFragments, FragmentScale<Format::int8> {
   }
 };
 
+// Four e4m3 codes as two pairs.
+template <typename T>
+MOERT_DEVICE_INLINE void e4m3_pairs(uint32_t word, uint32_t* out) {
+  constexpr int kDown = kIsBf16<T> ? 4 : 1;                               // from below the sign to its place
+  constexpr uint32_t kPower = both_halves(kIsBf16<T> ? 0x7b80 : 0x5c00);  // 2^120, 2^8
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const uint32_t pair = permute_bytes(word, 0, c ? 0x3424u : 0x1404u);
+    const uint32_t moved = and_or(pair >> kDown, both_halves(0x7f00u >> kDown), pair & 0x80008000u);
+    out[c] = fma_pair<T>(moved, kPower, kMinusZero);
+  }
+}
+
 struct Fp8Fragments : ByteFragments, FragmentScale<Format::fp8> {
   static constexpr Format kFormat = Format::fp8;
 
   template <typename T>
   MOERT_DEVICE_INLINE static void pairs(const char* step, int row, int span, int t, uint32_t, uint32_t (&out)[4]) {
-    constexpr int kDown = kIsBf16<T> ? 4 : 1;                               // from below the sign to its place
-    constexpr uint32_t kPower = both_halves(kIsBf16<T> ? 0x7b80 : 0x5c00);  // 2^120, 2^8
     uint32_t words[2];
     load(step, row, span, t, words);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const uint32_t pair = permute_bytes(words[c / 2], 0, c % 2 ? 0x3424u : 0x1404u);
-      const uint32_t moved = and_or(pair >> kDown, both_halves(0x7f00u >> kDown), pair & 0x80008000u);
-      out[c] = fma_pair<T>(moved, kPower, kMinusZero);
-    }
+    for (int half = 0; half < 2; ++half) e4m3_pairs<T>(words[half], out + 2 * half);
   }
 };
 

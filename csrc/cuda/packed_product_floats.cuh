@@ -88,12 +88,7 @@ struct FloatRows {
   MOERT_DEVICE_INLINE static void finish(const PackedProduct<float>&, const RowTile&, const Weights&,
                                          const float (&sums)[Shape::kTiles][Shape::kTokens / 8][4],
                                          float (&out)[Shape::kTiles][Shape::kTokens / 8][4]) {
-#pragma unroll
-    for (int i = 0; i < Shape::kTiles; ++i)
-#pragma unroll
-      for (int n = 0; n < Shape::kTokens / 8; ++n)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) out[i][n][v] = sums[i][n][v];
+    copy_sums<Shape>(sums, out);
   }
 };
 

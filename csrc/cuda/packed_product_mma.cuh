@@ -4,7 +4,7 @@
 // columns. A warp has kTiles times 16 weight rows; of gated weights rows g and g + 8 of a tile are a gate and its up,
 // so that a thread has both.  A step is 128 columns (ternary5: 160): 16-byte copies bring the codes of a warp's rows,
 // each read once, and the block's rows of x to a ring in shared memory.  What a step's products are is the rows'
-// matter: packed_product_floats.cuh, packed_product_int8.cuh.
+// matter: packed_product_floats.cuh, packed_product_codes.cuh.
 //
 // The order of every sum is that of the columns alone, so that all shapes of the kernel give the same bits.
 #pragma once
@@ -158,6 +158,18 @@ struct RowLoader {
     }
   }
 };
+
+// What has nothing to do at the end.
+template <class Shape>
+MOERT_DEVICE_INLINE void copy_sums(const float (&sums)[Shape::kTiles][Shape::kTokens / 8][4],
+                                   float (&out)[Shape::kTiles][Shape::kTokens / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < Shape::kTiles; ++i)
+#pragma unroll
+    for (int n = 0; n < Shape::kTokens / 8; ++n)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) out[i][n][v] = sums[i][n][v];
+}
 
 // A warp's sums through `memory`, by token, to y: neighbours go to neighbours, and what becomes of a sum is in the code
 // once.

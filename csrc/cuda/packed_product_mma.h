@@ -19,17 +19,18 @@ constexpr bool kPackedOnTensorCores = false;  // an emulation without CUTLASS ha
 
 // Both depend on nothing but the weights and the dtype: a token has the same bits whatever tokens come with it.
 //
-// As they are, or as int8; bf16 has no room for the code and the power of two beside it of 8 bits at level 1.
+// With rows as they are, or as codes; bf16 has no room for the code and the power of two beside it of 8 bits at
+// level 1.
 inline bool takes_tensor_cores(const PackedMatrix& w, DType x) {
   const Packing& p = w.packing;
   const bool fits = p.format == Format::ternary5 ? p.group == 0 : p.format == Format::bit_nested ? p.base < 8 : true;
   return kPackedOnTensorCores && (x == DType::bf16 || x == DType::f16) && fits &&
          (p.format == Format::sub1 || is_aligned(w.codes, w.codes_stride));
 }
-inline bool takes_tensor_cores_as_int8(const PackedMatrix& w, Precision precision) {
+inline bool takes_tensor_cores_as_codes(const PackedMatrix& w, Precision precision) {
   const Packing& p = w.packing;
   const bool fits =
-      p.format == Format::ternary5 ? p.group == 0 && precision == Precision::int8 : int(p.format) < kRowFormats;
+      p.format == Format::ternary5 ? p.group == 0 && precision == Precision::int8 : takes(p.format, precision);
   return kPackedOnTensorCores && precision != Precision::full && fits && is_aligned(w.codes, 0);
 }
 
@@ -40,15 +41,15 @@ constexpr ColumnOrder tensor_core_order(Format format) {
                                                                   : Lie::fours;
   return {0, step_columns(format), lie};
 }
-constexpr ColumnOrder int8_order(Format format) {
-  const bool ternary = format == Format::ternary2 || format == Format::ternary5;
-  const Lie lie = format == Format::int8 || format == Format::mxfp4 ? Lie::order : Lie::twos;
-  return {0, step_columns(format), ternary ? tensor_core_order(format).lie : lie};
+constexpr ColumnOrder code_order(Format format) {
+  const bool four_bits = format == Format::int4 || format == Format::int4_asymmetric;
+  const Lie lie = format == Format::mxfp4 ? Lie::order : four_bits ? Lie::twos : tensor_core_order(format).lie;
+  return {0, step_columns(format), lie};
 }
 
-// A step of a row of int8: the codes of two spans after two, so that 16 bytes are what a lane multiplies of both, then
-// the scales of four spans.
-struct Int8Step {
+// A step of a row of codes, int8 or e4m3: those of two spans after two, so that 16 bytes are what a lane multiplies of
+// both, then the scales of four spans; where 128 columns or more share one, the first is.
+struct CodeStep {
   int columns;
 
   MOERT_HOST_DEVICE constexpr int spans() const { return columns / kSpanColumns; }
@@ -64,7 +65,7 @@ void multiply_on_tensor_cores(const PackedProduct<float>& product, void* stream)
 // Formats of one scale a span.
 template <typename T>
 void multiply_terms_on_tensor_cores(const PackedProduct<float>& product, void* stream);
-// x is rows of Int8Step, x_stride bytes apart.
-void multiply_int8(const PackedProduct<float>& product, Precision precision, void* stream);
+// x is rows of CodeStep, x_stride bytes apart.
+void multiply_codes(const PackedProduct<float>& product, Precision precision, void* stream);
 
 }  // namespace moert::cuda

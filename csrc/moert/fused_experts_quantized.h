@@ -9,20 +9,31 @@
 namespace moert {
 
 // The type that the rows of both products have.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32
-// columns.  Products of integers are exact; their sums are float32 across scales.
-enum class Precision : int32_t { full, int8, int8_group32 };
+// columns.  Products of integers are exact; their sums are float32 across scales.  fp8_group128, over fp8 weights
+// alone: e4m3 and a scale every 128 columns, max|x| / 448.
+enum class Precision : int32_t { full, int8, int8_group32, fp8_group128 };
+constexpr Precision kPrecisions[] = {Precision::full, Precision::int8, Precision::int8_group32,
+                                     Precision::fp8_group128};
 
 constexpr const char* name(Precision precision) {
-  return precision == Precision::full ? "full" : precision == Precision::int8 ? "int8" : "int8_group32";
+  constexpr const char* kNames[] = {"full", "int8", "int8_group32", "fp8_group128"};
+  return kNames[int(precision)];
 }
 
-// The scale of int8 codes of values up to x, of which these are the bits without the sign; NaN where that is not
-// finite, 0 where it is below 2^-119 (products would be subnormal).
-MOERT_HOST_DEVICE static inline float int8_scale(uint32_t bits) {
+// Whether weights of this format can be multiplied by such rows.
+constexpr bool takes(Format format, Precision precision) {
+  if (precision == Precision::full) return true;
+  return precision == Precision::fp8_group128 ? format == Format::fp8 : int(format) < kRowFormats;
+}
+
+// The scale of codes up to `largest` for values up to x, of which these are the bits without the sign; NaN where that
+// is not finite, 0 where it is below 2^-119 (products would be subnormal).
+MOERT_HOST_DEVICE static inline float row_scale(uint32_t bits, float largest) {
   if (bits >= 0x7f800000u) return bits_to_float(0x7fc00000u);
   const float most = bits_to_float(bits);
-  return most < 0x1p-119f ? 0 : most / 127;
+  return most < 0x1p-119f ? 0 : most / largest;
 }
+constexpr float kLargestInt8 = 127, kLargestE4m3 = 448;
 
 // int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md); the
 // weights of int8 in small groups are too exact for them, and fp8, bit_nested and sub1 have no such products.

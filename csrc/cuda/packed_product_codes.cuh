@@ -1,4 +1,4 @@
-// Rows of int8 on tensor cores: products of integers, whose sums are exact.
+// Rows of codes on tensor cores: products of integers, whose sums are exact, or of e4m3.
 #pragma once
 
 #include "cuda/packed_product_mma.cuh"
@@ -9,21 +9,27 @@ namespace moert::cuda {
 // subtraction.  A span's sum has at most 2^19.
 constexpr uint32_t kIntegerBits = 0x4b400000u;  // 2^23 + 2^22
 
-// kWhole: the scale of a weight row is one, and that of a row of x; their sum is an integer to the end.  Else every
-// span is, and is then scaled in float32.
-template <class Codes, bool kWhole>
-struct Int8Rows {
-  using Sum = std::conditional_t<kWhole, uint32_t, float>;
-  static constexpr Int8Step kStep{step_columns(Codes::kFormat)};
+// How they lie: the codes as FloatRows has its elements, then the scales of all rows.
+template <class Codes>
+struct CodeRows {
+  static constexpr CodeStep kStep{step_columns(Codes::kFormat)};
   static constexpr int kSpans = kStep.spans(), kPairs = (kSpans + 1) / 2;
   static constexpr int kElement = 1, kStepBytes = kStep.bytes(), kPieces = kStepBytes / 16, kCodePieces = kPieces - 1;
 
-  // The codes as FloatRows have theirs, then the scales of all rows.
   template <class Shape>
   MOERT_DEVICE_INLINE static int place(int row, int piece) {
     if (piece == kCodePieces) return Shape::kTokens * kCodePieces + row;
     return row * kCodePieces + (kCodePieces == 8 ? piece ^ row % 2 * 4 : piece);
   }
+};
+
+// kWhole: the scale of a weight row is one, and that of a row of x; their sum is an integer to the end.  Else every
+// span is, and is then scaled in float32.
+template <class Codes, bool kWhole>
+struct Int8Rows : CodeRows<Codes> {
+  using Sum = std::conditional_t<kWhole, uint32_t, float>;
+  using Layout = CodeRows<Codes>;
+  static constexpr int kSpans = Layout::kSpans, kPairs = Layout::kPairs, kCodePieces = Layout::kCodePieces;
 
   // sums += the products of one step.
   template <class Shape, class Weights>
@@ -58,12 +64,12 @@ struct Int8Rows {
 #pragma unroll
     for (int n = 0; n < Shape::kTokens / 8; ++n) {
       if (n % 4 == 0 && n > 0 && n * 8 >= rows) break;
-      const Chunk b = load_chunk(x + place<Shape>(n * 8 + g, pair * 4 + t) * 16);
+      const Chunk b = load_chunk(x + Layout::template place<Shape>(n * 8 + g, pair * 4 + t) * 16);
       float2 x_scale[2] = {};
       if constexpr (!kWhole) {
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const char* from = x + place<Shape>(n * 8 + 2 * t + v, kCodePieces) * 16;
+          const char* from = x + Layout::template place<Shape>(n * 8 + 2 * t + v, kCodePieces) * 16;
           x_scale[v] = reinterpret_cast<const float2*>(from)[pair];
         }
       }
@@ -107,7 +113,7 @@ struct Int8Rows {
         const int token = n * 8 + 2 * (lane_id() % 4) + v, s = tile.row + token;
         if (token >= tile.rows || p.x_stride == 0) continue;  // 0: rows without columns
         const char* row = static_cast<const char*>(p.x) + (p.index ? p.index[s] : s) * p.x_stride;
-        x_scale[v] = *reinterpret_cast<const float*>(row + kStep.code_bytes());
+        x_scale[v] = *reinterpret_cast<const float*>(row + Layout::kStep.code_bytes());
       }
 #pragma unroll
       for (int i = 0; i < Shape::kTiles; ++i)
@@ -119,6 +125,80 @@ struct Int8Rows {
             out[i][n][v] = sums[i][n][v];
         }
     }
+  }
+};
+
+// c += the product of 16 rows and 8 tokens over 32 columns of e4m3.  Hopper adds them with fewer bits than float32 has,
+// which is why no sum is longer than a group.  Before sm_89 f16 holds what the codes stand for.
+MOERT_DEVICE_INLINE void multiply_e4m3(const uint32_t (&row0)[2], const uint32_t (&row8)[2], uint32_t b0, uint32_t b1,
+                                       float (&c)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(row0[0]), "r"(row8[0]), "r"(row0[1]), "r"(row8[1]), "r"(b0), "r"(b1));
+#else
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    uint32_t upper[2], lower[2], b[2];
+    e4m3_pairs<f16>(row0[k], upper);
+    e4m3_pairs<f16>(row8[k], lower);
+    e4m3_pairs<f16>(k ? b1 : b0, b);
+    MmaF16::fma(c[0], c[1], c[2], c[3], upper[0], lower[0], upper[1], lower[1], b[0], b[1], c[0], c[1], c[2], c[3]);
+  }
+#endif
+}
+
+// e4m3 rows and weights: a step is a group of both, scaled once.
+struct E4m3Rows : CodeRows<Fp8Fragments> {
+  using Sum = float;
+  using Layout = CodeRows<Fp8Fragments>;
+  static_assert(step_columns(Format::fp8) == kFp8Block);
+
+  template <class Shape, class Weights>
+  MOERT_DEVICE_INLINE static void multiply_step(const Weights&, const char* x, const char* codes, int,
+                                                const uint32_t (&scales)[Shape::kTiles][2], int rows,
+                                                float (&sums)[Shape::kTiles][Shape::kTokens / 8][4]) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    uint32_t a[Shape::kTiles][2][Layout::kSpans][2];
+#pragma unroll
+    for (int i = 0; i < Shape::kTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int span = 0; span < Layout::kSpans; ++span)
+          Fp8Fragments::load(codes, 16 * i + 8 * half + g, span, t, a[i][half][span]);
+#pragma unroll
+    for (int n = 0; n < Shape::kTokens / 8; ++n) {
+      if (n % 4 == 0 && n > 0 && n * 8 >= rows) break;
+      Chunk b[Layout::kPairs];
+      float x_scale[2];
+#pragma unroll
+      for (int pair = 0; pair < Layout::kPairs; ++pair)
+        b[pair] = load_chunk(x + Layout::template place<Shape>(n * 8 + g, pair * 4 + t) * 16);
+#pragma unroll
+      for (int v = 0; v < 2; ++v)
+        x_scale[v] = *reinterpret_cast<const float*>(
+            x + Layout::template place<Shape>(n * 8 + 2 * t + v, Layout::kCodePieces) * 16);
+#pragma unroll
+      for (int i = 0; i < Shape::kTiles; ++i) {
+        float c[4] = {};
+#pragma unroll
+        for (int span = 0; span < Layout::kSpans; ++span)
+          multiply_e4m3(a[i][0][span], a[i][1][span], b[span / 2].words[span % 2 * 2],
+                        b[span / 2].words[span % 2 * 2 + 1], c);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sums[i][n][v] += c[v] * (Fp8Fragments::scale(scales[i][v / 2]) * x_scale[v % 2]);
+      }
+    }
+  }
+
+  template <class Shape, class Weights>
+  MOERT_DEVICE_INLINE static void finish(const PackedProduct<float>&, const RowTile&, const Weights&,
+                                         const float (&sums)[Shape::kTiles][Shape::kTokens / 8][4],
+                                         float (&out)[Shape::kTiles][Shape::kTokens / 8][4]) {
+    copy_sums<Shape>(sums, out);
   }
 };
 

@@ -1,9 +1,9 @@
-// Every kernel over rows of int8: four decoders of scales a span, three of one a row, two shapes.
-#include "cuda/packed_product_int8.cuh"
+// Every kernel over rows of codes: of int8 four decoders of scales a span and three of one a row, and e4m3; two shapes.
+#include "cuda/packed_product_codes.cuh"
 
 namespace moert::cuda {
 
-void multiply_int8(const PackedProduct<float>& p, Precision precision, void* stream) {
+void multiply_codes(const PackedProduct<float>& p, Precision precision, void* stream) {
   const bool whole = p.w.groups == 1 && p.w.matrix.packing.group == 0 && precision == Precision::int8;
   const auto spans = [&](auto codes) {
     using Codes = decltype(codes);
@@ -25,8 +25,10 @@ void multiply_int8(const PackedProduct<float>& p, Precision precision, void* str
       return whole ? rows(Ternary2Fragments{}) : spans(Ternary2Fragments{});
     case Format::ternary5:
       return rows(Ternary5Fragments{});
+    case Format::fp8:
+      return multiply_mma<Fp8Fragments, E4m3Rows, WideOneTile>(p, stream);
     default:
-      MOERT_CHECK(false, "packed weights must have a format that int8 rows are multiplied with, got ",
+      MOERT_CHECK(false, "packed weights must have a format that rows of codes are multiplied with, got ",
                   cpu::name(p.w.matrix.packing.format));
   }
 }
