@@ -25,8 +25,10 @@ from run import commit, default_path, save
 
 DECODE, PREFILL = (1, 4, 8, 16, 64), (256, 1024, 8192)
 PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1
-# moert in another way, a line of its own: with MOERT_FUSED_COMBINE=1, weights that lie turned, gradients added.
-WAYS = ("", " fused combine", " turned", " main_grad")
+# moert in another way, a line of its own: with MOERT_FUSED_COMBINE=1, weights that lie turned, gradients added, rows of
+# packed experts rounded.
+ROWS = (" int8", " int8_group32", " fp8_group128")
+WAYS = ("", " fused combine", " turned", " main_grad", *ROWS)
 OWN = tuple(name + way for name in ("moert", PERSISTENT) for way in WAYS)  # no peers
 AGREE = 0.05  # the worst row's error: bfloat16 twice over; a wrong expert is off by 1
 LAYER = gpu_cases.Layer("small", 32, 16, 8, 2, turned=True)  # --smoke

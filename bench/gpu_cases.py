@@ -4,7 +4,6 @@ Letters: T tokens, H hidden, I intermediate, E experts, k choices per token, S =
 """
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch import Tensor
 import gpu_peers
 import moert
 from gpu_more import Problem, more
+from gpu_packed import packed
 from moert import ExpertLayout, Routing
-from moert.quant import Int4, Int8, Mxfp4
-from moert.quant.format import PackedTensor, RowFormat
+from moert.quant import BitNested, Fp8, Int4, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
+from moert.quant.format import Format, RowFormat
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ SONIC = (
     Layer("SonicMoE I=1024", 4096, 1024, 64, 4),
     Layer("SonicMoE I=2048", 4096, 2048, 64, 4),
 )
-QUANTIZED = (Int4(32), Int4(128), Int8(), Mxfp4())
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+QUANTIZED = (Int4(32), Int4(128), Int8(), Mxfp4(), Fp8(), Ternary2(), Ternary5(), BitNested(), SubOneBit())
 
 
 def problems(layer: Layer, T: int, routing: str, device: str, step: bool) -> Iterator[Problem]:
@@ -179,20 +178,23 @@ class _Inputs:
         w2, layout = self.w2.mT.contiguous(), ExpertLayout(transposed=True, interleaved=True)
         return lambda x, weights, *_: forward(x, weights, w1, w2, layout)
 
-    def quantized(self, fmt: RowFormat) -> Problem:
-        """Random codes beside the same weights in bfloat16."""
-        (first, w1), (second, w2) = self._packed(fmt, self.w1), self._packed(fmt, self.w2)
+    def quantized(self, fmt: Format | SubOneBit) -> Problem:
+        """Beside the same weights in bfloat16."""
+        (first, w1), (second, w2) = packed(fmt, self.w1, self.generator), packed(fmt, self.w2, self.generator)
         routing = Routing(self.ids, self.weights, self.layer.E)
-        providers = {
-            "moert": lambda: moert.fused_experts_quantized(self.x, routing, first, second, precision="full"),
-            "moert bf16": lambda: moert.fused_experts(self.x, routing, w1, w2),
-        }
+        op = functools.partial(moert.fused_experts_quantized, self.x, routing, first, second)
+        providers = {"moert": functools.partial(op, precision="full")}
+        if isinstance(fmt, RowFormat):
+            providers |= {f"moert {rows}": functools.partial(op, precision=rows) for rows in ("int8", "int8_group32")}
+        if isinstance(fmt, Fp8):
+            providers["moert fp8_group128"] = functools.partial(op, precision="fp8_group128")
+        providers["moert bf16"] = lambda: moert.fused_experts(self.x, routing, w1, w2)
         moved = self.used * (first.nbytes + second.nbytes) / self.layer.E + 2 * self.x.nbytes
         return Problem(f"fused_experts {fmt}", self.shape, moved, self._flop(), providers)
 
     def quantized_step(self, fmt: RowFormat) -> Problem:
         """Forward and the gradients of x and the routing weights; compared by that of x."""
-        (first, w1), (second, w2) = self._packed(fmt, self.w1), self._packed(fmt, self.w2)
+        (first, w1), (second, w2) = packed(fmt, self.w1, self.generator), packed(fmt, self.w2, self.generator)
         dy = self.random(*self.x.shape).bfloat16()
 
         def provider(forward, *matrices):
@@ -210,27 +212,6 @@ class _Inputs:
         }
         moved = 3 * self.used * (first.nbytes + second.nbytes) / self.layer.E + 6 * self.x.nbytes
         return Problem(f"fused_experts {fmt} step", self.shape, moved, 3 * self._flop(), providers)
-
-    def _packed(self, fmt: RowFormat, like: Tensor) -> tuple[PackedTensor, Tensor]:
-        """Random codes with one scale, and the bfloat16 weights that they stand for."""
-        E, rows, columns = like.shape
-        packed, bits = fmt.empty((E, rows, columns)), 128 // fmt.weights_per_block
-        codes = torch.zeros(packed.codes.shape, dtype=torch.uint8, device=like.device)
-        codes[..., : columns * bits // 8].random_(generator=self.generator)
-        if bits == 8:
-            values = codes.view(torch.int8)[..., :columns].bfloat16()
-        else:
-            numbers = torch.arange(16) - 8.0 if isinstance(fmt, Int4) else torch.tensor(E2M1)
-            nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :columns]
-            values = numbers.to(codes.device, torch.bfloat16)[nibbles.int()]
-        scale = columns**-0.5 / values[0].float().std().item()
-        if isinstance(fmt, Mxfp4):
-            exponent = round(math.log2(scale))
-            scales, scale = torch.full(packed.scales.shape, 127 + exponent, dtype=torch.uint8), 2.0**exponent
-        else:
-            scales = torch.full(packed.scales.shape, scale, dtype=torch.float16)
-            scale = scales[0, 0, 0].item()
-        return PackedTensor(packed.format, columns, codes, scales.to(codes.device)), values * scale
 
     def step(self) -> Problem:
         """Forward and the gradients of x, the routing weights and the weights; compared by that of x."""

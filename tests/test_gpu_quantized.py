@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.ops.test_fused_experts_quantized import assert_int8_close
 from tests.test_gpu import NEEDS_GPU, by_gpu, there
 
 import moert
 from moert import Routing
 from moert.ops.fused_experts_quantized import fused_experts_quantized_ref
 from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
-from moert.testing import DTYPES, FUSED_EXPERTS_SHAPES, assert_grads_close, assert_rows_close
+from moert.testing import DTYPES, FUSED_EXPERTS_SHAPES, assert_grads_close, assert_rows_close, row_error
 
 pytestmark = NEEDS_GPU
 
@@ -60,9 +61,10 @@ def test_gradients_through_quantized_experts(shape, dtype, fmt):
 
 
 TENSOR_CORE_FORMATS = (Int8(), Int8(32), Int4(32), Int4(128), Int4Asymmetric(64), Mxfp4(), Ternary2(), Fp8())
+MORE_ON_TENSOR_CORES = (Ternary5(), BitNested(), BitNested(5, 3, 32), SubOneBit())
 
 
-@pytest.mark.parametrize("fmt", TENSOR_CORE_FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", (*TENSOR_CORE_FORMATS, *MORE_ON_TENSOR_CORES), ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("T,E,H,I", ((1, 8, 512, 384), (7, 8, 320, 136), (200, 4, 264, 128), (1000, 3, 128, 72)))
 def test_quantized_experts_on_tensor_cores(T, E, H, I, dtype, fmt):
@@ -107,8 +109,87 @@ def test_captured_quantized_experts_can_be_replayed():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("precision", ("int8", "int8_group32", ""))
-def test_precision_of_quantized_experts(precision):
+INT8_FORMATS = (*TENSOR_CORE_FORMATS[:-1], Ternary2(128), Ternary5(), Ternary5(32))
+INT8_SHAPES = ((1, 8, 512, 384), (7, 8, 320, 136), (61, 7, 37, 21), (200, 4, 264, 128), (1000, 3, 128, 72))
+
+
+@pytest.mark.parametrize("precision", ("int8", "int8_group32"))
+@pytest.mark.parametrize("fmt", INT8_FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("T,E,H,I", INT8_SHAPES)
+def test_rows_of_int8(T, E, H, I, dtype, fmt, precision):
+    """Few and many rows an expert; twice the same bits, and those that a token has alone."""
+    shape = replace(FUSED_EXPERTS_SHAPES[0], T=T, E=E, H=H, I=I, k=2)
+    args, run = quantized(shape, fmt, dtype)
+    op = by_gpu(lambda *a: run(moert.fused_experts_quantized, *a, precision))
+    y = op(*args)
+    assert_int8_close(y, run, args, precision)
+    assert torch.equal(y, op(*args))
+    packed = [there(fmt.pack(torch.randn(E, 2 * I, H))), there(fmt.pack(torch.randn(E, H, I)))]
+    ids, x, weights = there(shape.routing().ids), there(args[0]), there(args[1])
+    whole = moert.fused_experts_quantized(x, Routing(ids, weights, E), *packed, precision=precision)
+    for t in range(0, T, max(1, T // 5)):
+        one = slice(t, t + 1)
+        alone = moert.fused_experts_quantized(x[one], Routing(ids[one], weights[one], E), *packed, precision=precision)
+        assert torch.equal(alone, whole[one])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("T,E,H,I", (*INT8_SHAPES, (300, 4, 1024, 256)))
+def test_rows_of_fp8(T, E, H, I, dtype):
+    """The codes are a CPU's but for values between two of them, in sums that tensor cores keep in fewer bits."""
+    shape = replace(FUSED_EXPERTS_SHAPES[0], T=T, E=E, H=H, I=I, k=2)
+    args, run = quantized(shape, Fp8(), dtype)
+    op = by_gpu(lambda *a: run(moert.fused_experts_quantized, *a, "fp8_group128"))
+    y = op(*args)
+    expected = run(moert.fused_experts_quantized, *args, "fp8_group128")
+    assert row_error(y, expected) < 0.05 and ((y - expected).norm() / expected.norm()) < 5e-3
+    assert torch.equal(y, op(*args))
+    one = slice(T // 2, T // 2 + 1)
+    routing = shape.routing()
+    packed = [there(Fp8().pack(torch.randn(E, 2 * I, H))), there(Fp8().pack(torch.randn(E, H, I)))]
+    ids, x, weights = there(routing.ids), there(args[0]), there(args[1])
+    whole = moert.fused_experts_quantized(x, Routing(ids, weights, E), *packed, precision="fp8_group128")
+    routing = Routing(ids[one], weights[one], E)
+    alone = moert.fused_experts_quantized(x[one], routing, *packed, precision="fp8_group128")
+    assert torch.equal(alone, whole[one])
+
+
+@pytest.mark.parametrize("fmt", (Int8(), Ternary2(), Ternary5()), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("activation", ("identity", "relu", "reglu"))
+def test_rows_of_int8_have_the_bits_of_a_cpu(activation, dtype, fmt):
+    """One choice of weight 1 and scales of whole rows: no sum but one of integers."""
+    T, E, H, I = 40, 3, 297, 345
+    width = 2 * I if activation == "reglu" else I
+    packed = fmt.pack(torch.randn(E, width, H)), fmt.pack(torch.randn(E, H, I))
+    x, routing = torch.randn(T, H).to(dtype), Routing(torch.randint(E, (T, 1)).int(), torch.ones(T, 1), E)
+    expected = moert.fused_experts_quantized(x, routing, *packed, activation=activation, precision="int8")
+    routing = Routing(there(routing.ids), there(routing.weights), E)
+    y = moert.fused_experts_quantized(there(x), routing, *map(there, packed), activation=activation, precision="int8")
+    assert torch.equal(y.cpu(), expected)
+
+
+@pytest.mark.parametrize("precision", ("int8", "int8_group32"))
+def test_numbers_that_are_not_finite_in_rows_of_int8(precision):
+    (x, *rest), run = quantized(FUSED_EXPERTS_SHAPES[2], Int4(32), torch.float32)
+    x[0, 3], x[1, 0], x[2] = torch.nan, -torch.inf, x[2] * 2.0**-120
+    y = run(moert.fused_experts_quantized, *map(there, (x, *rest)), precision).cpu()
+    expected = run(moert.fused_experts_quantized, x, *rest, precision)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.allclose(y[2:], expected[2:], rtol=1e-2, atol=1e-2)
+
+
+def test_precision_of_quantized_experts():
     args, run = quantized(FUSED_EXPERTS_SHAPES[0], Int4(32), torch.float32)
-    with pytest.raises(RuntimeError, match=f"precision must be auto or full on a GPU, got {precision}"):
-        run(moert.fused_experts_quantized, *map(there, args), precision)
+    auto, full = (run(moert.fused_experts_quantized, *map(there, args), precision) for precision in ("auto", "full"))
+    assert torch.equal(auto, full)
+    with pytest.raises(
+        RuntimeError, match="precision must be one of auto, full, int8, int8_group32, fp8_group128, got $"
+    ):
+        run(moert.fused_experts_quantized, *map(there, args), "")
+    with pytest.raises(RuntimeError, match="x must have dtype Float, BFloat16 or Half for int8 rows, got Double"):
+        run(moert.fused_experts_quantized, *(there(a.double()) for a in args), "int8")
+    args, run = quantized(FUSED_EXPERTS_SHAPES[0], Fp8(), torch.float32)
+    with pytest.raises(RuntimeError, match="precision must be one of auto, full, fp8_group128 for fp8, got int8"):
+        run(moert.fused_experts_quantized, *map(there, args), "int8")

@@ -37,14 +37,37 @@ RULES = (
         r"packed_product\w*BlockCodes", ".*", (LOAD_128, STREAM_128), "x and packed weights are read 16 bytes at a time"
     ),
     Rule(
-        r"packed_product_mma",
+        r"packed_product_mma\w*(?:Float|E4m3)Rows",
         ".*",
         (r"\bHMMA\.16816", r"\bLDGSTS\.E(?:\.\w+)*\.128", r"\bLDS\.128"),
         "tensor cores, fed 16 bytes at a time",
     ),
-    Rule(r"packed_product_mma\w*Int4", ".*", (r"\bLOP3\.LUT[^;]*0xf000f\b",), "two codes are taken by one LOP3"),
-    Rule(r"packed_product_mma\w*(?:Int8|Fp8|Ternary2)", ".*", (r"\bPRMT\b",), "bytes are put in their place by PRMT"),
-    Rule(r"packed_product\w*BitNested", ".*", (LOAD_128,), "x is read 16 bytes at a time"),
+    Rule(
+        r"packed_product_mma\w*Int8Rows",
+        ".*",
+        (r"\bIMMA\.16832\.S8\.S8\b", r"\bLDGSTS\.E(?:\.\w+)*\.128", r"\bLDS\.128"),
+        "tensor cores, fed 16 bytes at a time",
+    ),
+    Rule(
+        r"packed_product_mma\w*Int4\w*FloatRows",
+        ".*",
+        (r"\bLOP3\.LUT[^;]*0xf000f\b",),
+        "two codes are taken by one LOP3",
+    ),
+    Rule(
+        r"packed_product_mma\w*Int4\w*Int8Rows",
+        ".*",
+        (r"\bLOP3\.LUT[^;]*0xf0f0f0f\b",),
+        "four codes are taken by one LOP3",
+    ),
+    Rule(
+        r"packed_product_mma\w*(?:Int8|Fp8|Ternary2|Ternary5|Sub1)Fragments\w*FloatRows|packed_product_mma\w*Mxfp4\w*Int8Rows",
+        ".*",
+        (r"\bPRMT\b",),
+        "bytes are put in their place by PRMT",
+    ),
+    Rule(r"packed_product_mma\w*Sub1", ".*", (r"\bATOMS\.OR\b",), "digits are joined in shared memory"),
+    Rule(r"packed_product\w*BitNestedCodes", ".*", (LOAD_128,), "x is read 16 bytes at a time"),
     Rule(
         r"grouped_gemm_persistent",
         "sm_90a",

@@ -51,7 +51,7 @@ const bool registered = [] {
   for (const Model& model : kModels)
     for (const NamedFormat& format : kNamedFormats)
       for (const Precision precision : {Precision::full, Precision::int8, Precision::int8_group32}) {
-        if (precision != Precision::full && !has_int8_rows(format.format)) continue;
+        if (precision != Precision::full && !takes(format.format, precision)) continue;
         for (const char* routing : kRoutings) {
           const std::string name = std::string("fused_experts_quantized/") + model.name + "/" + format.name + "/" +
                                    moert::name(precision) + "/" + routing + "/T";

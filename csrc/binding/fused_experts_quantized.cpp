@@ -22,27 +22,26 @@ Format format_of(const char* name, const std::string& format) {
   STD_TORCH_CHECK(false, name, " must be one of ", known, ", got ", format);
 }
 
-#if defined(MOERT_CUDA)
-
-void check_precision(const std::string& name) {
-  STD_TORCH_CHECK(name == "auto" || name == "full", "precision must be auto or full on a GPU, got ", name);
-}
-
-#else
-
 Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
+#if defined(MOERT_CUDA)
+  if (name == "auto") return Precision::full;
+#else
   if (name == "auto") return default_precision(w1, w2);
-  for (const Precision p : {Precision::full, Precision::int8, Precision::int8_group32}) {
+#endif
+  std::string known = "auto";
+  for (const Precision p : kPrecisions) {
+    known += ", " + std::string(moert::name(p));
     if (name != moert::name(p)) continue;
-    for (const Format format : {w1.format, w2.format})
-      STD_TORCH_CHECK(p == Precision::full || has_int8_rows(format), "precision must be auto or full for ",
-                      cpu::name(format), ", got ", name);
+    for (const Format format : {w1.format, w2.format}) {
+      std::string has = "auto";
+      for (const Precision other : kPrecisions)
+        if (takes(format, other)) has += ", " + std::string(moert::name(other));
+      STD_TORCH_CHECK(takes(format, p), "precision must be one of ", has, " for ", cpu::name(format), ", got ", name);
+    }
     return p;
   }
-  STD_TORCH_CHECK(false, "precision must be auto, full, int8 or int8_group32, got ", name);
+  STD_TORCH_CHECK(false, "precision must be one of ", known, ", got ", name);
 }
-
-#endif
 
 struct Size {
   const char* name;
@@ -255,25 +254,22 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
   const Call call = check(x, ids, weights, codes1, scales1, zeros1, codes2, scales2, zeros2, b1, b2, format1, group1,
                           format2, group2, activation, alpha, limit, scale_on);
   const int64_t T = call.tokens.T, H = call.experts.floats.H;
-#if defined(MOERT_CUDA)
-  check_precision(precision);
-  Tensor y = torch::stable::new_empty(x, {T, H});
-  const Execution execution(x);
-  Tensor workspace = bytes_beside(x, cuda::fused_experts_quantized_workspace(call.tokens, call.experts));
-  cuda::fused_experts_quantized(call.tokens, call.experts, workspace.mutable_data_ptr(), execution,
-                                y.mutable_data_ptr());
-#else
   const bool is_double = x.scalar_type() == ScalarType::Double;
   Precision used = precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
   if (is_double && precision == "auto") used = Precision::full;
   if (used != Precision::full) {
-    STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for int8 activations, got Double");
+    STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for ", name(used), " rows, got Double");
     const int64_t longest = std::max(H, call.experts.floats.I);
-    STD_TORCH_CHECK(longest <= kMaxInt8Columns, "H and I must be at most ", kMaxInt8Columns,
-                    " for int8 activations, got ", longest);
+    STD_TORCH_CHECK(used == Precision::fp8_group128 || longest <= kMaxInt8Columns, "H and I must be at most ",
+                    kMaxInt8Columns, " for ", name(used), " rows, got ", longest);
   }
   Tensor y = torch::stable::new_empty(x, {T, H});
   const Execution execution(x);
+#if defined(MOERT_CUDA)
+  Tensor workspace = bytes_beside(x, cuda::fused_experts_quantized_workspace(call.tokens, call.experts, used));
+  cuda::fused_experts_quantized(call.tokens, call.experts, used, workspace.mutable_data_ptr(), execution,
+                                y.mutable_data_ptr());
+#else
   cpu::fused_experts_quantized(call.tokens, call.experts, used, execution, y.mutable_data_ptr());
 #endif
   return y;

@@ -7,22 +7,47 @@ namespace moert::cpu {
 
 namespace {
 
-// Full activations: each tile of weights becomes floats, which the kernels of fused_experts multiply.
+// x [n] to the nearest e4m3 of its group of 128, as floats.
+void round_to_e4m3(float* x, int64_t n) {
+  for (int64_t first = 0; first < n; first += kFp8Block) {
+    const int64_t end = std::min(n, first + kFp8Block);
+    uint32_t most = 0;
+    for (int64_t i = first; i < end; ++i) most = std::max(most, float_to_bits(x[i]) & 0x7fffffffu);
+    const float scale = row_scale(most, kLargestE4m3);
+    for (int64_t i = first; i < end; ++i) x[i] = (scale > 0 ? e4m3_to_float(to_e4m3(x[i] / scale)) : 0) * scale;
+  }
+}
+
+// Each tile of weights becomes floats, which the kernels of fused_experts multiply by rows as they are or, `rounds`,
+// rounded to e4m3.
 template <typename A>
-void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, void* y) {
+void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, void* y, bool rounds = false) {
   const ExpertWeights& floats = w.floats;
   const Plan<A> plan(tokens, floats.E, threads);
-  const DType between = between_gemms(tokens.x.dtype);
+  RoutedRows routed = tokens;
+  const Memory<float> x = allocate<float>(rounds ? tokens.T * floats.H : 0);
+  if (rounds) routed.x = {x.get(), DType::f32, floats.H};
+  const DType between = between_gemms(routed.x.dtype);
   const Memory<char> act = allocate<char>(plan.slots_used() * floats.I * size_of(between));
-  const FirstGemm<A> first(tokens, floats, plan, threads, act.get(), nullptr);
+  const FirstGemm<A> first(routed, floats, plan, threads, act.get(), nullptr);
   const CombinedRows<A> second(plan, floats.H, threads);
   const Rows rows{act.get(), between, floats.I};
+  const auto round_x = [&](int64_t t) {
+    const TileMatrix from{at(tokens.x.data, tokens.x.dtype, t * tokens.x.stride), tokens.x.dtype, 0, 1, nullptr};
+    gemm_kernels().widen(from, 1, floats.H, x.get() + t * floats.H, 0);
+    round_to_e4m3(x.get() + t * floats.H, floats.H);
+  };
+  const auto round_act = [&](int64_t s) {
+    round_to_e4m3(reinterpret_cast<float*>(act.get()) + s * floats.I, floats.I);
+  };
   parallel_region(threads, [&](Team& team) {
+    if (rounds) team.for_each(tokens.T, round_x);
     first.run(team, [&](const TileTask& task, const TileMemory<A>& memory) {
       const TileOperand x = operand_of(first.x, task.row, 0);
       full_product<A>(w.w1, task, 0, x, tokens.batch_invariant, memory.c0, memory.scratch);
       if (first.gated) full_product<A>(w.w1, task, floats.I, x, tokens.batch_invariant, memory.c1, memory.scratch);
     });
+    if (rounds) team.for_each(plan.slots_used(), round_act);
     second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
                [&](const TileTask& task, const TileMemory<A>& memory) {
                  const TileOperand x = operand_of(rows, task.row, 0);
@@ -94,10 +119,12 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
 
 void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
                              int64_t threads, void* y) {
-  if (precision != Precision::full)
+  if (precision == Precision::int8 || precision == Precision::int8_group32)
     int8(tokens, experts, precision, threads, y);
+  else if (tokens.x.dtype == DType::f64)
+    full<double>(tokens, experts, threads, y);
   else
-    (tokens.x.dtype == DType::f64 ? full<double> : full<float>)(tokens, experts, threads, y);
+    full<float>(tokens, experts, threads, y, precision == Precision::fp8_group128);
 }
 
 }  // namespace moert::cpu

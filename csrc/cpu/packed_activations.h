@@ -42,7 +42,7 @@ MOERT_INLINE const char* quantized_row(const QuantizedRows& rows, int64_t r) {
   return rows.data + (rows.index ? rows.index[r] : r) * rows.stride;
 }
 
-// max |x| / 127; NaN where one is not finite, 0 where all are below 2^-119 (their products would be subnormal).
+// row_scale of the largest.
 float scale_of(const float* x, int64_t n) {
   VecF largest{};
   VecI bad{};
@@ -54,7 +54,7 @@ float scale_of(const float* x, int64_t n) {
   float most = 0;
   int32_t any = 0;
   for (int i = 0; i < kLanes<float>; ++i) most = most < largest[i] ? largest[i] : most, any |= bad[i];
-  return any ? bits_to_float(0x7fc00000u) : most < 0x1p-119f ? 0 : most / 127;
+  return row_scale(any ? 0x7f800000u : float_to_bits(most), kLargestInt8);
 }
 
 MOERT_INLINE void narrow_codes(const VecI& x, int8_t* out) {

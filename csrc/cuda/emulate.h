@@ -140,3 +140,10 @@ T atomicAdd(T* p, T x) {
   *p += x;
   return before;
 }
+
+template <typename T>
+T atomicOr(T* p, T x) {
+  const T before = *p;
+  *p |= x;
+  return before;
+}

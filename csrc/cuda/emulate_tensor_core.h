@@ -128,6 +128,31 @@ struct EmulatedMma {
   }
 };
 
+// The same of 32 columns of int8, four in a register, and int32 sums.
+struct EmulatedMmaInt8 {
+  static void fma(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, const uint32_t& a0, const uint32_t& a1,
+                  const uint32_t& a2, const uint32_t& a3, const uint32_t& b0, const uint32_t& b1, const uint32_t& c0,
+                  const uint32_t& c1, const uint32_t& c2, const uint32_t& c3) {
+    uint64_t a[2][32], b[32];
+    const auto share = [](uint32_t low, uint32_t high, uint64_t* all) {
+      std::memcpy(all, emulate::exchange(0xffffffffu, uint64_t(high) << 32 | low), 32 * sizeof(uint64_t));
+    };
+    share(a0, a1, a[0]);
+    share(a2, a3, a[1]);
+    share(b0, b1, b);
+    const auto element = [](uint64_t pair, int which, int i) { return int32_t(int8_t(pair >> (32 * which + 8 * i))); };
+    uint32_t sums[] = {c0, c1, c2, c3};  // they wrap around
+    const int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 4; ++k)
+        for (int i = 0; i < 4; ++i)
+          for (int v = 0; v < 4; ++v)
+            sums[v] += uint32_t(element(a[half][4 * g + k], v / 2, i) * element(b[4 * (2 * t + v % 2) + k], half, i));
+    d0 = sums[0], d1 = sums[1], d2 = sums[2], d3 = sums[3];
+  }
+};
+
+using MmaInt8 = EmulatedMmaInt8;
 using MmaBf16 = EmulatedMma<cute::bfloat16_t>;
 using MmaF16 = EmulatedMma<cute::half_t>;
 using MmaTf32 = EmulatedMma<cute::tfloat32_t>;

@@ -12,11 +12,21 @@
 
 namespace moert::cuda {
 
+// How rows lie that tensor cores take: every 32 columns as lanes of four times eight elements, whose columns the packed
+// codes have at hand.
+enum class Lie : int32_t {
+  order,  // eight neighbours
+  fours,  // of them 0 4 1 5 2 6 3 7
+  twos,   // of them 0 2 4 6 1 3 5 7
+  bits,   // of 32 columns lane t has t, t + 16, t + 4, t + 20, ...
+  trits   // of 160 columns the first 32 elements are the first trit of every byte of ternary5, and so on
+};
+
 // Where the columns of a row lie whose packed weights have `width` columns a lane; 0: in order.  Tensor cores take rows
-// of whole `step`s in order or, `paired`, every eight columns as 0 4 1 5 2 6 3 7.
+// of whole `step`s, each as `lie` says.
 struct ColumnOrder {
   int32_t width, step = 0;
-  bool paired = false;
+  Lie lie = Lie::order;
 
   MOERT_HOST_DEVICE int64_t length(int64_t columns) const {
     const int64_t whole = width ? width * 32 : step ? step : 1;
@@ -27,13 +37,37 @@ struct ColumnOrder {
     return width ? (columns + width - 1) / width * width : length(columns);
   }
   MOERT_HOST_DEVICE int64_t position(int64_t column) const {
-    if (paired) return column / 8 * 8 + column % 4 * 2 + column / 4 % 2;
+    const int64_t c = column;
+    switch (lie) {
+      case Lie::fours:
+        return c / 8 * 8 + c % 4 * 2 + c / 4 % 2;
+      case Lie::twos:
+        return c / 8 * 8 + c % 2 * 4 + c / 2 % 4;
+      case Lie::bits:
+        return c / 32 * 32 + c % 4 * 8 + c / 4 % 4 * 2 + c / 16 % 2;
+      case Lie::trits:
+        return c / 160 * 160 + c % 5 * 32 + c % 80 / 20 * 8 + c / 80 % 2 * 4 + c % 20 / 5;
+      default:
+        break;
+    }
     if (!width) return column;
     const int64_t lane = column / width % 32, within = column % width;
     return column / (32 * width) * 32 * width + (within / 4 * 32 + lane) * 4 + within % 4;
   }
   MOERT_HOST_DEVICE int64_t column(int64_t position) const {
-    if (paired) return position / 8 * 8 + position % 2 * 4 + position / 2 % 4;
+    const int64_t p = position;
+    switch (lie) {
+      case Lie::fours:
+        return p / 8 * 8 + p % 2 * 4 + p / 2 % 4;
+      case Lie::twos:
+        return p / 8 * 8 + p % 4 * 2 + p / 4 % 2;
+      case Lie::bits:
+        return p / 32 * 32 + p / 8 % 4 + p / 2 % 4 * 4 + p % 2 * 16;
+      case Lie::trits:
+        return p / 160 * 160 + p / 4 % 2 * 80 + p / 8 % 4 * 20 + p % 4 * 5 + p % 160 / 32;
+      default:
+        break;
+    }
     if (!width) return position;
     const int64_t step = position / (32 * width), within = position % (32 * width), lane = within / 4 % 32;
     return (step * 32 + lane) * width + within / 128 * 4 + within % 4;
@@ -219,15 +253,22 @@ struct Sub1Codes {
   static constexpr int kRows = 2, kColumns = 0;
 };
 
+// The codewords of the experts before e, which all lanes sum up together.
+MOERT_DEVICE_INLINE int64_t codewords_before(const PackedWeights& w, int64_t e) {
+  const int64_t rows = w.matrix.packing.rows;
+  const int32_t* ends = reinterpret_cast<const int32_t*>(w.matrix.zeros);
+  int64_t sum = 0;
+  for (int64_t other = lane_id(); other < e; other += kWarp) sum += ends[other * (rows + 1) + rows];
+  return warp_sum(sum);
+}
+
 // use(column, weight) for every column of one row, which the lanes share; returns how many columns the codewords have.
 template <typename Use>
 MOERT_DEVICE_INLINE int64_t for_digits(const PackedWeights& w, int64_t e, int64_t row, const Use& use) {
   const int64_t rows = w.matrix.packing.rows, K = w.matrix.packing.columns, size = w.matrix.size;
   const int32_t* ends = reinterpret_cast<const int32_t*>(w.matrix.zeros);
-  int64_t start = 0;  // of the expert: the codewords of those before
-  for (int64_t other = lane_id(); other < e; other += kWarp) start += ends[other * (rows + 1) + rows];
-  start = warp_sum(start);
-  const int64_t from = start + ends[e * (rows + 1) + row], to = start + ends[e * (rows + 1) + row + 1];
+  const int64_t start = codewords_before(w, e), from = start + ends[e * (rows + 1) + row],
+                to = start + ends[e * (rows + 1) + row + 1];
   const int64_t begin = from < 0 ? 0 : from, end = to < size ? to : size;
   const bf16* limits = static_cast<const bf16*>(w.matrix.scales) + 2 * (e * rows + row);
   const float low = to_float(limits[0]), high = to_float(limits[1]);

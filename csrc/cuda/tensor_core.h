@@ -18,6 +18,7 @@ using Ldmatrix = cute::SM75_U32x4_LDSM_N;
 using LdmatrixTransposed = cute::SM75_U16x8_LDSM_T;
 using MmaBf16 = cute::SM80_16x8x16_F32BF16BF16F32_TN;
 using MmaF16 = cute::SM80_16x8x16_F32F16F16F32_TN;
+using MmaInt8 = cute::SM80_16x8x32_S32S8S8S32_TN;
 using MmaTf32 = cute::SM80_16x8x8_F32TF32TF32F32_TN;
 
 // 16 bytes from global to shared memory; zeros where `inside` is false, and then nothing is read.

@@ -9,21 +9,38 @@
 namespace moert {
 
 // The type that the rows of both products have.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32
-// columns.  Products of integers are exact; their sums are float32 across scales.
-enum class Precision : int32_t { full, int8, int8_group32 };
+// columns.  Products of integers are exact; their sums are float32 across scales.  fp8_group128, over fp8 weights
+// alone: e4m3 and a scale every 128 columns, max|x| / 448.
+enum class Precision : int32_t { full, int8, int8_group32, fp8_group128 };
+constexpr Precision kPrecisions[] = {Precision::full, Precision::int8, Precision::int8_group32,
+                                     Precision::fp8_group128};
 
 constexpr const char* name(Precision precision) {
-  return precision == Precision::full ? "full" : precision == Precision::int8 ? "int8" : "int8_group32";
+  constexpr const char* kNames[] = {"full", "int8", "int8_group32", "fp8_group128"};
+  return kNames[int(precision)];
 }
 
-// fp8 and sub1 have no products with int8 rows.
-constexpr bool has_int8_rows(Format format) { return int(format) < kRowFormats || format == Format::bit_nested; }
+// Whether weights of this format can be multiplied by such rows.
+constexpr bool takes(Format format, Precision precision) {
+  if (precision == Precision::full) return true;
+  if (precision == Precision::fp8_group128) return format == Format::fp8;
+  return int(format) < kRowFormats || format == Format::bit_nested;
+}
+
+// The scale of codes up to `largest` for values up to x, of which these are the bits without the sign; NaN where that
+// is not finite, 0 where it is below 2^-119 (products would be subnormal).
+MOERT_HOST_DEVICE static inline float row_scale(uint32_t bits, float largest) {
+  if (bits >= 0x7f800000u) return bits_to_float(0x7fc00000u);
+  const float most = bits_to_float(bits);
+  return most < 0x1p-119f ? 0 : most / largest;
+}
+constexpr float kLargestInt8 = 127, kLargestE4m3 = 448;
 
 // int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md): weights of
 // 8 bits in small groups are too exact for them.  planes: of bit_nested.
 constexpr Precision default_precision(Format format, int64_t group, int64_t planes) {
   if (format == Format::ternary2 || format == Format::ternary5) return Precision::int8;
-  if (!has_int8_rows(format)) return Precision::full;
+  if (!takes(format, Precision::int8)) return Precision::full;
   const bool eight_bits = format == Format::int8 || (format == Format::bit_nested && planes == 8);
   return eight_bits && (group == 32 || group == 64) ? Precision::full : Precision::int8_group32;
 }
@@ -67,16 +84,17 @@ void fused_experts_quantized_backward(const Rows& dy, const RoutedRows& tokens, 
 
 }  // namespace cpu
 
-// The same with full activations on the current device, ordered by `stream` (a cudaStream_t); every pointer is the
-// device's.  `workspace` is as many bytes of the device as the first function says, aligned to 256.  The bits of a row
-// of y do not depend on the other rows.  The first call over sub1 weights on a device brings it their dictionary and
-// waits for that; it can't be captured.
+// The same on the current device, with int8 codes and scales of x that are those of a CPU; ordered by `stream` (a
+// cudaStream_t); every pointer is the device's.  `workspace` is as many bytes of the device as the first function says,
+// aligned to 256.  The bits of a row of y do not depend on the other rows.  The first call over sub1 weights on a
+// device brings it their dictionary and waits for that; it can't be captured.
 namespace cuda {
 
-int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const QuantizedExperts& experts);
+int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const QuantizedExperts& experts,
+                                          Precision precision);
 
-void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, void* workspace, void* stream,
-                             void* y);
+void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
+                             void* workspace, void* stream, void* y);
 
 // Of the gradients there are dx and dweights.  Some experts at a time are dequantized, to x's dtype; what lies between
 // the products is rounded to that, too.

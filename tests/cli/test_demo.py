@@ -43,6 +43,12 @@ def test_report_has_every_number(first):
     assert report["machine"]["torch"] and str(out / "report.json") in stdout.replace("\n", "")
 
 
+def test_a_checkpoint_of_another_device_is_not_taken(first):
+    model = first[0] / "model"
+    assert _read_record(model, DemoSettings(steps=3))["device"] == "cpu"
+    assert _read_record(model, DemoSettings(steps=3), "cuda") is None
+
+
 def test_files(first):
     out, _, report = first
     assert sorted(p.name for p in out.iterdir()) == ["expert_load.png", "loss.png", "model", "report.json"]

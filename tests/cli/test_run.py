@@ -1,6 +1,8 @@
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from moert import cuda
 from moert.cli.app import app
 
 
@@ -27,9 +29,29 @@ def test_errors(arguments, message):
     assert done.stderr == f"moert run: {message}\n"
 
 
+def test_a_gpu_that_is_not_there(monkeypatch):
+    def error():
+        done = CliRunner().invoke(app, ["run", "--device", "cuda"])
+        return done.exit_code, done.stderr
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert error() == (2, "moert run: device must be cpu where torch can use no GPU, got cuda\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "is_built", lambda: False)
+    code, said = error()
+    assert code == 2 and said.startswith("moert run: device must be cpu here, got cuda: moert is built without CUDA")
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--steps", "0"], ["--max-new-tokens", "0"], ["--top-p", "2"], ["--threads", "0"], ["--dtype", "int3"]],
+    [
+        ["--steps", "0"],
+        ["--max-new-tokens", "0"],
+        ["--top-p", "2"],
+        ["--threads", "0"],
+        ["--dtype", "int3"],
+        ["--device", "tpu"],
+    ],
 )
 def test_values_out_of_range_are_usage_errors(arguments):
     done = CliRunner().invoke(app, ["run", *arguments])
@@ -38,6 +60,6 @@ def test_values_out_of_range_are_usage_errors(arguments):
 
 def test_help_names_every_option():
     text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).stdout
-    for option in ("model", "prompt", "max-new-tokens", "temperature", "top-p", "top-k", "seed", "threads", "dtype",
-                   "out", "compare", "quantize", "text", "steps", "retrain", "shape", "layers"):  # fmt: skip
+    for option in ("model", "prompt", "max-new-tokens", "temperature", "top-p", "top-k", "seed", "threads", "device",
+                   "dtype", "out", "compare", "quantize", "text", "steps", "retrain", "shape", "layers"):  # fmt: skip
         assert f"--{option}" in text

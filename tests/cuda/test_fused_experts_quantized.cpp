@@ -1,156 +1,22 @@
 // Experts of packed weights beside the CPU's, in full precision: every format, dtype, activation, bias and scale;
 // forward, with the kernels over tensor cores where they are built, and backward.
-#include "moert/fused_experts_quantized.h"
-
 #include "../cpp/expect.h"
-#include "../cpp/packed_matrix.h"
 #include "cuda/expert_tiles.h"
 #include "cuda/packed_weights.h"
-#include "memory.h"
-#include "random.h"
+#include "quantized_experts.h"
 
 using namespace moert;
 
 namespace {
-
-struct Case {
-  int64_t T, k, E, H, I;
-  Activation activation{};
-  bool biases = true;
-  ScaleOn scale_on = ScaleOn::output;
-  int64_t only = -1;  // every choice is this expert
-  int64_t pad = 3;    // elements between the rows of x
-  size_t shift = 0;   // bytes of the codes past an aligned address
-};
-
-const std::vector<Packing> kKinds = {{Format::int8, 0, 0, 0},
-                                     {Format::int8, 0, 0, 32},
-                                     {Format::int8, 0, 0, 64},
-                                     {Format::int8, 0, 0, 128},
-                                     {Format::int4, 0, 0, 32},
-                                     {Format::int4, 0, 0, 64},
-                                     {Format::int4, 0, 0, 128},
-                                     {Format::mxfp4, 0, 0, 32},
-                                     {Format::int4_asymmetric, 0, 0, 32},
-                                     {Format::int4_asymmetric, 0, 0, 64},
-                                     {Format::ternary2, 0, 0, 0},
-                                     {Format::ternary2, 0, 0, 32},
-                                     {Format::ternary2, 0, 0, 128},
-                                     {Format::ternary5, 0, 0, 0},
-                                     {Format::ternary5, 0, 0, 32},
-                                     {Format::ternary5, 0, 0, 128},
-                                     {Format::fp8, 0, 0, kFp8Block},
-                                     {Format::bit_nested, 0, 0, 32, 3},
-                                     {Format::bit_nested, 0, 0, 64, 4},
-                                     {Format::bit_nested, 0, 0, 128, 8},
-                                     {Format::bit_nested, 0, 0, 32, 1},
-                                     {Format::sub1, 0, 0, 0}};
-
-// A packed matrix on the host and on the device.
-struct Both {
-  Matrix here;
-  OnDevice<uint8_t> codes, scales, zeros;
-
-  Both(Packing kind, int64_t rows, int64_t columns, int64_t E, Random& random, size_t shift)
-      : here(of(kind, rows, columns), E, numbers<float>(random, size_t(E * rows * columns))),
-        codes(here.codes, shift),
-        scales(here.scales),
-        zeros(here.zeros) {}
-
-  static Packing of(Packing kind, int64_t rows, int64_t columns) {
-    kind.rows = rows, kind.columns = columns;
-    return kind;
-  }
-  PackedMatrix there() { return here.packed(codes.data(), scales.data(), zeros.data()); }
-};
-
-template <typename X>
-struct Experts {
-  Both w1, w2;
-  std::vector<X> b1, b2;
-  OnDevice<X> b1_there, b2_there;
-
-  Experts(const Packing& first, const Packing& second, const Case& c, int64_t width, Random& random)
-      : w1(first, width, c.H, c.E, random, c.shift),
-        w2(second, c.H, c.I, c.E, random, c.shift),
-        b1(numbers<X>(random, size_t(c.E * width))),
-        b2(numbers<X>(random, size_t(c.E * c.H))),
-        b1_there(b1),
-        b2_there(b2) {}
-
-  ExpertWeights floats(const Case& c, const X* first, const X* second) const {
-    ExpertWeights w{};
-    w.E = c.E, w.H = c.H, w.I = c.I, w.activation = c.activation, w.scale_on = c.scale_on;
-    if (!c.biases) return w;
-    const int64_t width = is_gated(c.activation.act) ? 2 * c.I : c.I;
-    w.gate_bias = {first, DTypeOf<X>::value, width};
-    if (width > c.I) w.up_bias = {first + c.I, DTypeOf<X>::value, width};
-    w.down_bias = {second, DTypeOf<X>::value, c.H};
-    return w;
-  }
-};
-
-// What a call is given.
-template <typename X>
-struct Inputs {
-  std::vector<X> x, dy;
-  std::vector<Acc<X>> weights;
-  std::vector<int32_t> ids;
-
-  Inputs(const Case& c, Random& random)
-      : x(numbers<X>(random, size_t(c.T * (c.H + c.pad)))),
-        dy(numbers<X>(random, size_t(c.T * (c.H + c.pad)))),
-        weights(numbers<Acc<X>>(random, size_t(c.T * c.k))),
-        ids(size_t(c.T * c.k)) {
-    for (int32_t& id : ids) id = random.below(6) ? int32_t(random.below(c.E)) : random.below(2) ? -1 : int32_t(c.E);
-    if (c.only >= 0) std::fill(ids.begin(), ids.end(), int32_t(c.only));
-  }
-};
-
-template <typename X>
-std::vector<X> on_device(const Case& c, Experts<X>& experts, const std::vector<X>& x, const std::vector<int32_t>& ids,
-                         const std::vector<Acc<X>>& weights) {
-  OnDevice<X> x_there(x), y(std::vector<X>(size_t(c.T * c.H), rounded<X>(-7)));
-  OnDevice<int32_t> ids_there(ids);
-  OnDevice<Acc<X>> weights_there(weights);
-  const RoutedRows tokens{
-      c.T, c.k, {x_there.data(), DTypeOf<X>::value, c.H + c.pad}, ids_there.data(), weights_there.data()};
-  const QuantizedExperts there{experts.w1.there(), experts.w2.there(),
-                               experts.floats(c, experts.b1_there.data(), experts.b2_there.data())};
-  // All bits set are a NaN of every type: what is read before it is written shows.
-  OnDevice<char> workspace(
-      std::vector<char>(size_t(cuda::fused_experts_quantized_workspace(tokens, there)), char(0xff)));
-  cuda::fused_experts_quantized(tokens, there, workspace.data(), nullptr, y.data());
-  return y.read();
-}
 
 template <typename X>
 void compare(const Packing& first, const Packing& second, const Case& c) {
   Random random{uint64_t(c.H * 7 + c.I + c.T + int64_t(first.format))};
   Experts<X> experts(first, second, c, is_gated(c.activation.act) ? 2 * c.I : c.I, random);
   const Inputs<X> in(c, random);
-  const auto& x = in.x;
-  const auto& weights = in.weights;
-  const auto& ids = in.ids;
-
-  std::vector<X> expected(size_t(c.T * c.H), rounded<X>(-7));
-  const RoutedRows tokens{c.T, c.k, {x.data(), DTypeOf<X>::value, c.H + c.pad}, ids.data(), weights.data()};
-  const QuantizedExperts here{experts.w1.here.packed(), experts.w2.here.packed(),
-                              experts.floats(c, experts.b1.data(), experts.b2.data())};
-  cpu::fused_experts_quantized(tokens, here, Precision::full, 1, expected.data());
-  const std::vector<X> y = on_device(c, experts, x, ids, weights);
-  EXPECT(rows_close(y, expected, size_t(c.H), kUnit<X>));
-
-  // Each token by itself has the bits that it has among others.
-  Case one = c;
-  one.T = 1;
-  for (int64_t t = 0; t < std::min<int64_t>(c.T, 3); ++t) {
-    const auto part = [&](const auto& v, int64_t width) {
-      return std::remove_cvref_t<decltype(v)>(v.begin() + t * width, v.begin() + (t + 1) * width);
-    };
-    const std::vector<X> alone = on_device(one, experts, part(x, c.H + c.pad), part(ids, c.k), part(weights, c.k));
-    EXPECT(c.H == 0 || std::memcmp(alone.data(), y.data() + t * c.H, size_t(c.H) * sizeof(X)) == 0);
-  }
+  const std::vector<X> y = on_device(c, experts, in.x, in.ids, in.weights);
+  EXPECT(rows_close(y, on_cpu(c, experts, in, Precision::full), size_t(c.H), kUnit<X>));
+  alone(c, experts, in, y, Precision::full);
 }
 
 template <typename X>
@@ -265,6 +131,30 @@ void every_format() {
   }
 }
 
+// Tables of the last expert's codewords that are wrong: the others are as they were, and nothing else is read.
+template <typename X>
+void wrong_tables() {
+  const Packing sub1{Format::sub1, 0, 0, 0};
+  const Case c{9, 2, 3, 150, 40};
+  Random random{11};
+  Experts<X> experts(sub1, sub1, c, 2 * c.I, random);
+  Inputs<X> in(c, random);
+  for (size_t t = 0; t < size_t(c.T); ++t) in.ids[2 * t] = int32_t(t % 2), in.ids[2 * t + 1] = t < 6 ? -1 : 2;
+  const std::vector<X> expected = on_cpu(c, experts, in, Precision::full);
+  const int64_t per_expert = 2 * c.I + 1;
+  for (const int32_t wrong : {-1, INT32_MIN, INT32_MAX, 1 << 20}) {
+    std::vector<uint8_t>& zeros = experts.w1.here.zeros;
+    std::vector<int32_t> table(zeros.size() / 4);
+    std::memcpy(table.data(), zeros.data(), zeros.size());
+    for (int64_t n = 0; n < per_expert; n += 1 + n % 3) table[size_t(2 * per_expert + n)] = wrong;
+    copy(experts.w1.zeros.data(), table.data(), zeros.size());
+    std::vector<X> y = on_device(c, experts, in.x, in.ids, in.weights);
+    y.resize(size_t(6 * c.H));
+    const std::vector<X> wanted(expected.begin(), expected.begin() + 6 * c.H);
+    EXPECT(rows_close(y, wanted, size_t(c.H), kUnit<X>));
+  }
+}
+
 void every_choice() {
   const Packing int4{Format::int4, 0, 0, 32}, int8{Format::int8, 0, 0, 0};
   for (Act act : {Act::identity, Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2, Act::swiglu, Act::geglu,
@@ -294,6 +184,17 @@ void orders_and_tiles() {
         EXPECT(order.column(order.position(c)) == c);
       }
     }
+  using cuda::Lie;
+  for (const cuda::ColumnOrder order : {cuda::ColumnOrder{0, 128, Lie::order}, cuda::ColumnOrder{0, 128, Lie::fours},
+                                        cuda::ColumnOrder{0, 128, Lie::twos}, cuda::ColumnOrder{0, 128, Lie::bits},
+                                        cuda::ColumnOrder{0, 160, Lie::trits}}) {
+    std::vector<bool> taken(size_t(order.length(600)));
+    for (int64_t c = 0; c < order.length(600); ++c) {
+      const int64_t at = order.position(c);
+      EXPECT(at / 32 * 32 / order.step == c / order.step && order.column(at) == c && !taken[size_t(at)]);
+      taken[size_t(at)] = true;
+    }
+  }
   const std::vector<int32_t> offsets{0, 0, 5, 5, 6, 14, 14};
   const int32_t E = 6, S = 16, rows = 4;
   std::vector<std::vector<int32_t>> by_index, by_slot;
@@ -323,6 +224,8 @@ void tests() {
   orders_and_tiles();
   every_format();
   every_choice();
+  wrong_tables<float>();
+  wrong_tables<bf16>();
   many_rows<bf16>();
   many_rows<f16>();
   every_gradient();

@@ -101,6 +101,29 @@ def test_forward_int8(fmt, precision):
         assert_int8_close(y, run, args, precision)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_fp8_rows(dtype):
+    """A value between two codes may become either: a step of 1 / 14 of it at most, of one of I terms."""
+    for shape in (*FUSED_EXPERTS_SHAPES[1:], LONG) if dtype == torch.float32 else (ODD, LONG):
+        args, run = case(shape, Fp8(), dtype, bias=True)
+        args[0][:, ::5] *= 20
+        y = run(fused_experts_quantized, *args, "fp8_group128")
+        exact = run(fused_experts_quantized_ref, *(a.double() for a in args), "fp8_group128")
+        rows = sorted(row_error(y[t : t + 1], exact[t : t + 1]) for t in range(len(y)))
+        unit = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+        assert rows[len(rows) // 2] < 1e-5 + unit and rows[-1] < 0.05
+        assert len(y) < 4 or row_error(y, run(fused_experts_quantized_ref, *args, "full")) > 5e-3  # they are rounded
+        assert torch.equal(y, run(fused_experts_quantized, *args, "fp8_group128"))
+
+
+def test_fp8_rows_at_the_ends_of_numbers():
+    args, run = case(Shape("one choice", 6, 2, 1, 150, 40), Fp8())
+    x = args[0]
+    x[0, 140], x[1, 3], x[2], x[3] = torch.nan, torch.inf, x[2] * 2.0**-125, 0
+    y = run(fused_experts_quantized, *args, precision="fp8_group128")
+    assert y[:2].isnan().all() and (y[2:4] == 0).all() and y[4:].isfinite().all() and (y[4:] != 0).any()
+
+
 @pytest.mark.parametrize("fmt", [*FULL_ONLY, *(f for f in FORMATS if isinstance(f, BitNested))], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 40])
 @pytest.mark.parametrize("K", [1, 31, 129, 720])
@@ -415,16 +438,16 @@ def test_errors():
     x, routing = torch.randn(3, 40), Routing(torch.zeros(3, 2).int(), torch.ones(3, 2), 4)
     with pytest.raises(ValueError, match="w1 must have E=routing.num_experts=5 experts, got 4"):
         fused_experts_quantized(x, Routing(routing.ids, routing.weights, 5), w1, w2)
-    with pytest.raises(RuntimeError, match="precision must be auto, full, int8 or int8_group32, got int4"):
+    with pytest.raises(
+        RuntimeError, match="precision must be one of auto, full, int8, int8_group32, fp8_group128, got i"
+    ):
         fused_experts_quantized(x, routing, w1, w2, precision="int4")
     wanted = r"codes1 must have shape \[E=4, rows=10, bytes=48\] for 70 columns of int4, got \[4, 10, 16\]"
     with pytest.raises(RuntimeError, match=wanted):
         fused_experts_quantized(
             torch.randn(3, 70), routing, PackedTensor(Int4(), 70, w1.codes[..., :16], w1.scales), w2
         )
-    with pytest.raises(
-        RuntimeError, match="x must have dtype Float, BFloat16 or Half for int8 activations, got Double"
-    ):
+    with pytest.raises(RuntimeError, match="x must have dtype Float, BFloat16 or Half for int8 rows, got Double"):
         fused_experts_quantized(x.double(), Routing(routing.ids, routing.weights.double(), 4), w1, w2, precision="int8")
     with pytest.raises(RuntimeError, match="bias must not require gradients over packed weights"):
         bias = torch.zeros(4, 10, requires_grad=True), None
@@ -435,7 +458,7 @@ def test_errors():
     with pytest.raises(TypeError, match="w2 must be of type PackedTensor or SubOneBitTensor, got Tensor"):
         fused_experts_quantized(x, routing, w1, w2.codes)
     long = Int8().pack(torch.zeros(1, 2, 2**17 + 1))
-    with pytest.raises(RuntimeError, match="H and I must be at most 131072 for int8 activations, got 131073"):
+    with pytest.raises(RuntimeError, match="H and I must be at most 131072 for int8_group32 rows, got 131073"):
         down = Int8().pack(torch.zeros(1, 2**17 + 1, 1))
         fused_experts_quantized(
             torch.zeros(1, 2**17 + 1), Routing(torch.zeros(1, 1).int(), torch.ones(1, 1), 1), long, down

@@ -34,7 +34,9 @@ def test_errors_of_other_layouts():
     for fmt in (Fp8(), SubOneBit()):
         w1, w2 = map(fmt.pack, shapes)
         for precision in ("int8", "int8_group32"):
-            with pytest.raises(RuntimeError, match=f"precision must be auto or full for {fmt.name}, got {precision}"):
+            known = "auto, full" + (", fp8_group128" if fmt.name == "fp8" else "")
+            message = f"precision must be one of {known} for {fmt.name}, got {precision}"
+            with pytest.raises(RuntimeError, match=message):
                 fused_experts_quantized(x, routing, w1, w2, precision=precision)
     fp8, down = map(Fp8().pack, shapes)
     for codes, scales, message in [

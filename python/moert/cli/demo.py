@@ -15,7 +15,7 @@ from moert.cli.checkpoint import byte_tokenizer, check_files
 from moert.cli.corpus import Corpus, evenly_spaced, load_corpus
 from moert.cli.errors import CommandError
 from moert.cli.generation import Request, first_difference
-from moert.cli.machine import machine_facts
+from moert.cli.machine import machine_facts, where
 from moert.cli.provider import PROVIDERS, Load, compare
 from moert.cli.report import sameness, speed_table, weights_table, write_atomically, write_json
 
@@ -35,9 +35,9 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     if load.threads:
         torch.set_num_threads(load.threads)
     corpus = load_corpus()
-    record = None if retrain else _read_record(out / "model", settings)
+    record = None if retrain else _read_record(out / "model", settings, load.device)
     if record is None:
-        record = _train(settings, corpus, out, console, started)
+        record = _train(settings, corpus, out, console, started, load.device)
     else:
         console.print(f"Using the checkpoint trained before, {out / 'model'} (--retrain trains it again).")
     verdict = _print_loss(record, console)
@@ -50,13 +50,13 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     console.print(Panel(Text(request.prompt, style="dim").append(texts["moert"].text, style="default"),
                         title="moert, greedy" if request.temperature == 0 else "moert, sampled"))  # fmt: skip
     console.print(sameness(differences, len(texts["eager"].ids), PROVIDERS))
-    console.print(speed_table(rows, _table_title(compared.dtype, torch.get_num_threads())))
+    console.print(speed_table(rows, _table_title(compared.dtype, where(load.device, torch.get_num_threads()))))
     if load.packings:
         tokens = WINDOWS * (settings.sequence - 1)
         console.print(weights_table(rows, f"Weights, and perplexity on {tokens:,} held-out bytes, {compared.dtype}"))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {**machine_facts(), "threads": torch.get_num_threads()},
+        "machine": {**machine_facts(device=load.device), "threads": torch.get_num_threads()},
         "training": {**record, "margin": verdict},
         "generation": {
             "request": asdict(request),
@@ -76,7 +76,7 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     )
 
 
-def _train(settings, corpus: Corpus, out: Path, console: Console, started: float) -> dict:
+def _train(settings, corpus: Corpus, out: Path, console: Console, started: float, device: str) -> dict:
     from moert.cli.demo_train import Step, train
 
     model_dir = out / "model"
@@ -102,7 +102,7 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
             text = f"experts ×{relative.max():.1f}, {idle} idle"
             progress.update(task, completed=step.step, loss=step.loss, speed=step.tokens_per_second, load=text)
 
-        model, record = train(settings, corpus, on_step, started)
+        model, record = train(settings, corpus, on_step, started, device)
     value = {**asdict(record), "heldout_loss": record.heldout_loss}
 
     def save(directory: Path) -> None:
@@ -120,8 +120,8 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
     return value
 
 
-def _read_record(model_dir: Path, settings) -> dict | None:
-    """The record of the checkpoint, if there is a sound one, trained with these settings and to their end.
+def _read_record(model_dir: Path, settings, device: str = "cpu") -> dict | None:
+    """The record of the checkpoint, if there is a sound one, trained with these settings, there and to their end.
 
     One that a busy machine cut short is trained again, unless it is good all the same.
     """
@@ -129,7 +129,8 @@ def _read_record(model_dir: Path, settings) -> dict | None:
         check_files(model_dir)
         record = json.loads((model_dir / _RECORD).read_text())
         whole = len(record["losses"]) == settings.steps or _margin(record) >= MARGIN
-        return record if whole and record["settings"] == asdict(settings) else None
+        same = record["settings"] == asdict(settings) and record.get("device", "cpu") == device
+        return record if whole and same else None
     except (CommandError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -157,8 +158,8 @@ def _ascii(corpus: Corpus, length: int) -> str:
     return text[:length]
 
 
-def _table_title(dtype: str, threads: int) -> str:
-    return f"Medians of {ROUNDS} interleaved rounds, a process each, {dtype}, {threads} threads"
+def _table_title(dtype: str, where: str) -> str:
+    return f"Medians of {ROUNDS} interleaved rounds, a process each, {dtype}, {where}"
 
 
 def _write_report(report: dict, record: dict, out: Path) -> None:

@@ -81,6 +81,7 @@ class TrainingRecord:
     expert_load: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens_per_second: float = 0.0
+    device: str = "cpu"
 
     @property
     def heldout_loss(self) -> float:
@@ -88,14 +89,22 @@ class TrainingRecord:
 
 
 def train(
-    settings: DemoSettings, corpus: Corpus, on_step: Callable[[Step], None], started: float | None = None
+    settings: DemoSettings,
+    corpus: Corpus,
+    on_step: Callable[[Step], None],
+    started: float | None = None,
+    device: str = "cpu",
 ) -> tuple[Qwen3MoeForCausalLM, TrainingRecord]:
-    """Same settings, same text, same number of threads: same weights, unless time ran out at another step."""
+    """Same settings, text and number of threads: same weights on a CPU, unless time ran out at another step.
+
+    A GPU begins with a CPU's weights and takes its windows of text; torch's own operators may differ from run to run.
+    """
     started = time.monotonic() if started is None else started
     torch.manual_seed(settings.seed)
     model = Qwen3MoeForCausalLM._from_config(settings.config(), experts_implementation=settings.implementation)
+    model = model.to(device)
     heldout = evenly_spaced(corpus.heldout, settings.sequence, 128)
-    record = _new_record(settings, model, corpus, bigram_loss(corpus.train, heldout))
+    record = _new_record(settings, model, corpus, bigram_loss(corpus.train, heldout), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(settings.seed)
     begun = time.monotonic()
@@ -105,7 +114,7 @@ def train(
         if progress >= 1:
             break
         _set_learning_rate(optimizer, settings.learning_rate * min(1, (step + 1) / settings.warmup) * (1 - progress))
-        loss, load = _train_step(model, optimizer, _random_windows(corpus.train, settings, generator))
+        loss, load = _train_step(model, optimizer, _random_windows(corpus.train, settings, generator).to(device))
         record.losses.append(loss)
         record.tokens_per_second = (step + 1) * settings.batch * settings.sequence / (time.monotonic() - begun)
         if (step + 1) % max(1, settings.steps // 5) == 0 and step + 1 < settings.steps:
@@ -124,7 +133,7 @@ def evaluate(model: Qwen3MoeForCausalLM, windows: Tensor) -> tuple[float, Tensor
     training = model.training
     model.eval()
     total, load = 0.0, 0
-    for ids in windows.split(16):
+    for ids in windows.to(model.device).split(16):
         output = model(input_ids=ids, output_router_logits=True, use_cache=False)
         total += _next_byte_loss(output.logits, ids).item() * len(ids)
         load = load + expert_load(output.router_logits, model.config)
@@ -172,7 +181,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def _new_record(settings: DemoSettings, model, corpus: Corpus, bigram: float) -> TrainingRecord:
+def _new_record(settings: DemoSettings, model, corpus: Corpus, bigram: float, device: str) -> TrainingRecord:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     parameters = sum(p.numel() for p in model.parameters())
     return TrainingRecord(
@@ -183,4 +192,5 @@ def _new_record(settings: DemoSettings, model, corpus: Corpus, bigram: float) ->
         heldout_bytes=len(corpus.heldout),
         heldout_files=corpus.files[1],
         bigram_loss=bigram,
+        device=device,
     )

@@ -43,13 +43,14 @@ def generate(
     differences = [d for name in plain[1:] if (d := first_difference(moert, results[name], name))]
     if stock:
         console.print(sameness(differences, len(moert.ids), plain))
-    console.print(speed_table(rows, f"{load.directory.name}, {dtype}, a process each"))
+    title = f"{load.directory.name}, {dtype}, a process each"
+    console.print(speed_table(rows, title + (", on the GPU" if load.device == "cuda" else "")))
     if load.packings or text:
         console.print(weights_table(rows, f"Weights{f', and perplexity on {text.name}' if text else ''}"))
     if out:
         report = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": {**machine_facts(), "threads": load.threads},
+            "machine": {**machine_facts(device=load.device), "threads": load.threads},
             "model": str(load.directory),
             "generation": {
                 "request": asdict(request),

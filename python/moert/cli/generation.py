@@ -25,8 +25,8 @@ class Request:
 class Generation:
     """The new tokens and their text; token_seconds are the decode steps, one fewer than the tokens.
 
-    peak_bytes is the process's largest memory so far, loading included, generation_bytes the part of its peak since
-    then that lies above the loaded model.
+    peak_bytes is the largest memory of the process, or of its GPU, so far, loading included; generation_bytes is the
+    part of its peak since then that lies above the loaded model.
     """
 
     ids: list[int]

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def machine_facts(packages: tuple[str, ...] = ("torch", "transformers")) -> dict:
-    """Processor, cores this process may use, system, Python and package versions."""
+def machine_facts(packages: tuple[str, ...] = ("torch", "transformers"), device: str = "cpu") -> dict:
+    """Processor, cores this process may use, the GPU where that is the device, system, Python and package versions."""
     import moert
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -21,12 +21,21 @@ def machine_facts(packages: tuple[str, ...] = ("torch", "transformers")) -> dict
         "python": platform.python_version(),
         "moert": moert.__version__,
     }
+    if device == "cuda":
+        import torch
+
+        facts["gpu"] = torch.cuda.get_device_name()
     for package in packages:
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = None
     return facts
+
+
+def where(device: str, threads: int) -> str:
+    """What a table says of the device."""
+    return "on the GPU" if device == "cuda" else f"{threads} threads"
 
 
 def processor_name() -> str:
@@ -56,6 +65,28 @@ def peak_bytes() -> int:
 def reset_peak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+class DeviceMemory:
+    """What a model on this device takes: resident memory of the process, or what torch has allocated on the GPU."""
+
+    def __init__(self, device: str):
+        self.gpu = device == "cuda"
+
+    def now(self) -> int:
+        import torch
+
+        return torch.cuda.memory_allocated() if self.gpu else resident_bytes()
+
+    def peak(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.gpu else peak_bytes()
+
+    def reset_peak(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats() if self.gpu else reset_peak()
 
 
 def _status_bytes(field: str) -> int:

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, TextStreamer
 from moert.cli.checkpoint import load_model, load_tokenizer
 from moert.cli.errors import CommandError, first_line
 from moert.cli.generation import Generation, Request
-from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
+from moert.cli.machine import DeviceMemory
 from moert.cli.perplexity import nats
 from moert.runtime import huge_pages_
 
@@ -63,16 +63,25 @@ class Generator:
     """The loaded model of one provider."""
 
     def __init__(
-        self, directory: Path, experts: str, dtype: str, send, random: bool = False, packing: str | None = None
+        self,
+        directory: Path,
+        experts: str,
+        dtype: str,
+        send,
+        random: bool = False,
+        packing: str | None = None,
+        device: str = "cpu",
     ):
         self.send = send
+        self.device = device
+        self.memory = DeviceMemory(device)
         self.tokenizer = load_tokenizer(directory)
-        self.model = load_model(directory, experts, dtype, random, packing)
-        if experts == "moert":
+        self.model = load_model(directory, experts, dtype, random, packing).to(device)
+        if experts == "moert" and device == "cpu":
             huge_pages_(self.model)  # as README has it
-        self.peak = peak_bytes()
-        reset_peak()
-        self.loaded = resident_bytes()
+        self.peak = self.memory.peak()
+        self.memory.reset_peak()
+        self.loaded = self.memory.now()
 
     @property
     def weight_bytes(self) -> int:
@@ -80,13 +89,14 @@ class Generator:
 
     def perplexity(self, windows: list[list[int]]) -> float:
         """Of every token but the first of each window."""
-        measured = [nats(self.model, torch.tensor([window])) for window in windows]
+        measured = [nats(self.model, torch.tensor([window], device=self.device)) for window in windows]
         return math.exp(sum(total for total, _ in measured) / sum(count for _, count in measured))
 
     def generate(self, request: Request) -> Generation:
         inputs = self.tokenizer(request.prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:
             raise CommandError("prompt must be at least one token, got none")
+        inputs = inputs.to(self.device)
         clock = _Clock(self.tokenizer, self.send if request.stream else None)
         gaps = _Gaps() if request.trace else None
         torch.manual_seed(request.seed)
@@ -104,14 +114,14 @@ class Generator:
         first = clock.times[1] - (start if encoder else clock.times[0])
         steps = [b - a for a, b in zip(clock.times[1:-1], clock.times[2:], strict=True)]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        above = max(0, peak_bytes() - self.loaded)
+        above = max(0, self.memory.peak() - self.loaded)
         return Generation(
             ids,
             text,
             inputs["input_ids"].shape[1],
             first,
             steps,
-            max(self.peak, peak_bytes()),
+            max(self.peak, self.memory.peak()),
             above,
             gaps.gaps if gaps else None,
         )
@@ -137,6 +147,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--packing")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     # The answers keep stdout to themselves: whatever else prints there goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -149,7 +160,13 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     try:
         generator = Generator(
-            arguments.model, arguments.experts, arguments.dtype, send, arguments.random, arguments.packing
+            arguments.model,
+            arguments.experts,
+            arguments.dtype,
+            send,
+            arguments.random,
+            arguments.packing,
+            arguments.device,
         )
         dtype = str(generator.model.dtype).removeprefix("torch.")
         send({"ready": type(generator.model).__name__, "weight_bytes": generator.weight_bytes, "dtype": dtype})

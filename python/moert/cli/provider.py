@@ -30,6 +30,7 @@ class Load:
     threads: int | None = None
     random: bool = False
     packings: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def packed(self) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ class Provider:
         experts, _, packing = name.partition(" ")
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in __exit__
         command = [sys.executable, "-m", "moert.cli.measure", "--model", str(load.directory)]
-        command += ["--experts", experts, "--dtype", load.dtype]
+        command += ["--experts", experts, "--dtype", load.dtype, "--device", load.device]
         command += ["--threads", str(load.threads)] if load.threads else []
         command += ["--random"] if load.random else []
         command += ["--packing", packing] if packing else []

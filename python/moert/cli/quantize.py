@@ -22,7 +22,9 @@ def quantize(
     skip: Annotated[
         list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="Rows of the products: auto, full, int8 or int8_group32.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Rows of the products: auto, full, int8, int8_group32 or fp8_group128.")
+    ] = "auto",
     calibrate: Annotated[
         Path | None, typer.Option(metavar="TEXT", help="Choose codes by GPTQ on this text, layer by layer.")
     ] = None,

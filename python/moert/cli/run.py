@@ -18,7 +18,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-# What each kind of run has beside --max-new-tokens, --threads, --dtype, --quantize and --out.
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+# What each kind of run has beside --max-new-tokens, --threads, --device, --dtype, --quantize and --out.
 _SAMPLING = {"prompt", "temperature", "top_p", "top_k", "seed"}
 _OWN = {
     "model": {"model", "compare", "text", *_SAMPLING},
@@ -39,6 +44,7 @@ def run(
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's choice.")] = None,
+    device: Annotated[Device, typer.Option(help="Where models train and run.")] = Device.cpu,
     dtype: Annotated[
         Dtype,
         typer.Option(help="Arithmetic of generation; auto: the checkpoint's; bfloat16 with --shape or --quantize."),
@@ -73,7 +79,7 @@ def run(
     if dtype is Dtype.auto and (formats or shape is not None):
         dtype = Dtype.bfloat16
     request = Request(prompt, max_new_tokens, temperature, top_p, top_k, seed)
-    load = Load(model or Path(), dtype.value, threads, packings=formats)
+    load = Load(model or Path(), dtype.value, threads, packings=formats, device=device.value)
     if model is not None:
         from moert.cli.generate import generate
 
@@ -113,8 +119,22 @@ def _check_options(context: typer.Context) -> None:
         where = f"with --{kind}" if kind else "without --model" if name == "compare" else "without --shape"
         raise CommandError(f"{name.replace('_', '-')} must be left out {where}")
     _check_prompt(context.params)
+    _check_device(context.params["device"].value)
     if context.params["out"] is not None:
         check_writable(context.params["out"])
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    from moert import cuda
+
+    if not torch.cuda.is_available():
+        raise CommandError("device must be cpu where torch can use no GPU, got cuda")
+    if not cuda.is_built():
+        raise CommandError(f"device must be cpu here, got cuda: {cuda.how()}")
 
 
 def _check_prompt(given: dict) -> None:

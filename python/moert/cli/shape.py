@@ -44,6 +44,7 @@ def time_shape(shape: str, layers: int, load: Load, tokens: int, out: Path | Non
     load says all but the directory.
     """
     title = f"{layers} layer{'s' if layers > 1 else ''} of {shape}, random weights"
+    title += ", on the GPU" if load.device == "cuda" else ""
     with tempfile.TemporaryDirectory() as folder:
         save_shape(shape, layers, Path(folder))
         text = Request("x" * 16, tokens)
@@ -63,7 +64,7 @@ def time_shape(shape: str, layers: int, load: Load, tokens: int, out: Path | Non
     console.print("Milliseconds a layer: " + "; ".join(map(_per_layer, rows.items())))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {**machine_facts(), "threads": load.threads},
+        "machine": {**machine_facts(device=load.device), "threads": load.threads},
         "shape": shape,
         "layers": layers,
         "dtype": load.dtype,

@@ -32,9 +32,9 @@ def fused_experts_quantized(
 
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
     precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
-    columns; "auto", what default_precision says.  Gradients go to x and the routing weights alone, and are those
-    of full precision.  NaN or infinity in a token makes its whole output NaN in int8.  On a GPU there is full precision
-    alone, which is also what "auto" is.
+    columns; over fp8 weights "fp8_group128", e4m3 and a scale every 128 columns; "auto", what default_precision says.
+    Gradients go to x and the routing weights alone, and are those of full precision.  NaN or infinity in a token makes
+    its whole output NaN in all but "full".  On a GPU "auto" is "full".
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x)
@@ -81,7 +81,8 @@ def fused_experts_quantized_ref(
     x, routing, w1, w2, bias=(None, None), activation="swiglu", precision="auto", scale_on="output"
 ):
     activation = Activation.of(activation)
-    precision = default_precision(w1, w2) if precision == "auto" else precision
+    if precision == "auto":
+        precision = "full" if x.is_cuda else default_precision(w1, w2)
     first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
     b1, b2 = bias
     y = torch.zeros_like(x)
@@ -97,14 +98,18 @@ def fused_experts_quantized_ref(
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
-    """The rows that int8 ones stand for: x [S, K] to the nearest multiple of max|x| / 127 of its row or group."""
+    """The rows that codes stand for: x [S, K] to the nearest multiple of max|x| / 127 of its row or group, or to the
+    nearest e4m3 times max|x| / 448.
+    """
     if precision == "full" or x.numel() == 0:
         return x
     K = x.shape[1]
-    group = 32 if precision == "int8_group32" else K
+    group = {"int8": K, "int8_group32": 32, "fp8_group128": 128}[precision]
+    fp8 = precision == "fp8_group128"
     grouped = F.pad(x.float(), (0, -K % group)).unflatten(1, (-1, group))
-    scale = grouped.abs().amax(-1, keepdim=True) / 127
-    codes = torch.where(scale > 0, grouped / scale, 0).round()
+    scale = grouped.abs().amax(-1, keepdim=True) / (448 if fp8 else 127)
+    codes = torch.where(scale > 0, grouped / scale, 0)
+    codes = codes.to(torch.float8_e4m3fn).to(x.dtype) if fp8 else codes.round()
     return (codes * scale.to(x.dtype)).flatten(1)[:, :K].to(x.dtype)
 
 
