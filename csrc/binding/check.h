@@ -4,13 +4,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
 
+#include "moert/check.h"
 #include "moert/dtype.h"
 
 namespace moert {
@@ -64,15 +64,14 @@ inline Tensor dense_rows(const Tensor& x) {
 
 }  // namespace moert
 
-#define CHECK_DIM(x, n, layout) \
-  STD_TORCH_CHECK((x).dim() == (n), #x " must be " layout ", got shape ", ::moert::shape(x))
-#define CHECK_DTYPE(x, type)                                                                                       \
-  STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " must have dtype " #type ", got ", \
-                  torch::headeronly::toString((x).scalar_type()))
-#define CHECK_FLOAT(x)                                                                                               \
-  STD_TORCH_CHECK(::moert::is_float((x).scalar_type()), #x " must have dtype Float, BFloat16, Half or Double, got ", \
-                  torch::headeronly::toString((x).scalar_type()))
-#define CHECK_SAME_DTYPE(x, y)                                                                   \
-  STD_TORCH_CHECK((x).scalar_type() == (y).scalar_type(), #x " must have the dtype of " #y ", ", \
-                  torch::headeronly::toString((y).scalar_type()), ", got ",                      \
-                  torch::headeronly::toString((x).scalar_type()))
+#define CHECK_DIM(x, n, layout) MOERT_CHECK((x).dim() == (n), #x " must be " layout ", got shape ", ::moert::shape(x))
+#define CHECK_DTYPE(x, type)                                                                                   \
+  MOERT_CHECK((x).scalar_type() == torch::headeronly::ScalarType::type, #x " must have dtype " #type ", got ", \
+              torch::headeronly::toString((x).scalar_type()))
+#define CHECK_FLOAT(x)                                                                                           \
+  MOERT_CHECK(::moert::is_float((x).scalar_type()), #x " must have dtype Float, BFloat16, Half or Double, got ", \
+              torch::headeronly::toString((x).scalar_type()))
+#define CHECK_SAME_DTYPE(x, y)                                                               \
+  MOERT_CHECK((x).scalar_type() == (y).scalar_type(), #x " must have the dtype of " #y ", ", \
+              torch::headeronly::toString((y).scalar_type()), ", got ",                      \
+              torch::headeronly::toString((x).scalar_type()))

@@ -75,9 +75,10 @@ inline bool is_beside(const Tensor& x, const Tensor&) { return x.is_cpu(); }
 #endif
 
 // Of the first tensor of a call; the others are compared with it.
-#define CHECK_DEVICE(x)                \
-  STD_TORCH_CHECK(::moert::is_here(x), \
-                  #x " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device")
-#define CHECK_SAME_DEVICE(x, first)             \
-  STD_TORCH_CHECK(::moert::is_beside(x, first), \
-                  #x " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device")
+#define CHECK_DEVICE(x)                                                         \
+  MOERT_CHECK(::moert::is_here(x), #x " must be on " MOERT_DEVICE_NAME          \
+                                      " like the other arguments, got another " \
+                                      "device")
+#define CHECK_SAME_DEVICE(x, first)         \
+  MOERT_CHECK(::moert::is_beside(x, first), \
+              #x " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device")

@@ -11,17 +11,17 @@ namespace {
 
 // values [E] of one expert each, side by side.
 Tensor check_map(const Tensor& values, const char* name, const Tensor& first) {
-  STD_TORCH_CHECK(is_beside(values, first), name,
-                  " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device");
-  STD_TORCH_CHECK(values.dim() == 1 && values.numel() > 0, name, " must be [E] with E > 0, got shape ", shape(values));
-  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Int, name, " must have dtype Int, got ",
-                  torch::headeronly::toString(values.scalar_type()));
+  MOERT_CHECK(is_beside(values, first), name,
+              " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device");
+  MOERT_CHECK(values.dim() == 1 && values.numel() > 0, name, " must be [E] with E > 0, got shape ", shape(values));
+  MOERT_CHECK(values.scalar_type() == ScalarType::Int, name, " must have dtype Int, got ",
+              torch::headeronly::toString(values.scalar_type()));
   return torch::stable::contiguous(values);
 }
 
 Payload payload_of(const std::string& payload) {
-  STD_TORCH_CHECK(payload == "none" || payload == "int8" || payload == "float8_e4m3",
-                  "payload must be none, int8 or float8_e4m3, got ", payload);
+  MOERT_CHECK(payload == "none" || payload == "int8" || payload == "float8_e4m3",
+              "payload must be none, int8 or float8_e4m3, got ", payload);
   return payload == "none" ? Payload::none : payload == "int8" ? Payload::int8 : Payload::float8_e4m3;
 }
 
@@ -29,12 +29,12 @@ Payload payload_of(const std::string& payload) {
 
 std::tuple<Tensor, Tensor, Tensor> dispatch_plan(const Tensor& ids, const Tensor& expert_to_rank, int64_t num_ranks,
                                                  const std::optional<Tensor>& x, const std::optional<Tensor>& weights) {
-  STD_TORCH_CHECK(x.has_value() == weights.has_value(), "weights must come with x, got one of them");
+  MOERT_CHECK(x.has_value() == weights.has_value(), "weights must come with x, got one of them");
   if (x) check_routed(*x, ids, *weights);
   CHECK_DEVICE(ids);
   const Tensor ranks = check_map(expert_to_rank, "expert_to_rank", ids);
-  STD_TORCH_CHECK(num_ranks >= 1 && num_ranks < std::numeric_limits<int32_t>::max(),
-                  "num_ranks must be in [1, 2^31 - 2], got ", num_ranks);
+  MOERT_CHECK(num_ranks >= 1 && num_ranks < std::numeric_limits<int32_t>::max(),
+              "num_ranks must be in [1, 2^31 - 2], got ", num_ranks);
   const int64_t E = ranks.numel();
   const Tensor ready = expert_ids(ids, E);
   const int64_t T = ids.size(0), k = ids.size(1);
@@ -68,18 +68,18 @@ Packed check_pack(const Tensor& x, const Tensor& weights, const Tensor& ids, con
   check_routed(x, ids, weights);
   const Tensor ranks = check_map(expert_to_rank, "expert_to_rank", x), locals = check_map(local_ids, "local_ids", x);
   const int64_t E = ranks.numel();
-  STD_TORCH_CHECK(locals.numel() == E, "local_ids must have shape [E=", E, "], got ", shape(local_ids));
+  MOERT_CHECK(locals.numel() == E, "local_ids must have shape [E=", E, "], got ", shape(local_ids));
   CHECK_SAME_DEVICE(offsets, x);
   CHECK_DTYPE(offsets, Int);
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.numel() >= 1, "offsets must be [R+1], got shape ", shape(offsets));
+  MOERT_CHECK(offsets.dim() == 1 && offsets.numel() >= 1, "offsets must be [R+1], got shape ", shape(offsets));
   CHECK_SAME_DEVICE(tokens, x);
   CHECK_DTYPE(tokens, Int);
   CHECK_DIM(tokens, 1, "[N]");
   const Payload rounded = payload_of(payload);
   // With that x is not float64 either.
-  STD_TORCH_CHECK(rounded == Payload::none || weights.scalar_type() == ScalarType::Float,
-                  "weights must have dtype Float beside a payload, got ",
-                  torch::headeronly::toString(weights.scalar_type()));
+  MOERT_CHECK(rounded == Payload::none || weights.scalar_type() == ScalarType::Float,
+              "weights must have dtype Float beside a payload, got ",
+              torch::headeronly::toString(weights.scalar_type()));
 
   Packed p{dense_rows(x),
            torch::stable::contiguous(weights),
@@ -128,11 +128,11 @@ void dispatch_pack_(Tensor records, const Tensor& x, const Tensor& weights, cons
   Packed p = check_pack(x, weights, ids, expert_to_rank, local_ids, offsets, tokens, payload);
   CHECK_SAME_DEVICE(records, x);
   CHECK_DTYPE(records, Byte);
-  STD_TORCH_CHECK(records.dim() == 2 && records.size(1) == p.layout.bytes && records.is_contiguous(),
-                  "records must be contiguous [n, ", p.layout.bytes, "], got shape ", shape(records));
+  MOERT_CHECK(records.dim() == 2 && records.size(1) == p.layout.bytes && records.is_contiguous(),
+              "records must be contiguous [n, ", p.layout.bytes, "], got shape ", shape(records));
   const int64_t n = records.size(0), N = p.packing.N;
-  STD_TORCH_CHECK(n <= N, "records must have at most N=", N, " rows, got ", n);
-  STD_TORCH_CHECK(first >= 0 && first <= N - n, "first must be in [0, N - n=", N - n, "], got ", first);
+  MOERT_CHECK(n <= N, "records must have at most N=", N, " rows, got ", n);
+  MOERT_CHECK(first >= 0 && first <= N - n, "first must be in [0, N - n=", N - n, "], got ", first);
   p.packing.first = first;
   p.packing.last = first + n;
   device::dispatch_pack(p.packing, Execution(x), records.mutable_data_ptr());
@@ -142,15 +142,15 @@ void dispatch_unpack_(Tensor rows, const Tensor& records, const std::string& pay
   CHECK_DEVICE(rows);
   CHECK_FLOAT(rows);
   CHECK_DIM(rows, 2, "[M, H]");
-  STD_TORCH_CHECK(rows.scalar_type() != ScalarType::Double, "rows must have dtype Float, BFloat16 or Half, got Double");
-  STD_TORCH_CHECK(rows.is_contiguous(), "rows must be contiguous, got strides of another layout");
+  MOERT_CHECK(rows.scalar_type() != ScalarType::Double, "rows must have dtype Float, BFloat16 or Half, got Double");
+  MOERT_CHECK(rows.is_contiguous(), "rows must be contiguous, got strides of another layout");
   CHECK_SAME_DEVICE(records, rows);
   CHECK_DTYPE(records, Byte);
   const Payload rounded = payload_of(payload);
-  STD_TORCH_CHECK(rounded != Payload::none, "payload must be int8 or float8_e4m3, got none");
+  MOERT_CHECK(rounded != Payload::none, "payload must be int8 or float8_e4m3, got none");
   const int64_t M = rows.size(0), H = rows.size(1), least = scale_place(H) + 4;
-  STD_TORCH_CHECK(records.dim() == 2 && records.size(0) == M && records.size(1) >= least, "records must be [M=", M,
-                  ", at least ", least, " bytes], got shape ", shape(records));
+  MOERT_CHECK(records.dim() == 2 && records.size(0) == M && records.size(1) >= least, "records must be [M=", M,
+              ", at least ", least, " bytes], got shape ", shape(records));
   const Tensor from = torch::stable::contiguous(records);
   device::dispatch_unpack({from.const_data_ptr(), from.size(1), rounded, dtype(rows), M, H}, Execution(rows),
                           rows.mutable_data_ptr());
@@ -164,10 +164,10 @@ Tensor dispatch_combine(const Tensor& rows, const Tensor& own, int64_t first, co
   const int64_t H = rows.size(1);
   CHECK_SAME_DEVICE(own, rows);
   CHECK_SAME_DTYPE(own, rows);
-  STD_TORCH_CHECK(own.dim() == 2 && own.size(1) == H, "own must be [n, H=", H, "], got shape ", shape(own));
+  MOERT_CHECK(own.dim() == 2 && own.size(1) == H, "own must be [n, H=", H, "], got shape ", shape(own));
   const int64_t N = rows.size(0) + own.size(0);
-  STD_TORCH_CHECK(N <= std::numeric_limits<int32_t>::max(), "rows must be fewer than 2^31 together, got ", N);
-  STD_TORCH_CHECK(first >= 0 && first <= rows.size(0), "first must be in [0, N - n=", rows.size(0), "], got ", first);
+  MOERT_CHECK(N <= std::numeric_limits<int32_t>::max(), "rows must be fewer than 2^31 together, got ", N);
+  MOERT_CHECK(first >= 0 && first <= rows.size(0), "first must be in [0, N - n=", rows.size(0), "], got ", first);
   CHECK_SAME_DEVICE(slots, rows);
   CHECK_DTYPE(slots, Int);
   CHECK_DIM(slots, 2, "[T, k]");
@@ -175,8 +175,8 @@ Tensor dispatch_combine(const Tensor& rows, const Tensor& own, int64_t first, co
   if (residual) {
     CHECK_SAME_DEVICE(*residual, rows);
     CHECK_SAME_DTYPE(*residual, rows);
-    STD_TORCH_CHECK(has_shape(*residual, {T, H}), "residual must have shape [T=", T, ", H=", H, "], got ",
-                    shape(*residual));
+    MOERT_CHECK(has_shape(*residual, {T, H}), "residual must have shape [T=", T, ", H=", H, "], got ",
+                shape(*residual));
   }
   const Tensor theirs = dense_rows(rows), ours = dense_rows(own), of = torch::stable::contiguous(slots);
   const std::optional<Tensor> start = residual ? std::optional(dense_rows(*residual)) : std::nullopt;

@@ -72,20 +72,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_choice(const Tensor& s
   CHECK_FLOAT(scores);
   CHECK_DEVICE(scores);
   const int64_t T = scores.size(0), E = scores.size(1), limit = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(has_shape(segments, {T}), "segments must have shape [T=", T, "], got ", shape(segments));
-  STD_TORCH_CHECK(is_integer(segments.scalar_type()), "segments must have an integer dtype, got ",
-                  torch::headeronly::toString(segments.scalar_type()));
+  MOERT_CHECK(has_shape(segments, {T}), "segments must have shape [T=", T, "], got ", shape(segments));
+  MOERT_CHECK(is_integer(segments.scalar_type()), "segments must have an integer dtype, got ",
+              torch::headeronly::toString(segments.scalar_type()));
   CHECK_SAME_DEVICE(segments, scores);
-  STD_TORCH_CHECK(capacity.dim() == 2 && capacity.size(1) == E, "capacity must have shape [D, E=", E, "], got ",
-                  shape(capacity));
-  STD_TORCH_CHECK(is_integer(capacity.scalar_type()), "capacity must have an integer dtype, got ",
-                  torch::headeronly::toString(capacity.scalar_type()));
+  MOERT_CHECK(capacity.dim() == 2 && capacity.size(1) == E, "capacity must have shape [D, E=", E, "], got ",
+              shape(capacity));
+  MOERT_CHECK(is_integer(capacity.scalar_type()), "capacity must have an integer dtype, got ",
+              torch::headeronly::toString(capacity.scalar_type()));
   CHECK_SAME_DEVICE(capacity, scores);
-  STD_TORCH_CHECK(0 <= max_choices && max_choices <= E, "max_choices must be in [0, E=", E, "], got ", max_choices);
-  STD_TORCH_CHECK(T <= limit / std::max<int64_t>(1, max_choices),
-                  "scores must have fewer than 2^31 / max_choices tokens, got shape ", shape(scores));
-  STD_TORCH_CHECK(!max_slots || (0 <= *max_slots && *max_slots <= limit), "max_slots must be in [0, 2^31), got ",
-                  *max_slots);
+  MOERT_CHECK(0 <= max_choices && max_choices <= E, "max_choices must be in [0, E=", E, "], got ", max_choices);
+  MOERT_CHECK(T <= limit / std::max<int64_t>(1, max_choices),
+              "scores must have fewer than 2^31 / max_choices tokens, got shape ", shape(scores));
+  MOERT_CHECK(!max_slots || (0 <= *max_slots && *max_slots <= limit), "max_slots must be in [0, 2^31), got ",
+              *max_slots);
 
   const int64_t k = max_choices, S = max_slots.value_or(T * k);
   const Choice choice{dense_rows(scores), dense_long(segments), dense_long(capacity), T, E, capacity.size(0), k, S};

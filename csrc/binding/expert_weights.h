@@ -27,7 +27,7 @@ inline Activation activation_of(const std::string& name, double alpha, double li
     if (name == known_name) return {act, alpha, limit};
     known += (known.empty() ? "" : ", ") + std::string(known_name);
   }
-  STD_TORCH_CHECK(false, "activation must be one of ", known, ", got ", name);
+  MOERT_CHECK(false, "activation must be one of ", known, ", got ", name);
 }
 
 // How w1 holds its gate and up halves: one after the other, or in turns.
@@ -62,12 +62,10 @@ struct Experts {
 
 inline void check_expert_bias(const char* name, const Tensor& bias, const Tensor& x, int64_t E, int64_t N,
                               const char* letter) {
-  STD_TORCH_CHECK(has_shape(bias, {E, N}), name, " must have shape [E=", E, ", ", letter, "=", N, "], got ",
-                  shape(bias));
-  STD_TORCH_CHECK(bias.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ",
-                  torch::headeronly::toString(x.scalar_type()), ", got ",
-                  torch::headeronly::toString(bias.scalar_type()));
-  STD_TORCH_CHECK(is_beside(bias, x), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
+  MOERT_CHECK(has_shape(bias, {E, N}), name, " must have shape [E=", E, ", ", letter, "=", N, "], got ", shape(bias));
+  MOERT_CHECK(bias.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ",
+              torch::headeronly::toString(x.scalar_type()), ", got ", torch::headeronly::toString(bias.scalar_type()));
+  MOERT_CHECK(is_beside(bias, x), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
 }
 
 // Whether the weights lie in panels, as moert.prepack_ leaves them; then both do.
@@ -76,16 +74,16 @@ inline bool in_panels(const Tensor& w1, const Tensor& w2) { return w1.dim() == 5
 #if defined(MOERT_CUDA)
 
 inline void check_expert_panels(const Tensor&, const Tensor& w1, const Tensor&) {
-  STD_TORCH_CHECK(false, "w1 must not lie in panels on a GPU, got prepacked weights (unprepack_) of shape ", shape(w1));
+  MOERT_CHECK(false, "w1 must not lie in panels on a GPU, got prepacked weights (unprepack_) of shape ", shape(w1));
 }
 
 #else
 
 inline void check_panels(const char* name, const Tensor& w, const char* layout) {
   const cpu::Panel panel = cpu::panel_of(dtype(w));
-  STD_TORCH_CHECK(w.size(3) == panel.columns && w.size(4) == panel.depth && w.is_contiguous(), name,
-                  " in panels must be contiguous and have shape ", layout, ", columns=", panel.columns,
-                  ", depth=", panel.depth, "], got ", shape(w));
+  MOERT_CHECK(w.size(3) == panel.columns && w.size(4) == panel.depth && w.is_contiguous(), name,
+              " in panels must be contiguous and have shape ", layout, ", columns=", panel.columns,
+              ", depth=", panel.depth, "], got ", shape(w));
 }
 
 inline void check_expert_panels(const Tensor& x, const Tensor& w1, const Tensor& w2) {
@@ -129,14 +127,14 @@ inline Experts experts_of(const Tensor& x, const Tensor& w1, const Tensor& w2, c
   const bool gated = is_gated(act.act), alternate = gated && interleaved;
   const auto [width, columns] = matrix_sizes(w1, transposed);
   const int64_t H = x.size(1), E = w1.size(0);
-  STD_TORCH_CHECK(columns == H, "w1 must have shape ", transposed ? "[E, H=" : "[E, 2I, H=", H,
-                  transposed ? ", 2I], got " : "], got ", shape(w1));
-  STD_TORCH_CHECK(!gated || width % 2 == 0, "w1 must have an even 2I for the gated activation ", activation, ", got ",
-                  shape(w1));
+  MOERT_CHECK(columns == H, "w1 must have shape ", transposed ? "[E, H=" : "[E, 2I, H=", H,
+              transposed ? ", 2I], got " : "], got ", shape(w1));
+  MOERT_CHECK(!gated || width % 2 == 0, "w1 must have an even 2I for the gated activation ", activation, ", got ",
+              shape(w1));
   const int64_t I = gated ? width / 2 : width;
-  STD_TORCH_CHECK(w2.size(0) == E && matrix_sizes(w2, transposed) == std::pair(H, I), "w2 must have shape [E=", E, ", ",
-                  transposed ? "I=" : "H=", transposed ? I : H, ", ", transposed ? "H=" : "I=", transposed ? H : I,
-                  "], got ", shape(w2));
+  MOERT_CHECK(w2.size(0) == E && matrix_sizes(w2, transposed) == std::pair(H, I), "w2 must have shape [E=", E, ", ",
+              transposed ? "I=" : "H=", transposed ? I : H, ", ", transposed ? "H=" : "I=", transposed ? H : I,
+              "], got ", shape(w2));
   if (b1) check_expert_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
   if (b2) check_expert_bias("b2", *b2, x, E, H, "H");
 
@@ -145,8 +143,8 @@ inline Experts experts_of(const Tensor& x, const Tensor& w1, const Tensor& w2, c
   if (b2) experts.b2 = dense_rows(*b2);
   const Halves& halves = experts.halves;
   const bool panels = in_panels(w1, w2);
-  STD_TORCH_CHECK(!panels || !gated || I % w1.size(3) == 0, "w1 in panels must have its gate and up rows in panels of ",
-                  "their own, I a multiple of ", w1.dim() == 5 ? w1.size(3) : 0, ", got I=", I);
+  MOERT_CHECK(!panels || !gated || I % w1.size(3) == 0, "w1 in panels must have its gate and up rows in panels of ",
+              "their own, I a multiple of ", w1.dim() == 5 ? w1.size(3) : 0, ", got I=", I);
   const auto half = [&](bool up) { return panels ? panel_matrix(w1, up ? I : 0) : halves.matrix(w1, up); };
   experts.weights = {E,
                      H,

@@ -25,7 +25,7 @@ inline ExpertVector expert_vector(const std::optional<Tensor>& v) {
 }
 
 inline ScaleOn scale_on_of(const std::string& scale_on) {
-  STD_TORCH_CHECK(scale_on == "output" || scale_on == "input", "scale_on must be output or input, got ", scale_on);
+  MOERT_CHECK(scale_on == "output" || scale_on == "input", "scale_on must be output or input, got ", scale_on);
   return scale_on == "input" ? ScaleOn::input : ScaleOn::output;
 }
 
@@ -40,10 +40,10 @@ inline Tensor scale_values(const Tensor& scale, const Tensor& x) {
 }  // namespace moert
 
 // Routing weights and row scales come in x's dtype or in that of its sums.
-#define CHECK_SCALE_DTYPE(scale, x)                                                                                   \
-  STD_TORCH_CHECK((scale).scalar_type() == (x).scalar_type() || (scale).scalar_type() == ::moert::accumulate_type(x), \
-                  #scale " must have dtype ", torch::headeronly::toString(::moert::accumulate_type(x)),               \
-                  " or that of " #x ", got ", torch::headeronly::toString((scale).scalar_type()))
+#define CHECK_SCALE_DTYPE(scale, x)                                                                               \
+  MOERT_CHECK((scale).scalar_type() == (x).scalar_type() || (scale).scalar_type() == ::moert::accumulate_type(x), \
+              #scale " must have dtype ", torch::headeronly::toString(::moert::accumulate_type(x)),               \
+              " or that of " #x ", got ", torch::headeronly::toString((scale).scalar_type()))
 
 namespace moert {
 
@@ -56,9 +56,9 @@ inline void check_routed(const Tensor& x, const Tensor& ids, const Tensor& weigh
   CHECK_SAME_DEVICE(ids, x);
   CHECK_DIM(weights, 2, "[T, k]");
   CHECK_SAME_DEVICE(weights, x);
-  STD_TORCH_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
-  STD_TORCH_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
-                  ", got ", shape(weights));
+  MOERT_CHECK(ids.size(0) == x.size(0), "ids must have shape [T=", x.size(0), ", k], got ", shape(ids));
+  MOERT_CHECK(has_shape(weights, {ids.size(0), ids.size(1)}), "weights must have the shape of ids, ", shape(ids),
+              ", got ", shape(weights));
   CHECK_SCALE_DTYPE(weights, x);
 }
 

@@ -29,8 +29,8 @@ struct GivenPlan {
 
 void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
   if (!plan.offsets && !plan.tokens && !plan.slots) return;
-  STD_TORCH_CHECK(plan.offsets && plan.tokens && plan.slots,
-                  "offsets, tokens and slots must be given together, got some of them");
+  MOERT_CHECK(plan.offsets && plan.tokens && plan.slots,
+              "offsets, tokens and slots must be given together, got some of them");
   const Tensor &offsets = *plan.offsets, &tokens = *plan.tokens, &slots = *plan.slots;
   CHECK_DTYPE(offsets, Int);
   CHECK_DTYPE(tokens, Int);
@@ -38,12 +38,12 @@ void take_plan(const GivenPlan& plan, int64_t E, Call& call) {
   CHECK_SAME_DEVICE(offsets, call.x);
   CHECK_SAME_DEVICE(tokens, call.x);
   CHECK_SAME_DEVICE(slots, call.x);
-  STD_TORCH_CHECK(has_shape(offsets, {E + 1}), "offsets must have shape [E + 1=", E + 1, "], got ", shape(offsets));
+  MOERT_CHECK(has_shape(offsets, {E + 1}), "offsets must have shape [E + 1=", E + 1, "], got ", shape(offsets));
   CHECK_DIM(tokens, 1, "[S]");
-  STD_TORCH_CHECK(tokens.numel() <= std::numeric_limits<int32_t>::max(),
-                  "tokens must have fewer than 2^31 elements, got shape ", shape(tokens));
-  STD_TORCH_CHECK(has_shape(slots, {call.T, call.k}), "slots must have shape [T=", call.T, ", k=", call.k, "], got ",
-                  shape(slots));
+  MOERT_CHECK(tokens.numel() <= std::numeric_limits<int32_t>::max(),
+              "tokens must have fewer than 2^31 elements, got shape ", shape(tokens));
+  MOERT_CHECK(has_shape(slots, {call.T, call.k}), "slots must have shape [T=", call.T, ", k=", call.k, "], got ",
+              shape(slots));
   call.offsets = torch::stable::contiguous(offsets);
   call.slot_tokens = torch::stable::contiguous(tokens);
   call.slots = torch::stable::contiguous(slots);
@@ -63,8 +63,8 @@ void take_onto(const GivenOnto& onto, Call& call) {
     const Tensor &onto_rows = *onto.rows, &x = call.x;
     CHECK_SAME_DEVICE(onto_rows, x);
     CHECK_SAME_DTYPE(onto_rows, x);
-    STD_TORCH_CHECK(has_shape(onto_rows, {call.T, call.H}), "onto_rows must have shape [T=", call.T, ", H=", call.H,
-                    "], got ", shape(onto_rows));
+    MOERT_CHECK(has_shape(onto_rows, {call.T, call.H}), "onto_rows must have shape [T=", call.T, ", H=", call.H,
+                "], got ", shape(onto_rows));
     call.onto_rows = dense_rows(onto_rows);
     call.tokens.onto.rows = rows_of(call.onto_rows);
   }
@@ -72,23 +72,23 @@ void take_onto(const GivenOnto& onto, Call& call) {
     const Tensor &onto_scale = *onto.scale, &x = call.x;
     CHECK_SAME_DEVICE(onto_scale, x);
     CHECK_SCALE_DTYPE(onto_scale, x);
-    STD_TORCH_CHECK(onto.rows && has_shape(onto_scale, {call.T}), "onto_scale must have shape [T=", call.T,
-                    "], and onto_rows be given, got ", shape(onto_scale));
+    MOERT_CHECK(onto.rows && has_shape(onto_scale, {call.T}), "onto_scale must have shape [T=", call.T,
+                "], and onto_rows be given, got ", shape(onto_scale));
     call.onto_scale = scale_values(onto_scale, x);
     call.tokens.onto.scale = call.onto_scale.const_data_ptr();
   }
-  STD_TORCH_CHECK(onto.mix.has_value() == onto.constants.has_value(),
-                  "mix and constants must be given together, got one of them");
+  MOERT_CHECK(onto.mix.has_value() == onto.constants.has_value(),
+              "mix and constants must be given together, got one of them");
   if (!onto.mix) return;
   const Tensor &mix = *onto.mix, &constants = *onto.constants, &x = call.x;
   CHECK_SAME_DEVICE(mix, x);
   CHECK_SAME_DEVICE(constants, x);
   CHECK_SCALE_DTYPE(mix, x);
   CHECK_SAME_DTYPE(constants, x);
-  STD_TORCH_CHECK(constants.dim() == 2 && constants.size(1) == call.H, "constants must have shape [C, H=", call.H,
-                  "], got ", shape(constants));
+  MOERT_CHECK(constants.dim() == 2 && constants.size(1) == call.H, "constants must have shape [C, H=", call.H,
+              "], got ", shape(constants));
   const int64_t C = constants.size(0);
-  STD_TORCH_CHECK(has_shape(mix, {call.T, C}), "mix must have shape [T=", call.T, ", C=", C, "], got ", shape(mix));
+  MOERT_CHECK(has_shape(mix, {call.T, C}), "mix must have shape [T=", call.T, ", C=", C, "], got ", shape(mix));
   call.mix = scale_values(mix, x);
   call.constants = torch::stable::contiguous(constants);
   call.tokens.onto.C = C;
@@ -135,14 +135,14 @@ struct Inputs {
 void check_main_grad(const char* of, const std::optional<Tensor>& given, const Tensor* w, const Tensor& x) {
   if (!given) return;
   const ScalarType type = accumulate_type(x);
-  STD_TORCH_CHECK(w, of, "_main_grad must be None where ", of, " is, got a tensor");
-  STD_TORCH_CHECK(is_beside(*given, x), of,
-                  "_main_grad must be on " MOERT_DEVICE_NAME " like the other arguments, got another device");
-  STD_TORCH_CHECK(given->scalar_type() == type, of, "_main_grad must have dtype ", torch::headeronly::toString(type),
-                  ", got ", torch::headeronly::toString(given->scalar_type()));
-  STD_TORCH_CHECK(shape(*given) == shape(*w), of, "_main_grad must have the shape of ", of, ", ", shape(*w), ", got ",
-                  shape(*given));
-  STD_TORCH_CHECK(given->is_contiguous(), of, "_main_grad must be contiguous, got other strides");
+  MOERT_CHECK(w, of, "_main_grad must be None where ", of, " is, got a tensor");
+  MOERT_CHECK(is_beside(*given, x), of,
+              "_main_grad must be on " MOERT_DEVICE_NAME " like the other arguments, got another device");
+  MOERT_CHECK(given->scalar_type() == type, of, "_main_grad must have dtype ", torch::headeronly::toString(type),
+              ", got ", torch::headeronly::toString(given->scalar_type()));
+  MOERT_CHECK(shape(*given) == shape(*w), of, "_main_grad must have the shape of ", of, ", ", shape(*w), ", got ",
+              shape(*given));
+  MOERT_CHECK(given->is_contiguous(), of, "_main_grad must be contiguous, got other strides");
 }
 
 void check_main_grads(const MainGrads& given, const Inputs& in) {
@@ -158,13 +158,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor
   const Tensor& x = in.x;
   CHECK_SAME_DEVICE(dy, x);
   CHECK_SAME_DTYPE(dy, x);
-  STD_TORCH_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ",
-                  shape(dy));
+  MOERT_CHECK(has_shape(dy, {call.T, call.H}), "dy must have shape [T=", call.T, ", H=", call.H, "], got ", shape(dy));
   CHECK_SAME_DEVICE(h, x);
   CHECK_SAME_DTYPE(h, x);
   const int64_t width = call.experts.width;
-  STD_TORCH_CHECK(h.is_contiguous() && (has_shape(h, {call.S, width}) || has_shape(h, {0, width})),
-                  "h must be what fused_experts returned, [S=", call.S, ", 2I] or [0, 2I], got ", shape(h));
+  MOERT_CHECK(h.is_contiguous() && (has_shape(h, {call.S, width}) || has_shape(h, {0, width})),
+              "h must be what fused_experts returned, [S=", call.S, ", 2I] or [0, 2I], got ", shape(h));
   check_main_grads(main_grads, in);
 
   // needs has one bit per output, in order; what is not needed, or is added to a main_grad, comes back empty.

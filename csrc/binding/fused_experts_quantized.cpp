@@ -19,7 +19,7 @@ Format format_of(const char* name, const std::string& format) {
     if (format == cpu::name(Format(i))) return Format(i);
     known += (i ? ", " : "") + std::string(cpu::name(Format(i)));
   }
-  STD_TORCH_CHECK(false, name, " must be one of ", known, ", got ", format);
+  MOERT_CHECK(false, name, " must be one of ", known, ", got ", format);
 }
 
 Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
@@ -36,11 +36,11 @@ Precision precision_of(const std::string& name, const Packing& w1, const Packing
       std::string has = "auto";
       for (const Precision other : kPrecisions)
         if (takes(format, other)) has += ", " + std::string(moert::name(other));
-      STD_TORCH_CHECK(takes(format, p), "precision must be one of ", has, " for ", cpu::name(format), ", got ", name);
+      MOERT_CHECK(takes(format, p), "precision must be one of ", has, " for ", cpu::name(format), ", got ", name);
     }
     return p;
   }
-  STD_TORCH_CHECK(false, "precision must be one of ", known, ", got ", name);
+  MOERT_CHECK(false, "precision must be one of ", known, ", got ", name);
 }
 
 struct Size {
@@ -57,10 +57,10 @@ void check_part(const std::string& name, const Tensor& x, const std::vector<Size
     fits = fits && x.size(int64_t(d)) == sizes[d].size;
     wanted += (d ? ", " : "") + std::string(sizes[d].name) + "=" + std::to_string(sizes[d].size);
   }
-  STD_TORCH_CHECK(fits, name, " must have shape [", wanted, "] for ", of, ", got ", shape(x));
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), " for ", of,
-                  ", got ", torch::headeronly::toString(x.scalar_type()));
-  STD_TORCH_CHECK(is_beside(x, beside), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
+  MOERT_CHECK(fits, name, " must have shape [", wanted, "] for ", of, ", got ", shape(x));
+  MOERT_CHECK(x.scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), " for ", of,
+              ", got ", torch::headeronly::toString(x.scalar_type()));
+  MOERT_CHECK(is_beside(x, beside), name, " must be on " MOERT_DEVICE_NAME " like x, got another device");
 }
 
 // The arrays of one packed matrix, checked.
@@ -83,13 +83,13 @@ struct PackedArguments {
   std::string name(const char* part) const { return part + std::string(n); }
 
   void check_dim(int64_t dim, const char* layout) const {
-    STD_TORCH_CHECK(codes.dim() == dim, name("codes"), " must be ", layout, ", got shape ", shape(codes));
+    MOERT_CHECK(codes.dim() == dim, name("codes"), " must be ", layout, ", got shape ", shape(codes));
   }
   void check_zeros(bool wanted) const {
-    STD_TORCH_CHECK(zeros.has_value() == wanted, name("zeros"), " must be ", wanted ? "a tensor" : "None", " for ",
-                    format, ", got ", zeros ? "a tensor" : "None");
+    MOERT_CHECK(zeros.has_value() == wanted, name("zeros"), " must be ", wanted ? "a tensor" : "None", " for ", format,
+                ", got ", zeros ? "a tensor" : "None");
   }
-  void check_no_group() const { STD_TORCH_CHECK(group == 0, "group", n, " must be 0 for ", format, ", got ", group); }
+  void check_no_group() const { MOERT_CHECK(group == 0, "group", n, " must be 0 for ", format, ", got ", group); }
   void check_part(const char* part, const Tensor& given, const std::vector<Size>& sizes, ScalarType type) const {
     moert::check_part(name(part), given, sizes, type, std::to_string(columns) + " columns of " + format, x);
   }
@@ -152,7 +152,7 @@ Packed packed_sub1(const PackedArguments& a) {
   a.check_dim(1, "[codewords]");
   a.check_no_group();
   a.check_zeros(true);
-  STD_TORCH_CHECK(a.scales.dim() == 3, a.name("scales"), " must be [E, rows, 2], got shape ", shape(a.scales));
+  MOERT_CHECK(a.scales.dim() == 3, a.name("scales"), " must be [E, rows, 2], got shape ", shape(a.scales));
   const Size E{"E", a.scales.size(0)}, rows{"rows", a.scales.size(1)};
   a.check_part("codes", a.codes, {{"codewords", a.codes.size(0)}}, ScalarType::UInt16);
   a.check_part("scales", a.scales, {E, rows, {"limits", 2}}, ScalarType::BFloat16);
@@ -166,11 +166,11 @@ Packed packed_sub1(const PackedArguments& a) {
   out.starts.push_back(0);
   for (int64_t e = 1; e <= E.size; ++e) {
     const int32_t size = ends[e * (rows.size + 1) - 1];
-    STD_TORCH_CHECK(size >= 0, a.name("zeros"), " must rise from 0, got ", size, " codewords in expert ", e - 1);
+    MOERT_CHECK(size >= 0, a.name("zeros"), " must rise from 0, got ", size, " codewords in expert ", e - 1);
     out.starts.push_back(end += size);
   }
-  STD_TORCH_CHECK(end == a.codes.size(0), a.name("codes"), " must hold the ", end, " codewords of ", a.name("zeros"),
-                  ", got ", a.codes.size(0));
+  MOERT_CHECK(end == a.codes.size(0), a.name("codes"), " must hold the ", end, " codewords of ", a.name("zeros"),
+              ", got ", a.codes.size(0));
   out.matrix.starts = out.starts.data();  // a moved vector keeps its memory
 #endif
   return out;
@@ -209,11 +209,11 @@ Call check(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tens
   const int64_t T = x.size(0), H = x.size(1), k = ids.size(1);
   Packed w1 = packed_of({"1", codes1, scales1, zeros1, format1, group1, H, x});
   const int64_t E = w1.E, width = w1.matrix.packing.rows, I = gated ? width / 2 : width;
-  STD_TORCH_CHECK(!gated || width % 2 == 0, "codes1 must have an even 2I for the gated activation ", activation,
-                  ", got 2I = ", width);
+  MOERT_CHECK(!gated || width % 2 == 0, "codes1 must have an even 2I for the gated activation ", activation,
+              ", got 2I = ", width);
   Packed w2 = packed_of({"2", codes2, scales2, zeros2, format2, group2, I, x});
-  STD_TORCH_CHECK(w2.E == E && w2.matrix.packing.rows == H, "codes2 must be of E=", E, " experts and H=", H,
-                  " rows, got ", w2.E, " and ", w2.matrix.packing.rows);
+  MOERT_CHECK(w2.E == E && w2.matrix.packing.rows == H, "codes2 must be of E=", E, " experts and H=", H, " rows, got ",
+              w2.E, " and ", w2.matrix.packing.rows);
   if (b1) check_expert_bias("b1", *b1, x, E, width, gated ? "2I" : "I");
   if (b2) check_expert_bias("b2", *b2, x, E, H, "H");
 
@@ -258,10 +258,10 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
   Precision used = precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
   if (is_double && precision == "auto") used = Precision::full;
   if (used != Precision::full) {
-    STD_TORCH_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for ", name(used), " rows, got Double");
+    MOERT_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for ", name(used), " rows, got Double");
     const int64_t longest = std::max(H, call.experts.floats.I);
-    STD_TORCH_CHECK(used == Precision::fp8_group128 || longest <= kMaxInt8Columns, "H and I must be at most ",
-                    kMaxInt8Columns, " for ", name(used), " rows, got ", longest);
+    MOERT_CHECK(used == Precision::fp8_group128 || longest <= kMaxInt8Columns, "H and I must be at most ",
+                kMaxInt8Columns, " for ", name(used), " rows, got ", longest);
   }
   Tensor y = torch::stable::new_empty(x, {T, H});
   const Execution execution(x);
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor> fused_experts_quantized_backward(
   CHECK_SAME_DEVICE(dy, x);
   CHECK_SAME_DTYPE(dy, x);
   const int64_t T = call.tokens.T, H = call.experts.floats.H;
-  STD_TORCH_CHECK(has_shape(dy, {T, H}), "dy must have shape [T=", T, ", H=", H, "], got ", shape(dy));
+  MOERT_CHECK(has_shape(dy, {T, H}), "dy must have shape [T=", T, ", H=", H, "], got ", shape(dy));
   const bool wants_x = needs & 1, wants_weights = needs & 2;
   Tensor dx = wants_x ? torch::stable::new_empty(x, {T, H}) : torch::stable::new_empty(x, {0});
   Tensor dweights = torch::stable::new_empty(call.weights, {wants_weights ? T : 0, call.tokens.k});

@@ -13,14 +13,13 @@ Score parse_score(const std::string& score) {
   if (score == "softmax_over_topk") return Score::softmax_over_topk;
   if (score == "sigmoid") return Score::sigmoid;
   if (score == "relu") return Score::relu;
-  STD_TORCH_CHECK(score == "identity", "score must be softmax, softmax_over_topk, sigmoid, relu or identity, got ",
-                  score);
+  MOERT_CHECK(score == "identity", "score must be softmax, softmax_over_topk, sigmoid, relu or identity, got ", score);
   return Score::identity;
 }
 
 GroupScore parse_group_score(const std::string& group_score) {
   if (group_score == "top2") return GroupScore::top2;
-  STD_TORCH_CHECK(group_score == "max", "group_score must be top2 or max, got ", group_score);
+  MOERT_CHECK(group_score == "max", "group_score must be top2 or max, got ", group_score);
   return GroupScore::max;
 }
 
@@ -33,10 +32,10 @@ void check_logits(const Tensor& logits) {
 // The bias in the type of the arithmetic, dense.
 Tensor check_bias(const Tensor& bias, const Tensor& logits) {
   const int64_t E = logits.size(1);
-  STD_TORCH_CHECK(has_shape(bias, {E}), "bias must have shape [E=", E, "], got ", shape(bias));
+  MOERT_CHECK(has_shape(bias, {E}), "bias must have shape [E=", E, "], got ", shape(bias));
   const bool fits = bias.scalar_type() == ScalarType::Float || bias.scalar_type() == accumulate_type(logits);
-  STD_TORCH_CHECK(fits, "bias must have dtype Float (or Double for Double logits), got ",
-                  torch::headeronly::toString(bias.scalar_type()));
+  MOERT_CHECK(fits, "bias must have dtype Float (or Double for Double logits), got ",
+              torch::headeronly::toString(bias.scalar_type()));
   CHECK_SAME_DEVICE(bias, logits);
   return torch::stable::contiguous(torch::stable::to(bias, accumulate_type(logits)));
 }
@@ -44,18 +43,18 @@ Tensor check_bias(const Tensor& bias, const Tensor& logits) {
 GatingOptions check_groups(int64_t E, int64_t k, int64_t num_groups, int64_t topk_groups,
                            const std::string& group_score) {
   GatingOptions options;
-  STD_TORCH_CHECK(num_groups >= 1 && E % num_groups == 0, "num_groups must divide E=", E, ", got ", num_groups);
-  STD_TORCH_CHECK(1 <= topk_groups && topk_groups <= num_groups, "topk_groups must be in [1, num_groups=", num_groups,
-                  "], got ", topk_groups);
+  MOERT_CHECK(num_groups >= 1 && E % num_groups == 0, "num_groups must divide E=", E, ", got ", num_groups);
+  MOERT_CHECK(1 <= topk_groups && topk_groups <= num_groups, "topk_groups must be in [1, num_groups=", num_groups,
+              "], got ", topk_groups);
   options.num_groups = num_groups;
   options.topk_groups = topk_groups;
   options.group_score = parse_group_score(group_score);
   const int64_t size = E / num_groups;
-  STD_TORCH_CHECK(options.group_score == GroupScore::max || num_groups == 1 || size >= 2,
-                  "num_groups must leave two experts to a group for group_score top2, got ", num_groups, " for E=", E);
-  STD_TORCH_CHECK(0 <= k && k <= E, "k must be in [0, E=", E, "], got ", k);
-  STD_TORCH_CHECK(k <= topk_groups * size, "k must be at most the ", topk_groups * size, " experts of ", topk_groups,
-                  " groups, got ", k);
+  MOERT_CHECK(options.group_score == GroupScore::max || num_groups == 1 || size >= 2,
+              "num_groups must leave two experts to a group for group_score top2, got ", num_groups, " for E=", E);
+  MOERT_CHECK(0 <= k && k <= E, "k must be in [0, E=", E, "], got ", k);
+  MOERT_CHECK(k <= topk_groups * size, "k must be at most the ", topk_groups * size, " experts of ", topk_groups,
+              " groups, got ", k);
   return options;
 }
 
@@ -84,15 +83,14 @@ Tensor topk_gating_backward(const Tensor& dweights, const Tensor& logits, const 
                             bool renormalize, double scale) {
   check_logits(logits);
   const int64_t T = logits.size(0), E = logits.size(1);
-  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids must have shape [T=", T, ", k], got ", shape(ids));
+  MOERT_CHECK(ids.dim() == 2 && ids.size(0) == T, "ids must have shape [T=", T, ", k], got ", shape(ids));
   CHECK_DTYPE(ids, Int);
   CHECK_SAME_DEVICE(ids, logits);
   const int64_t k = ids.size(1);
-  STD_TORCH_CHECK(has_shape(dweights, {T, k}), "dweights must have shape [T=", T, ", k=", k, "], got ",
-                  shape(dweights));
-  STD_TORCH_CHECK(dweights.scalar_type() == accumulate_type(logits), "dweights must have dtype ",
-                  torch::headeronly::toString(accumulate_type(logits)), ", got ",
-                  torch::headeronly::toString(dweights.scalar_type()));
+  MOERT_CHECK(has_shape(dweights, {T, k}), "dweights must have shape [T=", T, ", k=", k, "], got ", shape(dweights));
+  MOERT_CHECK(dweights.scalar_type() == accumulate_type(logits), "dweights must have dtype ",
+              torch::headeronly::toString(accumulate_type(logits)), ", got ",
+              torch::headeronly::toString(dweights.scalar_type()));
   CHECK_SAME_DEVICE(dweights, logits);
   GatingOptions options;
   options.score = parse_score(score);

@@ -14,16 +14,16 @@ void check_offsets(const Tensor& offsets, const Tensor& rows, int64_t S) {
   CHECK_DIM(offsets, 1, "[E+1]");
   CHECK_SAME_DEVICE(offsets, rows);
   CHECK_DTYPE(offsets, Int);
-  STD_TORCH_CHECK(offsets.numel() >= 2, "offsets must have shape [E+1] with E >= 1, got ", shape(offsets));
+  MOERT_CHECK(offsets.numel() >= 2, "offsets must have shape [E+1] with E >= 1, got ", shape(offsets));
 #if defined(MOERT_CUDA)
-  STD_TORCH_CHECK(S <= std::numeric_limits<int32_t>::max(), "x must have fewer than 2^31 slots on a GPU, got ", S);
+  MOERT_CHECK(S <= std::numeric_limits<int32_t>::max(), "x must have fewer than 2^31 slots on a GPU, got ", S);
 #else
   const auto* p = static_cast<const int32_t*>(offsets.const_data_ptr());
   bool ascending = p[0] == 0;
   for (int64_t e = 1, step = offsets.stride(0); e < offsets.numel(); ++e) ascending &= p[e * step] >= p[(e - 1) * step];
-  STD_TORCH_CHECK(ascending, "offsets must ascend from 0, got other values");
+  MOERT_CHECK(ascending, "offsets must ascend from 0, got other values");
   const int64_t last = p[(offsets.numel() - 1) * offsets.stride(0)];
-  STD_TORCH_CHECK(last <= S, "offsets must end at or below S=", S, ", got ", last);
+  MOERT_CHECK(last <= S, "offsets must end at or below S=", S, ", got ", last);
 #endif
 }
 
@@ -37,21 +37,21 @@ Tensor check_tokens(const Tensor& tokens, const Tensor& x, [[maybe_unused]] cons
 #if !defined(MOERT_CUDA)
   const auto* p = static_cast<const int32_t*>(index.const_data_ptr());
   for (int64_t s = 0, T = x.size(0); s < offsets[E]; ++s)
-    STD_TORCH_CHECK(p[s] >= 0 && p[s] < T, "tokens must be in [0, T=", T, ") for every slot in use, got ", p[s]);
+    MOERT_CHECK(p[s] >= 0 && p[s] < T, "tokens must be in [0, T=", T, ") for every slot in use, got ", p[s]);
 #endif
   return index;
 }
 
 // bias [E, N] as the kernels take it.
 Tensor check_bias(const Tensor& bias, const Tensor& x, int64_t E, int64_t N) {
-  STD_TORCH_CHECK(has_shape(bias, {E, N}), "bias must have shape [E=", E, ", N=", N, "], got ", shape(bias));
+  MOERT_CHECK(has_shape(bias, {E, N}), "bias must have shape [E=", E, ", N=", N, "], got ", shape(bias));
   CHECK_SAME_DEVICE(bias, x);
   CHECK_SAME_DTYPE(bias, x);
   return dense_rows(bias);
 }
 
 Tensor check_scale(const Tensor& scale, const Tensor& x, int64_t S) {
-  STD_TORCH_CHECK(has_shape(scale, {S}), "scale must have shape [S=", S, "], got ", shape(scale));
+  MOERT_CHECK(has_shape(scale, {S}), "scale must have shape [S=", S, "], got ", shape(scale));
   CHECK_SAME_DEVICE(scale, x);
   CHECK_SCALE_DTYPE(scale, x);
   return scale_values(scale, x);
@@ -70,10 +70,10 @@ Tensor grouped_gemm(const Tensor& x, const Tensor& w, const Tensor& offsets, con
   CHECK_SAME_DTYPE(w, x);
   const int64_t S = tokens ? tokens->numel() : x.size(0), K = x.size(1), E = w.size(0);
   const int64_t N = w.size(transposed ? 2 : 1);
-  STD_TORCH_CHECK(w.size(transposed ? 1 : 2) == K, "w must have shape ", transposed ? "[E, K=" : "[E, N, K=", K,
-                  transposed ? ", N], got " : "], got ", shape(w));
+  MOERT_CHECK(w.size(transposed ? 1 : 2) == K, "w must have shape ", transposed ? "[E, K=" : "[E, N, K=", K,
+              transposed ? ", N], got " : "], got ", shape(w));
   check_offsets(offsets, x, S);
-  STD_TORCH_CHECK(offsets.numel() == E + 1, "offsets must have shape [E+1=", E + 1, "], got ", shape(offsets));
+  MOERT_CHECK(offsets.numel() == E + 1, "offsets must have shape [E+1=", E + 1, "], got ", shape(offsets));
   const Tensor ends = torch::stable::contiguous(offsets);
   const auto* p = static_cast<const int32_t*>(ends.const_data_ptr());
   std::optional<Tensor> index, factors, biases;
@@ -119,10 +119,10 @@ Tensor grouped_gemm_wgrad(const Tensor& dy, const Tensor& x, const Tensor& offse
   const auto* p = static_cast<const int32_t*>(ends.const_data_ptr());
   std::optional<Tensor> index;
   if (tokens) {
-    STD_TORCH_CHECK(has_shape(*tokens, {S}), "tokens must have shape [S=", S, "], got ", shape(*tokens));
+    MOERT_CHECK(has_shape(*tokens, {S}), "tokens must have shape [S=", S, "], got ", shape(*tokens));
     index = check_tokens(*tokens, x, p, E);
   } else {
-    STD_TORCH_CHECK(x.size(0) == S, "x must have shape [S=", S, ", K], got ", shape(x));
+    MOERT_CHECK(x.size(0) == S, "x must have shape [S=", S, ", K], got ", shape(x));
   }
   const Tensor left = dense_rows(dy), right = dense_rows(x);
   Tensor dw = transposed ? torch::stable::new_empty(dy, {E, K, N}) : torch::stable::new_empty(dy, {E, N, K});

@@ -91,12 +91,12 @@ inline void narrow_ids(const Tensor& ids, int64_t num_experts, Tensor& out) {
 inline Tensor expert_ids(const Tensor& ids, int64_t num_experts) {
   CHECK_DIM(ids, 2, "[T, k]");
   CHECK_DEVICE(ids);
-  STD_TORCH_CHECK(is_integer(ids.scalar_type()), "ids must have an integer dtype, got ",
-                  torch::headeronly::toString(ids.scalar_type()));
-  STD_TORCH_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(),
-                  "num_experts must be in [1, 2^31 - 2], got ", num_experts);
-  STD_TORCH_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(),
-                  "ids must have fewer than 2^31 elements, got shape ", shape(ids));
+  MOERT_CHECK(is_integer(ids.scalar_type()), "ids must have an integer dtype, got ",
+              torch::headeronly::toString(ids.scalar_type()));
+  MOERT_CHECK(num_experts >= 1 && num_experts < std::numeric_limits<int32_t>::max(),
+              "num_experts must be in [1, 2^31 - 2], got ", num_experts);
+  MOERT_CHECK(ids.numel() <= std::numeric_limits<int32_t>::max(), "ids must have fewer than 2^31 elements, got shape ",
+              shape(ids));
   if (ids_are_ready(ids, num_experts)) return ids;
 
   Tensor out = torch::stable::new_empty(ids, {ids.size(0), ids.size(1)}, ScalarType::Int);

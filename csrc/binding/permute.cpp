@@ -24,9 +24,8 @@ Plan check_plan(const Tensor& tokens, const Tensor& slots) {
   CHECK_DTYPE(tokens, Int);
   CHECK_DIM(tokens, 1, "[S]");
   const int64_t T = slots.size(0), k = slots.size(1), S = tokens.numel(), most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(slots.numel() <= most && T <= most, "slots must have fewer than 2^31 elements, got shape ",
-                  shape(slots));
-  STD_TORCH_CHECK(S <= most, "tokens must have fewer than 2^31 elements, got shape ", shape(tokens));
+  MOERT_CHECK(slots.numel() <= most && T <= most, "slots must have fewer than 2^31 elements, got shape ", shape(slots));
+  MOERT_CHECK(S <= most, "tokens must have fewer than 2^31 elements, got shape ", shape(tokens));
   return {T, k, S, torch::stable::contiguous(tokens), torch::stable::contiguous(slots)};
 }
 
@@ -34,15 +33,15 @@ void check_rows(const Tensor& rows, const Plan& plan) {
   CHECK_SAME_DEVICE(rows, plan.tokens);
   CHECK_FLOAT(rows);
   CHECK_DIM(rows, 2, "[S, H]");
-  STD_TORCH_CHECK(rows.size(0) == plan.S, "rows must have shape [S=", plan.S, ", H], got ", shape(rows));
+  MOERT_CHECK(rows.size(0) == plan.S, "rows must have shape [S=", plan.S, ", H], got ", shape(rows));
 }
 
 // weights [T, k] in the type that sums are kept in.
 Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan) {
   CHECK_SAME_DEVICE(weights, rows);
   CHECK_SCALE_DTYPE(weights, rows);
-  STD_TORCH_CHECK(has_shape(weights, {plan.T, plan.k}), "weights must have shape [T=", plan.T, ", k=", plan.k,
-                  "], got ", shape(weights));
+  MOERT_CHECK(has_shape(weights, {plan.T, plan.k}), "weights must have shape [T=", plan.T, ", k=", plan.k, "], got ",
+              shape(weights));
   return scale_values(weights, rows);
 }
 
@@ -50,8 +49,8 @@ Tensor check_weights(const Tensor& weights, const Tensor& rows, const Plan& plan
 Tensor check_residual(const Tensor& residual, const Tensor& rows, const Plan& plan) {
   CHECK_SAME_DEVICE(residual, rows);
   CHECK_SAME_DTYPE(residual, rows);
-  STD_TORCH_CHECK(has_shape(residual, {plan.T, rows.size(1)}), "residual must have shape [T=", plan.T,
-                  ", H=", rows.size(1), "], got ", shape(residual));
+  MOERT_CHECK(has_shape(residual, {plan.T, rows.size(1)}), "residual must have shape [T=", plan.T, ", H=", rows.size(1),
+              "], got ", shape(residual));
   return dense_rows(residual);
 }
 
@@ -60,8 +59,8 @@ Tensor check_residual(const Tensor& residual, const Tensor& rows, const Plan& pl
 std::tuple<Tensor, Tensor, Tensor> permute_plan(const Tensor& ids, int64_t num_experts,
                                                 std::optional<int64_t> capacity) {
   const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, num_experts);
-  STD_TORCH_CHECK(!capacity || (*capacity >= 0 && *capacity <= most),
-                  "capacity must be in [0, 2^31 / num_experts), got ", *capacity);
+  MOERT_CHECK(!capacity || (*capacity >= 0 && *capacity <= most), "capacity must be in [0, 2^31 / num_experts), got ",
+              *capacity);
   const Tensor ready = expert_ids(ids, num_experts);
   const int64_t T = ids.size(0), k = ids.size(1);
   Tensor offsets = torch::stable::new_empty(ids, {num_experts + 1}, ScalarType::Int);
@@ -76,7 +75,7 @@ Tensor permute(const Tensor& x, const Tensor& tokens, const Tensor& slots) {
   CHECK_SAME_DEVICE(x, plan.tokens);
   CHECK_FLOAT(x);
   CHECK_DIM(x, 2, "[T, H]");
-  STD_TORCH_CHECK(x.size(0) == plan.T, "x must have shape [T=", plan.T, ", H], got ", shape(x));
+  MOERT_CHECK(x.size(0) == plan.T, "x must have shape [T=", plan.T, ", H], got ", shape(x));
   const int64_t H = x.size(1);
   const Tensor from = dense_rows(x);
   Tensor rows = torch::stable::new_empty(x, {plan.S, H});
@@ -109,7 +108,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
   const int64_t H = rows.size(1);
   CHECK_SAME_DEVICE(dy, rows);
   CHECK_SAME_DTYPE(dy, rows);
-  STD_TORCH_CHECK(has_shape(dy, {plan.T, H}), "dy must have shape [T=", plan.T, ", H=", H, "], got ", shape(dy));
+  MOERT_CHECK(has_shape(dy, {plan.T, H}), "dy must have shape [T=", plan.T, ", H=", H, "], got ", shape(dy));
   const Tensor from = dense_rows(rows), dfrom = dense_rows(dy);
   Tensor drows = torch::stable::new_empty(rows, {plan.S, H});
   Tensor dweights = torch::stable::new_empty(w, {plan.T, plan.k});

@@ -17,7 +17,7 @@ Tensor union_experts(const Tensor& x, const Tensor& gains, const Tensor& ids, co
   CHECK_SAME_DEVICE(gains, x);
   check_expert_matrices(x, w1, w2);
   const int64_t T = x.size(0), E = w1.size(0);
-  STD_TORCH_CHECK(has_shape(gains, {T, E}), "gains must have shape [T=", T, ", E=", E, "], got ", shape(gains));
+  MOERT_CHECK(has_shape(gains, {T, E}), "gains must have shape [T=", T, ", E=", E, "], got ", shape(gains));
   CHECK_SCALE_DTYPE(gains, x);
   const Experts experts = experts_of(x, w1, w2, b1, b2, activation, alpha, limit, transposed, interleaved);
 
