@@ -89,4 +89,6 @@ def _experts(problem: Problem) -> GluExperts:
 
 @kept
 def _prepacked(problem: Problem) -> tuple[GluExperts, list[str]]:
-    return (experts := copy.deepcopy(_experts(problem))), moert.prepack_(experts)
+    laid_out = moert.prepack_(experts := copy.deepcopy(_experts(problem)))
+    huge_pages_(experts)
+    return experts, laid_out

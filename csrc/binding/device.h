@@ -75,10 +75,6 @@ inline bool is_beside(const Tensor& x, const Tensor&) { return x.is_cpu(); }
 #endif
 
 // Of the first tensor of a call; the others are compared with it.
-#define CHECK_DEVICE(x)                                                         \
-  MOERT_CHECK(::moert::is_here(x), #x " must be on " MOERT_DEVICE_NAME          \
-                                      " like the other arguments, got another " \
-                                      "device")
-#define CHECK_SAME_DEVICE(x, first)         \
-  MOERT_CHECK(::moert::is_beside(x, first), \
-              #x " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device")
+#define MOERT_ELSEWHERE " must be on " MOERT_DEVICE_NAME " like the other arguments, got another device"
+#define CHECK_DEVICE(x) MOERT_CHECK(::moert::is_here(x), #x MOERT_ELSEWHERE)
+#define CHECK_SAME_DEVICE(x, first) MOERT_CHECK(::moert::is_beside(x, first), #x MOERT_ELSEWHERE)

@@ -233,10 +233,10 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& ids, con
   Tensor y = torch::stable::new_empty(x, {call.T, call.H});
   const int64_t width = call.experts.width;
   Tensor h = torch::stable::new_empty(x, {save ? call.S : 0, width});
-  void* kept = save ? h.mutable_data_ptr() : nullptr;
+  void* kept = save ? h.mutable_data_ptr() : nullptr;  // null too where there is no slot
   const Execution execution(x);
 #if defined(MOERT_CUDA)
-  Tensor workspace = bytes_beside(x, cuda::fused_experts_workspace(call.tokens, call.experts.weights, save));
+  Tensor workspace = bytes_beside(x, cuda::fused_experts_workspace(call.tokens, call.experts.weights, kept));
   cuda::fused_experts(call.tokens, call.experts.weights, workspace.mutable_data_ptr(), execution, y.mutable_data_ptr(),
                       kept);
 #else

@@ -170,7 +170,7 @@ struct Gating {
   }
 
   static MOERT_INLINE Reals sigmoid(Reals x) {
-    constexpr Real kLowest = sizeof(Real) == 8 ? -700 : -87.33;  // below, e^-x may overflow
+    constexpr Real kLowest = sizeof(Real) == 8 ? -708 : -87.33;  // below, it is no normal number
     return x < kLowest ? Reals{} : 1 / (1 + exp_to_88(-x));
   }
 

@@ -11,7 +11,8 @@ namespace moert::cuda {
 
 // Kernels over packed weights sort the ids themselves and add nothing to the sums.
 inline void check_alone(const RoutedRows& r) {
-  MOERT_CHECK(!r.offsets && !r.onto.rows.data && r.onto.C == 0, "offsets, onto_rows and mix must be None on a GPU");
+  MOERT_CHECK(!r.offsets && !r.onto.rows.data && r.onto.C == 0,
+              "offsets, onto_rows and mix must be None over packed weights on a GPU");
 }
 
 // The routing in slot order: the caller's, or of the ids.

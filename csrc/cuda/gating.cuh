@@ -61,7 +61,7 @@ __device__ __noinline__ inline double exp_to_88(double x) { return exp(x); }
 
 template <typename Real>
 MOERT_DEVICE_INLINE Real gate_sigmoid(Real x) {
-  constexpr Real kLowest = sizeof(Real) == 8 ? -700 : -87.33;  // below, e^-x may overflow
+  constexpr Real kLowest = sizeof(Real) == 8 ? -708 : -87.33;  // below, it is no normal number
   return x < kLowest ? Real(0) : 1 / (1 + exp_to_88(-x));
 }
 

@@ -38,15 +38,17 @@ inline bool takes_tensor_cores_as_codes(const PackedMatrix& w, Precision precisi
 }
 
 constexpr ColumnOrder tensor_core_order(Format format) {
-  const Lie lie = format == Format::int8 || format == Format::fp8 ? Lie::order
-                  : format == Format::bit_nested                  ? Lie::bits
-                  : format == Format::ternary5                    ? Lie::trits
-                                                                  : Lie::fours;
+  const ColumnLie lie = format == Format::int8 || format == Format::fp8 ? ColumnLie::order
+                        : format == Format::bit_nested                  ? ColumnLie::bits
+                        : format == Format::ternary5                    ? ColumnLie::trits
+                                                                        : ColumnLie::fours;
   return {0, step_columns(format), lie};
 }
 constexpr ColumnOrder code_order(Format format) {
   const bool four_bits = format == Format::int4 || format == Format::int4_asymmetric;
-  const Lie lie = format == Format::mxfp4 ? Lie::order : four_bits ? Lie::twos : tensor_core_order(format).lie;
+  const ColumnLie lie = format == Format::mxfp4 ? ColumnLie::order
+                        : four_bits             ? ColumnLie::twos
+                                                : tensor_core_order(format).lie;
   return {0, step_columns(format), lie};
 }
 
@@ -65,7 +67,7 @@ struct CodeStep {
 // T is bf16 or f16.
 template <typename T>
 void multiply_on_tensor_cores(const PackedProduct<float>& product, void* stream);
-// Formats of one scale a span.
+// Bit-nested and sub-1-bit weights.
 template <typename T>
 void multiply_terms_on_tensor_cores(const PackedProduct<float>& product, void* stream);
 // x is rows of CodeStep, x_stride bytes apart.

@@ -1,4 +1,4 @@
-// Every kernel over rows of bf16 or f16 and formats of several scales a span.
+// Every kernel over rows of bf16 or f16 and formats whose spans take more than a load: bit planes, codewords.
 #include "cuda/packed_product_floats.cuh"
 #include "cuda/packed_product_terms.cuh"
 

@@ -1,13 +1,12 @@
-// Weights that are a sum of terms, each of them a small integer times a scale: a span is multiplied once for each.
+// Bit-nested and sub-1-bit weights.  Of the latter f16 rows take two terms, and a span is multiplied once for each.
 #pragma once
 
 #include "cuda/packed_product_mma.cuh"
 
 namespace moert::cuda {
 
-// A weight is an odd integer (an even one of four planes) times a part of the scale.  Lane t of a row has bits t, t +
-// 4,
-// ... of a word of 32 columns, so that two of them are 16 apart and need only a shift.
+// A weight is an integer times a part of the scale.  Lane t of a row has bits t, t + 4, t + 8 and so on of a word of 32
+// columns, so that two of them are 16 apart and need only a shift.
 struct BitNestedFragments : FragmentScale<Format::bit_nested> {
   static constexpr Format kFormat = Format::bit_nested;
 };

@@ -14,7 +14,7 @@ namespace moert::cuda {
 
 // How rows lie that tensor cores take: every 32 columns as lanes of four times eight elements, whose columns the packed
 // codes have at hand.
-enum class Lie : int32_t {
+enum class ColumnLie : int32_t {
   order,  // eight neighbours
   fours,  // of them 0 4 1 5 2 6 3 7
   twos,   // of them 0 2 4 6 1 3 5 7
@@ -26,7 +26,7 @@ enum class Lie : int32_t {
 // of whole `step`s, each as `lie` says.
 struct ColumnOrder {
   int32_t width, step = 0;
-  Lie lie = Lie::order;
+  ColumnLie lie = ColumnLie::order;
 
   MOERT_HOST_DEVICE int64_t length(int64_t columns) const {
     const int64_t whole = width ? width * 32 : step ? step : 1;
@@ -39,13 +39,13 @@ struct ColumnOrder {
   MOERT_HOST_DEVICE int64_t position(int64_t column) const {
     const int64_t c = column;
     switch (lie) {
-      case Lie::fours:
+      case ColumnLie::fours:
         return c / 8 * 8 + c % 4 * 2 + c / 4 % 2;
-      case Lie::twos:
+      case ColumnLie::twos:
         return c / 8 * 8 + c % 2 * 4 + c / 2 % 4;
-      case Lie::bits:
+      case ColumnLie::bits:
         return c / 32 * 32 + c % 4 * 8 + c / 4 % 4 * 2 + c / 16 % 2;
-      case Lie::trits:
+      case ColumnLie::trits:
         return c / 160 * 160 + c % 5 * 32 + c % 80 / 20 * 8 + c / 80 % 2 * 4 + c % 20 / 5;
       default:
         break;
@@ -57,13 +57,13 @@ struct ColumnOrder {
   MOERT_HOST_DEVICE int64_t column(int64_t position) const {
     const int64_t p = position;
     switch (lie) {
-      case Lie::fours:
+      case ColumnLie::fours:
         return p / 8 * 8 + p % 2 * 4 + p / 2 % 4;
-      case Lie::twos:
+      case ColumnLie::twos:
         return p / 8 * 8 + p % 4 * 2 + p / 4 % 2;
-      case Lie::bits:
+      case ColumnLie::bits:
         return p / 32 * 32 + p / 8 % 4 + p / 2 % 4 * 4 + p % 2 * 16;
-      case Lie::trits:
+      case ColumnLie::trits:
         return p / 160 * 160 + p / 4 % 2 * 80 + p / 8 % 4 * 20 + p % 4 * 5 + p % 160 / 32;
       default:
         break;

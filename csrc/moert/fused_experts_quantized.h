@@ -84,7 +84,7 @@ void fused_experts_quantized_backward(const Rows& dy, const RoutedRows& tokens, 
 
 }  // namespace cpu
 
-// The same on the current device, with int8 codes and scales of x that are those of a CPU; ordered by `stream` (a
+// The same on the current device, with codes and scales of x that are those of a CPU; ordered by `stream` (a
 // cudaStream_t); every pointer is the device's.  `workspace` is as many bytes of the device as the first function says,
 // aligned to 256.  The bits of a row of y do not depend on the other rows.  The first call over sub1 weights on a
 // device brings it their dictionary and waits for that; it can't be captured.

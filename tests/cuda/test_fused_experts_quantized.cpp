@@ -184,10 +184,11 @@ void orders_and_tiles() {
         EXPECT(order.column(order.position(c)) == c);
       }
     }
-  using cuda::Lie;
-  for (const cuda::ColumnOrder order : {cuda::ColumnOrder{0, 128, Lie::order}, cuda::ColumnOrder{0, 128, Lie::fours},
-                                        cuda::ColumnOrder{0, 128, Lie::twos}, cuda::ColumnOrder{0, 128, Lie::bits},
-                                        cuda::ColumnOrder{0, 160, Lie::trits}}) {
+  using cuda::ColumnLie;
+  for (const cuda::ColumnOrder order :
+       {cuda::ColumnOrder{0, 128, ColumnLie::order}, cuda::ColumnOrder{0, 128, ColumnLie::fours},
+        cuda::ColumnOrder{0, 128, ColumnLie::twos}, cuda::ColumnOrder{0, 128, ColumnLie::bits},
+        cuda::ColumnOrder{0, 160, ColumnLie::trits}}) {
     std::vector<bool> taken(size_t(order.length(600)));
     for (int64_t c = 0; c < order.length(600); ++c) {
       const int64_t at = order.position(c);

@@ -273,6 +273,8 @@ def test_pack(shape, dtype):
         args = pack_args(shape, dtype, 3, weight_dtype)
         records = OPS.dispatch_pack(*args)
         assert torch.equal(records, dispatch_pack_ref(*args)) and records.shape[1] % 16 == 0
+        unused = torch.cat([args[-1], args[-1].new_full((2,), -1)])
+        assert torch.equal(dispatch_pack_ref(*args[:-1], unused)[:-2], records)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

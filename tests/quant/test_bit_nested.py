@@ -92,7 +92,7 @@ def test_size():
     assert BitNested(5, 4, 128).bits_per_weight((4, 8, 1024)) == 8 + 16 / 128
     shape = (4, 8, 2048)
     separate = sum(BitNested(bits, 1).nbytes(shape) for bits in (2, 3, 4))
-    assert BitNested().nbytes(shape) <= 0.48 * separate
+    assert BitNested().nbytes(shape) <= 0.43 * separate
 
 
 def test_equal_weights_and_zeros_are_near_exact():

@@ -10,6 +10,7 @@ from moert.experts.base import Experts
 from moert.ops.autocast import autocast_dtype
 from moert.ops.fused_experts import apply_activation, fused_experts
 from moert.ops.union_experts import experts_in_use, union_experts
+from moert.pages import in_large_pages
 from moert.types import Activation, Routing
 
 MODES = ("auto", "dense", "token", "union")
@@ -57,7 +58,7 @@ class BlockExperts(Experts):
         self.union_tokens, self.sparse_below = union_tokens, sparse_below
 
         def parameter(*shape):
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(in_large_pages(torch.empty(num_experts, *shape, device=device, dtype=dtype)))
 
         self.up_proj, self.down_proj = parameter(block, hidden), parameter(block, hidden)
         self.up_proj_bias, self.down_proj_bias = (parameter(block), parameter(hidden)) if bias else (None, None)

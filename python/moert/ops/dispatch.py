@@ -242,6 +242,8 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
     (_, H), k = x.shape, ids.shape[1]
     records = torch.zeros(len(tokens), record_bytes(x.dtype, weights.dtype, H, k), dtype=torch.uint8)
     to_rows, to_weights, to_ids = _fields(records, x.dtype, weights.dtype, H, k)
+    tokens = tokens[: offsets[-1]]
+    to_rows, to_weights, used_ids = (field[: len(tokens)] for field in (to_rows, to_weights, to_ids.fill_(-1)))
     rank = torch.arange(len(offsets) - 1).repeat_interleave(offsets.long().diff())[:, None]
     e = ids[tokens].long()
     known = (e >= 0) & (e < len(expert_to_rank))
@@ -249,7 +251,7 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
     here = known & (expert_to_rank[e] == rank)
     to_rows.copy_(x[tokens])
     to_weights.copy_(torch.where(here, weights[tokens], 0))
-    to_ids.copy_(torch.where(here, local_ids[e], -1))
+    used_ids.copy_(torch.where(here, local_ids[e], -1))
     return records
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moert import _C
+from moert.pages import in_large_pages
 from moert.quant import reference
 from moert.quant.format import Format, PackedTensor, flat, float_weights
 
@@ -62,7 +63,8 @@ class BitNested(Format):
 
     def empty(self, shape: tuple[int, ...]) -> PackedTensor:
         *matrices, rows, columns = shape
-        codes = torch.zeros(*matrices, self.planes, rows, 16 * -(-columns // 128), dtype=torch.uint8)
+        size = (*matrices, self.planes, rows, 16 * -(-columns // 128))
+        codes = in_large_pages(torch.empty(size, dtype=torch.uint8)).zero_()
         scales = torch.zeros(*matrices, rows, -(-columns // self.group), dtype=torch.float16)
         return PackedTensor(self, columns, codes, scales)
 
