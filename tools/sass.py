@@ -81,7 +81,7 @@ RULES = (
         "rows are gathered 16 bytes at a time",
     ),
     Rule(
-        r"grouped_gemm_persistent_kernel\w*Li128ELi\d+ELb[01]ELb0E",
+        r"grouped_gemm_persistent_kernel\w*Li128ELi\d+ELb[01]ELb0E\w*8Epilogue",
         "sm_90a",
         (r"\bHGMMA[^;]*\.tnspB\b", r"\bUTMALDG\.4D\b"),
         "weights are multiplied as they lie along their columns, their gate and up halves one box after the other",
@@ -93,13 +93,13 @@ RULES = (
         "the same with the weights on the M side",
     ),
     Rule(
-        r"grouped_gemm_(?:persistent_kernel|mma\w*8Epilogue)",
+        r"grouped_gemm_(?:persistent_kernel|mma)\w*8Epilogue",
         "sm_90a",
         (r"\bREDG\.E\.ADD\.F32x4\b",),
         "rows are added to sums 16 bytes at a time",
     ),
     Rule(
-        r"grouped_gemm_mma\w*ActivationBackward",
+        r"grouped_gemm_(?:mma|persistent_kernel)\w*ActivationBackward",
         ".*",
         (LOAD_128,),
         "pre-activations are read 16 bytes at a time",

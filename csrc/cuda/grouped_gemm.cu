@@ -42,11 +42,10 @@ void multiply(const Product<T, To>& p, bool tf32, void* stream) {
   if (p.S == 0 || p.N == 0) return;
   if constexpr (kTensorCores && !std::is_same_v<T, double>) {
     if (takes<T>(tf32) && fits_tensor_cores(p)) {
-      constexpr bool on_hopper = sizeof(T) == 2 && std::is_same_v<To, Epilogue<T>>;  // kernels for it alone
-      if constexpr (on_hopper)
+      if constexpr (sizeof(T) == 2)  // Hopper's kernels
         if (takes_persistent(p)) return grouped_gemm_persistent(p, stream);
 #if defined(__CUDACC__)
-      if constexpr (on_hopper)
+      if constexpr (sizeof(T) == 2 && std::is_same_v<To, Epilogue<T>>)
         if (p.workspace && takes_pointer_arrays(p)) return grouped_gemm_by_pointer_arrays(p, p.workspace, stream);
 #endif
       return grouped_gemm_on_tensor_cores(p, stream);

@@ -16,6 +16,7 @@
 // stage.
 #pragma once
 
+#include "cuda/activation_backward.h"
 #include "cuda/persistent_walk.cuh"
 
 namespace moert::cuda {
@@ -79,11 +80,11 @@ struct Gatherer {
 
   MOERT_DEVICE_INLINE explicit Gatherer(int thread) : row(thread / kPieces), piece(thread % kPieces) {}
 
-  MOERT_DEVICE_INLINE void find(const Product<T>& p, const RowTile& rows) {
+  MOERT_DEVICE_INLINE void find(const RowsOf<T>& x, const RowTile& rows) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int m = row + i * kRows;
-      from[i] = m < rows.rows ? p.x.row(rows.row + m) : nullptr;
+      from[i] = m < rows.rows ? x.row(rows.row + m) : nullptr;
     }
   }
 
@@ -118,8 +119,8 @@ MOERT_DEVICE_INLINE void hand_over(Barrier& full) {
 constexpr int kXBox = 32;
 
 // Box i of a tile's rows of w, for the block's own ring or for the whole cluster's.
-template <class Tiling, class T>
-MOERT_DEVICE_INLINE void copy_weights(const PersistentProduct<T>& q, const TileWork& work, int i, int k, Barrier& full,
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE void copy_weights(const Q& q, const TileWork& work, int i, int k, Barrier& full,
                                       typename Tiling::Element* w) {
   const int first = work.first + i * (q.gated() ? Tiling::kBox / 2 : Tiling::kBox), expert = work.rows.expert;
   const Gating gating = q.gating();
@@ -144,8 +145,8 @@ MOERT_DEVICE_INLINE void copy_weights(const PersistentProduct<T>& q, const TileW
 }
 
 // One thread asks for a stage's boxes.
-template <class Tiling, class T>
-MOERT_DEVICE_INLINE void copy_boxes(const PersistentProduct<T>& q, const TileWork& work, int rank, int k, Barrier& full,
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE void copy_boxes(const Q& q, const TileWork& work, int rank, int k, Barrier& full,
                                     typename Tiling::Element* x, typename Tiling::Element* w) {
   constexpr int kRowBytes = 2 * kSliceK;
   const int boxes = Tiling::kGathered ? 0 : int(ceil_div(work.rows.rows, kXBox));
@@ -156,21 +157,21 @@ MOERT_DEVICE_INLINE void copy_boxes(const PersistentProduct<T>& q, const TileWor
   for (int i = 0; i < boxes; ++i) copy_box(q.x, full, x + i * kXBox * kSliceK, k, work.rows.row + i * kXBox);
 }
 
-template <class Tiling, class T>
-MOERT_DEVICE_INLINE void produce(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared, int rank) {
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE void produce(const Q& q, PersistentShared<Tiling>& shared, int rank) {
   static_assert(kOnTheirWay <= Tiling::kRing - 2);
-  const Product<T>& p = q.p;
+  const auto& p = q.p;
   const int thread = int(threadIdx.x) - kConsumers, blocks = q.tile.cluster;
   const bool leads = thread == 0;
   if (!Tiling::kGathered && thread >= kWarp) return;
-  Gatherer<Tiling, T> gatherer(thread);
+  Gatherer<Tiling, typename Q::Type> gatherer(thread);
   RingPlace<Tiling::kRing> place, oldest;  // oldest: of the slices on their way
   int on_their_way = 0;
-  TileWalk<T> walk(q);
+  TileWalk<Q> walk(q);
   for (int64_t unit = blockIdx.x / blocks;; unit += gridDim.x / blocks) {
     const TileWork work = walk.at(unit, rank);
     if (work.slices == 0) break;
-    if constexpr (Tiling::kGathered) gatherer.find(p, work.rows);
+    if constexpr (Tiling::kGathered) gatherer.find(p.x, work.rows);
 #pragma unroll 1
     for (int slice = 0; slice < work.slices; ++slice, place.advance()) {
       const int stage = place.stage, k = (work.first_slice + slice) * kSliceK;
@@ -248,9 +249,9 @@ MOERT_DEVICE_INLINE void read_sums(const float* from, float (&to)[kStoredColumns
 
 // The sums of a warp, of rows `first_row` on of x and of groups `first_group` on of eight rows of w, through the
 // epilogue, or as they are where other parts of K are to be added; a lane stores eight columns of y at once.
-template <class Tiling, class T>
-MOERT_DEVICE_INLINE void store_part(const PersistentProduct<T>& q, const TileWork& work, int64_t unit, int first_row,
-                                    int first_group, const float* sums) {
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE void store_part(const Q& q, const TileWork& work, int64_t unit, int first_row, int first_group,
+                                    const float* sums) {
   using From = SumTile<Tiling>;
   [[maybe_unused]] const Gating gating = q.gating();
   const int pair = q.gated() ? 2 : 1, groups = From::kGroups / pair, rows = work.rows.rows - first_row;
@@ -277,9 +278,27 @@ MOERT_DEVICE_INLINE void store_part(const PersistentProduct<T>& q, const TileWor
   }
 }
 
-template <class Tiling, class Sums, class T>
-MOERT_DEVICE_INLINE void store_sums(const PersistentProduct<T>& q, const TileWork& work, int64_t unit, const Sums& c,
-                                    float* sums) {
+// The same where an epilogue sums along rows, which a warp's 64 columns are enough for.
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE void store_part_and_sums(const Q& q, const TileWork& work, int first_row, int first_group,
+                                             const float* sums) {
+  using From = SumTile<Tiling>;
+  static_assert(!Tiling::kSwapped && From::kGroups == kDotColumns / kStoredColumns);
+#pragma unroll 1
+  for (int i = lane_id(); i < From::kRows * From::kGroups; i += kWarp) {
+    const int row = i / From::kGroups, group = i % From::kGroups;
+    const int64_t column = work.first + (first_group + group) * kStoredColumns, slot = work.rows.row + first_row + row;
+    const bool inside = row < work.rows.rows - first_row && column < q.p.N;
+    float g[kStoredColumns];
+    read_sums(sums + From::place(row, group), g);
+    const float part = inside ? q.p.epilogue.store(work.rows.expert, slot, column, g, g) : 0.0f;
+    const float sum = warp_sum<From::kGroups>(part);
+    if (inside && group == 0) q.p.epilogue.put_sum(slot, column, sum);
+  }
+}
+
+template <class Tiling, class Sums, class Q>
+MOERT_DEVICE_INLINE void store_sums(const Q& q, const TileWork& work, int64_t unit, const Sums& c, float* sums) {
   using From = SumTile<Tiling>;
   const int warp = Tiling::kTurns ? warp_id() % 4 : warp_id();
   const bool halves = q.gating() == Gating::halves;
@@ -291,14 +310,17 @@ MOERT_DEVICE_INLINE void store_sums(const PersistentProduct<T>& q, const TileWor
     const int across = Tiling::kSwapped ? (halves ? 2 * warp + part : warp + part * 4) : part % From::kAcross;
     spread_part<Tiling>(c, part, halves, sums);
     __syncwarp();
-    store_part<Tiling>(q, work, unit, first_row, From::kGroups * across, sums);
+    if constexpr (Q::Stores::kSumsRows)
+      store_part_and_sums<Tiling>(q, work, first_row, From::kGroups * across, sums);
+    else
+      store_part<Tiling>(q, work, unit, first_row, From::kGroups * across, sums);
     __syncwarp();
   }
 }
 
 // Whether none of a group's rows of the tile, of x or of w, is there.
-template <class Tiling, class T>
-MOERT_DEVICE_INLINE bool has_none(const PersistentProduct<T>& q, const TileWork& work, int group) {
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE bool has_none(const Q& q, const TileWork& work, int group) {
   if constexpr (Tiling::kSwapped) return !Tiling::kTurns && work.first + group * q.columns() / 2 >= q.p.N;
   return work.rows.rows <= (Tiling::kTurns ? 0 : group * 64);
 }
@@ -335,9 +357,9 @@ class Turns {
   }
 };
 
-template <class Tiling, class T>
-MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared<Tiling>& shared, int rank, int group) {
-  const Product<T>& p = q.p;
+template <class Tiling, class Q>
+MOERT_DEVICE_INLINE void consume(const Q& q, PersistentShared<Tiling>& shared, int rank, int group) {
+  const auto& p = q.p;
   const int blocks = q.tile.cluster;
   typename Tiling::Pair product(Tiling::kSwapped ? shared.w[0] : shared.x[0],
                                 Tiling::kSwapped ? shared.x[0] : shared.w[0], Tiling::kTurns ? 0 : group);
@@ -345,7 +367,7 @@ MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared
   const auto leave = [&](int stage) {
     if (lane_id() < blocks) arrive_at(shared.empty[stage], lane_id());
   };
-  TileWalk<T> walk(q);
+  TileWalk<Q> walk(q);
   Turns<Tiling> turns(shared, group);
   for (int64_t unit = blockIdx.x / blocks;; unit += gridDim.x / blocks) {
     const TileWork work = walk.at(unit, rank);
@@ -390,9 +412,8 @@ MOERT_DEVICE_INLINE void consume(const PersistentProduct<T>& q, PersistentShared
     for (int64_t column = threadIdx.x; column < p.N; column += kConsumers) p.epilogue.clear(row, column);
 }
 
-template <class Tiling, class T>
-__global__ void __launch_bounds__(kPersistentThreads, 1)
-    grouped_gemm_persistent_kernel(const __grid_constant__ PersistentProduct<T> q) {
+template <class Tiling, class Q>
+__global__ void __launch_bounds__(kPersistentThreads, 1) grouped_gemm_persistent_kernel(const __grid_constant__ Q q) {
   MOERT_SHARED(char, memory);
   auto& shared = *reinterpret_cast<PersistentShared<Tiling>*>(memory + (-shared_address(memory) & (kSliceAlign - 1)));
   const int rank = q.tile.cluster > 1 ? cluster_rank() : 0;

@@ -10,15 +10,17 @@ namespace moert::cuda {
 // Columns of y that eight rows of w, or eight of the gate and eight of up, give, stored at once.
 constexpr int kStoredColumns = 8;
 
-template <class T>
+template <class T, class To = Epilogue<T>>
 struct PersistentProduct {
+  using Type = T;
+  using Stores = To;
   TensorMap w;  // of three dimensions, or, of eights, of five, of halves, of four
   TensorMap x;  // of rows in expert order
-  Product<T> p;
+  Product<T, To> p;
   PersistentTile tile;
   float* sums;  // [tiles, splits, x, w] where there are splits
 
-  MOERT_HOST_DEVICE bool gated() const { return p.epilogue.form.gated; }
+  MOERT_HOST_DEVICE bool gated() const { return p.epilogue.takes_up(); }
   MOERT_HOST_DEVICE Gating gating() const {
     if (!gated()) return Gating::none;
     return p.w.column == 1 ? Gating::eights : p.w.row == 1 ? Gating::halves : Gating::alternate;
@@ -51,9 +53,9 @@ struct TileWork {
 
 // The tiles of clusters follow each other expert by expert, so that blocks that run at the same time share weights and
 // rows, and without a hole, so that all blocks get as many.  A warp walks over them, each lane with one of 32 experts.
-template <class T>
+template <class Q>
 class TileWalk {
-  const PersistentProduct<T>& q_;
+  const Q& q_;
   const int32_t tile_rows_, slices_;
   const int64_t columns_;        // in tiles
   const int64_t most_;           // tiles, which bad offsets might have more of
@@ -76,7 +78,7 @@ class TileWalk {
   }
 
  public:
-  MOERT_DEVICE_INLINE explicit TileWalk(const PersistentProduct<T>& q)
+  MOERT_DEVICE_INLINE explicit TileWalk(const Q& q)
       : q_(q),
         tile_rows_(q.tile.x * q.tile.cluster),
         slices_(int32_t(ceil_div(q.p.K, kSliceK))),
@@ -126,7 +128,7 @@ constexpr int kAddThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kAddThreads) add_split_sums(const __grid_constant__ PersistentProduct<T> q) {
   const int x = q.tile.x, w = q.tile.w, splits = q.tile.splits, groups = q.columns() / kStoredColumns;
-  const TileWork work = TileWalk<T>(q).at(int64_t(blockIdx.x) * splits);
+  const TileWork work = TileWalk<PersistentProduct<T>>(q).at(int64_t(blockIdx.x) * splits);
   if (work.slices == 0) return;
   const float* sums = q.sums + int64_t(blockIdx.x) * splits * x * w;
   for (int i = int(threadIdx.x); i < work.rows.rows * groups; i += kAddThreads) {

@@ -195,6 +195,69 @@ void test_gated_products() {
   setenv(kPersistent, "0", 1);
 }
 
+// dy . down of gathered rows, which becomes the gradient of pre-activations: the products are exact, and what follows
+// is the same function, so that only the sums along rows may differ, by their order.
+template <typename T>
+void activation_backward(const Case& c, bool transposed, bool alternate) {
+  const auto E = int64_t(c.counts.size());
+  const int64_t N = c.N, K = c.K, tokens = 11, S = std::accumulate(c.counts.begin(), c.counts.end(), int64_t(2));
+  const int64_t parts = (N + cuda::kDotColumns - 1) / cuda::kDotColumns;
+  std::vector<int32_t> offsets{0}, index;
+  for (const int32_t count : c.counts) offsets.push_back(offsets.back() + count);
+  for (int64_t s = 0; s < S; ++s) index.push_back(s < S - 2 ? int32_t(s * 5 % tokens) : -1);
+  const auto dy = integers(tokens * K, 1), w = integers(E * N * K, 2), scale = integers(S, 4);
+  const auto h = rounded<T>(integers(S * 2 * N, 3));
+  std::vector<T> dh(S * 2 * N, cuda::narrow<T>(-9)), act(S * N, cuda::narrow<T>(-9));
+  std::vector<float> dots(S * parts, -9);
+  using To = cuda::ActivationBackward<T>;
+  const auto form = cuda::activation_form<float>({Act::swiglu});
+  const auto to = [&](const T* h, const float* scale, T* dh, T* act, float* dots) {
+    return To{N, h, scale, form, alternate, dh, act, dots};
+  };
+  OnDevice<T> ddy(rounded<T>(dy)), dw(rounded<T>(w)), dhs(h), ddh(dh), dact(act);
+  OnDevice<float> dscale(scale), ddots(dots);
+  OnDevice<int32_t> doffsets(offsets), dindex(index);
+  const To here = to(h.data(), scale.data(), dh.data(), act.data(), dots.data());
+  const ExpertMatrix down = matrix(static_cast<T*>(nullptr), N, K, transposed);
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t s = offsets[e]; s < offsets[e + 1]; ++s)
+      for (int64_t n = 0; n < N; n += 8) {
+        float g[8] = {};
+        for (int64_t i = 0; i < 8; ++i)
+          for (int64_t k = 0; k < K; ++k)
+            g[i] += dy[index[s] * K + k] * w[e * N * K + (n + i) * down.row_stride + k * down.col_stride];
+        float& dot = dots[s * parts + n / cuda::kDotColumns];
+        dot = (n % cuda::kDotColumns ? dot : 0) + here.store(int32_t(e), s, n, g, g);
+      }
+  GroupedGemm g{S, E, N, K, doffsets.data(), {ddy.data(), DTypeOf<T>::value, K, dindex.data(), tokens}, {}, {}};
+  g.w = matrix(dw.data(), N, K, transposed);
+  const cuda::Product<T> plain = cuda::product_of<T>(g, nullptr, N);
+  const cuda::Product<T, To> p{
+      plain.S, plain.E,       N,
+      K,       plain.offsets, plain.x,
+      plain.w, plain.w,       to(dhs.data(), dscale.data(), ddh.data(), dact.data(), ddots.data())};
+#if defined(MOERT_EMULATED)
+  EXPECT(cuda::takes_persistent(p) && cuda::tile_of(p) == c.tile);
+#endif
+  cuda::multiply(p, false, nullptr);
+  EXPECT(equal(ddh.read(), dh) && equal(dact.read(), act));
+  const std::vector<float> sums = ddots.read();
+  for (int64_t i = 0; i < S * parts; ++i) EXPECT(std::abs(sums[i] - dots[i]) <= 1e-4f * (std::abs(dots[i]) + 100));
+}
+
+void test_activation_backward() {
+  setenv(kPersistent, "1", 1);
+  for (const bool transposed : {false, true}) {
+    // Few rows too; columns that end within a sum's 64
+    activation_backward<bf16>({{1, 0, 3, 9, 2}, 72, 136, {128, 128, 1, 1}}, transposed, false);
+    activation_backward<f16>({{130, 0, 1, 60}, 200, 72, {128, 128, 1, 1}}, transposed, true);
+    activation_backward<bf16>({{300, 0, 1, 260}, 264, 72, {128, 256, 1, 1}}, transposed, true);
+    activation_backward<f16>({{520, 70}, 264, 136, {128, 256, 2, 1}}, transposed, false);
+  }
+  activation_backward<bf16>({{0, 0}, 72, 136, {128, 128, 1, 1}}, false, false);
+  setenv(kPersistent, "0", 1);
+}
+
 void test_products() {
   setenv(kPersistent, "1", 1);
   // Few rows, of experts with more than a tile and with none; depths around the ring
@@ -282,10 +345,12 @@ void tests() {
   test_takes_persistent();
   test_products();
   test_gated_products();
+  test_activation_backward();
   emulate::copies_at_once = true;
 #endif
   test_products();
   test_gated_products();
+  test_activation_backward();
 }
 
 }  // namespace
