@@ -84,6 +84,11 @@ struct EmulatedLdmatrix {
 using Ldmatrix = EmulatedLdmatrix<false>;
 using LdmatrixTransposed = EmulatedLdmatrix<true>;
 
+// Two registers of every lane of a warp, the first in the low half.
+inline void share_pair(uint32_t low, uint32_t high, uint64_t* all) {
+  std::memcpy(all, emulate::exchange(0xffffffffu, uint64_t(high) << 32 | low), 32 * sizeof(uint64_t));
+}
+
 // One warp's product of 16 x 8.  With g = lane / 4 and t = lane % 4, register i of a holds row g (+ 8 where i is odd),
 // of b column g, and elements 2 t and 2 t + 1 (16 bits) or t (32 bits) of the half i / 2 (of b: i) of the depth.
 template <class Element>
@@ -111,12 +116,9 @@ struct EmulatedMma {
                   const uint32_t& a2, const uint32_t& a3, const uint32_t& b0, const uint32_t& b1, const float& c0,
                   const float& c1, const float& c2, const float& c3) {
     uint64_t a[2][32], b[32];
-    const auto share = [](uint32_t low, uint32_t high, uint64_t* all) {
-      std::memcpy(all, emulate::exchange(0xffffffffu, uint64_t(high) << 32 | low), 32 * sizeof(uint64_t));
-    };
-    share(a0, a1, a[0]);
-    share(a2, a3, a[1]);
-    share(b0, b1, b);
+    share_pair(a0, a1, a[0]);
+    share_pair(a2, a3, a[1]);
+    share_pair(b0, b1, b);
     float sums[] = {c0, c1, c2, c3};
     const int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4;
     for (int half = 0; half < 2; ++half)
@@ -134,12 +136,9 @@ struct EmulatedMmaInt8 {
                   const uint32_t& a2, const uint32_t& a3, const uint32_t& b0, const uint32_t& b1, const uint32_t& c0,
                   const uint32_t& c1, const uint32_t& c2, const uint32_t& c3) {
     uint64_t a[2][32], b[32];
-    const auto share = [](uint32_t low, uint32_t high, uint64_t* all) {
-      std::memcpy(all, emulate::exchange(0xffffffffu, uint64_t(high) << 32 | low), 32 * sizeof(uint64_t));
-    };
-    share(a0, a1, a[0]);
-    share(a2, a3, a[1]);
-    share(b0, b1, b);
+    share_pair(a0, a1, a[0]);
+    share_pair(a2, a3, a[1]);
+    share_pair(b0, b1, b);
     const auto element = [](uint64_t pair, int which, int i) { return int32_t(int8_t(pair >> (32 * which + 8 * i))); };
     uint32_t sums[] = {c0, c1, c2, c3};  // they wrap around
     const int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4;

@@ -1,8 +1,10 @@
-// EXPECT(condition): what a C++ test asserts; says where and ends the program.
+// EXPECT(condition): what a C++ test asserts; says where and ends the program.  words(f): what f throws.
 #pragma once
 
 #include <cstdio>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #define EXPECT(condition)                                                            \
   do {                                                                               \
@@ -11,3 +13,14 @@
       std::exit(1);                                                                  \
     }                                                                                \
   } while (0)
+
+// The words of the exception that f throws.
+template <typename F>
+std::string words(const F& f) {
+  try {
+    f();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "nothing is thrown";
+}

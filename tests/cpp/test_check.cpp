@@ -4,18 +4,6 @@
 
 #include "expect.h"
 
-// The words of the exception that f throws; none is a failure.
-template <typename F>
-std::string words(const F& f) {
-  try {
-    f();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  EXPECT(!"an exception");
-  return "";
-}
-
 int main() {
   const int k = 9, E = 8;
   EXPECT(words([&] { MOERT_CHECK(k <= E, "k must be in [1, E=", E, "], got ", k); }) == "k must be in [1, E=8], got 9");

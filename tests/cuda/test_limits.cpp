@@ -20,17 +20,6 @@ using namespace moert;
 
 namespace {
 
-// The words of the exception that f throws.
-template <typename F>
-std::string words(const F& f) {
-  try {
-    f();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  return "nothing is thrown";
-}
-
 void test_words() {
   EXPECT(words([] { cuda::require_capability(7, 5, 3); }) ==
          "the GPU must have compute capability >= 8.0, got 7.5 (device 3)");

@@ -137,7 +137,9 @@ def test_what_is_refused(tmp_path):
         MoertConfig("int4", group=7)
     with pytest.raises(TypeError, match="skip must be a sequence of names, got 'model'"):
         quantize_(model, "int4", skip="model")
-    with pytest.raises(ValueError, match="precision must be one of auto, full, int8, int8_group32, fp8_group128, got int9"):
+    with pytest.raises(
+        ValueError, match="precision must be one of auto, full, int8, int8_group32, fp8_group128, got int9"
+    ):
         MoertConfig("int4", precision="int9")
     with pytest.raises(
         ValueError, match="group must be None for fp8, whose scales belong to blocks of 128 x 128, got 32"
