@@ -6,7 +6,7 @@ namespace moert::cpu {
 #if defined(__x86_64__)
 static GemmKernels pair_kernels() {
   GemmKernels kernels = avx512::gemm_kernels;
-  kernels.gemm = avx512_bf16::gemm;
+  kernels.gemm = isa() >= Isa::amx ? amx::gemm : avx512_bf16::gemm;
   kernels.multiplies_bf16 = true;
   return kernels;
 }

@@ -143,6 +143,9 @@ extern const GemmKernels gemm_kernels;
 namespace avx512_bf16 {
 void gemm(const GemmTile&);
 }
+namespace amx {
+void gemm(const GemmTile&);
+}
 
 const GemmKernels& gemm_kernels();
 

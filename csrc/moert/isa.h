@@ -4,7 +4,7 @@
 namespace moert {
 
 // Ordered: a CPU that has one has all before it.
-enum class Isa : int { generic, avx2, avx512, avx512_vnni, avx512_bf16 };
+enum class Isa : int { generic, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 
 const char* name(Isa isa);
 

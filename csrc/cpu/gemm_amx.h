@@ -1,0 +1,119 @@
+// Products of bfloat16 in tile registers.  One holds 16 rows of 64 bytes; one instruction adds the product of 16 rows
+// by 32 elements along K and 32 by 16 columns to 16 x 16 sums, one after the other along K, so that the bits of a sum
+// depend on nothing but its row and its column.
+#pragma once
+
+#include "cpu/gemm_panels.h"
+
+namespace moert::cpu {
+namespace {
+
+constexpr int64_t kEdge = 16;            // rows of a tile; its columns of float or of pairs
+constexpr int64_t kStep = 32;            // elements along K in one product
+constexpr int64_t kSumsEdge = 2 * kEdge;  // rows and columns of the sums in registers: 4 tiles of 8
+static_assert(kSumsEdge == kPanel<Pair>);
+
+// All registers are whole; what is smaller is padded.  In static memory, since GCC takes only its first 8 bytes for read.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kEdge, kEdge, kEdge, kEdge, kEdge, kEdge, kEdge, kEdge};
+};
+static_assert(sizeof(TileShapes) == 64);
+alignas(64) constexpr TileShapes kTileShapes;
+
+// The registers are ours while this lives.
+class TileRegisters {
+ public:
+  TileRegisters() { _tile_loadconfig(&kTileShapes); }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// What is written must be in memory before a tile is loaded: GCC does not know that tiles are read from there.
+MOERT_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
+
+// The left operand: bfloat16 along K, rows `pitch` bytes apart.  The right one is a panel [K / 2, kPanel] of pairs.
+struct LeftRows {
+  const char* data;
+  int64_t pitch;
+};
+
+// 16 R x 16 C sums in the registers 0 (and 1 beside it, 2 and 3 below).
+template <int R, int C>
+struct Sums {
+  static void zero() {
+    _tile_zero(0);
+    if constexpr (C > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && C > 1) _tile_zero(3);
+  }
+
+  static void load(const float* c, int64_t pitch) {
+    before_tile_loads();
+    _tile_loadd(0, c, 4 * pitch);
+    if constexpr (C > 1) _tile_loadd(1, c + kEdge, 4 * pitch);
+    if constexpr (R > 1) _tile_loadd(2, c + kEdge * pitch, 4 * pitch);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, c + kEdge * pitch + kEdge, 4 * pitch);
+  }
+
+  static void store(float* c, int64_t pitch) {
+    _tile_stored(0, c, 4 * pitch);
+    if constexpr (C > 1) _tile_stored(1, c + kEdge, 4 * pitch);
+    if constexpr (R > 1) _tile_stored(2, c + kEdge * pitch, 4 * pitch);
+    if constexpr (R > 1 && C > 1) _tile_stored(3, c + kEdge * pitch + kEdge, 4 * pitch);
+  }
+
+  // += left . right.  If `prefetch`, the rows below these come to the L2 cache: they lie too far apart for the CPU to
+  // foresee them.
+  static void add(const LeftRows& left, const Pair* right, int64_t steps, bool prefetch) {
+    before_tile_loads();
+    const char* row = left.data;
+    for (int64_t i = 0; i < steps; ++i, row += 4 * kEdge, right += kEdge * kSumsEdge) {
+      _tile_loadd(6, right, 4 * kSumsEdge);
+      if constexpr (C > 1) _tile_loadd(7, right + kEdge, 4 * kSumsEdge);
+      _tile_loadd(4, row, left.pitch);
+      if constexpr (R > 1) _tile_loadd(5, row + kEdge * left.pitch, left.pitch);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+      if (prefetch)
+        for (int64_t r = kEdge * R; r < 2 * kEdge * R; ++r) __builtin_prefetch(row + r * left.pitch, 0, 2);
+    }
+  }
+};
+
+// f(Sums) for so many rows and columns.
+template <typename F>
+MOERT_INLINE void with_sums(int64_t rows, int64_t columns, const F& f) {
+  if (rows > kEdge)
+    columns > kEdge ? f(Sums<2, 2>{}) : f(Sums<2, 1>{});
+  else
+    columns > kEdge ? f(Sums<1, 2>{}) : f(Sums<1, 1>{});
+}
+
+// out[j][i] = in[i][j], i < rows, j < columns, both up to kSumsEdge.  out is written in whole vectors.
+void transpose_block(const float* in, int64_t in_pitch, int64_t rows, float* out, int64_t out_pitch, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += kEdge)
+    for (int64_t c = 0; c < columns; c += kEdge) {
+      VecF lanes[kEdge];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kEdge; ++i) lanes[i] = r + i < rows ? load(in + (r + i) * in_pitch + c) : VecF{};
+      transpose<kEdge / 2>(lanes);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kEdge; ++j)
+        if (c + j < columns) store(out + (c + j) * out_pitch + r, lanes[j]);
+    }
+}
+
+// The panel of pairs (n, k), zeros up to a whole step.
+void pack_steps(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int64_t K, Pair* panel) {
+  pack_panel(operand, n, k, N, K, panel);
+  const int64_t rows = (K + 1) / 2, all = (K + kStep - 1) / kStep * kEdge;
+  std::fill(panel + rows * kPanel<Pair>, panel + all * kPanel<Pair>, Pair(0));
+}
+
+}  // namespace
+}  // namespace moert::cpu
