@@ -30,6 +30,7 @@ void forward(const RoutedRows& tokens, const ExpertWeights& w, int64_t threads, 
           const TileOperand down = operand_of(w.down, task.expert, task.n, 0, true);
           GemmTile tile{task.M, task.N, w.I, operand_of(rows, task.row, 0), down, memory.c0, memory.scratch};
           tile.batch_invariant = tokens.batch_invariant;
+          tile.same_a = second.numbers + task.row;
           gemm_kernels().gemm(tile);
           return vector_of(w.down_bias, 1, task, memory.row0);
         },

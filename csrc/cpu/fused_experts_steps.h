@@ -71,6 +71,7 @@ struct FirstGemm {
   void *act, *h;
   bool gated, batch_invariant;
   DType between;
+  int64_t numbers;  // GemmTile::same_a of the rows of x
   std::vector<TileTask> tasks;
 
   FirstGemm(const RoutedRows& tokens, const ExpertWeights& w, const Plan<A>& plan, int64_t threads, void* act, void* h)
@@ -82,6 +83,7 @@ struct FirstGemm {
         gated(is_gated(w.activation.act)),
         batch_invariant(tokens.batch_invariant),
         between(between_gemms(x.dtype)),
+        numbers(new_numbers(plan.S)),
         tasks(tile_tasks(plan.offsets, w.E, 0, w.I, gated ? kHalfColumns : kTileColumns, threads)) {}
 
   void run(Team& team) const {
@@ -90,6 +92,7 @@ struct FirstGemm {
       GemmTile tile{task.M, task.N, w.H, operand_of(x, task.row, 0), gate, memory.c0, memory.scratch};
       if (gated) tile.b2 = operand_of(w.up, task.expert, task.n, 0, true), tile.c2 = memory.c1;
       tile.batch_invariant = batch_invariant;
+      tile.same_a = numbers + task.row;
       gemm_kernels().gemm(tile);
     });
   }
@@ -134,11 +137,12 @@ template <typename A>
 struct CombinedRows {
   const Plan<A>& plan;
   int64_t H, width;
-  Memory<A> rows;  // [slots, width], of one slice
+  int64_t numbers;  // GemmTile::same_a of the rows that the products have in common
+  Memory<A> rows;   // [slots, width], of one slice
   std::vector<std::vector<TileTask>> slices;
 
   // One slice if `whole`; nothing to do where H is 0.
-  CombinedRows(const Plan<A>& plan, int64_t H, int64_t threads, bool whole = false) : plan(plan), H(H) {
+  CombinedRows(const Plan<A>& plan, int64_t H, int64_t threads, bool whole = false) : plan(plan), H(H), numbers(new_numbers(plan.S)) {
     const int64_t slots = plan.slots_used(), budget = kSliceValues * std::max<int64_t>(1, threads / 2);
     const int64_t tiles = std::max<int64_t>(1, budget / std::max<int64_t>(1, slots) / kTileColumns);
     width = whole ? H : std::min(H, tiles * kTileColumns);

@@ -108,6 +108,23 @@ void transpose_block(const float* in, int64_t in_pitch, int64_t rows, float* out
     }
 }
 
+// Rows [r, r + R), R <= kSumsEdge, of a matrix along K, as they lie, or where tiles would reach past them a copy with
+// zeros around it.
+LeftRows left_rows(const TileMatrix& in, int64_t r, int64_t R, int64_t k, int64_t K, Pair* copy) {
+  TileMatrix from = in;
+  from.data = static_cast<const bf16*>(in.data) + k * in.col_stride;
+  if (!in.index && in.col_stride == 1 && R % kEdge == 0 && K % kStep == 0)
+    return {reinterpret_cast<const char*>(row_of(from, r)), in.row_stride * int64_t(sizeof(bf16))};
+  if (in.index)
+    from.index += r;
+  else
+    from.data = row_of(from, r);
+  const int64_t pitch = (K + kStep - 1) / kStep * kEdge + kEdge;
+  copy_pairs(from, R, K, kStep, copy, pitch);
+  std::fill(copy + R * pitch, copy + (R + kEdge - 1) / kEdge * kEdge * pitch, Pair(0));
+  return {reinterpret_cast<const char*>(copy), pitch * int64_t(sizeof(Pair))};
+}
+
 // The panel of pairs (n, k), zeros up to a whole step.
 void pack_steps(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int64_t K, Pair* panel) {
   pack_panel(operand, n, k, N, K, panel);

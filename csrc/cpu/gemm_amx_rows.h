@@ -7,75 +7,77 @@
 namespace moert::cpu {
 namespace {
 
-// Where one product's sums go: rows of c are rows of x, columns are weight rows.
-struct Transposed {
-  const TileMatrix& weights;
-  float* c;
+// The panels of x, [M / kPanel, block / 2, kPanel] pairs of `block` elements along K, and what follows them in scratch.
+struct PairPanels {
+  Pair* data;
+  int64_t count, size;  // size: of a panel
+  int64_t block;
+  float* sums;  // [N / kSumsEdge, count] blocks of [weight row, row of x]
+  Pair* copy;   // of kSumsEdge weight rows
 };
 
-// Elements along K at a time: the panels of all rows of x and a block of copied weights lie in the scratch.
-int64_t steps_k(int64_t panels, int64_t K) {
-  const int64_t most = (kGemmScratch - kSumsEdge * kEdge) / (kEdge * (panels + 1)) / kStep * kStep;
-  const int64_t blocks = std::max<int64_t>(1, (K + most - 1) / most);
-  return std::max(kStep, ((K + blocks - 1) / blocks + kStep - 1) / kStep * kStep);
+constexpr int64_t kSums = kSumsEdge * kSumsEdge;
+
+// As many elements along K as there is room for, in equal blocks of whole steps.
+PairPanels place_panels(const GemmTile& t) {
+  const int64_t count = (t.M + kSumsEdge - 1) / kSumsEdge, sums = count * ((t.N + kSumsEdge - 1) / kSumsEdge) * kSums;
+  const int64_t most = (kGemmScratch - sums - kSumsEdge * kEdge) / (kEdge * (count + 1)) / kStep * kStep;
+  const int64_t blocks = std::max<int64_t>(1, (t.K + most - 1) / most);
+  const int64_t block = std::max(kStep, ((t.K + blocks - 1) / blocks + kStep - 1) / kStep * kStep);
+  const int64_t size = block / 2 * kSumsEdge;
+  float* scratch = static_cast<float*>(t.scratch);
+  Pair* data = reinterpret_cast<Pair*>(scratch + sums);
+  return {data, count, size, block, scratch, data + count * size};
 }
 
-// Weight rows [n, n + N), N <= kSumsEdge, for the kernel: as they lie, or where a tile would reach past them a copy
-// with zeros around it.
-LeftRows left_rows(const TileMatrix& w, int64_t n, int64_t N, int64_t k, int64_t K, Pair* copy) {
-  TileMatrix from = w;
-  from.data = static_cast<const bf16*>(w.data) + k * w.col_stride;
-  if (!w.index && N % kEdge == 0 && K % kStep == 0)
-    return {reinterpret_cast<const char*>(row_of(from, n)), w.row_stride * int64_t(sizeof(bf16))};
-  if (w.index)
-    from.index += n;
-  else
-    from.data = row_of(from, n);
-  const int64_t pitch = (K + kStep - 1) / kStep * kEdge + kEdge;
-  copy_pairs(from, N, K, kStep, copy, pitch);
-  std::fill(copy + N * pitch, copy + (N + kEdge - 1) / kEdge * kEdge * pitch, Pair(0));
-  return {reinterpret_cast<const char*>(copy), pitch * int64_t(sizeof(Pair))};
-}
+// Of two panels or more so many elements along K are multiplied at a time: those of the weight rows then stay in the
+// level-1 cache and those of x in the level-2 cache.
+constexpr int64_t kNearK = 1024;
 
-// All weight rows of one K block with all rows of x.
-void add_transposed(const GemmTile& t, const Transposed& product, const Pair* panels, int64_t panel_size, int64_t k,
-                    int64_t K, Pair* copy, bool accumulate) {
-  const int64_t steps = (K + kStep - 1) / kStep;
-  alignas(64) float block[kSumsEdge * kSumsEdge];
-  for (int64_t n = 0; n < t.N; n += kSumsEdge) {
-    const int64_t N = std::min(kSumsEdge, t.N - n);
-    const LeftRows left = left_rows(product.weights, n, N, k, K, copy);
-    const bool more = n + kSumsEdge < t.N;
-    for (int64_t m = 0; m < t.M; m += kSumsEdge) {
-      const int64_t M = std::min(kSumsEdge, t.M - m);
-      float* c = product.c + m * kTileColumns + n;
-      with_sums(N, M, [&](auto sums) {
-        if (accumulate) {
-          transpose_block(c, kTileColumns, M, block, kSumsEdge, N);
-          sums.load(block, kSumsEdge);
-        } else {
-          sums.zero();
-        }
-        sums.add(left, panels + m / kSumsEdge * panel_size, steps, more && m == 0);
-        sums.store(block, kSumsEdge);
-      });
-      transpose_block(block, kSumsEdge, N, c, kTileColumns, M);
-    }
+// One K block of one product, for all rows of x and of the weights.
+void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPanels& x, int64_t k, int64_t K, float* out,
+                    bool accumulate) {
+  // f(n, p, N, M, sums) for every block of sums.
+  const auto for_weight_rows = [&](const auto& f) {
+    for (int64_t n = 0, i = 0; n < t.N; n += kSumsEdge, ++i) f(n, std::min(kSumsEdge, t.N - n), x.sums + i * x.count * kSums);
+  };
+  const auto rows = [&](int64_t p) { return std::min(kSumsEdge, t.M - p * kSumsEdge); };
+  const auto c = [&](int64_t p, int64_t n) { return out + p * kSumsEdge * kTileColumns + n; };
+  if (accumulate)
+    for_weight_rows([&](int64_t n, int64_t N, float* sums) {
+      for (int64_t p = 0; p < x.count; ++p)
+        transpose_block(c(p, n), kTileColumns, rows(p), sums + p * kSums, kSumsEdge, N);
+    });
+  const int64_t step = x.count > 1 ? kNearK : K;
+  for (int64_t near = 0; near < K || near == 0; near += step) {
+    const int64_t part = std::min(step, K - near), steps = (part + kStep - 1) / kStep;
+    for_weight_rows([&](int64_t n, int64_t N, float* sums) {
+      const LeftRows left = left_rows(weights, n, N, k + near, part, x.copy);
+      for (int64_t p = 0; p < x.count; ++p)
+        with_sums(N, rows(p), [&](auto tiles) {
+          near > 0 || accumulate ? tiles.load(sums + p * kSums, kSumsEdge) : tiles.zero();
+          tiles.add(left, x.data + p * x.size + near / 2 * kSumsEdge, steps, n + kSumsEdge < t.N && p == 0);
+          tiles.store(sums + p * kSums, kSumsEdge);
+        });
+    });
   }
+  for_weight_rows([&](int64_t n, int64_t N, float* sums) {
+    for (int64_t p = 0; p < x.count; ++p)
+      transpose_block(sums + p * kSums, kSumsEdge, N, c(p, n), kTileColumns, rows(p));
+  });
 }
 
-void gemm_weight_rows(const GemmTile& t) {
-  const int64_t panels = (t.M + kSumsEdge - 1) / kSumsEdge, block = steps_k(panels, t.K);
-  const int64_t panel_size = block / 2 * kSumsEdge;
-  Pair *x = static_cast<Pair*>(t.scratch), *copy = x + panels * panel_size;
+// `ready`: the panels of x are those of the last call with this scratch.
+void gemm_weight_rows(const GemmTile& t, bool ready) {
+  const PairPanels x = place_panels(t);
   const TileRegisters registers;
-  for (int64_t k = 0; k < t.K || k == 0; k += block) {
-    const int64_t K = std::min(block, t.K - k);
-    for (int64_t p = 0; p < panels; ++p)
-      pack_steps(t.a, p * kSumsEdge, k, std::min(kSumsEdge, t.M - p * kSumsEdge), K, x + p * panel_size);
+  for (int64_t k = 0; k < t.K || k == 0; k += x.block) {
+    const int64_t K = std::min(x.block, t.K - k);
+    for (int64_t m = 0; m < t.M && !(ready && x.block >= t.K); m += kSumsEdge)
+      pack_steps(t.a, m, k, std::min(kSumsEdge, t.M - m), K, x.data + m / kSumsEdge * x.size);
     const bool accumulate = t.accumulate || k > 0;
-    add_transposed(t, {t.b.matrix, static_cast<float*>(t.c)}, x, panel_size, k, K, copy, accumulate);
-    if (t.c2) add_transposed(t, {t.b2.matrix, static_cast<float*>(t.c2)}, x, panel_size, k, K, copy, accumulate);
+    add_transposed(t, t.b.matrix, x, k, K, static_cast<float*>(t.c), accumulate);
+    if (t.c2) add_transposed(t, t.b2.matrix, x, k, K, static_cast<float*>(t.c2), accumulate);
   }
 }
 

@@ -22,8 +22,10 @@ constexpr int64_t kTileBlock = kTileK * kPitchKM;
 static_assert(kTileRows * kPitchMK <= kTileBlock);
 
 // Values that gemm() needs to work in: a block of A for dot products, or one of panels and a panel of B.
-constexpr int64_t kGemmScratch = kDotRows * (kDotK + 16);
-static_assert(kTileBlock + 32 * kTileK <= kGemmScratch);
+// For tile registers: the pairs of kTileRows rows of kPairK elements, 32 rows of weights, and a tile of sums.
+constexpr int64_t kPairK = 2048;
+constexpr int64_t kGemmScratch = (kTileRows + 32) * kPairK / 2 + 1024 + kTileRows * kTileColumns;
+static_assert(kDotRows * (kDotK + 16) <= kGemmScratch && kTileBlock + 32 * kTileK <= kGemmScratch);
 
 // Element (r, c) is data[row(r) * row_stride + c * col_stride]; row(r) = index ? index[r] : r.
 struct TileMatrix {
@@ -71,6 +73,8 @@ struct GemmTile {
   bool batch_invariant = false;
   // Done to every part of c as soon as it is complete, where not null; only for products whose b is k_rows.
   const StoreTile* finish = nullptr;
+  // Calls with the same number, if it is not 0, have the same a, M and K: what a thread has laid out of it serves again.
+  int64_t same_a = 0;
 };
 
 // out[m, n] = activation(gate[m, n], up[m, n]).

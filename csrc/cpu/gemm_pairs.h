@@ -63,6 +63,30 @@ void interleave_rows(const TileMatrix& in, int64_t k, int64_t K, int64_t N, int6
   }
 }
 
+#if defined(__AVX512F__)
+// out[i] = pair i of each of 16 rows.  Quarters of four rows meet as they are loaded, on ports that shuffles leave free.
+MOERT_INLINE void load_transposed(const bf16* const* rows, Vec<Pair>* out) {
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const auto four = [&](int row) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + 8 * quarter));
+    };
+    __m512i x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_inserti32x4(_mm512_castsi128_si512(four(i)), four(4 + i), 1);
+      x[i] = _mm512_inserti32x4(_mm512_inserti32x4(x[i], four(8 + i), 2), four(12 + i), 3);
+    }
+    const __m512i low = _mm512_unpacklo_epi32(x[0], x[1]), low2 = _mm512_unpacklo_epi32(x[2], x[3]);
+    const __m512i high = _mm512_unpackhi_epi32(x[0], x[1]), high2 = _mm512_unpackhi_epi32(x[2], x[3]);
+    out[4 * quarter] = bit_cast_vector<Vec<Pair>>(_mm512_unpacklo_epi64(low, low2));
+    out[4 * quarter + 1] = bit_cast_vector<Vec<Pair>>(_mm512_unpackhi_epi64(low, low2));
+    out[4 * quarter + 2] = bit_cast_vector<Vec<Pair>>(_mm512_unpacklo_epi64(high, high2));
+    out[4 * quarter + 3] = bit_cast_vector<Vec<Pair>>(_mm512_unpackhi_epi64(high, high2));
+  }
+}
+#endif
+
 // panel[k / 2, n] = elements k and k + 1 of row n < N, zeros from N on; rows of `in` run along K.
 template <int64_t kWidth>
 void transpose_pairs(const TileMatrix& in, int64_t row, int64_t N, int64_t K, Pair* panel) {
@@ -76,21 +100,32 @@ void transpose_pairs(const TileMatrix& in, int64_t row, int64_t N, int64_t K, Pa
       }
     return;
   }
-  for (int64_t half = 0; half < kWidth; half += L)
+  for (int64_t half = 0; half < kWidth; half += L) {
+    const bf16* sources[L];
+    for (int i = 0; i < L; ++i) sources[i] = half + i < N ? row_of(in, row + half + i) : nullptr;
     for (int64_t k = 0; k < K; k += 2 * L) {
       Vec<Pair> rows[L];
+      // The next panel's rows: too many streams for the CPU to foresee.
+      for (int i = 0; i < L; ++i)
+        if (sources[i]) __builtin_prefetch(sources[i] + k + kWidth * in.row_stride, 0, 2);
+#if defined(__AVX512F__)
+      if (half + L <= N && k + 2 * L <= K) {
+        const bf16* at[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        const bool used = half + i < N;
-        const bf16* source = used ? row_of(in, row + half + i) + k : nullptr;
-        rows[i] = used ? load_pairs(source, K - k) : Vec<Pair>{};
-        // The next panel's rows: too many streams for the CPU to foresee.
-        if (used) __builtin_prefetch(source + kWidth * in.row_stride, 0, 2);
+        for (int i = 0; i < L; ++i) at[i] = sources[i] + k;
+        load_transposed(at, rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(panel + (k / 2 + i) * kWidth + half, rows[i]);
+        continue;
       }
+#endif
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) rows[i] = sources[i] ? load_pairs(sources[i] + k, K - k) : Vec<Pair>{};
       transpose<L / 2>(rows);
       const int64_t pairs = (K - k + 1) / 2;
       for (int64_t i = 0; i < (pairs < L ? pairs : L); ++i) store(panel + (k / 2 + i) * kWidth + half, rows[i]);
     }
+  }
 }
 
 }  // namespace

@@ -12,12 +12,14 @@ template <typename A>
 void grouped_gemm_of(const GroupedGemm& p, int64_t threads, void* y, int64_t y_stride) {
   const GemmKernels& kernels = gemm_kernels();
   const auto tasks = tile_tasks(p.offsets, p.E, 0, p.N, kTileColumns, threads);
+  const int64_t numbers = new_numbers(p.S);
   parallel_for(int64_t(tasks.size()), threads, [&](int64_t i) {
     const TileTask& task = tasks[i];
     const TileMemory<A> memory = tile_memory<A>();
     const TileOperand w = operand_of(p.w, task.expert, task.n, 0, true);
     GemmTile tile{task.M, task.N, p.K, operand_of(p.x, task.row, 0), w, memory.c0, memory.scratch};
     tile.batch_invariant = p.batch_invariant;
+    tile.same_a = numbers + task.row;
     kernels.gemm(tile);
 
     const A* bias = nullptr;

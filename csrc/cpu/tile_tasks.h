@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -91,6 +92,12 @@ inline std::vector<TileTask> tile_tasks(const int32_t* offsets, int64_t E, int64
         tasks.push_back({e, begin + row, std::min(M, rows - row), n, std::min(width, last - n)});
   }
   return tasks;
+}
+
+// The first of n numbers that nobody else has: GemmTile::same_a for the tasks of n rows.
+inline int64_t new_numbers(int64_t n) {
+  static std::atomic<int64_t> next{1};
+  return next.fetch_add(n, std::memory_order_relaxed);
 }
 
 // Operands of a tile.
