@@ -48,7 +48,7 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
       for (int64_t p = 0; p < x.count; ++p)
         transpose_block(c(p, n), kTileColumns, rows(p), sums + p * kSums, kSumsEdge, N);
     });
-  const int64_t step = x.count > 1 ? kNearK : K;
+  const int64_t step = x.count > 1 ? kNearK : std::max(K, kStep);
   for (int64_t near = 0; near < K || near == 0; near += step) {
     const int64_t part = std::min(step, K - near), steps = (part + kStep - 1) / kStep;
     for_weight_rows([&](int64_t n, int64_t N, float* sums) {

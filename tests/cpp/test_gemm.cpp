@@ -1,0 +1,193 @@
+// The product of one tile, in every way its operands may lie, against the plain sums.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/tile_tasks.h"
+#include "expect.h"
+
+using namespace moert;
+using namespace moert::cpu;
+
+namespace {
+
+// Small integers: bfloat16 holds them, and every sum is exact in float32, so the result has one right value.
+struct Integers {
+  uint32_t seed = 1;
+  float operator()() { return float(int32_t((seed = seed * 1664525u + 1013904223u) >> 24) % 7 - 3); }
+};
+
+// [rows, K] in float32 or bfloat16; `along_rows`: element (r, k) at k * rows + r.  In an allocation of its own that ends
+// where it ends, so that a sanitizer sees what is read past it.
+template <typename T>
+struct Operand {
+  int64_t rows, K;
+  bool along_rows;
+  std::vector<T> data;
+
+  Operand(int64_t rows, int64_t K, bool along_rows, Integers& next)
+      : rows(rows), K(K), along_rows(along_rows), data(size_t(rows * K)) {
+    for (auto& x : data) set(x, next());
+  }
+  static void set(float& to, float x) { to = x; }
+  static void set(bf16& to, float x) { to = to_bf16(x); }
+  static float get(float x) { return x; }
+  static float get(bf16 x) { return to_float(x); }
+  float at(int64_t r, int64_t k) const { return get(data[size_t(along_rows ? k * rows + r : r * K + k)]); }
+  TileOperand operand() const {
+    return {{data.data(), DTypeOf<T>::value, along_rows ? rows : K, 1, nullptr}, along_rows};
+  }
+  // As moert.prepack_ leaves weights.
+  std::vector<T> panels() const {
+    const Panel panel = panel_of(DTypeOf<T>::value);
+    std::vector<T> out;
+    for (int64_t n = 0; n < rows; n += panel.columns)
+      for (int64_t k = 0; k < K; k += panel.depth)
+        for (int64_t i = 0; i < panel.columns * panel.depth; ++i) {
+          out.emplace_back();
+          set(out.back(), at(n + i / panel.depth, k + i % panel.depth));
+        }
+    return out;
+  }
+};
+
+struct Sums {
+  Memory<float> c = allocate<float>(kTileRows * kTileColumns);
+  float at(int64_t m, int64_t n) const { return c[m * kTileColumns + n]; }
+  Sums() { std::fill(c.get(), c.get() + kTileRows * kTileColumns, 5.0f); }
+};
+
+constexpr int kPlain = 0, kAccumulate = 1, kIndexed = 2, kPanels = 4, kInvariant = 8;  // options
+
+template <typename T>
+void product(int64_t M, int64_t N, int64_t K, bool a_rows, bool b_rows, int options) {
+  Integers next;
+  const Operand<T> a(M, K, a_rows, next), b(N, K, b_rows, next), b2(N, K, b_rows, next);
+  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  Sums c, c2;
+  GemmTile tile{M, N, K, a.operand(), b.operand(), c.c.get(), scratch.get(), (options & kAccumulate) != 0};
+  tile.b2 = b2.operand(), tile.c2 = c2.c.get();
+  tile.batch_invariant = (options & kInvariant) != 0;
+  // Stored rows the other way round.
+  std::vector<int32_t> index;
+  const int64_t stored = a_rows ? K : M;
+  for (int64_t r = 0; r < stored; ++r) index.push_back(int32_t(stored - 1 - r));
+  if (options & kIndexed) tile.a.matrix.index = index.data();
+  const auto a_at = [&](int64_t m, int64_t k) {
+    if (!(options & kIndexed)) return a.at(m, k);
+    return a_rows ? a.at(m, K - 1 - k) : a.at(M - 1 - m, k);
+  };
+  std::vector<T> panels, panels2;
+  if (options & kPanels) {
+    panels = b.panels(), panels2 = b2.panels();
+    tile.b = {{panels.data(), DTypeOf<T>::value, K, 1, nullptr}, false, true};
+    tile.b2 = {{panels2.data(), DTypeOf<T>::value, K, 1, nullptr}, false, true};
+  }
+  gemm_kernels().gemm(tile);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      float sum = options & kAccumulate ? 5 : 0, sum2 = sum;
+      for (int64_t k = 0; k < K; ++k) sum += a_at(m, k) * b.at(n, k), sum2 += a_at(m, k) * b2.at(n, k);
+      EXPECT(c.at(m, n) == sum && c2.at(m, n) == sum2);
+    }
+  for (int64_t m = M; m < kTileRows; ++m) EXPECT(c.at(m, 0) == 5);  // rows of another thread
+}
+
+// A second call with the same number and other weights; another number is laid out anew.
+void same_rows() {
+  Integers next;
+  constexpr int64_t M = 40, N = 32, K = 96;
+  const Operand<bf16> a(M, K, false, next), other(M, K, false, next), b(N, K, false, next), b2(N, K, false, next);
+  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  const int64_t number = new_numbers(2);
+  const auto check = [&](const Operand<bf16>& x, const Operand<bf16>& w, int64_t number) {
+    Sums c;
+    GemmTile tile{M, N, K, x.operand(), w.operand(), c.c.get(), scratch.get()};
+    tile.same_a = number;
+    gemm_kernels().gemm(tile);
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = 0; n < N; ++n) {
+        float sum = 0;
+        for (int64_t k = 0; k < K; ++k) sum += x.at(m, k) * w.at(n, k);
+        EXPECT(c.at(m, n) == sum);
+      }
+  };
+  check(a, b, number);
+  check(a, b2, number);
+  check(other, b2, number + 1);
+  check(a, b, 0);
+  check(other, b, 0);
+  check(a, b, number);
+}
+
+// Weight gradients leave c for their output part by part.
+void finished_parts() {
+  Integers next;
+  constexpr int64_t M = 37, N = 70, K = 45;
+  const Operand<bf16> a(M, K, true, next), b(N, K, true, next);
+  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  Sums c;
+  std::vector<float> out(size_t(M * N), 1.0f);
+  StoreTile store{M, N, c.c.get(), nullptr, nullptr, ScaleOn::output, out.data(), DType::f32, N, 1};
+  store.accumulate = true;
+  GemmTile tile{M, N, K, a.operand(), b.operand(), c.c.get(), scratch.get()};
+  tile.finish = &store;
+  gemm_kernels().gemm(tile);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      float sum = 1;
+      for (int64_t k = 0; k < K; ++k) sum += a.at(m, k) * b.at(n, k);
+      EXPECT(out[size_t(m * N + n)] == sum);
+    }
+}
+
+// The bits of a row are the same whatever rows are beside it, here of numbers whose sums are rounded.
+void invariant_rows() {
+  constexpr int64_t N = 48, K = 3000;
+  Integers next;
+  std::vector<bf16> x(size_t(kTileRows * K)), w(size_t(N * K));
+  for (auto* values : {&x, &w})
+    for (auto& value : *values) value = to_bf16(next() + next() / 7);
+  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  const auto rows = [&](int64_t M) {
+    Sums c;
+    GemmTile tile{M, N, K, {{x.data(), DType::bf16, K, 1, nullptr}, false}, {{w.data(), DType::bf16, K, 1, nullptr}, false},
+                  c.c.get(), scratch.get()};
+    tile.batch_invariant = true;
+    gemm_kernels().gemm(tile);
+    return c;
+  };
+  const Sums all = rows(kTileRows);
+  for (const int64_t M : {1, 2, 3, 7, 16, 17, 64, 130})
+    for (const Sums c = rows(M); const int64_t m : {int64_t(0), M - 1})
+      EXPECT(!std::memcmp(&c.c[m * kTileColumns], &all.c[m * kTileColumns], N * sizeof(float)));
+}
+
+}  // namespace
+
+int main() {
+  for (const bool a_rows : {false, true})
+    for (const bool b_rows : {false, true})
+      for (const int options : {kPlain, kAccumulate | kIndexed, kAccumulate | kInvariant}) {
+        for (const int64_t M : {1, 2, 3, 16, 33, 100})
+          for (const int64_t N : {1, 16, 24, 65})
+            for (const int64_t K : {0, 1, 2, 31, 32, 100}) {
+              product<float>(M, N, K, a_rows, b_rows, options);
+              product<bf16>(M, N, K, a_rows, b_rows, options);
+            }
+        for (const int64_t K : {511, 1024, 2049, 4100}) {
+          product<float>(20, 18, K, a_rows, b_rows, options);
+          product<bf16>(20, 48, K, a_rows, b_rows, options);
+          product<bf16>(256, 16, K / 2, a_rows, b_rows, options);
+        }
+      }
+  for (const bool a_rows : {false, true})
+    for (const int64_t M : {1, 2, 16, 45})
+      for (const int64_t K : {2, 30, 32, 130, 512, 1026}) {
+        product<float>(M, 64, K, a_rows, false, kPanels);
+        product<bf16>(M, 96, K, a_rows, false, kPanels | kAccumulate);
+      }
+  same_rows();
+  finished_parts();
+  invariant_rows();
+}
