@@ -45,7 +45,8 @@ void packed_gemm(benchmark::State& state, const NamedFormat& format, Precision p
         for (int64_t row = 0; row < weights.packing.rows; row += kTile) {
           const cpu::PackedRows b = cpu::rows_of(weights.matrix(), e, row);
           if (precision == Precision::full)
-            cpu::packed_gemm_kernels().few({M, kTile, x.floats.get(), RowsOfX::kStride, b, c.get()});
+            cpu::packed_gemm_kernels().few(
+                {M, kTile, x.floats.get(), RowsOfX::kStride, b, c.get(), reinterpret_cast<uint8_t*>(scratch.get())});
           else
             cpu::packed_gemm_kernels().gemm(
                 {M, kTile, {x.quantized.get(), x.bytes}, b, precision, c.get(), scratch.get()});

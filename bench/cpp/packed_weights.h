@@ -121,19 +121,15 @@ struct PackedWeights {
     codes.repeat(c, E), scales.repeat(s, E);
   }
 
-  // 88.5 % zeros.
+  // 88.5 % zeros; a whole matrix of random rows, or the few entries of the dictionary that they need would be at hand.
   void fill_sub1() {
-    std::vector<uint8_t> digits(16 * packing.columns);
+    std::vector<uint8_t> digits(packing.rows * packing.columns);
     std::discrete_distribution<int> digit{kSub1Zero, (1 - kSub1Zero) / 2, (1 - kSub1Zero) / 2};
     for (uint8_t& d : digits) d = uint8_t(digit(generator));
-    const cpu::Sub1Rows few = cpu::sub1_encode(digits.data(), 16, packing.columns, 1);
-    const int64_t times = packing.rows / 16, size = int64_t(few.codes.size());
-    std::vector<int32_t> ends{0};
-    for (int64_t i = 0; i < packing.rows; ++i) ends.push_back(int32_t(i / 16 * size + few.row_ptr[size_t(i % 16 + 1)]));
-    codes.repeat(few.codes, E * times),
-        scales.repeat(std::vector<bf16>{to_bf16(-0.1f), to_bf16(0.1f)}, E * packing.rows);
-    zeros.repeat(ends, E);
-    for (int64_t e = 0; e <= E; ++e) starts.push_back(e * times * size);
+    const cpu::Sub1Rows one = cpu::sub1_encode(digits.data(), packing.rows, packing.columns, 2);
+    codes.repeat(one.codes, E), zeros.repeat(one.row_ptr, E);
+    scales.repeat(std::vector<bf16>{to_bf16(-0.1f), to_bf16(0.1f)}, E * packing.rows);
+    for (int64_t e = 0; e <= E; ++e) starts.push_back(e * int64_t(one.codes.size()));
   }
 };
 

@@ -40,10 +40,13 @@ constexpr int64_t kDequantizedValues = 64 << 10;
 // As full_product, for few rows; false where the format has no kernel for them.
 inline bool few_product(const PackedMatrix& w, const TileTask& task, int64_t row, const TileOperand& x, float* c) {
   const int64_t K = w.packing.columns, stride = (K + 15) / 16 * 16 + kFewPadding;
-  float* values = reinterpret_cast<float*>(thread_scratch(task.M * stride * int64_t(sizeof(float))));
+  const int64_t bytes = task.M * stride * int64_t(sizeof(float));
+  char* scratch = thread_scratch(bytes + few_scratch(K));
+  float* values = reinterpret_cast<float*>(scratch);
   gemm_kernels().widen(x.matrix, task.M, K, values, stride);
   for (int64_t m = 0; m < task.M; ++m) std::fill(values + m * stride + K, values + (m + 1) * stride, 0.0f);
-  return packed_gemm_kernels().few({task.M, task.N, values, stride, rows_of(w, task.expert, row + task.n), c});
+  return packed_gemm_kernels().few({task.M, task.N, values, stride, rows_of(w, task.expert, row + task.n), c,
+                                    reinterpret_cast<uint8_t*>(scratch + bytes)});
 }
 
 // c [M, N], rows kTileColumns apart = x [M, columns] . w[e, row + n .. ]^T with full activations; n and N are the

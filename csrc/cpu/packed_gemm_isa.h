@@ -39,14 +39,16 @@ struct PackedTile {
 
 // c[m, n] = x[m] . w[n] for few rows of float32, the weights made floats in registers.
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kFewPadding = 64;  // columns of zeros that a row of x has at least behind its own
+constexpr int64_t kFewPadding = 128;  // columns of zeros that a row of x has at least behind its own
 struct FewRows {
   int64_t M, N;
-  const float* x;  // rows `stride` apart
+  float* x;  // rows `stride` apart; they may come back in another order of columns
   int64_t stride;
   PackedRows b;
-  float* c;  // rows kTileColumns apart
+  float* c;          // rows kTileColumns apart
+  uint8_t* scratch;  // few_scratch(b.packing.columns) bytes
 };
+constexpr int64_t few_scratch(int64_t columns) { return 2 * columns + 128; }  // sub1: 4 rows, half a byte a column
 
 constexpr int64_t packed_scratch(int64_t columns) { return 32 * columns + (int64_t(512) << 10); }
 

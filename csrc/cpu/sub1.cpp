@@ -108,23 +108,22 @@ const Sub1Dictionary& sub1_dictionary() {
   return dictionary;
 }
 
-const Sub1Masks* sub1_masks() {
-  static const std::vector<Sub1Masks> masks = [] {
-    std::vector<Sub1Masks> made;
+const uint64_t* sub1_pairs() {
+  static const std::vector<uint64_t> pairs = [] {
+    std::vector<uint64_t> made;
     made.reserve(size_t(kSub1Size));
     for (const Sub1Entry& entry : sub1_dictionary().entries) {
       const int size = sub1_length(entry.data());
-      Sub1Masks mask = {uint32_t(size) << 28, 0};
+      uint64_t bits = uint64_t(size) << 60;
       for (int t = 0; t < 2 * size; ++t) {
-        const uint8_t digit = sub1_digit(entry.data(), t);
-        mask.low_and_size |= uint32_t(digit == 1) << t;
-        mask.high |= uint32_t(digit == 2) << t;
+        const int symbol = t / 2;
+        bits |= uint64_t(sub1_digit(entry.data(), t)) << (8 * (symbol % 8) + 4 * (symbol / 8) + 2 * (t % 2));
       }
-      made.push_back(mask);
+      made.push_back(bits);
     }
     return made;
   }();
-  return masks.data();
+  return pairs.data();
 }
 
 Sub1Rows sub1_encode(const uint8_t* digits, int64_t rows, int64_t columns, int threads) {

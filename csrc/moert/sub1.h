@@ -39,12 +39,9 @@ struct Sub1Dictionary {
 // its nine extensions become candidates.  Made once, at the first call.
 const Sub1Dictionary& sub1_dictionary();
 
-// What kernels read of an entry, in 8 bytes.
-struct Sub1Masks {
-  uint32_t low_and_size;  // bits 0..27 the digits that are 1, bits 28..31 the number of symbols
-  uint32_t high;          // bits 0..27 the digits that are 2
-};
-const Sub1Masks* sub1_masks();  // [kSub1Size]
+// What kernels read of an entry: its symbols as d0 + 4 d1, symbol i at bits 8 i and, from the eighth on, 8 (i - 8) + 4;
+// bits 60..63 are their number.  So an entry and the entry >> 4 behind it are a byte a symbol, with other things above.
+const uint64_t* sub1_pairs();  // [kSub1Size]
 
 // The digits [rows, columns] as codewords: row r is codes[row_ptr[r]] up to codes[row_ptr[r + 1]].  Throws on digits
 // above 2 and where row_ptr would not fit.
