@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Of the package that is built here: the CUDA half takes minutes, so without a GPU only who asks for it waits for them.
+MOERT_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]*),AUTO,OFF)
 # Tests run side by side on the same cores: threads that wait must not spin.
 WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -12,6 +14,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 READY   := $(VENV)/.moert
 TOOLS   := $(VENV)/.tools-$(firstword $(TORCH))
+CHOICE  := $(VENV)/.cuda-$(MOERT_CUDA)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 ISAS     = $(shell $(BIN)/python -c "from moert import _C; kernels = sum(_C.build()['kernels'].values(), ['generic']); print(*[isa for isa in _C.isas() if isa in kernels])")
 
@@ -141,9 +144,9 @@ clean:
 	rm -rf build dist $(VENV)
 
 # A second call does nothing: each stamp is newer than all it was made from, and the build folder is kept.
-$(READY): $(TOOLS) $(SOURCES)
+$(READY): $(TOOLS) $(CHOICE) $(SOURCES)
 	touch $@.new  # before the build, so that a file saved during it counts as newer
-	$(BIN)/pip install -q --no-build-isolation -e '.[test]'
+	MOERT_CUDA=$(MOERT_CUDA) $(BIN)/pip install -q --no-build-isolation -e '.[test]'
 	mv $@.new $@
 
 $(TOOLS):
@@ -152,3 +155,7 @@ $(TOOLS):
 	rm -f $(VENV)/.tools-*
 	$(BIN)/pip install -q "$(firstword $(TORCH))" $(wordlist 2,9,$(TORCH)) scikit-build-core pybind11 cmake ninja
 	touch "$@"
+
+$(CHOICE): $(TOOLS)
+	rm -f $(VENV)/.cuda-*
+	touch $@

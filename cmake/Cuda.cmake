@@ -1,5 +1,5 @@
-# MOERT_CUDA=AUTO, ON or OFF: whether the CUDA half is built.  AUTO is ON where there is a compiler for it and the torch
-# that is installed sees a GPU, or, in a build without torch, a compiler alone.  Sets MOERT_BUILD_CUDA.
+# MOERT_CUDA=AUTO, ON or OFF: whether the CUDA half is built.  AUTO is ON where there are nvcc and CUTLASS, with a GPU or
+# without one: what is built here may run elsewhere.  Sets MOERT_BUILD_CUDA.
 set(MOERT_NVCC_MINIMUM 12.8)
 include(cmake/Cutlass.cmake)
 
@@ -21,13 +21,6 @@ function(moert_nvcc_version out)
   set(${out} "${CMAKE_MATCH_1}" PARENT_SCOPE)
 endfunction()
 
-# Whether the installed torch sees a GPU; -I as in moert_require_torch.
-function(moert_torch_sees_gpu out)
-  execute_process(COMMAND ${Python_EXECUTABLE} -I -c "import torch; print(int(torch.cuda.is_available()))"
-                  OUTPUT_VARIABLE sees OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-  set(${out} "${sees}" PARENT_SCOPE)
-endfunction()
-
 macro(moert_choose_cuda)
   set(MOERT_BUILD_CUDA OFF)
   if(NOT MOERT_CUDA MATCHES "^(AUTO|ON|OFF)$")
@@ -37,12 +30,11 @@ macro(moert_choose_cuda)
     moert_find_nvcc()
     if(MOERT_NVCC)
       set(MOERT_BUILD_CUDA ON)
-      if(MOERT_CUDA STREQUAL "AUTO" AND MOERT_TORCH)
-        moert_torch_sees_gpu(MOERT_BUILD_CUDA)
-      endif()
     elseif(MOERT_CUDA STREQUAL "ON")
       moert_refuse("nvcc must be on the PATH, in CUDACXX, in CUDA_HOME or installed by pip for MOERT_CUDA=ON, got none: "
                    "make cuda-toolchain, or pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'")
+    else()
+      message(STATUS "moert: without CUDA, for want of nvcc")
     endif()
   endif()
   if(MOERT_BUILD_CUDA)

@@ -1,3 +1,5 @@
+from types import FunctionType
+
 import pytest
 import torch
 
@@ -14,9 +16,13 @@ def _reproducible():
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what starts the processes of a group, which costs seconds each: tests that call ranks()."""
+    """Marks what starts the processes of a group, which costs seconds each: tests or helpers that call ranks()."""
     for item in items:
-        if not isinstance(item, pytest.Function) or item.function.__globals__.get("ranks") is not ranks:
-            continue
-        if "ranks" in item.function.__code__.co_names:
-            item.add_marker("ranks")
+        if isinstance(item, pytest.Function):
+            named = [item.function.__globals__.get(name) for name in item.function.__code__.co_names]
+            if any(map(_calls_ranks, [item.function, *named])):
+                item.add_marker("ranks")
+
+
+def _calls_ranks(f):
+    return isinstance(f, FunctionType) and f.__globals__.get("ranks") is ranks and "ranks" in f.__code__.co_names

@@ -109,7 +109,7 @@ def test_captured_quantized_experts_can_be_replayed():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-INT8_FORMATS = (*TENSOR_CORE_FORMATS[:-1], Ternary2(128), Ternary5(), Ternary5(32))
+INT8_FORMATS = (*TENSOR_CORE_FORMATS[:-1], Ternary2(128), Ternary5(), Ternary5(32), BitNested(), BitNested(5, 4))
 INT8_SHAPES = ((1, 8, 512, 384), (7, 8, 320, 136), (61, 7, 37, 21), (200, 4, 264, 128), (1000, 3, 128, 72))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -155,20 +156,52 @@ def test_old_cuda_compiler(tmp_path):
     assert f"moert: without CUDA, for want of {old}\n" in run.stdout
 
 
+CHOOSE = """
+set(MOERT_CUDA AUTO)
+include(cmake/Requirements.cmake)
+include(cmake/Cuda.cmake)
+moert_choose_cuda()
+message(STATUS "chose ${MOERT_BUILD_CUDA}")
+"""
+
+
 @in_source_tree
-@pytest.mark.parametrize("asked", ("ON", "OFF", None))
-def test_cutlass_is_a_requirement_of_a_build_with_cuda_alone(asked):
+@pytest.mark.parametrize("lacks", ("nvcc", "CUTLASS", None))
+def test_auto_builds_cuda_wherever_its_compiler_and_cutlass_are(lacks, tmp_path):
+    """With or without torch and a GPU: the script knows neither."""
+    (tmp_path / "include/cute").mkdir(parents=True)
+    if lacks != "CUTLASS":
+        (tmp_path / "include/cute/tensor.hpp").touch()
+    if lacks != "nvcc":
+        (tmp_path / "nvcc").write_text("#!/bin/sh\necho Cuda compilation tools, release 12.8, V12.8.61\n")
+        (tmp_path / "nvcc").chmod(0o755)
+    (tmp_path / "choose.cmake").write_text(CHOOSE)
+    options = f"-DMOERT_CUTLASS_DIR={tmp_path}", "-DCMAKE_IGNORE_PATH=/bin;/usr/local/cuda/bin"
+    command = [shutil.which("cmake"), *options, "-P", tmp_path / "choose.cmake"]
+    said = tool(*command, cwd=ROOT, env={"PATH": str(tmp_path)}).replace("-- ", "").splitlines()
+    if lacks:
+        assert len(said) == 2 and said[0].startswith(f"moert: without CUDA, for want of {lacks}")
+    assert said[-1] == ("chose OFF" if lacks else "chose ON")
+
+
+ASKED = """
+from pathlib import Path
+from scikit_build_core.build import get_requires_for_build_wheel
+from scikit_build_core.settings.skbuild_read_settings import SettingsReader
+print(SettingsReader.from_file(Path("pyproject.toml"), {}).settings.cmake.define["MOERT_CUDA"])
+print(*get_requires_for_build_wheel())
+"""
+
+
+@in_source_tree
+@pytest.mark.parametrize("asked", ("AUTO", "ON", "OFF", None))
+def test_pip_takes_the_choice_of_cuda_from_the_environment(asked):
+    """CUTLASS is a requirement of a build that wants it alone."""
     environment = {name: value for name, value in os.environ.items() if name != "MOERT_CUDA"}
-    script = "from scikit_build_core.build import get_requires_for_build_wheel as ask; print(*ask())"
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={**environment, **({"MOERT_CUDA": asked} if asked else {})},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ("nvidia-cutlass==4.2.0.0" in run.stdout.split()) == (asked == "ON"), run.stdout
+    environment |= {"MOERT_CUDA": asked} if asked else {}
+    chosen, *requirements = tool(sys.executable, "-c", ASKED, cwd=ROOT, env=environment).split()
+    assert chosen == (asked or "AUTO")
+    assert ("nvidia-cutlass==4.2.0.0" in requirements) == (asked == "ON")
 
 
 @in_source_tree

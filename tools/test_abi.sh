@@ -6,7 +6,7 @@ python=$1 root=build/abi
 torches=${TORCHES:-2.11.0 2.13.0 newest}
 
 rm -rf $root/wheel
-"$python" -m pip wheel -q --no-deps --no-build-isolation -w $root/wheel .
+MOERT_CUDA=OFF "$python" -m pip wheel -q --no-deps --no-build-isolation -w $root/wheel .
 for torch in $torches; do
   env=$root/torch-$torch
   [ -x $env/bin/python ] || "$python" -m venv $env

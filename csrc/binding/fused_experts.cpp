@@ -236,6 +236,7 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& ids, con
   void* kept = save ? h.mutable_data_ptr() : nullptr;  // null too where there is no slot
   const Execution execution(x);
 #if defined(MOERT_CUDA)
+  call.tokens.fused_combine = cuda::is_on("MOERT_FUSED_COMBINE");  // once for the workspace and for what lies in it
   Tensor workspace = bytes_beside(x, cuda::fused_experts_workspace(call.tokens, call.experts.weights, kept));
   cuda::fused_experts(call.tokens, call.experts.weights, workspace.mutable_data_ptr(), execution, y.mutable_data_ptr(),
                       kept);

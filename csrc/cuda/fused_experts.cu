@@ -3,7 +3,6 @@
 #include "cuda/combine.h"
 #include "cuda/few_tokens.h"
 #include "cuda/fused_experts.h"
-#include "cuda/gpu.h"
 #include "cuda/launch.h"
 
 namespace moert::cuda {
@@ -26,11 +25,8 @@ template struct SlotPlan<double>;
 
 namespace {
 
-// Whether the second product adds its rows to their tokens' sums, in no order, rather than to have them gathered.  Not
-// where a backward follows, which has the bits of the forward, nor where bits may not depend on other rows.
-bool adds_up(const RoutedRows& tokens, bool saves) {
-  return is_on("MOERT_FUSED_COMBINE") && !saves && !tokens.batch_invariant;
-}
+// Whether the second product adds up the choices (RoutedRows::fused_combine).
+bool adds_up(const RoutedRows& tokens, bool saves) { return tokens.fused_combine && !saves && !tokens.batch_invariant; }
 
 template <typename T>
 struct Forward {

@@ -128,8 +128,9 @@ struct Int8Rows : CodeRows<Codes> {
   }
 };
 
-// c += the product of 16 rows and 8 tokens over 32 columns of e4m3.  Hopper adds them with fewer bits than float32 has,
-// which is why no sum is longer than a group.  Before sm_89 f16 holds what the codes stand for.
+// c += the product of 16 rows and 8 tokens over 32 columns of e4m3.  Tensor cores that multiply it as it is (sm_89,
+// sm_120) add with fewer bits than float32 has, which is why no sum is longer than a group.  nvcc 13.0 makes products
+// of float16 of it on sm_90a and sm_100a, as are written out for sm_80: fp8 has the speed of 16 bits there.
 MOERT_DEVICE_INLINE void multiply_e4m3(const uint32_t (&row0)[2], const uint32_t (&row8)[2], uint32_t b0, uint32_t b1,
                                        float (&c)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890

@@ -67,6 +67,10 @@ struct RoutedRows {
   int64_t S = 0;
   Onto onto{};        // for the forward
   bool tf32 = false;  // a GPU may round float32 factors to tf32
+  // The second product of a GPU's forward adds its rows to their tokens' sums, in no order, rather than to have them
+  // gathered.  Not where a backward follows, which has the bits of the forward, nor where bits may not depend on
+  // others.
+  bool fused_combine = false;
 };
 
 // Gradients of y; a null pointer is not computed.  All dense, in the dtype of what they are the gradient of.

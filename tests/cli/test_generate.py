@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from outside import outside_model
@@ -9,7 +10,7 @@ from moert.cli.checkpoint import byte_tokenizer, load_model, load_tokenizer
 from moert.cli.errors import CommandError
 from moert.cli.generate import generate
 from moert.cli.generation import Request
-from moert.cli.provider import Load
+from moert.cli.provider import Load, Provider
 
 PROMPT = "import os\n"
 
@@ -30,6 +31,23 @@ def test_text_sameness_table_and_report(checkpoint, tmp_path):
     assert report["generation"]["same_tokens"] and "Same tokens: moert = eager = grouped_mm, 12 of 12." in text
     assert all(row["decode_tokens"] == 12 for row in report["providers"].values())
     assert text.startswith(PROMPT) and str(tmp_path / "out" / "report.json") in text.replace("\n", "")
+
+
+def test_prefill_is_a_median(checkpoint, tmp_path, monkeypatch):
+    asked, generated = Provider.generate, []
+
+    def seen(provider, request, *args):
+        made = asked(provider, request, *args)
+        if request.max_new_tokens != 2:  # the first call
+            made = replace(made, prefill_seconds=(5.0, 1.0, 2.0)[len(generated)])
+            generated.append(request)
+        return made
+
+    monkeypatch.setattr(Provider, "generate", seen)
+    run(Load(checkpoint, threads=1), Request(PROMPT, 4), tmp_path / "out", stock=False)
+    row = json.loads((tmp_path / "out" / "report.json").read_text())["providers"]["moert"]
+    assert [request.max_new_tokens for request in generated] == [4, 1, 1]
+    assert row["prefill_tokens_per_second"] == row["prefill_tokens"] / 2 and row["decode_tokens"] == 4
 
 
 def test_moert_alone_in_bfloat16_sampled(checkpoint):

@@ -37,6 +37,7 @@ struct Case {
   int64_t apart = 0;  // elements between the rows of x and of dy
   Added added = Added::nothing;
   int64_t spare = -1;  // slots more than choices, of a plan that is given; -1: none is
+  bool fused_combine = false;
 };
 
 template <typename T>
@@ -129,7 +130,7 @@ struct Problem {
 
   RoutedRows tokens(const T* x, const int32_t* ids, const A* weights) const {
     RoutedRows rows{c.T, c.k, {x, kType, stride}, ids, weights};
-    rows.tf32 = c.tf32;
+    rows.tf32 = c.tf32, rows.fused_combine = c.fused_combine;
     return rows;
   }
 
@@ -300,18 +301,20 @@ void test_given() {
 
 // Rows added to their tokens' sums by the second product, where no backward follows.
 void test_fused_combine() {
-  setenv("MOERT_FUSED_COMBINE", "1", 1);
+  const auto adding = [](Case c) {
+    c.fused_combine = true;
+    return c;
+  };
   for (const ScaleOn scale_on : {ScaleOn::output, ScaleOn::input}) {
-    check<float>({13, 2, 3, 21, 16, Act::swiglu, false, false, true, scale_on});
-    check<double>({13, 2, 3, 24, 16, Act::swiglu, true, false, true, scale_on});
-    check<bf16>({70, 3, 4, 72, 40, Act::swiglu, false, false, true, scale_on});
-    check<f16>({70, 3, 4, 72, 40, Act::swiglu_oai, true, true, true, scale_on});
-    check<float>({70, 2, 3, 72, 40, Act::relu, false, false, true, scale_on, true});
+    check<float>(adding({13, 2, 3, 21, 16, Act::swiglu, false, false, true, scale_on}));
+    check<double>(adding({13, 2, 3, 24, 16, Act::swiglu, true, false, true, scale_on}));
+    check<bf16>(adding({70, 3, 4, 72, 40, Act::swiglu, false, false, true, scale_on}));
+    check<f16>(adding({70, 3, 4, 72, 40, Act::swiglu_oai, true, true, true, scale_on}));
+    check<float>(adding({70, 2, 3, 72, 40, Act::relu, false, false, true, scale_on, true}));
   }
-  check_given<bf16>({40, 3, 4, 72, 40, Act::swiglu, true, true, true});
-  check_given<float>({9, 2, 3, 21, 11, Act::relu, false, false, true, ScaleOn::input, false, 3});
-  check_wild_plan<bf16>({40, 3, 4, 72, 40, Act::swiglu, false, false, true, ScaleOn::output, false, 0, {}, 3});
-  setenv("MOERT_FUSED_COMBINE", "0", 1);
+  check_given<bf16>(adding({40, 3, 4, 72, 40, Act::swiglu, true, true, true}));
+  check_given<float>(adding({9, 2, 3, 21, 11, Act::relu, false, false, true, ScaleOn::input, false, 3}));
+  check_wild_plan<bf16>(adding({40, 3, 4, 72, 40, Act::swiglu, false, false, true, ScaleOn::output, false, 0, {}, 3}));
 }
 
 // Between the products lie the gradient of the pre-activations, and one after the other the activation and dx's rows.

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from moert import _C, permute, permute_plan, unpermute
-from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
+from moert.ops.permute import permute_plan_ref, permute_ref, plan_of, unpermute_ref
 from moert.testing import DTYPES, ID_DTYPES, LAYOUTS, PERMUTE_SHAPES, assert_rows_close, random_routing, strided
 from moert.types import DispatchPlan
 
@@ -391,3 +392,14 @@ ROWS, X, WEIGHTS = torch.zeros(6, 4), torch.zeros(3, 4), torch.zeros(3, 2)
 def test_errors(op, args, message):
     with pytest.raises(RuntimeError, match=message):
         getattr(OPS, op)(*args)
+
+
+def test_a_plan_of_another_routing():
+    routing, other = random_routing(5, 4, 2), random_routing(6, 4, 2)
+    plan = permute_plan(routing.ids, 4)
+    assert plan_of(replace(routing, plan=plan)) is plan
+    assert torch.equal(plan_of(routing).slots, plan.slots)
+    with pytest.raises(ValueError, match=r"slots of routing.plan must have shape \[6, 2\], got \[5, 2\]"):
+        plan_of(replace(other, plan=plan))
+    with pytest.raises(ValueError, match=r"offsets of routing.plan must have shape \[9\], got \[5\]"):
+        plan_of(replace(routing, num_experts=8, plan=plan))

@@ -15,6 +15,8 @@ from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
 from moert.cli.provider import STOCK, Load, Provider
 from moert.cli.report import sameness, speed_table, weights_table, write_json
 
+PREFILLS = 3  # of which the speed is the median; to decode has as many times as there are tokens
+
 
 def generate(
     load: Load, request: Request, out: Path | None, stock: bool, console: Console, text: Path | None = None
@@ -29,16 +31,20 @@ def generate(
     plain = ("moert", *stock_ways)
     names = (*plain, *load.packed)
     results: dict[str, Generation] = {}
+    prefills: dict[str, list[Generation]] = {}
     weights: dict[str, dict] = {}
     for name in names:
         with Provider(name, load) as provider:
             results[name] = _generate(provider, request, console)
+            with console.status(f"Reading the prompt again with {name} …"):
+                once = replace(request, max_new_tokens=1)
+                prefills[name] = [results[name], *(provider.generate(once) for _ in range(PREFILLS - 1))]
             weights[name] = {"weight_bytes": provider.weight_bytes}
             dtype = provider.dtype
             if ids:
                 with console.status(f"Perplexity with {name} …"):
                     weights[name]["perplexity"] = provider.perplexity(ids)
-    rows = {name: {**summarize([made], [made]), **weights[name]} for name, made in results.items()}
+    rows = {name: {**summarize(prefills[name], [made]), **weights[name]} for name, made in results.items()}
     moert = results["moert"]
     differences = [d for name in plain[1:] if (d := first_difference(moert, results[name], name))]
     if stock:

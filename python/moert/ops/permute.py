@@ -25,8 +25,17 @@ def permute_plan(ids: Tensor, num_experts: int, capacity: int | None = None) -> 
 
 
 def plan_of(routing: Routing) -> DispatchPlan:
-    """The plan that a routing brings along, else that of its ids."""
-    return permute_plan(routing.ids, routing.num_experts) if routing.plan is None else routing.plan
+    """The plan that a routing brings along, else that of its ids.
+
+    One of other sizes is an error; that it is another one of the same sizes nobody sees here.
+    """
+    plan = routing.plan
+    if plan is None:
+        return permute_plan(routing.ids, routing.num_experts)
+    for name, wanted in (("slots", routing.ids.shape), ("offsets", (routing.num_experts + 1,))):
+        if (got := getattr(plan, name).shape) != wanted:
+            raise ValueError(f"{name} of routing.plan must have shape {list(wanted)}, got {list(got)}")
+    return plan
 
 
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
