@@ -49,7 +49,7 @@ def test_kernel_follows_moert_isa(isa):
 
 
 def test_unknown_isa_is_an_error():
-    known = "generic, avx2, avx512, avx512_vnni, avx512_bf16"
+    known = "generic, avx2, avx512, avx512_vnni, avx512_bf16, amx"
     assert f"MOERT_ISA must be one of {known}, got sse9" in run_info("sse9").stderr
 
 

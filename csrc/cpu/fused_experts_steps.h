@@ -142,7 +142,8 @@ struct CombinedRows {
   std::vector<std::vector<TileTask>> slices;
 
   // One slice if `whole`; nothing to do where H is 0.
-  CombinedRows(const Plan<A>& plan, int64_t H, int64_t threads, bool whole = false) : plan(plan), H(H), numbers(new_numbers(plan.S)) {
+  CombinedRows(const Plan<A>& plan, int64_t H, int64_t threads, bool whole = false)
+      : plan(plan), H(H), numbers(new_numbers(plan.S)) {
     const int64_t slots = plan.slots_used(), budget = kSliceValues * std::max<int64_t>(1, threads / 2);
     const int64_t tiles = std::max<int64_t>(1, budget / std::max<int64_t>(1, slots) / kTileColumns);
     width = whole ? H : std::min(H, tiles * kTileColumns);

@@ -8,12 +8,13 @@
 namespace moert::cpu {
 namespace {
 
-constexpr int64_t kEdge = 16;            // rows of a tile; its columns of float or of pairs
-constexpr int64_t kStep = 32;            // elements along K in one product
+constexpr int64_t kEdge = 16;             // rows of a tile; its columns of float or of pairs
+constexpr int64_t kStep = 32;             // elements along K in one product
 constexpr int64_t kSumsEdge = 2 * kEdge;  // rows and columns of the sums in registers: 4 tiles of 8
 static_assert(kSumsEdge == kPanel<Pair>);
 
-// All registers are whole; what is smaller is padded.  In static memory, since GCC takes only its first 8 bytes for read.
+// All registers are whole; what is smaller is padded.  In static memory, since GCC takes only its first 8 bytes for
+// read.
 struct TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

@@ -66,8 +66,8 @@ void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int6
         for (int64_t i = 0; i < M; ++i) std::copy_n(out + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
       with_sums(M, kSumsEdge, [&](auto sums) {
         accumulate ? sums.load(sums_at, pitch) : sums.zero();
-        sums.add({reinterpret_cast<const char*>(block + m * kPitchMK), kPitchMK * int64_t(sizeof(Pair))}, columns, steps,
-                 false);
+        sums.add({reinterpret_cast<const char*>(block + m * kPitchMK), kPitchMK * int64_t(sizeof(Pair))}, columns,
+                 steps, false);
         sums.store(sums_at, pitch);
       });
       if (!whole)

@@ -39,7 +39,8 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
                     bool accumulate) {
   // f(n, p, N, M, sums) for every block of sums.
   const auto for_weight_rows = [&](const auto& f) {
-    for (int64_t n = 0, i = 0; n < t.N; n += kSumsEdge, ++i) f(n, std::min(kSumsEdge, t.N - n), x.sums + i * x.count * kSums);
+    for (int64_t n = 0, i = 0; n < t.N; n += kSumsEdge, ++i)
+      f(n, std::min(kSumsEdge, t.N - n), x.sums + i * x.count * kSums);
   };
   const auto rows = [&](int64_t p) { return std::min(kSumsEdge, t.M - p * kSumsEdge); };
   const auto c = [&](int64_t p, int64_t n) { return out + p * kSumsEdge * kTileColumns + n; };

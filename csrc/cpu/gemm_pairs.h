@@ -64,7 +64,8 @@ void interleave_rows(const TileMatrix& in, int64_t k, int64_t K, int64_t N, int6
 }
 
 #if defined(__AVX512F__)
-// out[i] = pair i of each of 16 rows.  Quarters of four rows meet as they are loaded, on ports that shuffles leave free.
+// out[i] = pair i of each of 16 rows.  Quarters of four rows meet as they are loaded, on ports that shuffles leave
+// free.
 MOERT_INLINE void load_transposed(const bf16* const* rows, Vec<Pair>* out) {
 #pragma GCC unroll 4
   for (int quarter = 0; quarter < 4; ++quarter) {

@@ -6,6 +6,7 @@
 #include <omp.h>
 #endif
 
+#include <algorithm>
 #include <map>
 #include <sstream>
 #include <string>
@@ -40,7 +41,7 @@ py::dict build() {
   std::map<std::string, std::vector<std::string>> kernels;
   std::istringstream stems(MOERT_ISA_STEMS);
   for (std::string word; stems >> word;) {
-    const size_t isa = word.find("_avx");
+    const size_t isa = std::min(word.find("_avx"), word.find("_amx"));
     kernels[word.substr(0, isa)].push_back(word.substr(isa + 1));
   }
   facts["kernels"] = kernels;
@@ -61,6 +62,7 @@ py::dict cpu_features() {
   MOERT_FEATURE("avx512vnni");
   MOERT_FEATURE("avx512bf16");
 #undef MOERT_FEATURE
+  has["amx_bf16"] = moert::best_isa() >= moert::Isa::amx;  // and the system grants its registers
 #endif
   return has;
 }

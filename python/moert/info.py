@@ -27,6 +27,7 @@ _ISAS = {
     "avx512": "AVX-512 F, BW, DQ and VL",
     "avx512_vnni": "AVX512-VNNI",
     "avx512_bf16": "AVX512-BF16 and VNNI",
+    "amx": "AMX (bfloat16), under Linux 5.16 or newer",
 }
 # Formats of quantized weights: name, group, planes.  Of those left out, "auto" is what it is for the nearest one.
 _FORMATS = {

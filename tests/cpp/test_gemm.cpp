@@ -17,8 +17,8 @@ struct Integers {
   float operator()() { return float(int32_t((seed = seed * 1664525u + 1013904223u) >> 24) % 7 - 3); }
 };
 
-// [rows, K] in float32 or bfloat16; `along_rows`: element (r, k) at k * rows + r.  In an allocation of its own that ends
-// where it ends, so that a sanitizer sees what is read past it.
+// [rows, K] in float32 or bfloat16; `along_rows`: element (r, k) at k * rows + r.  In an allocation of its own that
+// ends where it ends, so that a sanitizer sees what is read past it.
 template <typename T>
 struct Operand {
   int64_t rows, K;
@@ -151,8 +151,13 @@ void invariant_rows() {
   const Memory<float> scratch = allocate<float>(kGemmScratch);
   const auto rows = [&](int64_t M) {
     Sums c;
-    GemmTile tile{M, N, K, {{x.data(), DType::bf16, K, 1, nullptr}, false}, {{w.data(), DType::bf16, K, 1, nullptr}, false},
-                  c.c.get(), scratch.get()};
+    GemmTile tile{M,
+                  N,
+                  K,
+                  {{x.data(), DType::bf16, K, 1, nullptr}, false},
+                  {{w.data(), DType::bf16, K, 1, nullptr}, false},
+                  c.c.get(),
+                  scratch.get()};
     tile.batch_invariant = true;
     gemm_kernels().gemm(tile);
     return c;

@@ -17,7 +17,7 @@ int main(int argc, char**) {
       EXPECT(!"reached");
     } catch (const std::runtime_error& error) {
       EXPECT(std::string(error.what()) ==
-             "MOERT_ISA must be one of generic, avx2, avx512, avx512_vnni, avx512_bf16, got sse9");
+             "MOERT_ISA must be one of generic, avx2, avx512, avx512_vnni, avx512_bf16, amx, got sse9");
     }
     return 0;
   }

@@ -13,7 +13,7 @@ from moert import _C, GroupLimit, topk_gating
 from moert.ops.gating import topk_gating_ref
 from moert.testing import DTYPES, GATING_SHAPES, LAYOUTS, Shape, assert_rows_close, strided
 
-ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # the last two have no gating kernel of their own
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")  # gating kernels: the first three
 OPS = torch.ops.moert
 SCORES = ("softmax", "softmax_over_topk", "sigmoid", "relu", "identity")
 SHAPES = (

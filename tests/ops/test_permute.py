@@ -14,7 +14,7 @@ from moert.ops.permute import permute_plan_ref, permute_ref, plan_of, unpermute_
 from moert.testing import DTYPES, ID_DTYPES, LAYOUTS, PERMUTE_SHAPES, assert_rows_close, random_routing, strided
 from moert.types import DispatchPlan
 
-ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 OPS = torch.ops.moert
 
 
