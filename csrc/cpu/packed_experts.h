@@ -79,7 +79,9 @@ inline void bf16_product(const PackedMatrix& w, const TileTask& task, int64_t up
   const int64_t K = w.packing.columns, halves = c1 ? 2 : 1;
   // One step more, so that rows start on different cache sets.
   const int64_t stride = (K + kBf16Step - 1) / kBf16Step * kBf16Step + kBf16Step;
-  const int64_t rows = std::clamp<int64_t>(kBf16Values / halves / stride / 32 * 32, 32, kTileColumns);
+  // As many as the rows of x at least, which are laid out anew for every part.
+  const int64_t least = (task.M / halves + 31) / 32 * 32;
+  const int64_t rows = std::min(std::max({int64_t(32), least, kBf16Values / halves / stride / 32 * 32}), kTileColumns);
   bf16* values = reinterpret_cast<bf16*>(
       thread_scratch(halves * rows * stride * int64_t(sizeof(bf16)) + K * int64_t(sizeof(float))));
   bf16* second = values + rows * stride;
