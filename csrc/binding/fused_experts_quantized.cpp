@@ -22,20 +22,33 @@ Format format_of(const char* name, const std::string& format) {
   MOERT_CHECK(false, name, " must be one of ", known, ", got ", format);
 }
 
-Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
 #if defined(MOERT_CUDA)
-  if (name == "auto") return Precision::full;
+constexpr bool kHasBf16Rows = false;
 #else
-  if (name == "auto") return default_precision(w1, w2);
+constexpr bool kHasBf16Rows = true;
 #endif
+
+Precision auto_precision(const QuantizedExperts& w, const RoutedRows& tokens) {
+#if defined(MOERT_CUDA)
+  return Precision::full;
+#else
+  if (tokens.x.dtype == DType::f64) return Precision::full;
+  const Precision by_format = default_precision(w.w1.packing, w.w2.packing);
+  return cpu::auto_precision(by_format, tokens.T * tokens.k, w.floats.E, tokens.batch_invariant);
+#endif
+}
+
+Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
   std::string known = "auto";
   for (const Precision p : kPrecisions) {
+    if (p == Precision::bfloat16 && !kHasBf16Rows) continue;
     known += ", " + std::string(moert::name(p));
     if (name != moert::name(p)) continue;
     for (const Format format : {w1.format, w2.format}) {
       std::string has = "auto";
       for (const Precision other : kPrecisions)
-        if (takes(format, other)) has += ", " + std::string(moert::name(other));
+        if (takes(format, other) && (other != Precision::bfloat16 || kHasBf16Rows))
+          has += ", " + std::string(moert::name(other));
       MOERT_CHECK(takes(format, p), "precision must be one of ", has, " for ", cpu::name(format), ", got ", name);
     }
     return p;
@@ -255,13 +268,13 @@ Tensor fused_experts_quantized(const Tensor& x, const Tensor& ids, const Tensor&
                           format2, group2, activation, alpha, limit, scale_on);
   const int64_t T = call.tokens.T, H = call.experts.floats.H;
   const bool is_double = x.scalar_type() == ScalarType::Double;
-  Precision used = precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
-  if (is_double && precision == "auto") used = Precision::full;
+  const Precision used = precision == "auto" ? auto_precision(call.experts, call.tokens)
+                                             : precision_of(precision, call.w1.matrix.packing, call.w2.matrix.packing);
   if (used != Precision::full) {
     MOERT_CHECK(!is_double, "x must have dtype Float, BFloat16 or Half for ", name(used), " rows, got Double");
     const int64_t longest = std::max(H, call.experts.floats.I);
-    MOERT_CHECK(used == Precision::fp8_group128 || longest <= kMaxInt8Columns, "H and I must be at most ",
-                kMaxInt8Columns, " for ", name(used), " rows, got ", longest);
+    MOERT_CHECK(!is_int8(used) || longest <= kMaxInt8Columns, "H and I must be at most ", kMaxInt8Columns, " for ",
+                name(used), " rows, got ", longest);
   }
   Tensor y = torch::stable::new_empty(x, {T, H});
   const Execution execution(x);

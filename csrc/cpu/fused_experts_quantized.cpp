@@ -2,6 +2,7 @@
 
 #include "cpu/fused_experts_steps.h"
 #include "cpu/packed_experts.h"
+#include "moert/isa.h"
 
 namespace moert::cpu {
 
@@ -52,6 +53,42 @@ void full(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, 
                [&](const TileTask& task, const TileMemory<A>& memory) {
                  const TileOperand x = operand_of(rows, task.row, 0);
                  full_product<A>(w.w2, task, 0, x, tokens.batch_invariant, memory.c0, memory.scratch);
+                 return vector_of(floats.down_bias, 1, task, memory.row0);
+               });
+  });
+}
+
+// Row t of x [T, H] to the nearest bfloat16.
+void round_row(const Rows& x, int64_t t, int64_t H, bf16* to) {
+  float* values = reinterpret_cast<float*>(thread_scratch(H * int64_t(sizeof(float))));
+  gemm_kernels().widen({at(x.data, x.dtype, t * x.stride), x.dtype, 0, 1, nullptr}, 1, H, values, 0);
+  gemm_kernels().store({1, H, values, nullptr, nullptr, ScaleOn::output, to, DType::bf16, H, 1});
+}
+
+// Rows of x and of the activations are rounded to bfloat16, and so is each tile of weights.
+void bfloat16(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threads, void* y) {
+  const ExpertWeights& floats = w.floats;
+  const Plan<float> plan(tokens, floats.E, threads);
+  const bool narrow = tokens.x.dtype != DType::bf16;
+  const Memory<bf16> x = allocate<bf16>(narrow ? tokens.T * floats.H : 0),
+                     act = allocate<bf16>(plan.slots_used() * floats.I);
+  RoutedRows routed = tokens;
+  if (narrow) routed.x = {x.get(), DType::bf16, floats.H};
+  FirstGemm<float> first(routed, floats, plan, threads, act.get(), nullptr);
+  first.between = DType::bf16;
+  const CombinedRows<float> second(plan, floats.H, threads);
+  const Rows rows{act.get(), DType::bf16, floats.I};
+  parallel_region(threads, [&](Team& team) {
+    if (narrow) team.for_each(tokens.T, [&](int64_t t) { round_row(tokens.x, t, floats.H, x.get() + t * floats.H); });
+    first.run(team, [&](const TileTask& task, const TileMemory<float>& memory) {
+      float* up = first.gated ? memory.c1 : nullptr;
+      bf16_product(w.w1, task, floats.I, operand_of(first.x, task.row, 0), tokens.batch_invariant, memory.c0, up,
+                   memory.scratch);
+    });
+    second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
+               [&](const TileTask& task, const TileMemory<float>& memory) {
+                 bf16_product(w.w2, task, 0, operand_of(rows, task.row, 0), tokens.batch_invariant, memory.c0, nullptr,
+                              memory.scratch);
                  return vector_of(floats.down_bias, 1, task, memory.row0);
                });
   });
@@ -117,10 +154,23 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
 
 }  // namespace
 
+// Measured (docs/quantized.md).  int8 is the default of ternary weights alone, whose products are the fastest.
+int64_t bf16_rows(Precision by_format) {
+  if (isa() < Isa::amx || by_format == Precision::int8) return 0;
+  return by_format == Precision::full ? 8 : 32;
+}
+
+Precision auto_precision(Precision by_format, int64_t rows, int64_t E, bool batch_invariant) {
+  const int64_t least = bf16_rows(by_format);
+  return least && rows >= least * E && !batch_invariant ? Precision::bfloat16 : by_format;
+}
+
 void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
                              int64_t threads, void* y) {
-  if (precision == Precision::int8 || precision == Precision::int8_group32)
+  if (is_int8(precision))
     int8(tokens, experts, precision, threads, y);
+  else if (precision == Precision::bfloat16)
+    bfloat16(tokens, experts, threads, y);
   else if (tokens.x.dtype == DType::f64)
     full<double>(tokens, experts, threads, y);
   else

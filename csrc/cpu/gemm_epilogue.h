@@ -68,9 +68,7 @@ void widen(const TileMatrix& in, int64_t M, int64_t N, void* out, int64_t out_st
 template <typename F>
 MOERT_INLINE void with_between(DType dtype, const F& f) {
   if (dtype == DType::f64) return f(double{});
-#if defined(__AVX512F__)  // what AVX512-BF16 has its epilogues from
   if (dtype == DType::bf16) return f(bf16{});
-#endif
   f(float{});
 }
 

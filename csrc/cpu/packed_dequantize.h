@@ -88,8 +88,22 @@ MOERT_INLINE void step_to_floats(const uint8_t* codes, int64_t n, float scale, f
   }
 }
 
-template <Format kFormat>
-void dequantize_row(const PackedRows& b, int64_t n, float* out) {
+#if defined(__AVX512BF16__)
+// To the nearest bfloat16; a subnormal number becomes zero.
+MOERT_INLINE void store_step(bf16* out, const VecF& low, const VecF& high) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(bit_cast_vector<__m512>(high), bit_cast_vector<__m512>(low));
+  store_vector(out, both);
+}
+
+// All of a step is written.
+MOERT_INLINE void step_to_floats(const uint8_t* codes, int64_t, float scale, float zero, bf16* out) {
+  const auto values = [&](int64_t i) { return (to_floats(widen_codes(codes + i)) - zero) * scale; };
+  store_step(out, values(0), values(kLanes<float>));
+}
+#endif
+
+template <Format kFormat, typename Out>
+void dequantize_row(const PackedRows& b, int64_t n, Out* out) {
   constexpr int64_t kUnit = weights_per_block(kFormat) / 16;  // columns a byte
   // ternary5's table has values; int8 is signed
   constexpr int kZero = kFormat == Format::int4       ? 8
@@ -125,18 +139,31 @@ void dequantize_row(const PackedRows& b, int64_t n, float* out) {
   }
 }
 
-void dequantize_rows(const PackedRows& b, int64_t N, float* out, int64_t stride) {
+// Row n of b.
+void dequantize_float_row(const PackedRows& b, int64_t n, float* out) {
   using Row = void (*)(const PackedRows&, int64_t, float*);
-  static constexpr Row rows[kFormats] = {dequantize_row<Format::int8>,
-                                         dequantize_row<Format::int4>,
-                                         dequantize_row<Format::int4_asymmetric>,
-                                         dequantize_row<Format::mxfp4>,
-                                         dequantize_row<Format::ternary2>,
-                                         dequantize_row<Format::ternary5>,
+  static constexpr Row rows[kFormats] = {dequantize_row<Format::int8, float>,
+                                         dequantize_row<Format::int4, float>,
+                                         dequantize_row<Format::int4_asymmetric, float>,
+                                         dequantize_row<Format::mxfp4, float>,
+                                         dequantize_row<Format::ternary2, float>,
+                                         dequantize_row<Format::ternary5, float>,
                                          float_row<Fp8Row>,
                                          float_row<BitNestedRow>,
                                          sub1_row};
-  for (int64_t n = 0; n < N; ++n) rows[int(b.packing.format)](b, n, out + n * stride);
+  rows[int(b.packing.format)](b, n, out);
+}
+
+void dequantize_rows(const PackedRows& b, int64_t N, float* out, int64_t stride) {
+  for (int64_t n = 0; n < N; ++n) dequantize_float_row(b, n, out + n * stride);
+}
+
+void dequantize_bf16_rows(const PackedRows& b, int64_t N, bf16* out, int64_t stride, float* row) {
+  for (int64_t n = 0; n < N; ++n) {
+    dequantize_float_row(b, n, row);
+    for_vectors<float>(b.packing.columns,
+                       [&](int64_t i, auto count) { store(out + n * stride + i, load(row + i, count), count); });
+  }
 }
 
 bool few_rows(const FewRows& t) {

@@ -52,6 +52,8 @@ constexpr int64_t few_scratch(int64_t columns) { return 2 * columns + 128; }  //
 
 constexpr int64_t packed_scratch(int64_t columns) { return 32 * columns + (int64_t(512) << 10); }
 
+constexpr int64_t kBf16Step = 32;
+
 struct PackedGemmKernels {
   // Bytes of one quantized row, a multiple of 64.
   int64_t (*quantized_row_bytes)(const Packing&, Precision);
@@ -60,6 +62,8 @@ struct PackedGemmKernels {
   void (*gemm)(const PackedTile&);
   // Rows [N, columns], `stride` elements apart.
   void (*dequantize)(const PackedRows&, int64_t N, float* out, int64_t stride);
+  // The same rounded to bfloat16, which is written in steps of kBf16Step columns; `row` is [columns] to work in.
+  void (*dequantize_bf16)(const PackedRows&, int64_t N, bf16* out, int64_t stride, float* row);
   // False, and nothing done, where the format has no such kernel.
   bool (*few)(const FewRows&);
 };
@@ -75,6 +79,10 @@ extern const PackedGemmKernels packed_gemm_kernels;
 }
 namespace avx512_vnni {
 extern const PackedGemmKernels packed_gemm_kernels;
+}
+
+namespace amx {
+void dequantize_bf16(const PackedRows&, int64_t N, bf16* out, int64_t stride, float* row);
 }
 
 const PackedGemmKernels& packed_gemm_kernels();

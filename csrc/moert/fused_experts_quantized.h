@@ -8,21 +8,24 @@
 
 namespace moert {
 
-// The type that the rows of both products have.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32
-// columns.  Products of integers are exact; their sums are float32 across scales.  fp8_group128, over fp8 weights
-// alone: e4m3 and a scale every 128 columns, max|x| / 448.
-enum class Precision : int32_t { full, int8, int8_group32, fp8_group128 };
-constexpr Precision kPrecisions[] = {Precision::full, Precision::int8, Precision::int8_group32,
+// The type that the rows of both products have.  bfloat16, on a CPU alone: the dequantized weights are rounded to it,
+// too.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32 columns.  Products of integers are exact;
+// their sums are float32 across scales.  fp8_group128, over fp8 weights alone: e4m3 and a scale every 128 columns,
+// max|x| / 448.
+enum class Precision : int32_t { full, bfloat16, int8, int8_group32, fp8_group128 };
+constexpr Precision kPrecisions[] = {Precision::full, Precision::bfloat16, Precision::int8, Precision::int8_group32,
                                      Precision::fp8_group128};
 
 constexpr const char* name(Precision precision) {
-  constexpr const char* kNames[] = {"full", "int8", "int8_group32", "fp8_group128"};
+  constexpr const char* kNames[] = {"full", "bfloat16", "int8", "int8_group32", "fp8_group128"};
   return kNames[int(precision)];
 }
 
+constexpr bool is_int8(Precision p) { return p == Precision::int8 || p == Precision::int8_group32; }
+
 // Whether weights of this format can be multiplied by such rows.
 constexpr bool takes(Format format, Precision precision) {
-  if (precision == Precision::full) return true;
+  if (precision == Precision::full || precision == Precision::bfloat16) return true;
   if (precision == Precision::fp8_group128) return format == Format::fp8;
   return int(format) < kRowFormats || format == Format::bit_nested;
 }
@@ -73,6 +76,14 @@ struct QuantizedExperts {
 };
 
 namespace cpu {
+
+// Rows an expert on average from which those of bfloat16 are faster than those of the precision that the format has by
+// default; 0: never, as without tile registers (Isa::amx).
+int64_t bf16_rows(Precision by_format);
+
+// What "auto" is for `rows` rows of E experts: bfloat16 where that is faster, else what the format says.  Under
+// batch_invariant the choice does not depend on the rows.
+Precision auto_precision(Precision by_format, int64_t rows, int64_t E, bool batch_invariant);
 
 // As fused_experts.  float64 x has full activations only.
 void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,

@@ -53,7 +53,7 @@ def info() -> dict:
         "build": _C.build(),
         "cpu": {"isa": _C.isa(), "best_isa": _C.best_isa(), "features": _C.cpu_features()},
         "threads": {"torch": torch.get_num_threads(), **_C.threads(), "runtimes": openmp_runtimes()},
-        "quantized_precision": {name: _C.default_precision(*fmt) for name, fmt in _FORMATS.items()},
+        "quantized_precision": {name: _precision(*fmt) for name, fmt in _FORMATS.items()},
         "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
         "cuda": {"archs": _C.build()["cuda_archs"], "torch": torch.version.cuda, "gpu": _gpu()},
         "missing": _missing(),
@@ -72,6 +72,12 @@ def _kernel(stem: str) -> str:
     """The highest instruction set that this stem is compiled for and that is not above the one in use."""
     allowed = _C.isas()[: _C.isas().index(_C.isa()) + 1]
     return [isa for isa in allowed if isa in ("generic", *_C.build()["kernels"].get(stem, []))][-1]
+
+
+def _precision(*fmt) -> str:
+    precision = _C.default_precision(*fmt)
+    rows = _C.bf16_rows(precision)
+    return f"{precision}, bfloat16 from {rows} rows an expert" if rows else precision
 
 
 def _gpu() -> str | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moert import GluExperts, MoELayer, TopKRouter, quantize_
+from moert import GluExperts, MoELayer, TopKRouter, batch_invariant, quantize_
 from moert.experts import SubOneBitExperts, add_lora_
 from moert.ops.fused_experts import fused_experts_ref
 from moert.quant import GPTQ, SubOneBit
@@ -30,7 +30,8 @@ def test_forward(activation, kind):
     def ref(x, w1, w2, b1, b2):
         return fused_experts_ref(x, routing, w1, w2, (b1, b2), experts.activation)
 
-    assert_rows_close(mine(x, routing), ref, x, w1, w2, *bias)
+    with batch_invariant(True):  # rows stay float32 on every CPU
+        assert_rows_close(mine(x, routing), ref, x, w1, w2, *bias)
     assert mine.nbytes < 0.16 * 4 * (experts.gate_up_proj.numel() + experts.down_proj.numel())
 
 
@@ -95,7 +96,8 @@ def test_calibrated_is_nearer_than_rounded():
 def test_adapters():
     net, x = model(), torch.randn(T, H)
     quantize_(net, SubOneBit())
-    before = net(x)
+    with batch_invariant(True):  # rows stay float32 on every CPU, as they are beside adapters
+        before = net(x)
     assert add_lora_(net) == ["0.experts", "1.experts"]
     torch.testing.assert_close(net(x), before)
     net(x).sum().backward()

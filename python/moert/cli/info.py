@@ -36,7 +36,7 @@ def lines(facts: dict) -> list[str]:
         *((f"{name} (CPU)", kernel["cpu"]) for name, kernel in facts["operators"].items()),
         (
             "quantized rows",
-            ", ".join(f"{f}: {p}" for f, p in facts["quantized_precision"].items()) + ' (precision="auto")',
+            "; ".join(f"{f}: {p}" for f, p in facts["quantized_precision"].items()) + ' (precision="auto")',
         ),
         ("CUDA archs", " ".join(facts["cuda"]["archs"]) or "none"),
         ("torch's CUDA", facts["cuda"]["torch"] or "none"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moert import _C
+from moert.numerics import is_batch_invariant
 from moert.ops.autocast import autocast
 from moert.ops.fused_experts import apply_activation
 from moert.ops.kinds import expect, two_biases
@@ -31,10 +32,11 @@ def fused_experts_quantized(
     """y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order, as fused_experts.
 
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
-    precision is that of the rows of both products: "full"; "int8", a scale a token; "int8_group32", a scale every 32
-    columns; over fp8 weights "fp8_group128", e4m3 and a scale every 128 columns; "auto", what default_precision says.
-    Gradients go to x and the routing weights alone, and are those of full precision.  NaN or infinity in a token makes
-    its whole output NaN in all but "full".  On a GPU "auto" is "full".
+    precision is that of the rows of both products: "full"; "bfloat16", which the weights are rounded to as well, on a
+    CPU alone; "int8", a scale a token; "int8_group32", a scale every 32 columns; over fp8 weights "fp8_group128", e4m3
+    and a scale every 128 columns; "auto", what default_precision says.  Gradients go to x and the routing weights
+    alone, and are those of full precision.  NaN or infinity in a token makes its whole output NaN in all but "full" and
+    "bfloat16".  On a GPU "auto" is "full".
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x)
@@ -66,11 +68,15 @@ def fused_experts_quantized(
     )
 
 
-def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | SubOneBitTensor) -> str:
-    """What "auto" is on a CPU: the finer one of the two matrices (docs/quantized.md says how it was measured)."""
+def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | SubOneBitTensor, rows: int = 0) -> str:
+    """What "auto" is on a CPU: the finer one of the two matrices (docs/quantized.md says how it was measured), or
+    "bfloat16" where the CPU has tile registers and `rows`, T * k, are many for the experts.
+    """
     order = ("int8", "int8_group32", "full")
     each = (_C.default_precision(w.format.name, _group(w), getattr(w.format, "planes", 0)) for w in (w1, w2))
-    return max(each, key=order.index)
+    by_format = max(each, key=order.index)
+    least = _C.bf16_rows(by_format)
+    return "bfloat16" if least and rows >= least * w1.shape[0] else by_format
 
 
 def _group(w: PackedTensor | SubOneBitTensor) -> int:
@@ -82,8 +88,11 @@ def fused_experts_quantized_ref(
 ):
     activation = Activation.of(activation)
     if precision == "auto":
-        precision = "full" if x.is_cuda else default_precision(w1, w2)
+        rows = 0 if is_batch_invariant() else routing.ids.numel()
+        precision = "full" if x.is_cuda else default_precision(w1, w2, rows)
     first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
+    if precision == "bfloat16":
+        first, second = first.bfloat16().to(x.dtype), second.bfloat16().to(x.dtype)
     b1, b2 = bias
     y = torch.zeros_like(x)
     for e in range(routing.num_experts):
@@ -98,11 +107,13 @@ def fused_experts_quantized_ref(
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
-    """The rows that codes stand for: x [S, K] to the nearest multiple of max|x| / 127 of its row or group, or to the
-    nearest e4m3 times max|x| / 448.
+    """The rows that codes stand for: x [S, K] to the nearest multiple of max|x| / 127 of its row or group, to the
+    nearest e4m3 times max|x| / 448, or to the nearest bfloat16.
     """
     if precision == "full" or x.numel() == 0:
         return x
+    if precision == "bfloat16":
+        return x.bfloat16().to(x.dtype)
     K = x.shape[1]
     group = {"int8": K, "int8_group32": 32, "fp8_group128": 128}[precision]
     fp8 = precision == "fp8_group128"
