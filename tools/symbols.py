@@ -1,5 +1,5 @@
 """No weak or inline symbol may leave an instruction set's translation unit: the linker keeps one copy for everyone, and
-it may be the AVX-512 one.  Looks at every *_avx*.o under the folders that are given.
+it may be the AVX-512 one.  Looks at every *_avx*.o and *_amx*.o under the folders that are given.
 """
 
 import subprocess
@@ -14,12 +14,12 @@ def weak_symbols(path: Path) -> list[str]:
 
 
 def main(folders: list[str]) -> None:
-    objects = [path for folder in folders for path in sorted(Path(folder).rglob("*_avx*.o"))]
+    objects = [path for folder in folders for path in sorted(Path(folder).rglob("*_a[vm]x*.o"))]
     if not objects:
-        sys.exit(f"objects must be *_avx*.o under {', '.join(folders)}, got none")
+        sys.exit(f"objects must be *_avx*.o or *_amx*.o under {', '.join(folders)}, got none")
     found = [f"{path.name}: weak symbol {name}" for path in objects for name in weak_symbols(path)]
     if found:
-        sys.exit("\n".join([*found, "make it static, or move it out of the *_avx* files"]))
+        sys.exit("\n".join([*found, "make it static, or move it out of these files"]))
     print(f"{len(objects)} objects of one instruction set, no weak symbol")
 
 

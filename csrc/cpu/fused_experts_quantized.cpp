@@ -82,13 +82,13 @@ void bfloat16(const RoutedRows& tokens, const QuantizedExperts& w, int64_t threa
     if (narrow) team.for_each(tokens.T, [&](int64_t t) { round_row(tokens.x, t, floats.H, x.get() + t * floats.H); });
     first.run(team, [&](const TileTask& task, const TileMemory<float>& memory) {
       float* up = first.gated ? memory.c1 : nullptr;
-      bf16_product(w.w1, task, floats.I, operand_of(first.x, task.row, 0), tokens.batch_invariant, memory.c0, up,
-                   memory.scratch);
+      bf16_product(w.w1, task, floats.I, operand_of(first.x, task.row, 0), first.numbers + task.row,
+                   tokens.batch_invariant, memory.c0, up, memory.scratch);
     });
     second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
                [&](const TileTask& task, const TileMemory<float>& memory) {
-                 bf16_product(w.w2, task, 0, operand_of(rows, task.row, 0), tokens.batch_invariant, memory.c0, nullptr,
-                              memory.scratch);
+                 bf16_product(w.w2, task, 0, operand_of(rows, task.row, 0), second.numbers + task.row,
+                              tokens.batch_invariant, memory.c0, nullptr, memory.scratch);
                  return vector_of(floats.down_bias, 1, task, memory.row0);
                });
   });

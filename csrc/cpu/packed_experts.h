@@ -76,15 +76,13 @@ void full_product(const PackedMatrix& w, const TileTask& task, int64_t row, cons
 constexpr int64_t kBf16Values = 512 << 10;
 
 // c0 [M, N], rows kTileColumns apart = x [M, columns] . w[e, n .. ]^T and, unless c1 is null, c1 = x . w[e, up + n ..
-// ]^T, the weights rounded to bfloat16 as x is; n and N are the task's.
-inline void bf16_product(const PackedMatrix& w, const TileTask& task, int64_t up, const TileOperand& x,
+// ]^T, the weights rounded to bfloat16 as x is; n and N are the task's, same_x its number of GemmTile::same_a.
+inline void bf16_product(const PackedMatrix& w, const TileTask& task, int64_t up, const TileOperand& x, int64_t same_x,
                          bool batch_invariant, float* c0, float* c1, float* scratch) {
   const int64_t K = w.packing.columns, halves = c1 ? 2 : 1;
   // One step more, so that rows start on different cache sets.
   const int64_t stride = (K + kBf16Step - 1) / kBf16Step * kBf16Step + kBf16Step;
-  // As many as the rows of x at least, which are laid out anew for every part.
-  const int64_t least = (task.M / halves + 31) / 32 * 32;
-  const int64_t rows = std::min(std::max({int64_t(32), least, kBf16Values / halves / stride / 32 * 32}), kTileColumns);
+  const int64_t rows = std::clamp<int64_t>(kBf16Values / halves / stride / 32 * 32, 32, kTileColumns);
   bf16* values = reinterpret_cast<bf16*>(
       thread_scratch(halves * rows * stride * int64_t(sizeof(bf16)) + K * int64_t(sizeof(float))));
   bf16* second = values + rows * stride;
@@ -98,6 +96,7 @@ inline void bf16_product(const PackedMatrix& w, const TileTask& task, int64_t up
     GemmTile tile{task.M, N, K, x, operand(0, values), c0 + n, scratch};
     if (c1) tile.b2 = operand(up, second), tile.c2 = c1 + n;
     tile.batch_invariant = batch_invariant;
+    tile.same_a = same_x;
     gemm_kernels().gemm(tile);
   }
 }
