@@ -35,10 +35,16 @@ class TileRegisters {
 // What is written must be in memory before a tile is loaded: GCC does not know that tiles are read from there.
 MOERT_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
 
-// The left operand: bfloat16 along K, rows `pitch` bytes apart.  The right one is a panel [K / 2, kPanel] of pairs.
+// The left operand: bfloat16 along K, rows `pitch` bytes apart.
 struct LeftRows {
   const char* data;
   int64_t pitch;
+};
+
+// The right one: [K / 2, kSumsEdge] pairs, rows `pitch` pairs apart.
+struct RightPairs {
+  const Pair* data;
+  int64_t pitch = kSumsEdge;
 };
 
 // 16 R x 16 C sums in the registers 0 (and 1 beside it, 2 and 3 below).
@@ -68,12 +74,13 @@ struct Sums {
 
   // += left . right.  If `prefetch`, the rows below these come to the L2 cache: they lie too far apart for the CPU to
   // foresee them.
-  static void add(const LeftRows& left, const Pair* right, int64_t steps, bool prefetch) {
+  static void add(const LeftRows& left, const RightPairs& right, int64_t steps, bool prefetch) {
     before_tile_loads();
     const char* row = left.data;
-    for (int64_t i = 0; i < steps; ++i, row += 4 * kEdge, right += kEdge * kSumsEdge) {
-      _tile_loadd(6, right, 4 * kSumsEdge);
-      if constexpr (C > 1) _tile_loadd(7, right + kEdge, 4 * kSumsEdge);
+    const Pair* pairs = right.data;
+    for (int64_t i = 0; i < steps; ++i, row += 4 * kEdge, pairs += kEdge * right.pitch) {
+      _tile_loadd(6, pairs, 4 * right.pitch);
+      if constexpr (C > 1) _tile_loadd(7, pairs + kEdge, 4 * right.pitch);
       _tile_loadd(4, row, left.pitch);
       if constexpr (R > 1) _tile_loadd(5, row + kEdge * left.pitch, left.pitch);
       _tile_dpbf16ps(0, 4, 6);

@@ -33,60 +33,90 @@ void lay_out_left(const GemmTile& t, int64_t k, int64_t K, Pair* block, Pair* sc
   transpose_columns(a, K, t.M, block, scratch);
 }
 
-// The panel of columns [n, n + N): where it lies, or in `panel`.
-const Pair* right_panel(const TileOperand& b, int64_t n, int64_t k, int64_t N, int64_t K, Pair* panel) {
-  if (!b.panels) {
-    pack_steps(b, n, k, N, K, panel);
-    return panel;
+// The right operand of one K block.  Rows along N are laid out for all columns at once: the memory that they lie in is
+// read row after row.
+class RightBlock {
+ public:
+  RightBlock(const TileOperand& b, int64_t N, int64_t k, int64_t K, Pair* memory)
+      : b_(b), N_(N), k_(k), K_(K), memory_(memory), whole_(b.k_rows && !b.panels) {
+    if (!whole_) return;
+    const int64_t width = (N + kSumsEdge - 1) / kSumsEdge * kSumsEdge;
+    interleave_rows(b.matrix, k, K, N, width, memory, kPitchKM);
+    for (int64_t i = pairs(); i < all_pairs(); ++i) std::fill_n(memory + i * kPitchKM, width, Pair(0));
   }
-  const Pair* ready = ready_panel(b, n, k, K, panel);
-  if (K % kStep == 0) return ready;
-  const int64_t pairs = (K + 1) / 2, all = (K + kStep - 1) / kStep * kEdge;
-  std::copy_n(ready, pairs * kSumsEdge, panel);
-  std::fill(panel + pairs * kSumsEdge, panel + all * kSumsEdge, Pair(0));
-  return panel;
+
+  bool is_whole() const { return whole_; }
+
+  // Columns from n on, kSumsEdge or all of them, zeros from N on.
+  RightPairs columns(int64_t n) const {
+    if (whole_) return {memory_ + n, kPitchKM};
+    if (!b_.panels) {
+      pack_steps(b_, n, k_, std::min(kSumsEdge, N_ - n), K_, memory_);
+      return {memory_};
+    }
+    const Pair* ready = ready_panel(b_, n, k_, K_, memory_);
+    if (K_ % kStep == 0) return {ready};
+    std::copy_n(ready, pairs() * kSumsEdge, memory_);
+    std::fill(memory_ + pairs() * kSumsEdge, memory_ + all_pairs() * kSumsEdge, Pair(0));
+    return {memory_};
+  }
+
+ private:
+  int64_t pairs() const { return (K_ + 1) / 2; }
+  int64_t all_pairs() const { return (K_ + kStep - 1) / kStep * kEdge; }
+
+  const TileOperand& b_;
+  int64_t N_, k_, K_;
+  Pair* memory_;
+  bool whole_;
+};
+
+// c [M, kSumsEdge] (+)= left . right.
+void add_block(const LeftRows& left, const RightPairs& right, int64_t M, int64_t steps, float* c, bool accumulate) {
+  alignas(64) float padded[kSumsEdge * kSumsEdge];  // where a tile would reach past the rows of c
+  const bool whole = M % kEdge == 0;
+  float* sums_at = whole ? c : padded;
+  const int64_t pitch = whole ? kTileColumns : kSumsEdge;
+  if (accumulate && !whole)
+    for (int64_t i = 0; i < M; ++i) std::copy_n(c + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
+  with_sums(M, kSumsEdge, [&](auto sums) {
+    accumulate ? sums.load(sums_at, pitch) : sums.zero();
+    sums.add(left, right, steps, false);
+    sums.store(sums_at, pitch);
+  });
+  if (!whole)
+    for (int64_t i = 0; i < M; ++i) std::copy_n(padded + i * kSumsEdge, kSumsEdge, c + i * kTileColumns);
 }
 
-// One K block of one product.
-void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int64_t k, int64_t K, Pair* panel, float* c,
-                bool accumulate) {
+// One K block of one product.  Where all columns are laid out, rows are finished in one piece, which memory prefers.
+void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int64_t k, int64_t K, Pair* memory,
+                float* c, bool accumulate) {
+  const RightBlock right(b, t.N, k, K, memory);
   const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
-  const int64_t steps = (K + kStep - 1) / kStep;
-  alignas(64) float padded[kSumsEdge * kSumsEdge];  // where a tile would reach past the rows of c
-  for (int64_t n = 0; n < t.N; n += kSumsEdge) {
-    const int64_t N = std::min(kSumsEdge, t.N - n);
-    const Pair* columns = right_panel(b, n, k, N, K, panel);
+  const int64_t steps = (K + kStep - 1) / kStep, width = right.is_whole() ? t.N : kSumsEdge;
+  for (int64_t first = 0; first < t.N; first += width) {
+    const int64_t end = std::min(first + width, t.N);
+    const RightPairs columns = right.columns(first);
     for (int64_t m = 0; m < t.M; m += kSumsEdge) {
+      const LeftRows left{reinterpret_cast<const char*>(block + m * kPitchMK), kPitchMK * int64_t(sizeof(Pair))};
       const int64_t M = std::min(kSumsEdge, t.M - m);
-      float* out = c + m * kTileColumns + n;
-      const bool whole = M % kEdge == 0;
-      float* sums_at = whole ? out : padded;
-      const int64_t pitch = whole ? kTileColumns : kSumsEdge;
-      if (accumulate && !whole)
-        for (int64_t i = 0; i < M; ++i) std::copy_n(out + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
-      with_sums(M, kSumsEdge, [&](auto sums) {
-        accumulate ? sums.load(sums_at, pitch) : sums.zero();
-        sums.add({reinterpret_cast<const char*>(block + m * kPitchMK), kPitchMK * int64_t(sizeof(Pair))}, columns,
-                 steps, false);
-        sums.store(sums_at, pitch);
-      });
-      if (!whole)
-        for (int64_t i = 0; i < M; ++i) std::copy_n(padded + i * kSumsEdge, kSumsEdge, out + i * kTileColumns);
-      if (finish) finish_part<float>(*finish, m, n, M, N);
+      for (int64_t n = first; n < end; n += kSumsEdge)
+        add_block(left, {columns.data + n - first, columns.pitch}, M, steps, c + m * kTileColumns + n, accumulate);
+      if (finish) finish_part<float>(*finish, m, first, M, end - first);
     }
   }
 }
 
 void gemm_tile_panels(const GemmTile& t) {
   constexpr int64_t kBlockK = 2 * kTileK;
-  static_assert(2 * kTileBlock + kSumsEdge * kTileK <= kGemmScratch);
-  Pair *block = static_cast<Pair*>(t.scratch), *panel = block + kTileBlock, *scratch = panel + kSumsEdge * kTileK;
+  static_assert(2 * kTileBlock <= kGemmScratch);
+  Pair *block = static_cast<Pair*>(t.scratch), *memory = block + kTileBlock;
   const TileRegisters registers;
   for (int64_t k = 0; k < t.K || k == 0; k += kBlockK) {
     const int64_t K = std::min(kBlockK, t.K - k);
-    lay_out_left(t, k, K, block, scratch);
-    add_panels(t, t.b, block, k, K, panel, static_cast<float*>(t.c), t.accumulate || k > 0);
-    if (t.c2) add_panels(t, t.b2, block, k, K, panel, static_cast<float*>(t.c2), t.accumulate || k > 0);
+    lay_out_left(t, k, K, block, memory);
+    add_panels(t, t.b, block, k, K, memory, static_cast<float*>(t.c), t.accumulate || k > 0);
+    if (t.c2) add_panels(t, t.b2, block, k, K, memory, static_cast<float*>(t.c2), t.accumulate || k > 0);
   }
 }
 

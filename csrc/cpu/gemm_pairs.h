@@ -39,14 +39,27 @@ void copy_pairs(const TileMatrix& in, int64_t M, int64_t K, int64_t step, Pair* 
   }
 }
 
+// What is read after the rows k and k + 1, too far away for the CPU to foresee it: of one panel the next panel of both
+// rows, of more the rows some pairs below.
+MOERT_INLINE void prefetch_after(const TileMatrix& in, int64_t k, int64_t end, int64_t N) {
+  constexpr int64_t kPanelOf = 2 * kLanes<Pair>, kRowsAhead = 16;
+  for (int64_t r = k; r < k + 2 && r < end; ++r) {
+    if (N <= kPanelOf) {
+      __builtin_prefetch(row_of(in, r) + kPanelOf, 0, 2);
+    } else if (r + kRowsAhead < end) {
+      const bf16* row = row_of(in, r + kRowsAhead);
+      for (int64_t n = 0; n < N; n += kPanelOf) __builtin_prefetch(row + n, 0, 2);
+    }
+  }
+}
+
 // out[k / 2][n] = elements n of the rows k and k + 1, n < N; rows `pitch` pairs apart, zeros from N to `width`.
 void interleave_rows(const TileMatrix& in, int64_t k, int64_t K, int64_t N, int64_t width, Pair* out, int64_t pitch) {
   using V = Vec<Pair>;
   for (const int64_t end = k + K; k < end; k += 2, out += pitch) {
     const bf16 *first = row_of(in, k), *second = k + 1 < end ? row_of(in, k + 1) : nullptr;
     if (in.col_stride == 1) {
-      __builtin_prefetch(first + 2 * kLanes<Pair>, 0, 2);  // the next panel; rows lie too far apart to foresee it
-      if (second) __builtin_prefetch(second + 2 * kLanes<Pair>, 0, 2);
+      prefetch_after(in, k, end, N);
       for_vectors<float>(N, [&](int64_t n, auto count) {
         const V low = bit_cast_vector<V>(load(first + n, count)) >> 16;
         const V high = second ? bit_cast_vector<V>(load(second + n, count)) : V{};

@@ -118,6 +118,10 @@ MOERT_INLINE void store(double* p, const Vec<double>& x) { std::memcpy(p, &x, si
 MOERT_INLINE void store(Pair* p, const Vec<Pair>& x) { std::memcpy(p, &x, sizeof x); }
 
 MOERT_INLINE void store(bf16* p, const VecF& x) {
+#if defined(__AVX512BF16__)  // subnormal numbers become zero
+  const __m256bh narrow = _mm512_cvtneps_pbh(__m512(x));
+  std::memcpy(p, &narrow, sizeof narrow);
+#else
   const Vec<uint32_t> bits = bit_cast_vector<Vec<uint32_t>>(x);
   const Vec<uint32_t> rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   const Vec<uint32_t> is_nan = bit_cast_vector<Vec<uint32_t>>((bits & 0x7fffffffu) > 0x7f800000u);
@@ -126,6 +130,7 @@ MOERT_INLINE void store(bf16* p, const VecF& x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast_vector<__m512i>(y)));
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = uint16_t(y[i]);
+#endif
 #endif
 }
 
