@@ -32,12 +32,13 @@ test-cpp: $(READY)
 	$(BIN)/python tools/symbols.py $(CPP)
 
 # Every instruction set with kernels of its own that this CPU has, but the highest, which all other targets use.
-# Registration, compilation and exchanges do not depend on it, test_every_isa… chooses for itself, and avx512_vnni has
-# kernels of packed weights alone.  ISA_TESTS=tests: the whole suite under each.
+# Registration, compilation and exchanges do not depend on it, test_every_isa… chooses for itself, avx512_vnni has
+# kernels of packed weights alone, avx512_bf16 of products of floats.  ISA_TESTS=tests: the whole suite under each.
 OF_KERNELS := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
 test-isa: test-cpp
 	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
-	  $(BIN)/ctest --test-dir $(CPP) -Q; files=tests/ops; [ $$isa != avx512_vnni ] || files=$$files/test_fused_experts_quantized.py; \
+	  $(BIN)/ctest --test-dir $(CPP) -Q; files=tests/ops; [ $$isa != avx512_vnni ] || files=tests/ops/test_fused_experts_quantized.py; \
+	  [ $$isa != avx512_bf16 ] || files="tests/ops/test_fused_experts.py tests/ops/test_grouped_gemm.py"; \
 	  $(PYTEST) -q -m "not slow and not gpu" $(or $(ISA_TESTS),$$files $(OF_KERNELS)); done
 
 test-slow: $(READY)
@@ -65,7 +66,7 @@ cuda-sass: cuda
 	$(BIN)/python tools/sass.py build/cuda/_cuda.so
 
 # The compiler for it and what reads its machine code, from PyPI, where the machine has none.
-cuda-toolchain: $(READY)
+cuda-toolchain: $(TOOLS)
 	$(BIN)/pip install -q 'cuda-toolkit[nvcc,cccl]==13.0.*' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 
 # Needs a GPU and a torch built for CUDA: TORCH="torch --index-url https://download.pytorch.org/whl/cu130".
@@ -146,6 +147,7 @@ clean:
 # A second call does nothing: each stamp is newer than all it was made from, and the build folder is kept.
 $(READY): $(TOOLS) $(CHOICE) $(SOURCES)
 	touch $@.new  # before the build, so that a file saved during it counts as newer
+	$(if $(filter-out OFF,$(MOERT_CUDA)),$(BIN)/pip install -q --no-deps nvidia-cutlass==4.2.0.0)
 	MOERT_CUDA=$(MOERT_CUDA) $(BIN)/pip install -q --no-build-isolation -e '.[test]'
 	mv $@.new $@
 

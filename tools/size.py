@@ -16,7 +16,7 @@ SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 FOLDERS = ("python", "csrc", "bench", "examples", "tools", "tests")
 LIMITS = {".py": {"file": (300, 500), "function": (25, 60)}, ".cpp": {"file": (400, 800), "function": (40, 80)}}
 KERNEL_LIMIT = 150
-KERNEL_FILE = re.compile(r"_avx\w*\.cpp$|_isa\.h$|_tile\.h$|simd\.h$|\.cuh$")
+KERNEL_FILE = re.compile(r"_a[vm]x\w*\.cpp$|_isa\.h$|_tile\.h$|simd\.h$|\.cuh$")
 
 
 class Size(NamedTuple):

@@ -1,5 +1,6 @@
 #include "moert/fused_experts_quantized.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -34,7 +35,8 @@ Precision auto_precision(const QuantizedExperts& w, const RoutedRows& tokens) {
 #else
   if (tokens.x.dtype == DType::f64) return Precision::full;
   const Precision by_format = default_precision(w.w1.packing, w.w2.packing);
-  return cpu::auto_precision(by_format, tokens.T * tokens.k, w.floats.E, tokens.batch_invariant);
+  const int64_t rows = std::count_if(tokens.ids, tokens.ids + tokens.T * tokens.k, [](int32_t id) { return id >= 0; });
+  return cpu::auto_precision(by_format, rows, w.floats.E, tokens.batch_invariant);
 #endif
 }
 

@@ -9,7 +9,7 @@ namespace moert::cpu {
 namespace {
 
 constexpr int64_t kEdge = 16;             // rows of a tile; its columns of float or of pairs
-constexpr int64_t kStep = 32;             // elements along K in one product
+constexpr int64_t kStepK = 32;            // elements along K in one product
 constexpr int64_t kSumsEdge = 2 * kEdge;  // rows and columns of the sums in registers: 4 tiles of 8
 static_assert(kSumsEdge == kPanel<Pair>);
 
@@ -121,14 +121,14 @@ void transpose_block(const float* in, int64_t in_pitch, int64_t rows, float* out
 LeftRows left_rows(const TileMatrix& in, int64_t r, int64_t R, int64_t k, int64_t K, Pair* copy) {
   TileMatrix from = in;
   from.data = static_cast<const bf16*>(in.data) + k * in.col_stride;
-  if (!in.index && in.col_stride == 1 && R % kEdge == 0 && K % kStep == 0)
+  if (!in.index && in.col_stride == 1 && R % kEdge == 0 && K % kStepK == 0)
     return {reinterpret_cast<const char*>(row_of(from, r)), in.row_stride * int64_t(sizeof(bf16))};
   if (in.index)
     from.index += r;
   else
     from.data = row_of(from, r);
-  const int64_t pitch = (K + kStep - 1) / kStep * kEdge + kEdge;
-  copy_pairs(from, R, K, kStep, copy, pitch);
+  const int64_t pitch = (K + kStepK - 1) / kStepK * kEdge + kEdge;
+  copy_pairs(from, R, K, kStepK, copy, pitch);
   std::fill(copy + R * pitch, copy + (R + kEdge - 1) / kEdge * kEdge * pitch, Pair(0));
   return {reinterpret_cast<const char*>(copy), pitch * int64_t(sizeof(Pair))};
 }
@@ -136,7 +136,7 @@ LeftRows left_rows(const TileMatrix& in, int64_t r, int64_t R, int64_t k, int64_
 // The panel of pairs (n, k), zeros up to a whole step.
 void pack_steps(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int64_t K, Pair* panel) {
   pack_panel(operand, n, k, N, K, panel);
-  const int64_t rows = (K + 1) / 2, all = (K + kStep - 1) / kStep * kEdge;
+  const int64_t rows = (K + 1) / 2, all = (K + kStepK - 1) / kStepK * kEdge;
   std::fill(panel + rows * kPanel<Pair>, panel + all * kPanel<Pair>, Pair(0));
 }
 

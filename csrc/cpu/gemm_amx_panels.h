@@ -9,7 +9,7 @@ namespace {
 
 // block[m][k / 2] = elements k and k + 1 of column m of `a`, [K, M], zeros up to whole steps.
 void transpose_columns(const TileMatrix& a, int64_t K, int64_t M, Pair* block, Pair* scratch) {
-  const int64_t width = (M + kEdge - 1) / kEdge * kEdge, pairs = (K + 1) / 2, all = (K + kStep - 1) / kStep * kEdge;
+  const int64_t width = (M + kEdge - 1) / kEdge * kEdge, pairs = (K + 1) / 2, all = (K + kStepK - 1) / kStepK * kEdge;
   interleave_rows(a, 0, K, M, width, scratch, kPitchKM);
   for (int64_t k = pairs; k < all; ++k) std::fill_n(scratch + k * kPitchKM, width, Pair(0));
   for (int64_t k = 0; k < all; k += kEdge)
@@ -28,7 +28,7 @@ void lay_out_left(const GemmTile& t, int64_t k, int64_t K, Pair* block, Pair* sc
   TileMatrix a = t.a.matrix;
   const int64_t skip = t.a.k_rows ? (a.index ? 0 : k * a.row_stride) : k * a.col_stride;
   a.data = static_cast<const bf16*>(a.data) + skip;
-  if (!t.a.k_rows) return copy_pairs(a, t.M, K, kStep, block, kPitchMK);
+  if (!t.a.k_rows) return copy_pairs(a, t.M, K, kStepK, block, kPitchMK);
   if (a.index) a.index += k;
   transpose_columns(a, K, t.M, block, scratch);
 }
@@ -55,7 +55,7 @@ class RightBlock {
       return {memory_};
     }
     const Pair* ready = ready_panel(b_, n, k_, K_, memory_);
-    if (K_ % kStep == 0) return {ready};
+    if (K_ % kStepK == 0) return {ready};
     std::copy_n(ready, pairs() * kSumsEdge, memory_);
     std::fill(memory_ + pairs() * kSumsEdge, memory_ + all_pairs() * kSumsEdge, Pair(0));
     return {memory_};
@@ -63,7 +63,7 @@ class RightBlock {
 
  private:
   int64_t pairs() const { return (K_ + 1) / 2; }
-  int64_t all_pairs() const { return (K_ + kStep - 1) / kStep * kEdge; }
+  int64_t all_pairs() const { return (K_ + kStepK - 1) / kStepK * kEdge; }
 
   const TileOperand& b_;
   int64_t N_, k_, K_;
@@ -93,7 +93,7 @@ void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int6
                 float* c, bool accumulate) {
   const RightBlock right(b, t.N, k, K, memory);
   const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
-  const int64_t steps = (K + kStep - 1) / kStep, width = right.is_whole() ? t.N : kSumsEdge;
+  const int64_t steps = (K + kStepK - 1) / kStepK, width = right.is_whole() ? t.N : kSumsEdge;
   for (int64_t first = 0; first < t.N; first += width) {
     const int64_t end = std::min(first + width, t.N);
     const RightPairs columns = right.columns(first);

@@ -1,5 +1,5 @@
-// Weights that lie along K are the left operand, as they lie: they are read once and never laid out anew.  The rows of
-// x become panels of pairs, and the product comes out transposed.
+// Weights that lie along K are the left operand, as they lie, but where K has no whole steps or a tile would reach past
+// the last of them.  The rows of x become panels of pairs, and the product comes out transposed.
 #pragma once
 
 #include "cpu/gemm_amx.h"
@@ -17,13 +17,17 @@ struct PairPanels {
 };
 
 constexpr int64_t kSums = kSumsEdge * kSumsEdge;
+// With all rows and columns of a tile there is room for a step along K, and more.
+static_assert(kTileRows * kTileColumns + kSumsEdge * kEdge + kEdge * (kTileRows / kSumsEdge + 1) * kStepK <=
+              kGemmScratch);
 
-// As many elements along K as there is room for, in equal blocks of whole steps.
+// As many elements along K as there is room for, in equal blocks of whole steps.  What calls with the same a find laid
+// out depends on M and K alone: they may have other weights, and other numbers of them.
 PairPanels place_panels(const GemmTile& t) {
-  const int64_t count = (t.M + kSumsEdge - 1) / kSumsEdge, sums = count * ((t.N + kSumsEdge - 1) / kSumsEdge) * kSums;
-  const int64_t most = (kGemmScratch - sums - kSumsEdge * kEdge) / (kEdge * (count + 1)) / kStep * kStep;
+  const int64_t count = (t.M + kSumsEdge - 1) / kSumsEdge, sums = count * (kTileColumns / kSumsEdge) * kSums;
+  const int64_t most = (kGemmScratch - sums - kSumsEdge * kEdge) / (kEdge * (count + 1)) / kStepK * kStepK;
   const int64_t blocks = std::max<int64_t>(1, (t.K + most - 1) / most);
-  const int64_t block = std::max(kStep, ((t.K + blocks - 1) / blocks + kStep - 1) / kStep * kStep);
+  const int64_t block = std::max(kStepK, ((t.K + blocks - 1) / blocks + kStepK - 1) / kStepK * kStepK);
   const int64_t size = block / 2 * kSumsEdge;
   float* scratch = static_cast<float*>(t.scratch);
   Pair* data = reinterpret_cast<Pair*>(scratch + sums);
@@ -49,9 +53,9 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
       for (int64_t p = 0; p < x.count; ++p)
         transpose_block(c(p, n), kTileColumns, rows(p), sums + p * kSums, kSumsEdge, N);
     });
-  const int64_t step = x.count > 1 ? kNearK : std::max(K, kStep);
+  const int64_t step = x.count > 1 ? kNearK : std::max(K, kStepK);
   for (int64_t near = 0; near < K || near == 0; near += step) {
-    const int64_t part = std::min(step, K - near), steps = (part + kStep - 1) / kStep;
+    const int64_t part = std::min(step, K - near), steps = (part + kStepK - 1) / kStepK;
     for_weight_rows([&](int64_t n, int64_t N, float* sums) {
       const LeftRows left = left_rows(weights, n, N, k + near, part, x.copy);
       for (int64_t p = 0; p < x.count; ++p)

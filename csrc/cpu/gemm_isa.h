@@ -73,8 +73,8 @@ struct GemmTile {
   bool batch_invariant = false;
   // Done to every part of c as soon as it is complete, where not null; only for products whose b is k_rows.
   const StoreTile* finish = nullptr;
-  // Calls with the same number, if it is not 0, have the same a, M and K: what a thread has laid out of it serves
-  // again.
+  // Calls with the same number, if it is not 0, have the same a, M and K (not b and N): what a thread has laid out of
+  // it serves again.
   int64_t same_a = 0;
 };
 

@@ -1,5 +1,6 @@
 // What the drivers of quantized experts ask of an instruction set: rows of int8 activations, products of such rows with
-// packed weights, and packed weights as float32.
+// packed weights, and packed weights as float32 or
+// bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +53,7 @@ constexpr int64_t few_scratch(int64_t columns) { return 2 * columns + 128; }  //
 
 constexpr int64_t packed_scratch(int64_t columns) { return 32 * columns + (int64_t(512) << 10); }
 
-constexpr int64_t kBf16Step = 32;
+constexpr int64_t kBf16Step = 32;  // columns that a tile register holds of a row
 
 struct PackedGemmKernels {
   // Bytes of one quantized row, a multiple of 64.

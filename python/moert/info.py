@@ -53,7 +53,8 @@ def info() -> dict:
         "build": _C.build(),
         "cpu": {"isa": _C.isa(), "best_isa": _C.best_isa(), "features": _C.cpu_features()},
         "threads": {"torch": torch.get_num_threads(), **_C.threads(), "runtimes": openmp_runtimes()},
-        "quantized_precision": {name: _precision(*fmt) for name, fmt in _FORMATS.items()},
+        "quantized_precision": {name: _C.default_precision(*fmt) for name, fmt in _FORMATS.items()},
+        "bfloat16_from_rows": {name: rows for name, fmt in _FORMATS.items() if (rows := _bfloat16_from(*fmt))},
         "operators": {name: {"cpu": _kernel(stem)} for name, stem in _KERNELS.items()},
         "cuda": {"archs": _C.build()["cuda_archs"], "torch": torch.version.cuda, "gpu": _gpu()},
         "missing": _missing(),
@@ -74,10 +75,9 @@ def _kernel(stem: str) -> str:
     return [isa for isa in allowed if isa in ("generic", *_C.build()["kernels"].get(stem, []))][-1]
 
 
-def _precision(*fmt) -> str:
-    precision = _C.default_precision(*fmt)
-    rows = _C.bf16_rows(precision)
-    return f"{precision}, bfloat16 from {rows} rows an expert" if rows else precision
+def _bfloat16_from(*fmt) -> int:
+    """The rows an expert from which on packed weights are multiplied with rows of bfloat16; 0: never, on this CPU."""
+    return _C.bf16_rows(_C.default_precision(*fmt))
 
 
 def _gpu() -> str | None:

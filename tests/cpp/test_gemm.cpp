@@ -1,5 +1,9 @@
 // The product of one tile, in every way its operands may lie, against the plain sums.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -17,13 +21,45 @@ struct Integers {
   float operator()() { return float(int32_t((seed = seed * 1664525u + 1013904223u) >> 24) % 7 - 3); }
 };
 
-// [rows, K] in float32 or bfloat16; `along_rows`: element (r, k) at k * rows + r.  In an allocation of its own that
-// ends where it ends, so that a sanitizer sees what is read past it.
+// n elements that end where a page ends behind which nothing may be read: tiles are loaded past a sanitizer's sight.
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(size_t n) : n_(n) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), whole = (n * sizeof(T) + page - 1) / page * page;
+    bytes_ = whole + page;
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    EXPECT(memory_ != MAP_FAILED);
+    char* end = static_cast<char*>(memory_) + whole;
+    EXPECT(mprotect(end, page, PROT_NONE) == 0);
+    data_ = reinterpret_cast<T*>(end - n * sizeof(T));
+  }
+  ~Guarded() { munmap(memory_, bytes_); }
+  Guarded(const Guarded&) = delete;
+  T* data() const { return data_; }
+  T* begin() const { return data_; }
+  T* end() const { return data_ + n_; }
+  T& operator[](size_t i) const { return data_[i]; }
+
+ private:
+  size_t n_, bytes_;
+  void* memory_;
+  T* data_;
+};
+
+// What no product may read before it has written it.
+Memory<float> nothing(int64_t count) {
+  Memory<float> memory = allocate<float>(count);
+  std::fill_n(memory.get(), count, NAN);
+  return memory;
+}
+
+// [rows, K] in float32 or bfloat16; `along_rows`: element (r, k) at k * rows + r.
 template <typename T>
 struct Operand {
   int64_t rows, K;
   bool along_rows;
-  std::vector<T> data;
+  Guarded<T> data;
 
   Operand(int64_t rows, int64_t K, bool along_rows, Integers& next)
       : rows(rows), K(K), along_rows(along_rows), data(size_t(rows * K)) {
@@ -63,7 +99,7 @@ template <typename T>
 void product(int64_t M, int64_t N, int64_t K, bool a_rows, bool b_rows, int options) {
   Integers next;
   const Operand<T> a(M, K, a_rows, next), b(N, K, b_rows, next), b2(N, K, b_rows, next);
-  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  const Memory<float> scratch = nothing(kGemmScratch);
   Sums c, c2;
   GemmTile tile{M, N, K, a.operand(), b.operand(), c.c.get(), scratch.get(), (options & kAccumulate) != 0};
   tile.b2 = b2.operand(), tile.c2 = c2.c.get();
@@ -93,31 +129,32 @@ void product(int64_t M, int64_t N, int64_t K, bool a_rows, bool b_rows, int opti
   for (int64_t m = M; m < kTileRows; ++m) EXPECT(c.at(m, 0) == 5);  // rows of another thread
 }
 
-// A second call with the same number and other weights; another number is laid out anew.
-void same_rows() {
+// Calls with the same number have the same rows of x, but other weights and other numbers of them; another number is
+// laid out anew.
+void same_rows(int64_t M, int64_t K) {
   Integers next;
-  constexpr int64_t M = 40, N = 32, K = 96;
-  const Operand<bf16> a(M, K, false, next), other(M, K, false, next), b(N, K, false, next), b2(N, K, false, next);
-  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  const Operand<bf16> a(M, K, false, next), other(M, K, false, next), w(256, K, false, next);
+  const Memory<float> scratch = nothing(kGemmScratch);
   const int64_t number = new_numbers(2);
-  const auto check = [&](const Operand<bf16>& x, const Operand<bf16>& w, int64_t number) {
+  const auto check = [&](const Operand<bf16>& x, int64_t first, int64_t N, int64_t number) {
     Sums c;
-    GemmTile tile{M, N, K, x.operand(), w.operand(), c.c.get(), scratch.get()};
+    TileOperand b = w.operand();
+    b.matrix.data = &w.data[size_t(first * K)];
+    GemmTile tile{M, N, K, x.operand(), b, c.c.get(), scratch.get()};
     tile.same_a = number;
     gemm_kernels().gemm(tile);
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t n = 0; n < N; ++n) {
+    for (int64_t m = 0; m < M; m += 7)
+      for (int64_t n = 0; n < N; n += 3) {
         float sum = 0;
-        for (int64_t k = 0; k < K; ++k) sum += x.at(m, k) * w.at(n, k);
+        for (int64_t k = 0; k < K; ++k) sum += x.at(m, k) * w.at(first + n, k);
         EXPECT(c.at(m, n) == sum);
       }
   };
-  check(a, b, number);
-  check(a, b2, number);
-  check(other, b2, number + 1);
-  check(a, b, 0);
-  check(other, b, 0);
-  check(a, b, number);
+  for (const int64_t N : {256, 64, 256, 32, 16, 5, 128}) check(a, 256 - N, N, number);
+  check(other, 0, 32, number + 1);
+  check(a, 0, 32, 0);
+  check(other, 3, 32, 0);
+  check(a, 0, 40, number);
 }
 
 // Weight gradients leave c for their output part by part.
@@ -125,7 +162,7 @@ void finished_parts() {
   Integers next;
   constexpr int64_t M = 37, N = 70, K = 45;
   const Operand<bf16> a(M, K, true, next), b(N, K, true, next);
-  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  const Memory<float> scratch = nothing(kGemmScratch);
   Sums c;
   std::vector<float> out(size_t(M * N), 1.0f);
   StoreTile store{M, N, c.c.get(), nullptr, nullptr, ScaleOn::output, out.data(), DType::f32, N, 1};
@@ -148,7 +185,7 @@ void invariant_rows() {
   std::vector<bf16> x(size_t(kTileRows * K)), w(size_t(N * K));
   for (auto* values : {&x, &w})
     for (auto& value : *values) value = to_bf16(next() + next() / 7);
-  const Memory<float> scratch = allocate<float>(kGemmScratch);
+  const Memory<float> scratch = nothing(kGemmScratch);
   const auto rows = [&](int64_t M) {
     Sums c;
     GemmTile tile{M,
@@ -192,7 +229,8 @@ int main() {
         product<float>(M, 64, K, a_rows, false, kPanels);
         product<bf16>(M, 96, K, a_rows, false, kPanels | kAccumulate);
       }
-  same_rows();
+  for (const int64_t M : {3, 40, 256})
+    for (const int64_t K : {96, 320, 2100}) same_rows(M, K);
   finished_parts();
   invariant_rows();
 }

@@ -15,7 +15,7 @@ from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
 from moert.cli.provider import STOCK, Load, Provider
 from moert.cli.report import sameness, speed_table, weights_table, write_json
 
-PREFILLS = 3  # of which the speed is the median; to decode has as many times as there are tokens
+PREFILLS = 3  # whose median is the speed; that of decoding is the median over tokens
 
 
 def generate(

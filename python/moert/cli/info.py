@@ -36,7 +36,7 @@ def lines(facts: dict) -> list[str]:
         *((f"{name} (CPU)", kernel["cpu"]) for name, kernel in facts["operators"].items()),
         (
             "quantized rows",
-            "; ".join(f"{f}: {p}" for f, p in facts["quantized_precision"].items()) + ' (precision="auto")',
+            "; ".join(_rows(facts, f) for f in facts["quantized_precision"]) + ' (precision="auto")',
         ),
         ("CUDA archs", " ".join(facts["cuda"]["archs"]) or "none"),
         ("torch's CUDA", facts["cuda"]["torch"] or "none"),
@@ -45,3 +45,8 @@ def lines(facts: dict) -> list[str]:
     ]
     width = max(len(name) for name, _ in rows)
     return [f"{name:{width}}  {value}" for name, value in rows]
+
+
+def _rows(facts: dict, fmt: str) -> str:
+    many = facts["bfloat16_from_rows"].get(fmt)
+    return f"{fmt}: {facts['quantized_precision'][fmt]}" + (f", bfloat16 from {many} rows an expert" if many else "")

@@ -27,9 +27,11 @@ class SubOneBitExperts(PackedWeights, Experts):
         intermediate: int,
         activation: str | Activation = "swiglu",
         bias: bool = False,
+        precision: str = "auto",
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.precision = precision
         self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
         self.activation = Activation.of(activation)
         rows = 2 * intermediate if self.activation.gated else intermediate, hidden
@@ -42,10 +44,12 @@ class SubOneBitExperts(PackedWeights, Experts):
             self.register_buffer(f"{name}_bias", torch.zeros(num_experts, N, dtype=dtype) if bias else None)
 
     @classmethod
-    def holding(cls, experts: GluExperts, packed: tuple[SubOneBitTensor, SubOneBitTensor]) -> "SubOneBitExperts":
+    def holding(
+        cls, experts: GluExperts, packed: tuple[SubOneBitTensor, SubOneBitTensor], precision: str = "auto"
+    ) -> "SubOneBitExperts":
         """The experts over weights that were packed from theirs, gate rows first."""
         sizes = experts.num_experts, experts.hidden, experts.intermediate
-        out = cls(*sizes, experts.activation, experts.down_proj_bias is not None)
+        out = cls(*sizes, experts.activation, experts.down_proj_bias is not None, precision)
         for name, w in zip(PROJECTIONS, packed, strict=True):
             for part in PARTS:
                 value = getattr(w, part)
@@ -68,7 +72,7 @@ class SubOneBitExperts(PackedWeights, Experts):
         bias = self.gate_up_proj_bias, self.down_proj_bias
         if any(self.adapters):
             return self.run_unfused(x, routing, bias, lambda h: activated(h, self.activation), lambda y: y)
-        return fused_experts_quantized(x, routing, *self.packed_pair(), bias, self.activation)
+        return fused_experts_quantized(x, routing, *self.packed_pair(), bias, self.activation, self.precision)
 
     def get_extra_state(self) -> Tensor:
         """The dictionary's hash as text, in a tensor."""
@@ -93,4 +97,4 @@ class SubOneBitExperts(PackedWeights, Experts):
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}"
-        return f"{sizes}, activation={self.activation.name}, bias={self.down_proj_bias is not None}"
+        return f"{sizes}, activation={self.activation.name}, bias={self.down_proj_bias is not None}, precision={self.precision}"

@@ -70,7 +70,7 @@ def fused_experts_quantized(
 
 def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | SubOneBitTensor, rows: int = 0) -> str:
     """What "auto" is on a CPU: the finer one of the two matrices (docs/quantized.md says how it was measured), or
-    "bfloat16" where the CPU has tile registers and `rows`, T * k, are many for the experts.
+    "bfloat16" where the CPU has tile registers and `rows`, the ids that are not dropped, are many for the experts.
     """
     order = ("int8", "int8_group32", "full")
     each = (_C.default_precision(w.format.name, _group(w), getattr(w.format, "planes", 0)) for w in (w1, w2))
@@ -88,7 +88,7 @@ def fused_experts_quantized_ref(
 ):
     activation = Activation.of(activation)
     if precision == "auto":
-        rows = 0 if is_batch_invariant() else routing.ids.numel()
+        rows = 0 if is_batch_invariant() else int((routing.ids >= 0).sum())
         precision = "full" if x.is_cuda else default_precision(w1, w2, rows)
     first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
     if precision == "bfloat16":
