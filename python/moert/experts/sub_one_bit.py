@@ -97,4 +97,5 @@ class SubOneBitExperts(PackedWeights, Experts):
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}"
-        return f"{sizes}, activation={self.activation.name}, bias={self.down_proj_bias is not None}, precision={self.precision}"
+        rest = f"activation={self.activation.name}, bias={self.down_proj_bias is not None}"
+        return f"{sizes}, {rest}, precision={self.precision}"
