@@ -26,7 +26,7 @@ from torch import Tensor
 from moert import GluExperts
 from moert.cli.machine import machine_facts
 from moert.ops import Dispatched, ExpertMap, combine, dispatch
-from moert.ops.all_to_all import exchange_counts, parted, send_rows
+from moert.ops.all_to_all import at_home, exchange_counts, send_rows
 from moert.ops.dispatch import FACTS
 from moert.ops.permute import unpermute
 from moert.ops.ranks import Ranks
@@ -159,8 +159,9 @@ def pieces(x: Tensor, routing: Routing, experts: ExpertMap, got: Dispatched) -> 
     plan, counts = got.plan, got.plan.offsets.diff()
     args = routing.weights, routing.ids, experts.expert_to_rank, experts.local_ids, plan.offsets, plan.tokens
     records, y = torch.ops.moert.dispatch_pack(x, *args), got.x.contiguous()
-    mine, came, splits = parted(got.splits, x.device)
-    there, back = records[mine.others], y[came.others]
+    mine, came = (at_home(each, got.splits.ranks, x.device) for each in (got.splits.sent, got.splits.received))
+    there, back = records if mine is None else records[mine.others], y if came is None else y[came.others]
+    splits = got.splits if mine is None else got.splits.others
     arrived, results = there.new_empty(sum(splits.received), there.shape[1]), back.new_empty(len(there), back.shape[1])
     bytes_back, into_back = back.view(torch.uint8), results.view(torch.uint8)
     rows = torch.zeros(len(records), x.shape[1], dtype=x.dtype)

@@ -15,11 +15,6 @@ from ranks import ranks
 E = 7
 
 
-def within(routing, experts, capacity):
-    slots = torch.ops.moert.dispatch_plan(routing.ids, experts.expert_to_rank, experts.num_ranks)[2]
-    return plan_within(slots, routing, experts, capacity)
-
-
 @pytest.mark.parametrize("drop", DROPS)
 @pytest.mark.parametrize("kind", ["uniform", "one_expert", "empty_experts", "sentinels"])
 @pytest.mark.parametrize("R", [1, 3])
@@ -33,14 +28,14 @@ def test_plan(R, kind, drop):
             expected = plan_within_ref(routing, experts, capacity)
             for dtype in ID_DTYPES:
                 same = Routing(routing.ids.to(dtype), routing.weights, E)
-                (plan, dropped), (other, count) = within(same, experts, capacity), expected
+                (plan, dropped), (other, count) = plan_within(same, experts, capacity), expected
                 assert torch.equal(plan.offsets, other.offsets) and torch.equal(plan.tokens, other.tokens)
                 assert torch.equal(plan.slots, other.slots) and dropped == count
 
 
 def test_ties_stay_in_the_order_of_their_tokens():
     routing = Routing(torch.zeros(6, 1, dtype=torch.int32), torch.tensor([[1.0], [2], [2], [1], [2], [2]]), 1)
-    plan, dropped = within(routing, ExpertMap.of(None, 1, 1), Capacity(3, "weight"))
+    plan, dropped = plan_within(routing, ExpertMap.of(None, 1, 1), Capacity(3, "weight"))
     assert plan.tokens.tolist() == [1, 2, 4] and dropped == 3
 
 

@@ -53,29 +53,19 @@ class Part(NamedTuple):
     own: slice
     others: slice
 
-    @property
-    def has_own(self) -> bool:
-        return self.own.start < self.own.stop
 
-
-def at_home(counts: list[int], ranks: Ranks, device: torch.device) -> Part:
+def at_home(counts: list[int], ranks: Ranks, device: torch.device) -> Part | None:
     """Of rows of which so many are of each rank: this rank's own need not travel if the others are in one piece.
 
     They are on the first and on the last rank, sent straight.  On a CPU a group copies own rows like any others; on a
-    GPU they may travel.  Where they travel they are among the others.
+    GPU they may travel.
     """
     rank, total, own = ranks.rank, sum(counts), counts[ranks.rank]
     if device.type != "cpu" or ranks.levels is not None or 0 < rank < len(counts) - 1:
-        own = 0
+        return None
     if rank == 0:
         return Part(slice(0, own), slice(own, total))
     return Part(slice(total - own, total), slice(0, total - own))
-
-
-def parted(splits: Splits, device: torch.device) -> tuple[Part, Part, Splits]:
-    """What of the rows sent and of those received is at home, and the splits of the others, which travel."""
-    mine, came = (at_home(counts, splits.ranks, device) for counts in (splits.sent, splits.received))
-    return mine, came, splits.others if mine.has_own else splits
 
 
 def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
@@ -189,12 +179,15 @@ def send_rows(
 
 
 def _send_straight(given: Tensor, taken: Tensor, splits: Splits) -> dist.Work:
-    mine, came, sizes = parted(splits, given.device)
+    ranks, device = splits.ranks, given.device
+    mine, came = (at_home(counts, ranks, device) for counts in (splits.sent, splits.received))
+    if mine is None:
+        return dist.all_to_all_single(taken, given, splits.received, splits.sent, ranks.group, async_op=True)
+    sizes = splits.others
     work = dist.all_to_all_single(
-        taken[came.others], given[mine.others], sizes.received, sizes.sent, splits.ranks.group, async_op=True
+        taken[came.others], given[mine.others], sizes.received, sizes.sent, ranks.group, async_op=True
     )
-    if mine.has_own:
-        taken[came.own] = given[mine.own]  # while the others travel
+    taken[came.own] = given[mine.own]  # while the others travel
     return work
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moert.ops.all_to_all import Counting, Hold, Sending, Splits, at_home, fresh_rows, parted, refusing, stand_in
+from moert.ops.all_to_all import Counting, Hold, Sending, Splits, at_home, fresh_rows, refusing, stand_in
 from moert.ops.compiled_dispatch import CompiledSplits
 from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import OPTIONAL, expect
@@ -99,8 +99,9 @@ def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynch
         counting = Counting(counts, _facts(x, routing, experts, payload, parts, needs), ranks)
         plan = DispatchPlan(plan.offsets, plan.tokens[: sum(counts)], plan.slots)
     else:
-        slots, needs = _plan(x, routing, experts, ranks, payload).slots, needs or _needs(x, routing)
-        plan, dropped = plan_within(slots, routing, experts, capacity)
+        _plan(x, routing, experts, ranks, payload)
+        needs = needs or _needs(x, routing)
+        plan, dropped = plan_within(routing, experts, capacity)
         counts = [capacity.rows] * ranks.size
     flight = _Flight(x, routing, experts, (plan, dropped), payload, needs)
     flight.pack(counts, ranks)  # while the counts travel
@@ -140,10 +141,13 @@ class Returning:
         if isinstance(splits, CompiledSplits):
             self._rows = splits.back(y, self._plan)
             return
-        rows, self._rows = y.detach(), None
-        mine, came, others = parted(splits.reversed, y.device)
-        self._own = (rows[mine.own], came.own.start) if mine.has_own else None
-        self._there = Sending(rows[mine.others], others, asynchronous)
+        home, rows, self._rows, self._own = splits.reversed, y.detach(), None, None
+        mine, came = (at_home(counts, home.ranks, y.device) for counts in (home.sent, home.received))
+        if mine is None:
+            self._there = Sending(rows, home, asynchronous)
+        else:
+            self._own = rows[mine.own], came.own.start
+            self._there = Sending(rows[mine.others], home.others, asynchronous)
         needed = y.requires_grad and torch.is_grad_enabled()
         self._way = _WayBack(y.shape, self._plan, splits)
         self._held = Hold.apply(self._way.home, y)[0] if needed else None
@@ -300,8 +304,9 @@ class _Flight:
             self._routed, self._tokens = _one_more(*self._routed), torch.where(self._tokens < 0, len(x), self._tokens)
 
     def pack(self, counts: list[int], ranks: Ranks) -> None:
-        """What travels of the rows, of which so many are for each rank."""
-        part = at_home(counts, ranks, self._routed[0].device).others
+        """What travels of the rows, so many for each rank."""
+        self._mine = at_home(counts, ranks, self._routed[0].device)
+        part = slice(0, sum(counts)) if self._mine is None else self._mine.others
         (_, H), (_, k) = self.shapes
         size = record_bytes(*self._word(), k)
         self._records = self._routed[0].new_empty(part.stop - part.start, size, dtype=torch.uint8)
@@ -310,10 +315,12 @@ class _Flight:
     def start(self, splits: Splits) -> None:
         self.splits, self.num_local = splits, self._experts.held[splits.ranks.rank]
         self._arrived = fresh_rows(self._records, sum(splits.received))
-        mine, came, others = parted(splits, self._records.device)
-        self._there = Sending(self._records, others, True, self._arrived[came.others])
-        if mine.has_own:
-            self._pack(self._arrived[came.own], mine.own.start)  # while the others travel
+        came = at_home(splits.received, splits.ranks, self._records.device)
+        if came is None:
+            self._there = Sending(self._records, splits, True, self._arrived)
+        else:
+            self._there = Sending(self._records, splits.others, True, self._arrived[came.others])
+            self._pack(self._arrived[came.own], self._mine.own.start)  # while the others travel
         self._records = self._routed = self._tokens = None
 
     def _pack(self, records: Tensor, first: int) -> None:

@@ -31,10 +31,9 @@ class Capacity:
             raise ValueError(f"drop must be one of {', '.join(DROPS)}, got {self.drop}")
 
 
-def plan_within(slots: Tensor, routing: Routing, experts: ExpertMap, capacity: Capacity) -> tuple[DispatchPlan, Tensor]:
-    """dispatch_plan's slots [T, k] -> a plan with C for each rank, and how many rows are dropped [].
+def plan_within(routing: Routing, experts: ExpertMap, capacity: Capacity) -> tuple[DispatchPlan, Tensor]:
+    """dispatch_plan with C slots for each rank: offsets [R+1], tokens [R*C] (-1: none), slots [T, k]; rows dropped [].
 
-    The plan: offsets [R+1], tokens [R*C] (-1: none), slots [T, k].
     Of the tokens that a rank has too many of the first stay, or those whose choices there weigh most (ties: the first).
     """
     E, R = experts.num_experts, experts.num_ranks
@@ -44,7 +43,8 @@ def plan_within(slots: Tensor, routing: Routing, experts: ExpertMap, capacity: C
     where = (
         torch.where(known, experts.on(ids.device)[0][ids.clamp(0, E - 1)].long(), R) if E else torch.full_like(ids, R)
     )
-    wanted = torch.where(slots >= 0, where, R)  # once for each rank
+    again = (where[:, :, None] == where[:, None, :]).tril(-1).any(-1)
+    wanted = torch.where(again, R, where)
     if capacity.drop == "weight":
         mass = routing.weights.new_zeros(len(ids), R + 1).scatter_add(1, where, routing.weights.detach())
         goes = torch.zeros_like(mass, dtype=torch.bool).scatter(1, wanted, True)
