@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.ops.test_fused_experts_quantized import assert_int8_close
+from tests.ops.test_fused_experts_quantized import assert_rounded_close
 from tests.test_gpu import NEEDS_GPU, by_gpu, there
 
 import moert
@@ -123,7 +123,7 @@ def test_rows_of_int8(T, E, H, I, dtype, fmt, precision):
     args, run = quantized(shape, fmt, dtype)
     op = by_gpu(lambda *a: run(moert.fused_experts_quantized, *a, precision))
     y = op(*args)
-    assert_int8_close(y, run, args, precision)
+    assert_rounded_close(y, run, args, precision)
     assert torch.equal(y, op(*args))
     packed = [there(fmt.pack(torch.randn(E, 2 * I, H))), there(fmt.pack(torch.randn(E, H, I)))]
     ids, x, weights = there(shape.routing().ids), there(args[0]), there(args[1])
