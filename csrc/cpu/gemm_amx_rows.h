@@ -41,7 +41,7 @@ constexpr int64_t kNearK = 1024;
 // One K block of one product, for all rows of x and of the weights.
 void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPanels& x, int64_t k, int64_t K, float* out,
                     bool accumulate) {
-  // f(n, p, N, M, sums) for every block of sums.
+  // f(n, N, sums) for every kSumsEdge weight rows; sums: of all panels.
   const auto for_weight_rows = [&](const auto& f) {
     for (int64_t n = 0, i = 0; n < t.N; n += kSumsEdge, ++i)
       f(n, std::min(kSumsEdge, t.N - n), x.sums + i * x.count * kSums);

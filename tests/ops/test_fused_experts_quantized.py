@@ -212,15 +212,16 @@ def test_gradcheck(activation, scale_on):
     )
 
 
-def test_gradients_of_int8_are_those_of_full_precision():
+@pytest.mark.parametrize("precision", ["int8_group32", "bfloat16"])
+def test_gradients_are_those_of_full_precision(precision):
     args, run = case(LARGE, Int4())
     x, weights = (a.requires_grad_() for a in args[:2])
     dy = torch.randn_like(x)
-    full, int8 = (
+    full, rounded = (
         torch.autograd.grad(run(fused_experts_quantized, x, weights, precision=p), (x, weights), dy)
-        for p in ("full", "int8_group32")
+        for p in ("full", precision)
     )
-    assert all(map(torch.equal, full, int8))
+    assert all(map(torch.equal, full, rounded))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

@@ -47,17 +47,6 @@ def test_it_is_rounded_but_less_than_int8(fmt):
         assert rounded < error(run(fused_experts_quantized, *args, "int8_group32"), full)
 
 
-def test_gradients_are_those_of_full_precision():
-    args, run = case(LARGE, Int4())
-    x, weights = (a.requires_grad_() for a in args[:2])
-    dy = torch.randn_like(x)
-    full, rounded = (
-        torch.autograd.grad(run(fused_experts_quantized, x, weights, precision=p), (x, weights), dy)
-        for p in ("full", "bfloat16")
-    )
-    assert all(map(torch.equal, full, rounded))
-
-
 @pytest.mark.parametrize("fmt", [Int4(), Fp8(), Ternary2()], ids=str)
 @pytest.mark.parametrize("rows", [1, 8, 32, 100], ids=str)
 def test_auto_takes_it_where_an_expert_has_many_rows(fmt, rows):
