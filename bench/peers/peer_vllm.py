@@ -12,25 +12,36 @@ def providers(problem: Problem, threads: int) -> dict:
     if problem.training:
         raise ValueError("training must be off: there is no backward")
     x = tokens(problem, threads)
-    name = "_C_AVX512" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "_C_AVX2"
-    torch.ops.load_library(str(Path(find_spec("vllm").origin).parent / f"{name}.abi3.so"))
-    packed = _packed(problem)
+    torch.ops.load_library(str(Path(find_spec("vllm").origin).parent / f"{_library()}.abi3.so"))
     choices = [(shares, ids.int()) for ids, shares in routings(problem)]
     y = torch.empty_like(x)
 
-    def call(turn):
-        shares, ids = choices[turn]
-        with torch.inference_mode():
-            torch.ops._C.cpu_fused_moe(y, x, *packed, None, None, shares, ids, False, "silu", "vec")
-            return y.float().numpy()
+    def caller(kernel, packed):
+        def call(turn):
+            shares, ids = choices[turn]
+            with torch.inference_mode():
+                torch.ops._C.cpu_fused_moe(y, x, *packed, None, None, shares, ids, False, "silu", kernel)
+                return y.float().numpy()
 
-    return {"vLLM vec": call}
+        return call
+
+    return {f"vLLM {kernel}": caller(kernel, packed) for kernel, packed in _packed(problem).items()}
+
+
+def _library() -> str:
+    """The one that vLLM loads on this processor."""
+    if torch.cpu._is_avx512_bf16_supported():
+        return "_C"
+    return "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
 
 
 @kept
-def _packed(problem: Problem) -> list[torch.Tensor]:
+def _packed(problem: Problem) -> dict[str, list[torch.Tensor]]:
+    """The weights as each of its kernels that runs here wants them."""
     weights = made_weights(problem)
-    packed = [torch.empty_like(w) for w in weights]
-    for weight, out in zip(weights, packed, strict=True):
-        torch.ops._C.prepack_moe_weight(weight, out, "vec")
+    amx = weights[0].dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    packed = {kernel: [torch.empty_like(w) for w in weights] for kernel in (("vec", "amx") if amx else ("vec",))}
+    for kernel, out in packed.items():
+        for weight, place in zip(weights, out, strict=True):
+            torch.ops._C.prepack_moe_weight(weight, place, kernel)
     return packed

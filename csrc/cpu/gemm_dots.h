@@ -89,7 +89,7 @@ MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, 
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       w[n] = load_raw(b + n * b_stride + k);
-      if constexpr (N > 1) __builtin_prefetch(b + n * b_stride + k + ahead, 0, 2);
+      __builtin_prefetch(b + n * b_stride + k + ahead, 0, 2);
     }
     step(w, k);
   }
