@@ -8,7 +8,7 @@ namespace moert::cpu {
 namespace {
 
 // block[m][k / 2] = elements k and k + 1 of column m of `a`, [K, M], zeros up to whole steps.
-void transpose_columns(const TileMatrix& a, int64_t K, int64_t M, Pair* block, Pair* scratch) {
+void transpose_columns(const TileMatrix& a, int64_t K, int64_t M, Pair* block, int64_t pitch, Pair* scratch) {
   const int64_t width = (M + kEdge - 1) / kEdge * kEdge, pairs = (K + 1) / 2, all = (K + kStepK - 1) / kStepK * kEdge;
   interleave_rows(a, 0, K, M, width, scratch, kPitchKM);
   for (int64_t k = pairs; k < all; ++k) std::fill_n(scratch + k * kPitchKM, width, Pair(0));
@@ -19,18 +19,18 @@ void transpose_columns(const TileMatrix& a, int64_t K, int64_t M, Pair* block, P
       for (int64_t i = 0; i < kEdge; ++i) rows[i] = load(scratch + (k + i) * kPitchKM + m);
       transpose<kEdge / 2>(rows);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kEdge; ++i) store(block + (m + i) * kPitchMK + k, rows[i]);
+      for (int64_t i = 0; i < kEdge; ++i) store(block + (m + i) * pitch + k, rows[i]);
     }
 }
 
-// The block of A from k on, [M, K] with rows kPitchMK apart, zeros up to whole steps.
-void lay_out_left(const GemmTile& t, int64_t k, int64_t K, Pair* block, Pair* scratch) {
+// The block of A from k on, [M, K] with rows `pitch` pairs apart, zeros up to whole steps.
+void lay_out_left(const GemmTile& t, int64_t k, int64_t K, Pair* block, int64_t pitch, Pair* scratch) {
   TileMatrix a = t.a.matrix;
   const int64_t skip = t.a.k_rows ? (a.index ? 0 : k * a.row_stride) : k * a.col_stride;
   a.data = static_cast<const bf16*>(a.data) + skip;
-  if (!t.a.k_rows) return copy_pairs(a, t.M, K, kStepK, block, kPitchMK);
+  if (!t.a.k_rows) return copy_pairs(a, t.M, K, kStepK, block, pitch);
   if (a.index) a.index += k;
-  transpose_columns(a, K, t.M, block, scratch);
+  transpose_columns(a, K, t.M, block, pitch, scratch);
 }
 
 // The right operand of one K block.  Rows along N are laid out for all columns at once: the memory that they lie in is
@@ -72,7 +72,8 @@ class RightBlock {
 };
 
 // c [M, kSumsEdge] (+)= left . right.
-void add_block(const LeftRows& left, const RightPairs& right, int64_t M, int64_t steps, float* c, bool accumulate) {
+void add_block(const LeftRows& left, const RightPairs& right, int64_t next_panel, int64_t M, int64_t steps, float* c,
+               bool accumulate) {
   alignas(64) float padded[kSumsEdge * kSumsEdge];  // where a tile would reach past the rows of c
   const bool whole = M % kEdge == 0;
   float* sums_at = whole ? c : padded;
@@ -81,7 +82,7 @@ void add_block(const LeftRows& left, const RightPairs& right, int64_t M, int64_t
     for (int64_t i = 0; i < M; ++i) std::copy_n(c + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
   with_sums(M, kSumsEdge, [&](auto sums) {
     accumulate ? sums.load(sums_at, pitch) : sums.zero();
-    sums.add(left, right, steps, false);
+    sums.add(left, right, steps, false, next_panel);
     sums.store(sums_at, pitch);
   });
   if (!whole)
@@ -89,34 +90,44 @@ void add_block(const LeftRows& left, const RightPairs& right, int64_t M, int64_t
 }
 
 // One K block of one product.  Where all columns are laid out, rows are finished in one piece, which memory prefers.
-void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int64_t k, int64_t K, Pair* memory,
-                float* c, bool accumulate) {
+void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int64_t pitch, int64_t k, int64_t K,
+                Pair* memory, float* c, bool accumulate) {
   const RightBlock right(b, t.N, k, K, memory);
   const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
+  const int64_t next_panel = b.panels ? kSumsEdge / 2 * b.matrix.row_stride : 0;  // as they lie in memory
   const int64_t steps = (K + kStepK - 1) / kStepK, width = right.is_whole() ? t.N : kSumsEdge;
   for (int64_t first = 0; first < t.N; first += width) {
     const int64_t end = std::min(first + width, t.N);
     const RightPairs columns = right.columns(first);
     for (int64_t m = 0; m < t.M; m += kSumsEdge) {
-      const LeftRows left{reinterpret_cast<const char*>(block + m * kPitchMK), kPitchMK * int64_t(sizeof(Pair))};
+      const LeftRows left{reinterpret_cast<const char*>(block + m * pitch), pitch * int64_t(sizeof(Pair))};
       const int64_t M = std::min(kSumsEdge, t.M - m);
       for (int64_t n = first; n < end; n += kSumsEdge)
-        add_block(left, {columns.data + n - first, columns.pitch}, M, steps, c + m * kTileColumns + n, accumulate);
+        add_block(left, {columns.data + n - first, columns.pitch}, m == 0 ? next_panel : 0, M, steps,
+                  c + m * kTileColumns + n, accumulate);
       if (finish) finish_part<float>(*finish, m, first, M, end - first);
     }
   }
 }
 
+// Elements along K in one block.  Of few rows as many as there is room for, where panels lie ready: memory is then read
+// in its order, panel after panel.
+int64_t block_of_k(const GemmTile& t) {
+  if (!t.b.panels) return 2 * kTileK;
+  const int64_t rows = (t.M + kSumsEdge - 1) / kSumsEdge * kSumsEdge;
+  return std::max(2 * kTileK, (kTileBlock / std::max(rows, kSumsEdge) - kEdge) * 2 / kStepK * kStepK);
+}
+
 void gemm_tile_panels(const GemmTile& t) {
-  constexpr int64_t kBlockK = 2 * kTileK;
   static_assert(2 * kTileBlock <= kGemmScratch);
   Pair *block = static_cast<Pair*>(t.scratch), *memory = block + kTileBlock;
   const TileRegisters registers;
-  for (int64_t k = 0; k < t.K || k == 0; k += kBlockK) {
-    const int64_t K = std::min(kBlockK, t.K - k);
-    lay_out_left(t, k, K, block, memory);
-    add_panels(t, t.b, block, k, K, memory, static_cast<float*>(t.c), t.accumulate || k > 0);
-    if (t.c2) add_panels(t, t.b2, block, k, K, memory, static_cast<float*>(t.c2), t.accumulate || k > 0);
+  const int64_t most = block_of_k(t), pitch = most / 2 + kEdge;
+  for (int64_t k = 0; k < t.K || k == 0; k += most) {
+    const int64_t K = std::min(most, t.K - k);
+    lay_out_left(t, k, K, block, pitch, memory);
+    add_panels(t, t.b, block, pitch, k, K, memory, static_cast<float*>(t.c), t.accumulate || k > 0);
+    if (t.c2) add_panels(t, t.b2, block, pitch, k, K, memory, static_cast<float*>(t.c2), t.accumulate || k > 0);
   }
 }
 
