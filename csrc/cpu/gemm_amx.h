@@ -47,6 +47,10 @@ struct RightPairs {
   int64_t pitch = kSumsEdge;
 };
 
+struct Range {
+  int64_t begin = 0, end = 0;
+};
+
 // 16 R x 16 C sums in the registers 0 (and 1 beside it, 2 and 3 below).
 template <int R, int C>
 struct Sums {
@@ -72,9 +76,9 @@ struct Sums {
     if constexpr (R > 1 && C > 1) _tile_stored(3, c + kEdge * pitch + kEdge, 4 * pitch);
   }
 
-  // += left . right.  What comes next is brought to the L2 cache: the rows below these of `left`, which lie too far
-  // apart for the CPU to foresee them, or the panel after this one of `right`, so many pairs further.
-  static void add(const LeftRows& left, const RightPairs& right, int64_t steps, bool next_rows, int64_t next_panel = 0) {
+  // += left . right.  What comes next is brought to the L2 cache: `next_rows` of `left`, counted from its first one,
+  // which lie too far apart for the CPU to foresee them; or the panel after this one of `right`, so many pairs further.
+  static void add(const LeftRows& left, const RightPairs& right, int64_t steps, Range next_rows, int64_t next_panel = 0) {
     before_tile_loads();
     const char* row = left.data;
     const Pair* pairs = right.data;
@@ -87,8 +91,7 @@ struct Sums {
       if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
       if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
       if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
-      if (next_rows)
-        for (int64_t r = kEdge * R; r < 2 * kEdge * R; ++r) __builtin_prefetch(row + r * left.pitch, 0, 2);
+      for (int64_t r = next_rows.begin; r < next_rows.end; ++r) __builtin_prefetch(row + r * left.pitch, 0, 2);
       if (next_panel)
         for (int64_t i = 0; i < kEdge * right.pitch; i += kEdge) __builtin_prefetch(pairs + next_panel + i, 0, 2);
     }

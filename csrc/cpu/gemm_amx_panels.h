@@ -82,7 +82,7 @@ void add_block(const LeftRows& left, const RightPairs& right, int64_t next_panel
     for (int64_t i = 0; i < M; ++i) std::copy_n(c + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
   with_sums(M, kSumsEdge, [&](auto sums) {
     accumulate ? sums.load(sums_at, pitch) : sums.zero();
-    sums.add(left, right, steps, false, next_panel);
+    sums.add(left, right, steps, {}, next_panel);
     sums.store(sums_at, pitch);
   });
   if (!whole)

@@ -61,7 +61,9 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
       for (int64_t p = 0; p < x.count; ++p)
         with_sums(N, rows(p), [&](auto tiles) {
           near > 0 || accumulate ? tiles.load(sums + p * kSums, kSumsEdge) : tiles.zero();
-          tiles.add(left, {x.data + p * x.size + near / 2 * kSumsEdge}, steps, n + kSumsEdge < t.N && p == 0);
+          // Every panel brings its part of the next rows: memory is read while all of them are multiplied.
+          const Range next{kSumsEdge + p * kSumsEdge / x.count, kSumsEdge + (p + 1) * kSumsEdge / x.count};
+          tiles.add(left, {x.data + p * x.size + near / 2 * kSumsEdge}, steps, next);
           tiles.store(sums + p * kSums, kSumsEdge);
         });
     });
