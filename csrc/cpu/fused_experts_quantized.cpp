@@ -157,7 +157,7 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
 // Measured (docs/quantized.md).  int8 is the default of ternary weights alone, whose products are the fastest.
 int64_t bf16_rows(Precision by_format) {
   if (isa() < Isa::amx || by_format == Precision::int8) return 0;
-  return by_format == Precision::full ? 8 : 32;
+  return by_format == Precision::full ? 8 : 16;
 }
 
 Precision auto_precision(Precision by_format, int64_t rows, int64_t E, bool batch_invariant) {
