@@ -148,11 +148,13 @@ clean:
 $(READY): $(TOOLS) $(CHOICE) $(SOURCES)
 	touch $@.new  # before the build, so that a file saved during it counts as newer
 	$(if $(filter-out OFF,$(MOERT_CUDA)),$(BIN)/pip install -q --no-deps nvidia-cutlass==4.2.0.0)
+	@echo "Compiling moert: a few minutes"
 	MOERT_CUDA=$(MOERT_CUDA) $(BIN)/pip install -q --no-build-isolation -e '.[test]'
 	mv $@.new $@
 
 $(TOOLS):
 	$(PYTHON) tools/machine.py
+	@echo "Making $(VENV) and downloading torch"
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.tools-*
 	$(BIN)/pip install -q "$(firstword $(TORCH))" $(wordlist 2,9,$(TORCH)) scikit-build-core pybind11 cmake ninja

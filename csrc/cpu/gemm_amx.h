@@ -47,8 +47,20 @@ struct RightPairs {
   int64_t pitch = kSumsEdge;
 };
 
-struct Range {
-  int64_t begin = 0, end = 0;
+// What comes next in memory, brought to the L2 cache a few lines at a time, row after row: rows of weights lie too far
+// apart for the CPU to foresee them, and memory gives one piece faster than a line of each of many rows.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t pitch = 0, lines = 0;  // of a row
+  int64_t at_once = 0;
+  int64_t line = 0;
+
+  void fetch() {
+    for (int64_t i = 0; i < at_once; ++i) {
+      __builtin_prefetch(row + 64 * line, 0, 2);
+      if (++line == lines) line = 0, row += pitch;
+    }
+  }
 };
 
 // 16 R x 16 C sums in the registers 0 (and 1 beside it, 2 and 3 below).
@@ -76,9 +88,8 @@ struct Sums {
     if constexpr (R > 1 && C > 1) _tile_stored(3, c + kEdge * pitch + kEdge, 4 * pitch);
   }
 
-  // += left . right.  What comes next is brought to the L2 cache: `next_rows` of `left`, counted from its first one,
-  // which lie too far apart for the CPU to foresee them; or the panel after this one of `right`, so many pairs further.
-  static void add(const LeftRows& left, const RightPairs& right, int64_t steps, Range next_rows, int64_t next_panel = 0) {
+  // += left . right.
+  static void add(const LeftRows& left, const RightPairs& right, int64_t steps, Ahead& ahead) {
     before_tile_loads();
     const char* row = left.data;
     const Pair* pairs = right.data;
@@ -91,9 +102,7 @@ struct Sums {
       if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
       if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
       if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
-      for (int64_t r = next_rows.begin; r < next_rows.end; ++r) __builtin_prefetch(row + r * left.pitch, 0, 2);
-      if (next_panel)
-        for (int64_t i = 0; i < kEdge * right.pitch; i += kEdge) __builtin_prefetch(pairs + next_panel + i, 0, 2);
+      ahead.fetch();
     }
   }
 };

@@ -72,7 +72,7 @@ class RightBlock {
 };
 
 // c [M, kSumsEdge] (+)= left . right.
-void add_block(const LeftRows& left, const RightPairs& right, int64_t next_panel, int64_t M, int64_t steps, float* c,
+void add_block(const LeftRows& left, const RightPairs& right, Ahead& ahead, int64_t M, int64_t steps, float* c,
                bool accumulate) {
   alignas(64) float padded[kSumsEdge * kSumsEdge];  // where a tile would reach past the rows of c
   const bool whole = M % kEdge == 0;
@@ -82,11 +82,18 @@ void add_block(const LeftRows& left, const RightPairs& right, int64_t next_panel
     for (int64_t i = 0; i < M; ++i) std::copy_n(c + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
   with_sums(M, kSumsEdge, [&](auto sums) {
     accumulate ? sums.load(sums_at, pitch) : sums.zero();
-    sums.add(left, right, steps, {}, next_panel);
+    sums.add(left, right, steps, ahead);
     sums.store(sums_at, pitch);
   });
   if (!whole)
     for (int64_t i = 0; i < M; ++i) std::copy_n(padded + i * kSumsEdge, kSumsEdge, c + i * kTileColumns);
+}
+
+// Of weights that lie in panels, the one after these columns, while M rows are multiplied by them.
+Ahead next_panel(const TileOperand& b, const RightPairs& columns, int64_t steps, int64_t M) {
+  constexpr int64_t kLines = kEdge * kSumsEdge * int64_t(sizeof(Pair)) / 64;  // of a step
+  const int64_t blocks = (M + kSumsEdge - 1) / kSumsEdge, size = kSumsEdge / 2 * b.matrix.row_stride;
+  return {reinterpret_cast<const char*>(columns.data + size), 0, steps * kLines, (kLines + blocks - 1) / blocks};
 }
 
 // One K block of one product.  Where all columns are laid out, rows are finished in one piece, which memory prefers.
@@ -94,17 +101,17 @@ void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int6
                 Pair* memory, float* c, bool accumulate) {
   const RightBlock right(b, t.N, k, K, memory);
   const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
-  const int64_t next_panel = b.panels ? kSumsEdge / 2 * b.matrix.row_stride : 0;  // as they lie in memory
   const int64_t steps = (K + kStepK - 1) / kStepK, width = right.is_whole() ? t.N : kSumsEdge;
   for (int64_t first = 0; first < t.N; first += width) {
     const int64_t end = std::min(first + width, t.N);
     const RightPairs columns = right.columns(first);
+    Ahead ahead = b.panels ? next_panel(b, columns, steps, t.M) : Ahead{};
     for (int64_t m = 0; m < t.M; m += kSumsEdge) {
       const LeftRows left{reinterpret_cast<const char*>(block + m * pitch), pitch * int64_t(sizeof(Pair))};
       const int64_t M = std::min(kSumsEdge, t.M - m);
       for (int64_t n = first; n < end; n += kSumsEdge)
-        add_block(left, {columns.data + n - first, columns.pitch}, m == 0 ? next_panel : 0, M, steps,
-                  c + m * kTileColumns + n, accumulate);
+        add_block(left, {columns.data + n - first, columns.pitch}, ahead, M, steps, c + m * kTileColumns + n,
+                  accumulate);
       if (finish) finish_part<float>(*finish, m, first, M, end - first);
     }
   }

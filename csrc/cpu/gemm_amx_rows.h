@@ -38,9 +38,21 @@ PairPanels place_panels(const GemmTile& t) {
 // level-1 cache and those of x in the level-2 cache.
 constexpr int64_t kNearK = 1024;
 
+// Where rows of weights are read next, after those of a product.
+struct NextRows {
+  const TileMatrix& weights;
+  int64_t row, k;
+
+  Ahead ahead(int64_t lines, int64_t at_once) const {
+    if (weights.index) return {};
+    return {reinterpret_cast<const char*>(row_of(weights, row) + k), weights.row_stride * int64_t(sizeof(bf16)), lines,
+            at_once};
+  }
+};
+
 // One K block of one product, for all rows of x and of the weights.
 void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPanels& x, int64_t k, int64_t K, float* out,
-                    bool accumulate) {
+                    bool accumulate, const NextRows& after) {
   // f(n, N, sums) for every kSumsEdge weight rows; sums: of all panels.
   const auto for_weight_rows = [&](const auto& f) {
     for (int64_t n = 0, i = 0; n < t.N; n += kSumsEdge, ++i)
@@ -58,12 +70,15 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
     const int64_t part = std::min(step, K - near), steps = (part + kStepK - 1) / kStepK;
     for_weight_rows([&](int64_t n, int64_t N, float* sums) {
       const LeftRows left = left_rows(weights, n, N, k + near, part, x.copy);
+      const NextRows next = n + N < t.N       ? NextRows{weights, n + N, k + near}
+                            : near + step < K ? NextRows{weights, 0, k + near + step}
+                                              : after;
+      // Every panel brings its part of them: memory is read while all are multiplied.
+      Ahead ahead = next.ahead(steps, (kSumsEdge + x.count - 1) / x.count);
       for (int64_t p = 0; p < x.count; ++p)
         with_sums(N, rows(p), [&](auto tiles) {
           near > 0 || accumulate ? tiles.load(sums + p * kSums, kSumsEdge) : tiles.zero();
-          // Every panel brings its part of the next rows: memory is read while all of them are multiplied.
-          const Range next{kSumsEdge + p * kSumsEdge / x.count, kSumsEdge + (p + 1) * kSumsEdge / x.count};
-          tiles.add(left, {x.data + p * x.size + near / 2 * kSumsEdge}, steps, next);
+          tiles.add(left, {x.data + p * x.size + near / 2 * kSumsEdge}, steps, ahead);
           tiles.store(sums + p * kSums, kSumsEdge);
         });
     });
@@ -83,8 +98,11 @@ void gemm_weight_rows(const GemmTile& t, bool ready) {
     for (int64_t m = 0; m < t.M && !(ready && x.block >= t.K); m += kSumsEdge)
       pack_steps(t.a, m, k, std::min(kSumsEdge, t.M - m), K, x.data + m / kSumsEdge * x.size);
     const bool accumulate = t.accumulate || k > 0;
-    add_transposed(t, t.b.matrix, x, k, K, static_cast<float*>(t.c), accumulate);
-    if (t.c2) add_transposed(t, t.b2.matrix, x, k, K, static_cast<float*>(t.c2), accumulate);
+    // The tile that follows most often has the next rows of the same weights.
+    const NextRows next = k + K < t.K ? NextRows{t.b.matrix, 0, k + K} : NextRows{t.b.matrix, t.N, 0};
+    const NextRows second{t.b2.matrix, 0, k};
+    add_transposed(t, t.b.matrix, x, k, K, static_cast<float*>(t.c), accumulate, t.c2 ? second : next);
+    if (t.c2) add_transposed(t, t.b2.matrix, x, k, K, static_cast<float*>(t.c2), accumulate, next);
   }
 }
 

@@ -90,7 +90,8 @@ def test_a_broken_checkpoint_is_trained_again_and_a_foreign_one_is_left_alone(fi
     weights = out / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     done = moert_run(out)
-    assert done.returncode == 0 and "Trained" in done.stdout and weights.stat().st_size > 1e6
+    assert done.returncode == 0 and "Training again: the checkpoint is broken" in done.stdout
+    assert "Trained" in done.stdout and weights.stat().st_size > 1e6
     (out / "model" / "training.json").unlink()
     done = moert_run(out)
     assert done.returncode == 2 and weights.exists()

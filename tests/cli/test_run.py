@@ -9,8 +9,8 @@ from moert.cli.app import app
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "x"], "prompt must be given with model, got none"),
-        (["--model", "x", "--prompt", "a\udcff"], "prompt must be UTF-8, got bytes that are not"),
+        (["--model", "."], "prompt must be given with model, got none"),
+        (["--model", ".", "--prompt", "a\udcff"], "prompt must be UTF-8, got bytes that are not"),
         (["--quantize", "int4:x"], "quantize must be FORMAT or FORMAT:GROUP, got int4:x"),
         (["--top-p", "0.5"], "temperature must be above 0 with top-p or top-k, got 0 (greedy)"),
         (["--top-p", "0", "--temperature", "1"], "top-p must be in (0, 1], got 0"),
@@ -20,7 +20,7 @@ from moert.cli.app import app
         (["--layers", "1"], "layers must be left out without --shape"),
         (["--no-compare"], "compare must be left out without --model"),
         (["--out", "/dev/null/a"], "out must be a writable directory, got /dev/null/a"),
-        (["--model", "/no/such/place", "--prompt", "a"], "model must be a local directory, got /no/such/place"),
+        (["--model", "/no/such/place"], "model must be a local directory, got /no/such/place"),
     ],
 )
 def test_errors(arguments, message):

@@ -6,7 +6,7 @@ Nothing here looks at the network, runs code from a checkpoint or unpickles one.
 import json
 from pathlib import Path
 
-from moert.cli.errors import CommandError, first_line
+from moert.cli.errors import CommandError, check_directory, first_line
 
 INDEX = "model.safetensors.index.json"
 _MOST_LAYERS = 10_000  # a config is hostile until it has loaded
@@ -15,8 +15,7 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.js
 
 def check_files(directory: Path) -> None:
     """A CommandError unless directory holds config.json and safetensors files whose headers are sound."""
-    if not directory.is_dir():
-        raise CommandError(f"model must be a local directory, got {directory}")
+    check_directory(directory)
     config = read_json(directory / "config.json")
     if "model_type" not in config:
         raise CommandError(f"config.json of the model must have a model_type, got none in {directory}")

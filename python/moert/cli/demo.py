@@ -37,6 +37,10 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     corpus = load_corpus()
     record = None if retrain else _read_record(out / "model", settings, load.device)
     if record is None:
+        if not retrain and (out / "model" / _RECORD).exists():
+            console.print(
+                "Training again: the checkpoint is broken, was cut short, or had other settings or another device."
+            )
         record = _train(settings, corpus, out, console, started, load.device)
     else:
         console.print(f"Using the checkpoint trained before, {out / 'model'} (--retrain trains it again).")

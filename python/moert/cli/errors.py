@@ -14,6 +14,11 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def check_directory(model: Path) -> None:
+    if not model.is_dir():
+        raise CommandError(f"model must be a local directory, got {model}")
+
+
 def check_writable(directory: Path) -> None:
     """Before the work rather than after it: what is there of `directory` is a directory that can be written to."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())

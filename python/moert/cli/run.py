@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moert.cli.errors import CommandError, check_writable
+from moert.cli.errors import CommandError, check_directory, check_writable
 
 
 class Dtype(str, Enum):
@@ -118,6 +118,8 @@ def _check_options(context: typer.Context) -> None:
     for name in sorted(given & set.union(*_OWN.values()) - _OWN[kind]):
         where = f"with --{kind}" if kind else "without --model" if name == "compare" else "without --shape"
         raise CommandError(f"{name.replace('_', '-')} must be left out {where}")
+    if context.params["model"] is not None:
+        check_directory(context.params["model"])
     _check_prompt(context.params)
     _check_device(context.params["device"].value)
     if context.params["out"] is not None:
