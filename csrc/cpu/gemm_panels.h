@@ -19,12 +19,12 @@ constexpr int64_t kPanelBytes = 2 * kVectorBytes;
 template <typename E>
 constexpr int kPanel = 2 * kLanes<E>;
 
-constexpr int kStreamedRows = 6;  // more and the multipliers are the limit
-constexpr int64_t kAhead = 32;    // steps along K, 4 KB of AVX-512 panels
+constexpr int64_t kAhead = 32;  // steps along K, 4 KB of AVX-512 panels
 
-// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel].
+// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel], `lying` where the weights lie
+// in panels: it comes from memory.
 template <typename E, int M, bool kARows>
-void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate) {
+void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate, bool lying) {
   using A = Acc<E>;
   Vec<A> acc[M][2];
 #pragma GCC unroll 16
@@ -34,7 +34,7 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate)
   }
   for (int64_t k = 0; k < K; ++k) {
     const Vec<E> b0 = load(b + k * kPanel<E>), b1 = load(b + k * kPanel<E> + kLanes<E>);
-    if constexpr (M <= kStreamedRows) {  // weights that lie in panels come from memory, at its speed
+    if (lying) {
       __builtin_prefetch(b + (k + kAhead) * kPanel<E>, 0, 2);
       __builtin_prefetch(b + (k + kAhead) * kPanel<E> + kLanes<E>, 0, 2);
     }
@@ -53,7 +53,7 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate)
 }
 
 template <typename E>
-using MicroKernel = void (*)(int64_t, const E*, const E*, Acc<E>*, bool);
+using MicroKernel = void (*)(int64_t, const E*, const E*, Acc<E>*, bool, bool);
 
 template <typename E, bool kARows, int... M>
 MicroKernel<E> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
@@ -197,7 +197,7 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
     for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
       M = (t.M - m + slabs - i - 1) / (slabs - i);
       micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns, c + m * kTileColumns + n,
-                                          accumulate);
+                                          accumulate, b.panels);
       if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
     }
   }
