@@ -148,7 +148,7 @@ clean:
 $(READY): $(TOOLS) $(CHOICE) $(SOURCES)
 	touch $@.new  # before the build, so that a file saved during it counts as newer
 	$(if $(filter-out OFF,$(MOERT_CUDA)),$(BIN)/pip install -q --no-deps nvidia-cutlass==4.2.0.0)
-	@echo "Compiling moert: a few minutes"
+	@echo "Compiling moert (some minutes the first time)"
 	MOERT_CUDA=$(MOERT_CUDA) $(BIN)/pip install -q --no-build-isolation -e '.[test]'
 	mv $@.new $@
 

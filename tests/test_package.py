@@ -30,7 +30,7 @@ def python(code, environment=IN_TESTS):
 # Light
 
 
-def test_import_adds_at_most_a_tenth_of_torch_s_own():
+def test_import_takes_at_most_a_tenth_of_the_time_of_torch():
     """About a tenth of a second; beside torch, so that a busy processor slows both."""
     clock = "a = time.process_time(); import torch; b = time.process_time(); import moert; c = time.process_time()"
     kept = {name: value for name, value in IN_TESTS.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as pip leaves it

@@ -23,14 +23,24 @@ void transpose_columns(const TileMatrix& a, int64_t K, int64_t M, Pair* block, i
     }
 }
 
-// The block of A from k on, [M, K] with rows `pitch` pairs apart, zeros up to whole steps.
-void lay_out_left(const GemmTile& t, int64_t k, int64_t K, Pair* block, int64_t pitch, Pair* scratch) {
+// One K block of A, [M, K], rows `pitch` pairs apart, zeros up to whole steps.
+struct LeftBlock {
+  Pair* data;
+  int64_t pitch, k, K;
+
+  int64_t steps() const { return (K + kStepK - 1) / kStepK; }
+  LeftRows rows(int64_t m) const {
+    return {reinterpret_cast<const char*>(data + m * pitch), pitch * int64_t(sizeof(Pair))};
+  }
+};
+
+void lay_out_left(const GemmTile& t, const LeftBlock& block, Pair* scratch) {
   TileMatrix a = t.a.matrix;
-  const int64_t skip = t.a.k_rows ? (a.index ? 0 : k * a.row_stride) : k * a.col_stride;
+  const int64_t skip = t.a.k_rows ? (a.index ? 0 : block.k * a.row_stride) : block.k * a.col_stride;
   a.data = static_cast<const bf16*>(a.data) + skip;
-  if (!t.a.k_rows) return copy_pairs(a, t.M, K, kStepK, block, pitch);
-  if (a.index) a.index += k;
-  transpose_columns(a, K, t.M, block, pitch, scratch);
+  if (!t.a.k_rows) return copy_pairs(a, t.M, block.K, kStepK, block.data, block.pitch);
+  if (a.index) a.index += block.k;
+  transpose_columns(a, block.K, t.M, block.data, block.pitch, scratch);
 }
 
 // The right operand of one K block.  Rows along N are laid out for all columns at once: the memory that they lie in is
@@ -89,52 +99,59 @@ void add_block(const LeftRows& left, const RightPairs& right, Ahead& ahead, int6
     for (int64_t i = 0; i < M; ++i) std::copy_n(padded + i * kSumsEdge, kSumsEdge, c + i * kTileColumns);
 }
 
-// Of weights that lie in panels, the one after these columns, while M rows are multiplied by them.
-Ahead next_panel(const TileOperand& b, const RightPairs& columns, int64_t steps, int64_t M) {
+// Of weights that lie in panels, what is multiplied after the panel of column n: it is fetched while M rows are
+// multiplied by that.
+Ahead next_panel(const GemmTile& t, const TileOperand& b, const LeftBlock& block, int64_t n) {
   constexpr int64_t kLines = kEdge * kSumsEdge * int64_t(sizeof(Pair)) / 64;  // of a step
-  const int64_t blocks = (M + kSumsEdge - 1) / kSumsEdge, size = kSumsEdge / 2 * b.matrix.row_stride;
-  return {reinterpret_cast<const char*>(columns.data + size), 0, steps * kLines, (kLines + blocks - 1) / blocks};
+  const bool last = n + kSumsEdge >= t.N, first_product = &b == &t.b;
+  if (!b.panels || (last && !(first_product && t.c2))) return {};
+  const TileMatrix& next = last ? t.b2.matrix : b.matrix;
+  const bf16* panel = static_cast<const bf16*>(next.data) + (last ? 0 : (n + kSumsEdge) * next.row_stride);
+  const int64_t blocks = (t.M + kSumsEdge - 1) / kSumsEdge;
+  return {reinterpret_cast<const char*>(panel + block.k * kSumsEdge), 0, block.steps() * kLines,
+          (kLines + blocks - 1) / blocks};
 }
 
 // One K block of one product.  Where all columns are laid out, rows are finished in one piece, which memory prefers.
-void add_panels(const GemmTile& t, const TileOperand& b, const Pair* block, int64_t pitch, int64_t k, int64_t K,
-                Pair* memory, float* c, bool accumulate) {
-  const RightBlock right(b, t.N, k, K, memory);
-  const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
-  const int64_t steps = (K + kStepK - 1) / kStepK, width = right.is_whole() ? t.N : kSumsEdge;
+void add_panels(const GemmTile& t, const TileOperand& b, const LeftBlock& block, Pair* memory, float* c,
+                bool accumulate) {
+  const RightBlock right(b, t.N, block.k, block.K, memory);
+  const StoreTile* finish = block.k + block.K >= t.K && c == t.c ? t.finish : nullptr;
+  const int64_t width = right.is_whole() ? t.N : kSumsEdge;
   for (int64_t first = 0; first < t.N; first += width) {
     const int64_t end = std::min(first + width, t.N);
     const RightPairs columns = right.columns(first);
-    Ahead ahead = b.panels ? next_panel(b, columns, steps, t.M) : Ahead{};
+    Ahead ahead = next_panel(t, b, block, first);
     for (int64_t m = 0; m < t.M; m += kSumsEdge) {
-      const LeftRows left{reinterpret_cast<const char*>(block + m * pitch), pitch * int64_t(sizeof(Pair))};
       const int64_t M = std::min(kSumsEdge, t.M - m);
       for (int64_t n = first; n < end; n += kSumsEdge)
-        add_block(left, {columns.data + n - first, columns.pitch}, ahead, M, steps, c + m * kTileColumns + n,
-                  accumulate);
+        add_block(block.rows(m), {columns.data + n - first, columns.pitch}, ahead, M, block.steps(),
+                  c + m * kTileColumns + n, accumulate);
       if (finish) finish_part<float>(*finish, m, first, M, end - first);
     }
   }
 }
 
-// Elements along K in one block.  Of few rows as many as there is room for, where panels lie ready: memory is then read
-// in its order, panel after panel.
+// Elements along K in one block.  Where panels lie ready, as many as there is room for: memory is then read in its
+// order, panel after panel.
 int64_t block_of_k(const GemmTile& t) {
-  if (!t.b.panels) return 2 * kTileK;
+  if (!t.b.panels || t.a.k_rows) return 2 * kTileK;
   const int64_t rows = (t.M + kSumsEdge - 1) / kSumsEdge * kSumsEdge;
-  return std::max(2 * kTileK, (kTileBlock / std::max(rows, kSumsEdge) - kEdge) * 2 / kStepK * kStepK);
+  return (kTileBlock / rows - kEdge) * 2 / kStepK * kStepK;
 }
+static_assert((kTileBlock / kTileRows - kEdge) * 2 == 2 * kTileK && 2 * kTileBlock <= kGemmScratch);
 
 void gemm_tile_panels(const GemmTile& t) {
-  static_assert(2 * kTileBlock <= kGemmScratch);
-  Pair *block = static_cast<Pair*>(t.scratch), *memory = block + kTileBlock;
+  Pair *data = static_cast<Pair*>(t.scratch), *memory = data + kTileBlock;
   const TileRegisters registers;
   const int64_t most = block_of_k(t), pitch = most / 2 + kEdge;
-  for (int64_t k = 0; k < t.K || k == 0; k += most) {
-    const int64_t K = std::min(most, t.K - k);
-    lay_out_left(t, k, K, block, pitch, memory);
-    add_panels(t, t.b, block, pitch, k, K, memory, static_cast<float*>(t.c), t.accumulate || k > 0);
-    if (t.c2) add_panels(t, t.b2, block, pitch, k, K, memory, static_cast<float*>(t.c2), t.accumulate || k > 0);
+  for (int64_t k = 0, K; k < t.K || k == 0; k += std::max<int64_t>(K, 1)) {
+    K = std::min(most, t.K - k);
+    if (t.b.panels && K > kStepK) K -= K % kStepK;  // a panel of whole steps is multiplied where it lies
+    const LeftBlock block{data, pitch, k, K};
+    lay_out_left(t, block, memory);
+    add_panels(t, t.b, block, memory, static_cast<float*>(t.c), t.accumulate || k > 0);
+    if (t.c2) add_panels(t, t.b2, block, memory, static_cast<float*>(t.c2), t.accumulate || k > 0);
   }
 }
 

@@ -38,15 +38,15 @@ PairPanels place_panels(const GemmTile& t) {
 // level-1 cache and those of x in the level-2 cache.
 constexpr int64_t kNearK = 1024;
 
-// Where rows of weights are read next, after those of a product.
+// Where rows of weights are read next; nowhere that is known if `weights` is null.
 struct NextRows {
-  const TileMatrix& weights;
+  const TileMatrix* weights;
   int64_t row, k;
 
   Ahead ahead(int64_t lines, int64_t at_once) const {
-    if (weights.index) return {};
-    return {reinterpret_cast<const char*>(row_of(weights, row) + k), weights.row_stride * int64_t(sizeof(bf16)), lines,
-            at_once};
+    if (!weights || weights->index) return {};
+    return {reinterpret_cast<const char*>(row_of(*weights, row) + k), weights->row_stride * int64_t(sizeof(bf16)),
+            lines, at_once};
   }
 };
 
@@ -70,8 +70,8 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
     const int64_t part = std::min(step, K - near), steps = (part + kStepK - 1) / kStepK;
     for_weight_rows([&](int64_t n, int64_t N, float* sums) {
       const LeftRows left = left_rows(weights, n, N, k + near, part, x.copy);
-      const NextRows next = n + N < t.N       ? NextRows{weights, n + N, k + near}
-                            : near + step < K ? NextRows{weights, 0, k + near + step}
+      const NextRows next = n + N < t.N       ? NextRows{&weights, n + N, k + near}
+                            : near + step < K ? NextRows{&weights, 0, k + near + step}
                                               : after;
       // Every panel brings its part of them: memory is read while all are multiplied.
       Ahead ahead = next.ahead(steps, (kSumsEdge + x.count - 1) / x.count);
@@ -98,11 +98,10 @@ void gemm_weight_rows(const GemmTile& t, bool ready) {
     for (int64_t m = 0; m < t.M && !(ready && x.block >= t.K); m += kSumsEdge)
       pack_steps(t.a, m, k, std::min(kSumsEdge, t.M - m), K, x.data + m / kSumsEdge * x.size);
     const bool accumulate = t.accumulate || k > 0;
-    // The tile that follows most often has the next rows of the same weights.
-    const NextRows next = k + K < t.K ? NextRows{t.b.matrix, 0, k + K} : NextRows{t.b.matrix, t.N, 0};
-    const NextRows second{t.b2.matrix, 0, k};
-    add_transposed(t, t.b.matrix, x, k, K, static_cast<float*>(t.c), accumulate, t.c2 ? second : next);
-    if (t.c2) add_transposed(t, t.b2.matrix, x, k, K, static_cast<float*>(t.c2), accumulate, next);
+    const NextRows block = k + K < t.K ? NextRows{&t.b.matrix, 0, k + K} : NextRows{};
+    const NextRows second{&t.b2.matrix, 0, k};
+    add_transposed(t, t.b.matrix, x, k, K, static_cast<float*>(t.c), accumulate, t.c2 ? second : block);
+    if (t.c2) add_transposed(t, t.b2.matrix, x, k, K, static_cast<float*>(t.c2), accumulate, block);
   }
 }
 

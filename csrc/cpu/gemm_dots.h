@@ -59,8 +59,8 @@ MOERT_INLINE Vec<E> operands(const Raw<T>& raw, int v) {
     return raw;
 }
 
-// Up to so many rows of x are multiplied by one weight row after the other, so that memory is read in its order, which
-// the CPU foresees best; more are worth the loads of x that several weight rows share.
+// Up to so many rows of x are multiplied by one weight row after the other, so that memory is read in its order; more
+// are worth the loads of x that several weight rows share.
 constexpr int kLinearRows = 2;
 
 // sums[m][n] = the products of M rows of x with N weight rows, lanes not yet added.

@@ -60,11 +60,11 @@ struct StoreTile {
 // c[m, n] (+)= sum over k of a(m, k) * b(n, k), in values; where multiplies_bf16 and both are bfloat16, in pairs along
 // k.
 struct GemmTile {
-  int64_t M, N, K;
-  TileOperand a;  // [M, K]
-  TileOperand b;  // [N, K]
-  void* c;        // values [M, N], rows kTileColumns apart
-  void* scratch;  // kGemmScratch values, aligned to 64 bytes
+  int64_t M, N, K;  // M and N at least 1
+  TileOperand a;    // [M, K]
+  TileOperand b;    // [N, K]
+  void* c;          // values [M, N], rows kTileColumns apart
+  void* scratch;    // kGemmScratch values, aligned to 64 bytes
   bool accumulate = false;
   // A second product of the same a: c2 (+)= a . b2, where c2 is not null; b2 is laid out like b.
   TileOperand b2{};

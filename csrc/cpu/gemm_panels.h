@@ -21,10 +21,10 @@ constexpr int kPanel = 2 * kLanes<E>;
 
 constexpr int64_t kAhead = 32;  // steps along K, 4 KB of AVX-512 panels
 
-// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel], `lying` where the weights lie
-// in panels: it comes from memory.
+// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel], and prefetched if it comes
+// from memory.
 template <typename E, int M, bool kARows>
-void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate, bool lying) {
+void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate, bool from_memory) {
   using A = Acc<E>;
   Vec<A> acc[M][2];
 #pragma GCC unroll 16
@@ -34,7 +34,7 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate,
   }
   for (int64_t k = 0; k < K; ++k) {
     const Vec<E> b0 = load(b + k * kPanel<E>), b1 = load(b + k * kPanel<E> + kLanes<E>);
-    if (lying) {
+    if (from_memory) {
       __builtin_prefetch(b + (k + kAhead) * kPanel<E>, 0, 2);
       __builtin_prefetch(b + (k + kAhead) * kPanel<E> + kLanes<E>, 0, 2);
     }
@@ -189,7 +189,7 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
     const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>;
     const E* columns = panel;
     if (b.panels)
-      columns = ready_panel(b, n, k, K, panel);
+      columns = ready_panel(b, n, k, K, panel);  // as it lies, or widened
     else
       pack_panel(b, n, k, N, K, panel);
     // Slabs of equal height: a last one of two rows would wait for its sums, not for the multipliers.
@@ -197,7 +197,7 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
     for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
       M = (t.M - m + slabs - i - 1) / (slabs - i);
       micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns, c + m * kTileColumns + n,
-                                          accumulate, b.panels);
+                                          accumulate, columns != panel && i == 0);
       if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
     }
   }

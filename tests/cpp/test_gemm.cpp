@@ -179,22 +179,19 @@ void finished_parts() {
 }
 
 // The bits of a row are the same whatever rows are beside it, here of numbers whose sums are rounded.
-void invariant_rows() {
-  constexpr int64_t N = 48, K = 3000;
+void invariant_rows(bool in_panels) {
+  constexpr int64_t N = 64, K = 4642;
   Integers next;
-  std::vector<bf16> x(size_t(kTileRows * K)), w(size_t(N * K));
-  for (auto* values : {&x, &w})
-    for (auto& value : *values) value = to_bf16(next() + next() / 7);
+  Operand<bf16> x(kTileRows, K, false, next), w(N, K, false, next);
+  for (auto* operand : {&x, &w})
+    for (auto& value : operand->data) value = to_bf16(next() + next() / 7);
+  const std::vector<bf16> panels = w.panels();
+  TileOperand weights = w.operand();
+  if (in_panels) weights = {{panels.data(), DType::bf16, K, 1, nullptr}, false, true};
   const Memory<float> scratch = nothing(kGemmScratch);
   const auto rows = [&](int64_t M) {
     Sums c;
-    GemmTile tile{M,
-                  N,
-                  K,
-                  {{x.data(), DType::bf16, K, 1, nullptr}, false},
-                  {{w.data(), DType::bf16, K, 1, nullptr}, false},
-                  c.c.get(),
-                  scratch.get()};
+    GemmTile tile{M, N, K, x.operand(), weights, c.c.get(), scratch.get()};
     tile.batch_invariant = true;
     gemm_kernels().gemm(tile);
     return c;
@@ -229,8 +226,13 @@ int main() {
         product<float>(M, 64, K, a_rows, false, kPanels);
         product<bf16>(M, 96, K, a_rows, false, kPanels | kAccumulate);
       }
+  // Before, at and behind the ends of blocks of panels, which are longer for fewer rows.
+  for (const bool a_rows : {false, true})
+    for (const int64_t M : {1, 32, 33, 70, 256})
+      for (const int64_t K : {512, 2146, 4320, 4350}) product<bf16>(M, 64, K, a_rows, false, kPanels | kAccumulate);
   for (const int64_t M : {3, 40, 256})
     for (const int64_t K : {96, 320, 2100}) same_rows(M, K);
   finished_parts();
-  invariant_rows();
+  invariant_rows(false);
+  invariant_rows(true);
 }

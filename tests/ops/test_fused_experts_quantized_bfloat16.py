@@ -48,7 +48,7 @@ def test_it_is_rounded_but_less_than_int8(fmt):
 
 
 @pytest.mark.parametrize("fmt", [Int4(), Fp8(), Ternary2()], ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 32, 100], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 15, 16, 100], ids=str)
 def test_auto_takes_it_where_an_expert_has_many_rows(fmt, rows):
     shape = Shape("rows an expert", 4 * rows, 4, 1, 96, 40)
     args, run = case(shape, fmt)

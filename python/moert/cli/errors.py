@@ -15,6 +15,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_directory(model: Path) -> None:
+    """Models are read from local directories, not fetched by name."""
     if not model.is_dir():
         raise CommandError(f"model must be a local directory, got {model}")
 

@@ -112,7 +112,8 @@ def _formats(quantize: list[str] | None) -> tuple[str, ...]:
 
 
 def _check_options(context: typer.Context) -> None:
-    """An option that this kind of run does not have is an error, not ignored; so is a report that cannot be written."""
+    """Before anything is loaded: options that this kind of run does not have, a model that is not there, a report that
+    cannot be written."""
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     kind = "model" if "model" in given else "shape" if "shape" in given else ""
     for name in sorted(given & set.union(*_OWN.values()) - _OWN[kind]):
