@@ -197,7 +197,7 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
     for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
       M = (t.M - m + slabs - i - 1) / (slabs - i);
       micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns, c + m * kTileColumns + n,
-                                          accumulate, columns != panel && i == 0);
+                                          accumulate, columns != panel);
       if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
     }
   }
