@@ -30,12 +30,12 @@ def python(code, environment=IN_TESTS):
 # Light
 
 
-def test_import_takes_at_most_a_tenth_of_the_time_of_torch():
-    """About a tenth of a second; beside torch, so that a busy processor slows both."""
+def test_import_adds_at_most_a_tenth_of_a_second():
+    """More only where the processor is busy or slow, which torch's own import shows (0.047 of it on an idle one)."""
     clock = "a = time.process_time(); import torch; b = time.process_time(); import moert; c = time.process_time()"
     kept = {name: value for name, value in IN_TESTS.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as pip leaves it
-    shares = [float(python(f"import time; {clock}; print((c - b) / (b - a))", kept)) for _ in range(3)]
-    assert min(shares) <= 0.1
+    times = [map(float, python(f"import time; {clock}; print(b - a, c - b)", kept).split()) for _ in range(3)]
+    assert any(moert <= max(0.1, 0.055 * torch) for torch, moert in times)
 
 
 def test_import_loads_no_optional_package():

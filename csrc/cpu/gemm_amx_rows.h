@@ -34,8 +34,9 @@ PairPanels place_panels(const GemmTile& t) {
   return {data, count, size, block, scratch, data + count * size};
 }
 
-// Of two panels or more so many elements along K are multiplied at a time: those of the weight rows then stay in the
-// level-1 cache and those of x in the level-2 cache.
+// Of two panels or more so many elements along K are multiplied at a time, so that those of x and of a few weight rows
+// stay in the level-2 cache.  The level-1 cache does not hold 32 weight rows: where they are 4 KB apart they share a
+// set.
 constexpr int64_t kNearK = 1024;
 
 // Where rows of weights are read next; nowhere that is known if `weights` is null.
