@@ -1,8 +1,8 @@
 // Rows of activations as int8, in the order in which the codes of a format are multiplied.
 //
 // A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes,
-// and a vector of int32 lanes, minus kBias times the sum of what the lane multiplies; then the lanes of the whole row,
-// the scale of every 32 columns, and minus kBias times the sum of every 32 columns.
+// and a vector of int32 lanes, minus code_bias times the sum of what the lane multiplies; then the lanes of the whole
+// row, the scale of every 32 columns, and minus code_bias times the sum of every 32 columns.
 #pragma once
 
 #include "cpu/packed_codes.h"
@@ -82,7 +82,7 @@ MOERT_INLINE void quantize_columns(const float* x, int64_t columns, const float*
 }
 
 template <typename Code>
-void quantize_row_of(const float* x, int64_t columns, Precision precision, char* row) {
+void quantize_row_of(const float* x, int64_t columns, Precision precision, int bias, char* row) {
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes, kColumns = kStepColumns<Code>;
   const RowLayout layout = row_layout<Code>(columns);
   std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
@@ -99,7 +99,7 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, char*
     for (int64_t i = 0; i < kColumns; i += 16) {
       int32_t sum = 0;
       for (int64_t j = 0; j < 16; ++j) sum += q[i + j];
-      sums[(s * kColumns + i) / kGroup] -= Code::kBias * sum;
+      sums[(s * kColumns + i) / kGroup] -= bias * sum;
     }
     int8_t* step = reinterpret_cast<int8_t*>(row + s * layout.step_bytes);
     for (int64_t p = 0; p < P; ++p)
@@ -108,7 +108,7 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, char*
     for (int64_t lane = 0; lane < V / 4; ++lane) {
       int32_t sum = 0;
       for (int64_t i = 0; i < 4 * P; ++i) sum += q[lane * 4 * P + i];
-      lanes[lane] = -Code::kBias * sum;
+      lanes[lane] = -bias * sum;
       whole[lane] += lanes[lane];
     }
     std::memcpy(step + P * V, lanes, sizeof lanes);
@@ -120,7 +120,10 @@ int64_t quantized_row_bytes(const Packing& p, Precision precision) {
 }
 
 void quantize_row(const float* x, const Packing& p, Precision precision, char* row) {
-  with_code(p, precision, [&](auto code) { quantize_row_of<decltype(code)>(x, p.columns, precision, row); });
+  with_code(p, precision, [&](auto code) {
+    using Code = decltype(code);
+    quantize_row_of<Code>(x, p.columns, precision, code_bias<Code>(p), row);
+  });
 }
 
 }  // namespace

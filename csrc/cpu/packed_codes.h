@@ -1,9 +1,10 @@
 // Packed codes as vectors of bytes, and their products with int8 activations.  Included by one translation unit per
 // instruction set.
 //
-// A vector of packed bytes holds kPlanes codes a byte, and kVectors of them hold a bit of each: plane p has those of
-// columns kPlanes * byte + p.  A plane is unsigned, as the dot product of bytes wants it, its value 2^kShift * code -
-// kBias; what the bias adds is taken off through the sums of the activations.  kMaxCode bounds a plane.
+// A vector of packed bytes (or kVectors of them) holds kPlanes codes a byte: plane p has those of columns kPlanes *
+// byte
+// + p.  A plane is unsigned, as the dot product of bytes wants it, its value 2^code_shift * code - code_bias; what the
+// bias adds is taken off through the sums of the activations.  kMaxCode bounds a plane.
 #pragma once
 
 #include "cpu/packed_gemm_isa.h"
@@ -26,6 +27,17 @@ MOERT_INLINE V load_vector(const void* p) {
 template <typename V>
 MOERT_INLINE void store_vector(void* p, const V& x) {
   std::memcpy(p, &x, sizeof x);
+}
+
+// The vector of packed bytes at p, of which `left` are the row's: zeros after them.  left: a multiple of 16.
+MOERT_INLINE VecB load_last(const uint8_t* p, [[maybe_unused]] int64_t left) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecB>(_mm512_maskz_loadu_epi32(__mmask16((1u << left / 4) - 1), p));
+#elif defined(__AVX2__)
+  return bit_cast_vector<VecB>(_mm256_zextsi128_si256(load_vector<__m128i>(p)));
+#else
+  return load_vector<VecB>(p);
+#endif
 }
 
 MOERT_INLINE VecF to_floats(const VecI& x) { return __builtin_convertvector(x, VecF); }
@@ -100,8 +112,8 @@ MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
 
 // Of most formats.
 struct BytesOfCodes {
-  static constexpr int kVectors = 1, kShift = 0;
-  static constexpr bool kZeros = false;
+  static constexpr int kVectors = 1;
+  static constexpr bool kZeros = false, kUnpacked = false;
 };
 
 struct Int8Code : BytesOfCodes {
@@ -177,33 +189,6 @@ struct Ternary5Code : BytesOfCodes {
   }
 };
 
-// The bits of `a` where those of mask are 1, else those of b.  `a` is first, as what the result may overwrite.
-MOERT_INLINE VecB select_bits(const VecB& a, const VecB& mask, const VecB& b) {
-#if defined(__AVX512F__)
-  return bit_cast_vector<VecB>(_mm512_ternarylogic_epi32(bit_cast_vector<__m512i>(a), bit_cast_vector<__m512i>(mask),
-                                                         bit_cast_vector<__m512i>(b), 0xe2));
-#else
-  return (a & mask) | (b & ~mask);
-#endif
-}
-
-// Fields of kWidth bits, those of `high` above those of `low`, become fields of twice the width: in low those of even
-// places, in high those of odd ones.  Without kHigh, `high` counts as zeros.
-template <int kWidth, bool kHigh>
-MOERT_INLINE void join_fields(VecB& low, VecB& high) {
-  using VecW = Vec<uint16_t>;  // bits that cross bytes are masked
-  const VecB mask = splat(uint8_t(255 / ((1 << kWidth) + 1)));
-  const VecB odd = bit_cast_vector<VecB>(bit_cast_vector<VecW>(low) >> kWidth);
-  if constexpr (kHigh) {
-    const VecB even = bit_cast_vector<VecB>(bit_cast_vector<VecW>(high) << kWidth);
-    low = select_bits(low, mask, even);
-    high = select_bits(odd, mask, high);
-  } else {
-    low = low & mask;
-    high = odd & mask;
-  }
-}
-
 // 32 bit_nested_value(code) = bit_nested_step * code - bit_nested_offset, and what divides both.
 constexpr int bit_nested_step(int64_t planes) { return 512 >> planes; }
 constexpr int bit_nested_offset(int64_t planes) { return int(-32 * bit_nested_value(0, planes)); }
@@ -212,32 +197,30 @@ constexpr int bit_nested_unit(int64_t planes) {
   return both & -both;
 }
 
-// Bit planes, the highest first: three rounds of joining make the bits of eight columns, which share a byte, bytes.
-template <int kBits>
+// Bit-nested weights, whose bits packed_bits.h makes codes of first: a vector for each of the eight columns of a byte.
+template <int kLargest>
 struct BitNestedCode {
-  static constexpr int kVectors = kBits, kPlanes = 8, kMaxCode = (1 << kBits) - 1;
-  static constexpr bool kZeros = false;
-  static constexpr int kBias = bit_nested_offset(kBits) / bit_nested_unit(kBits);
-  static constexpr int kShift = __builtin_ctz(bit_nested_step(kBits) / bit_nested_unit(kBits));
-
-  MOERT_INLINE static void unpack(const VecB* bits, const VecB&, VecB* planes) {
-    // Bits of the index i of a vector v become those of its columns' place among eight: first bit 0, then 1, then 2.
-    VecB* v = planes;
+  static constexpr int kVectors = 8, kPlanes = 8, kMaxCode = kLargest;
+  static constexpr bool kZeros = false, kUnpacked = true;
+  MOERT_INLINE static void unpack(const VecB* codes, const VecB&, VecB* planes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) v[i] = i < kBits ? bits[kBits - 1 - i] : VecB{};
-    join_fields<1, (kBits > 1)>(v[0], v[1]);
-    if constexpr (kBits > 2) join_fields<1, (kBits > 3)>(v[2], v[3]);
-    if constexpr (kBits > 4) join_fields<1, (kBits > 5)>(v[4], v[5]);
-    if constexpr (kBits > 6) join_fields<1, (kBits > 7)>(v[6], v[7]);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      join_fields<2, (kBits > 2)>(v[i], v[i + 2]);
-      if constexpr (kBits > 4) join_fields<2, (kBits > 6)>(v[i + 4], v[i + 6]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) join_fields<4, (kBits > 4)>(v[i], v[i + 4]);
+    for (int p = 0; p < kPlanes; ++p) planes[p] = codes[p];
   }
 };
+
+template <typename Code>
+MOERT_INLINE int code_bias(const Packing& p) {
+  if constexpr (Code::kUnpacked)
+    return bit_nested_offset(p.planes) / bit_nested_unit(p.planes);
+  else
+    return Code::kBias;
+}
+
+// 0 but of bit-nested weights.
+template <typename Code>
+MOERT_INLINE int code_shift(const Packing& p) {
+  return Code::kUnpacked ? __builtin_ctz(unsigned(bit_nested_step(p.planes) / bit_nested_unit(p.planes))) : 0;
+}
 
 // Columns in one step: a vector of packed bytes, or of each bit.
 template <typename Code>
@@ -246,14 +229,6 @@ constexpr int64_t kStepColumns = int64_t(Code::kPlanes) * kVectorBytes;
 // A byte of ternary5 has columns of two groups: for scales within the row its codes are unpacked to int8 first.
 MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
   return p.format == Format::ternary5 && (p.group != 0 || precision != Precision::int8);
-}
-
-// f(BitNestedCode{}) of so many planes.
-template <int kBits = 1, typename F>
-MOERT_INLINE auto with_bits(int64_t planes, const F& f) {
-  if constexpr (kBits < 8)
-    if (planes != kBits) return with_bits<kBits + 1>(planes, f);
-  return f(BitNestedCode<kBits>{});
 }
 
 // f(Code{}) for the codes that the kernel reads.
@@ -272,7 +247,10 @@ MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
       if (!unpacks_first(p, precision)) return f(Ternary5Code{});
       return f(Int8Code{});
     case Format::bit_nested:
-      return with_bits(p.planes, f);
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+      if (p.planes < 8) return f(BitNestedCode<127>{});  // fits what dot4 has 16 bits for
+#endif
+      return f(BitNestedCode<255>{});
     default:
       return f(Int8Code{});
   }

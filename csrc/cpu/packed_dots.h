@@ -29,9 +29,10 @@ struct DotRow {
 struct DotBlock {
   int64_t rows;  // of the weights, at most kBlock; codes repeat the last, and what their scales are does not matter
   const uint8_t* codes[kBlock];
-  int64_t vector;        // bytes from one of a code's kVectors to the next
-  int64_t last;          // bytes of the last step that are the row's; 0: it is a whole one
-  int shift;             // 2^shift columns have one scale of the weights
+  int64_t vector;  // bytes from one of a code's kVectors to the next
+  int64_t last;    // bytes of the last step that are the row's; 0: it is a whole one
+  int shift;       // 2^shift columns have one scale of the weights
+  int code_shift;
   const float* scales;   // [rows, pitch]
   const int32_t* zeros;  // [rows, pitch]
   int64_t pitch, ahead;  // ahead: bytes to what is prefetched
@@ -64,33 +65,32 @@ struct Dots {
     return w;
   }
 
-  // The integers of a step; read(x) is a vector of x.
-  template <typename Read>
-  MOERT_INLINE static VecI integers(const Weights& w, const char* x, const Read& read) {
-    const VecI bias = bit_cast_vector<VecI>(read(x + P * V));
-    VecI sum = Code::kShift ? VecI{} : bias;
+  // The integers of a step.
+  MOERT_INLINE static VecI integers(const Weights& w, const char* x, int code_shift) {
+    const VecI bias = load_vector<VecI>(x + P * V);
+    VecI sum = Code::kUnpacked ? VecI{} : bias;
     if constexpr (P == 8) {  // two chains of sums, or they wait for one another
       VecI other{};
 #pragma GCC unroll 4
       for (int p = 0; p < P; p += 2) {
-        sum = dot4<Code::kMaxCode>(sum, w.planes[p], read(x + p * V));
-        other = dot4<Code::kMaxCode>(other, w.planes[p + 1], read(x + (p + 1) * V));
+        sum = dot4<Code::kMaxCode>(sum, w.planes[p], load_vector<VecS>(x + p * V));
+        other = dot4<Code::kMaxCode>(other, w.planes[p + 1], load_vector<VecS>(x + (p + 1) * V));
       }
       sum += other;
     } else {
 #pragma GCC unroll 5
-      for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], read(x + p * V));
+      for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], load_vector<VecS>(x + p * V));
     }
-    return Code::kShift ? (sum << Code::kShift) + bias : sum;
+    return Code::kUnpacked ? (sum << code_shift) + bias : sum;
   }
 
-  MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int m, int r) {
+  MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int code_shift, int m, int r) {
     if constexpr (kScales == Scales::none) {
 #pragma GCC unroll 5
       for (int p = 0; p < P; ++p)
         sums[m][r] = dot4<Code::kMaxCode>(sums[m][r], w.planes[p], load_vector<VecS>(x + p * V));
     } else {
-      const VecI sum = integers(w, x, [](const char* p) { return load_vector<VecS>(p); });
+      const VecI sum = integers(w, x, code_shift);
       sums[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
     }
   }
@@ -112,56 +112,18 @@ struct Dots {
       for (int m = 0; m < M; ++m) {
         const VecF x_scale = scale_of_step(x[m].scales, s, x_lanes);
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlock; ++r) multiply(w[r], x[m].data + at, x_scale, m, r);
+        for (int r = 0; r < kBlock; ++r) multiply(w[r], x[m].data + at, x_scale, b.code_shift, m, r);
       }
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < kBlock; ++r) {
         const Weights w = unpack<kLast>(b, bytes[r], r, s, lanes);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), m, r);
+        for (int m = 0; m < M; ++m)
+          multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), b.code_shift, m, r);
       }
     }
   }
-
-  // A last step of half a vector (many formats have none; 768 columns of bit-nested weights do): two rows share one.
-  static constexpr bool kHalves = V == 64 && Code::kVectors > 1;
-#if defined(__AVX512F__)
-  MOERT_INLINE static __m512 join(const VecF& low, const VecF& high) {
-    return _mm512_insertf32x8(__m512(low), _mm512_castps512_ps256(__m512(high)), 1);
-  }
-
-  MOERT_INLINE void half_step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s,
-                              const VecI& lanes, const VecI& x_lanes) {
-    const auto twice = [](const char* p) {
-      return bit_cast_vector<VecS>(_mm512_broadcast_i64x4(load_vector<__m256i>(p)));
-    };
-#pragma GCC unroll 2
-    for (int r = 0; r < kBlock; r += 2) {
-      VecB codes[Code::kVectors];
-#pragma GCC unroll 8
-      for (int i = 0; i < Code::kVectors; ++i)
-        codes[i] = bit_cast_vector<VecB>(
-            _mm512_inserti64x4(_mm512_castsi256_si512(load_vector<__m256i>(bytes[r] + i * b.vector)),
-                               load_vector<__m256i>(bytes[r + 1] + i * b.vector), 1));
-#pragma GCC unroll 8
-      for (int i = 0; i < 2 * Code::kVectors; ++i)
-        __builtin_prefetch(bytes[r + i % 2] + i / 2 * b.vector + b.ahead, 0, 2);
-      Weights w;
-      Code::unpack(codes, VecB{}, w.planes);
-      const float* scales = b.scales + r * b.pitch + first_group(s, b.shift);
-      w.scale = VecF(join(pick(scales, lanes), pick(scales + (r + 1 < b.rows ? b.pitch : 0), lanes)));
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const VecF x_scale = scale_of_step(x[m].scales, s, x_lanes);
-        const VecI sum = integers(w, x[m].data + s * b.layout.step_bytes, twice);
-        const __m512 both = __m512(to_floats(sum) * (w.scale * VecF(join(x_scale, x_scale))));
-        sums[m][r] += VecF(_mm512_maskz_mov_ps(0x00ff, both));
-        sums[m][r + 1] += VecF(_mm512_zextps256_ps512(_mm512_extractf32x8_ps(both, 1)));
-      }
-    }
-  }
-#endif
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
     const VecI lanes = group_of_lane<Code>(b.shift), x_lanes = group_of_lane<Code>(kGroupShift);
@@ -179,16 +141,11 @@ struct Dots {
       step<false>(b, bytes, x, s, lanes, x_lanes);
 #pragma GCC unroll 4
       for (int r = 0; r < kBlock; ++r) {
-#pragma GCC unroll 8
-        for (int i = 0; i < Code::kVectors; ++i) __builtin_prefetch(bytes[r] + i * b.vector + b.ahead, 0, 2);
+        if constexpr (!Code::kUnpacked) __builtin_prefetch(bytes[r] + b.ahead, 0, 2);
         bytes[r] += V;
       }
     }
-#if defined(__AVX512F__)
-    if constexpr (kHalves)
-      if (b.last == V / 2) return half_step(b, bytes, x, whole, lanes, x_lanes);
-#endif
-    if constexpr (V > 16)  // rows are whole blocks of 16 bytes
+    if constexpr (V > 16 && !Code::kUnpacked)  // rows are whole blocks of 16 bytes
       if (b.last) step<true>(b, bytes, x, whole, lanes, x_lanes);
   }
 
@@ -264,11 +221,13 @@ DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales
   block.layout = layout;
   block.scales = of.scales + (n - of.first) * of.pitch;
   block.zeros = of.zeros + (n - of.first) * of.pitch;
-  const CodeRows rows = code_rows(b, t.precision, n, block.rows, t.scratch + of.bytes);
+  block.code_shift = code_shift<Code>(b.packing);
+  char* scratch = t.scratch + of.bytes;
+  const CodeRows rows =
+      Code::kUnpacked ? unpacked_rows(b, n, block.rows, scratch) : code_rows(b, t.precision, n, block.rows, scratch);
   block.vector = rows.vector;
-  block.last = rows.stride % kVectorBytes;
-  // The planes of bits are streams beside one another: of each, half as far.
-  block.ahead = whole_blocks_ahead(kBlock * rows.stride, kAheadBytes / (Code::kVectors > 1 ? 2 : 1));
+  block.last = Code::kUnpacked ? 0 : rows.stride % kVectorBytes;
+  block.ahead = whole_blocks_ahead(kBlock * rows.stride);
   for (int64_t r = 0; r < kBlock; ++r) block.codes[r] = rows.data + smaller(r, block.rows - 1) * rows.stride;
   return block;
 }

@@ -44,12 +44,11 @@ struct Fp8Row {
     const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(int16_t(0xbfff)));
     return bit_cast_vector<VecF>(_mm256_cvtph_ps(half));
 #else
-    VecF y;
-    for (int i = 0; i < kLanes<float>; ++i) {
-      const f16 half = {uint16_t((codes[i] & 0x7f) << 7 | (codes[i] & 0x80) << 8)};
-      y[i] = to_float(half);
-    }
-    return y;
+    VecI wide;
+    for (int i = 0; i < kLanes<float>; ++i) wide[i] = codes[i];
+    const VecI size = wide & 0x7f;  // below 8 subnormal: multiples of 2^-9
+    const VecF y = select(size < 8, to_floats(size) * 0x1p-9f, bit_cast_vector<VecF>((size << 20) + (120 << 23)));
+    return bit_cast_vector<VecF>(bit_cast_vector<VecI>(y) | (wide & 0x80) << 24) / kFactor;
 #endif
   }
 
@@ -90,24 +89,19 @@ MOERT_INLINE void interleave(VecB* v) {
 
 // The codes of 8 kVectorBytes columns from one bit plane after the other, of which `left` bytes are the row's: a byte
 // each, columns 128 i + 16 j and on at codes + j kVectorBytes + 16 i.
-__attribute__((noinline)) void unpack_bits(const uint8_t* bits, int64_t plane, int64_t left, int64_t planes,
-                                           uint8_t* codes) {
-  with_bits(planes, [&](auto code) {
-    using Code = decltype(code);
-    VecB vectors[Code::kVectors], v[8];
-    if (left >= kVectorBytes)
-      load_codes<Code, false>(bits, plane, left, vectors);
-    else
-      load_codes<Code, true>(bits, plane, left, vectors);
-    Code::unpack(vectors, VecB{}, v);
+void unpack_columns(const uint8_t* bits, int64_t plane, int64_t left, int64_t planes, uint8_t* codes) {
+  unpack_planes(planes, {bits, plane, smaller(left, kVectorBytes), codes, kVectorBytes, 0});
+  VecB v[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) v[i] = load_vector<VecB>(codes + i * kVectorBytes);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) interleave<4>(v + i);
+  for (int i = 0; i < 4; ++i) interleave<4>(v + i);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) interleave<2>(v + i + (i & 2));
+  for (int i = 0; i < 4; ++i) interleave<2>(v + i + (i & 2));
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) interleave<1>(v + 2 * i);
-    for (int i = 0; i < 8; ++i) store_vector(codes + i * kVectorBytes, v[i]);
-  });
+  for (int i = 0; i < 4; ++i) interleave<1>(v + 2 * i);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) store_vector(codes + i * kVectorBytes, v[i]);
 }
 
 // A row of bit-nested weights.
@@ -145,7 +139,7 @@ struct BitNestedRow {
 
   MOERT_INLINE float step(int64_t s, VecF* v) {
     const int64_t byte = s * kStep / 8, column = s * kStep % kUnpacked;
-    if (column == 0) unpack_bits(bits + byte, plane, bytes - byte, planes, codes);
+    if (column == 0) unpack_columns(bits + byte, plane, bytes - byte, planes, codes);
     const uint8_t* from = codes + column / 128 * 16 + column % 128 / 16 * kVectorBytes;
 #pragma GCC unroll 8
     for (int i = 0; i < kStepVectors; ++i) {

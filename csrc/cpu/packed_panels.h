@@ -12,8 +12,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kPanelM = 12;  // 12 integer sums and 12 float32 ones, a vector of the panel and one of scales
+constexpr int kUnroll = 2;
 #else
 constexpr int kPanelM = 4;
+constexpr int kUnroll = 8;
 #endif
 constexpr int64_t kPanelN = kLanes<int32_t>;
 
@@ -21,12 +23,13 @@ template <typename Code>
 constexpr int64_t kPanelSteps = kPanelColumns / kStepColumns<Code>;
 
 // What the micro kernel knows of a code; few enough kinds.
-template <int kCodePlanes, int kCodeMax, int kCodeShift>
+template <int kCodePlanes, int kCodeMax, bool kCodeUnpacked>
 struct PanelCode {
-  static constexpr int kPlanes = kCodePlanes, kMaxCode = kCodeMax, kShift = kCodeShift;
+  static constexpr int kPlanes = kCodePlanes, kMaxCode = kCodeMax;
+  static constexpr bool kUnpacked = kCodeUnpacked;
 };
 template <typename Code>
-using PanelOf = PanelCode<Code::kPlanes, (Code::kMaxCode <= 129 ? 129 : 255), Code::kShift>;
+using PanelOf = PanelCode<Code::kPlanes, (Code::kMaxCode <= 129 ? 129 : 255), Code::kUnpacked>;
 
 // One row of x for the columns of a panel.
 struct PanelRow {
@@ -60,7 +63,7 @@ void gather_rows(const PackedTile& t, const RowLayout& layout, int64_t first, in
 
 // in [kPanelN, n] to out [n, kPanelN], rows of `in` `pitch` apart.
 template <typename T>
-MOERT_INLINE void transpose_rows(const T* in, int64_t pitch, int64_t n, T* out) {
+__attribute__((noinline)) void transpose_rows(const T* in, int64_t pitch, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i += kPanelN) {
     Vec<T> rows[kPanelN];
 #pragma GCC unroll 16
@@ -93,33 +96,46 @@ void panel_scales(const PackedTile& t, int64_t n, int64_t rows, int64_t column, 
     spread(memory.zeros, [&](int64_t row, int32_t* out) { widen_zeros<Code>(t.b, row, first, there, out); });
 }
 
+// out [kPanelN, kPanelN], four bytes of a row each: a vector of packed bytes of each row, transposed.  left: bytes from
+// there to the end of a row; rows behind the last are zeros.
+MOERT_INLINE void load_lanes(const uint8_t* bytes, int64_t stride, int64_t rows, int64_t left, VecI* out) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kPanelN; ++r) {
+    out[r] = VecI{};
+    if (r >= rows) continue;
+    const uint8_t* row = bytes + r * stride;
+    out[r] = left >= kVectorBytes ? load_vector<VecI>(row) : bit_cast_vector<VecI>(load_last(row, left));
+    __builtin_prefetch(row + kPanelN * stride, 0, 2);
+  }
+  transpose<kPanelN / 2>(out);
+}
+
 // The codes of weight rows [0, rows) for steps [first, first + steps): for each step and lane the planes' vectors.
+// vectors: of packed bytes in a step.
 template <typename Code>
-void panel_codes(const CodeRows& source, int64_t rows, int64_t first, int64_t steps, PanelMemory& memory) {
+void panel_codes(const CodeRows& source, int64_t vectors, int64_t rows, int64_t first, int64_t steps,
+                 PanelMemory& memory) {
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
   uint8_t* out = memory.codes;
   for (int64_t s = first; s < first + steps; ++s) {
     VecI lanes[Code::kVectors][kPanelN];
     const int64_t left = source.stride - s * V;
-    for (int i = 0; i < Code::kVectors; ++i) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kPanelN; ++r) {
-        lanes[i][r] = VecI{};
-        if (r >= rows) continue;
-        const uint8_t* bytes = source.data + i * source.vector + r * source.stride + s * V;
-        lanes[i][r] = left >= V ? load_vector<VecI>(bytes) : bit_cast_vector<VecI>(load_last(bytes, left));
-        __builtin_prefetch(bytes + kPanelN * source.stride, 0, 2);
-      }
-      transpose<kPanelN / 2>(lanes[i]);
+    for (int64_t i = 0; i < vectors; ++i)
+      load_lanes(source.data + i * source.vector + s * V, source.stride, rows, left, lanes[i]);
+    if constexpr (Code::kUnpacked) {
+      const uint8_t* bits = reinterpret_cast<const uint8_t*>(lanes);
+      unpack_planes(vectors, {bits, kPanelN * V, kPanelN * V, out, V, P * V});
+      out += kPanelN * P * V;
+      continue;
     }
     for (int64_t lane = 0; lane < kPanelN; ++lane, out += P * V) {
-      VecB zeros{}, codes[Code::kVectors], planes[P];
+      VecB zeros{}, planes[P];
       if constexpr (Code::kZeros) {
         const int64_t group = ((s - first) * kStepColumns<Code> + lane * 4 * P) / kGroup;
         zeros = load_vector<VecB>(memory.zeros + group * kPanelN);
       }
-      for (int i = 0; i < Code::kVectors; ++i) codes[i] = bit_cast_vector<VecB>(lanes[i][lane]);
-      Code::unpack(codes, zeros, planes);
+      const VecB codes = bit_cast_vector<VecB>(lanes[0][lane]);
+      Code::unpack(&codes, zeros, planes);
       for (int p = 0; p < P; ++p) store_vector(out + p * V, planes[p]);
     }
   }
@@ -135,7 +151,7 @@ MOERT_INLINE VecS broadcast4(const int8_t* x) {
 template <typename Code, int M>
 MOERT_INLINE void panel_lane(const uint8_t* codes, const PanelRow* x, int64_t s, int64_t lane, VecI* sums) {
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
   for (int p = 0; p < P; ++p) {
     const VecB code = load_vector<VecB>(codes + ((s * kPanelN + lane) * P + p) * V);
 #pragma GCC unroll 16
@@ -146,7 +162,7 @@ MOERT_INLINE void panel_lane(const uint8_t* codes, const PanelRow* x, int64_t s,
 
 // c [M, kPanelN] += the panel's columns, scaled every 32 of them.
 template <typename Code, int M>
-void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, float* c) {
+void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, int code_shift, float* c) {
   constexpr int64_t kLanesPerGroup = 8 / Code::kPlanes, kGroupsPerStep = kPanelN / kLanesPerGroup;
   VecF total[M];
 #pragma GCC unroll 16
@@ -155,12 +171,12 @@ void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, f
     for (int64_t first = 0; first < kGroupsPerStep * kLanesPerGroup; first += kLanesPerGroup, ++g) {
       VecI sums[M];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sums[m] = Code::kShift ? VecI{} : splat(x[m].sums[g]);
-#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sums[m] = Code::kUnpacked ? VecI{} : splat(x[m].sums[g]);
+#pragma GCC unroll kUnroll
       for (int lane = 0; lane < kLanesPerGroup; ++lane) panel_lane<Code, M>(memory.codes, x, s, first + lane, sums);
-      if constexpr (Code::kShift != 0)
+      if constexpr (Code::kUnpacked)
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sums[m] = (sums[m] << Code::kShift) + x[m].sums[g];
+        for (int m = 0; m < M; ++m) sums[m] = (sums[m] << code_shift) + x[m].sums[g];
       const VecF scale = load(memory.scales + g * kPanelN);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) total[m] += to_floats(sums[m]) * (scale * x[m].scales[g]);
@@ -182,16 +198,17 @@ void panel_integers(const PanelMemory& memory, const PanelRow* x, int64_t steps,
 }
 
 template <typename Code, Scales kScales, int M>
-void panel_rows(const PanelMemory& memory, const PanelRow* x, int64_t steps, float* c) {
+void panel_rows(const PanelMemory& memory, const PanelRow* x, int64_t steps, [[maybe_unused]] int code_shift,
+                float* c) {
   if constexpr (kScales == Scales::none)
     panel_integers<Code, M>(memory, x, steps, c);
   else
-    panel_groups<Code, M>(memory, x, steps, c);
+    panel_groups<Code, M>(memory, x, steps, code_shift, c);
 }
 
 template <typename Code, Scales kScales, int... M>
 auto panel_rows_of(int64_t m, std::integer_sequence<int, M...>) {
-  using Function = void (*)(const PanelMemory&, const PanelRow*, int64_t, float*);
+  using Function = void (*)(const PanelMemory&, const PanelRow*, int64_t, int, float*);
   static constexpr Function table[] = {panel_rows<Code, kScales, M + 1>...};
   return table[m - 1];
 }
@@ -233,12 +250,13 @@ void packed_panels(const PackedTile& t) {
     for (int64_t n = 0; n < t.N; n += kPanelN) {
       const int64_t rows = smaller(kPanelN, t.N - n);
       if (kScales != Scales::none) panel_scales<Code>(t, n, rows, s * kStepColumns<Code>, memory);
-      panel_codes<Code>(code_rows(t.b, t.precision, n, rows, unpacked), rows, s, steps, memory);
+      const CodeRows source = code_rows(t.b, t.precision, n, rows, unpacked);
+      panel_codes<Code>(source, Code::kUnpacked ? t.b.packing.planes : 1, rows, s, steps, memory);
       const int64_t slabs = (t.M + kPanelM - 1) / kPanelM;
       for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
         M = (t.M - m + slabs - i - 1) / (slabs - i);
         panel_rows_of<PanelOf<Code>, kScales>(M, std::make_integer_sequence<int, kPanelM>{})(
-            memory, memory.x + m, steps, t.c + m * kTileColumns + n);
+            memory, memory.x + m, steps, code_shift<Code>(t.b.packing), t.c + m * kTileColumns + n);
       }
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/packed_activations.h"
+#include "cpu/packed_bits.h"
 
 namespace moert::cpu {
 namespace {
@@ -62,17 +63,6 @@ struct CodeRows {
   int64_t vector;  // bytes from one of a code's kVectors to the next
 };
 
-// The vector of packed bytes at p, of which `left` are the row's: zeros after them.  left: a multiple of 16.
-MOERT_INLINE VecB load_last(const uint8_t* p, [[maybe_unused]] int64_t left) {
-#if defined(__AVX512F__)
-  return bit_cast_vector<VecB>(_mm512_maskz_loadu_epi32(__mmask16((1u << left / 4) - 1), p));
-#elif defined(__AVX2__)
-  return bit_cast_vector<VecB>(_mm256_zextsi128_si256(load_vector<__m128i>(p)));
-#else
-  return load_vector<VecB>(p);
-#endif
-}
-
 // The kVectors vectors of a code, the row's last ones (with kLast) as load_last does.
 template <typename Code, bool kLast>
 MOERT_INLINE void load_codes(const uint8_t* p, int64_t vector, int64_t left, VecB* out) {
@@ -97,6 +87,16 @@ MOERT_INLINE CodeRows code_rows(const PackedRows& b, Precision precision, int64_
     std::memset(q + columns, 0, size_t(stride - columns));
   }
   return {out, stride, 0};
+}
+
+// Rows of bit planes as bytes of codes, a vector of each of the eight columns of a byte.
+MOERT_INLINE CodeRows unpacked_rows(const PackedRows& b, int64_t row, int64_t n, char* scratch) {
+  const int64_t bytes = row_bytes(b.packing), all = n * bytes;
+  // The last step of the last row reads to its end, times zeros of x.
+  const int64_t apart = round_up(all, kVectorBytes) + kVectorBytes;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
+  unpack_planes(b.packing.planes, {b.codes + row * bytes, b.packing.rows * bytes, all, codes, apart, kVectorBytes});
+  return {codes, bytes, apart};
 }
 
 // Lane l of a step belongs to group (l * columns of a lane) >> shift, counted from first_group.
