@@ -7,7 +7,6 @@
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
 
 #include "moert/check.h"
@@ -19,11 +18,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline std::string shape(const Tensor& x) {
-  std::ostringstream out;
-  out << '[';
-  for (int64_t d = 0; d < x.dim(); ++d) out << (d ? ", " : "") << x.size(d);
-  out << ']';
-  return out.str();
+  std::string out = "[";
+  for (int64_t d = 0; d < x.dim(); ++d) out += (d ? ", " : "") + std::to_string(x.size(d));
+  return out + "]";
 }
 
 inline bool has_shape(const Tensor& x, std::initializer_list<int64_t> sizes) {

@@ -6,6 +6,8 @@
 // cycle stay at their multiply-adds; the sums over lanes cost about 4 instructions a result, once in kDotK elements.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/gemm_pairs.h"
 
 namespace moert::cpu {
@@ -41,14 +43,6 @@ MOERT_INLINE Raw<T> load_raw(const T* p) {
   }
 }
 
-// The first n < kDotStep elements, zeros after them.
-template <typename T>
-MOERT_INLINE Raw<T> load_raw_first(const T* p, int64_t n) {
-  T part[kDotStep<T>] = {};
-  std::memcpy(part, p, n * sizeof(T));
-  return load_raw(part);
-}
-
 // Vector v of a step: pairs as they are; of bfloat16 the elements at even places, then those at odd ones, one
 // instruction each.
 template <typename E, typename T>
@@ -63,11 +57,19 @@ MOERT_INLINE Vec<E> operands(const Raw<T>& raw, int v) {
 // are worth the loads of x that several weight rows share.
 constexpr int kLinearRows = 2;
 
-// sums[m][n] = the products of M rows of x with N weight rows, lanes not yet added.
+// sums[m][n] = the products of M rows of x with N weight rows, lanes not yet added; K in whole steps.
 template <typename E, typename T, int M, int N>
 MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, Vec<Acc<T>> (&sums)[M][N]) {
   const int64_t ahead = whole_blocks_ahead(N * b_stride * int64_t(sizeof(T))) / int64_t(sizeof(T));
-  const auto step = [&](const Raw<T>* w, int64_t k) {
+  for (auto& row : sums)
+    for (auto& sum : row) sum = Vec<Acc<T>>{};
+  for (int64_t k = 0; k < K; k += kDotStep<T>) {
+    Raw<T> w[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      w[n] = load_raw(b + n * b_stride + k);
+      __builtin_prefetch(b + n * b_stride + k + ahead, 0, 2);
+    }
 #pragma GCC unroll 2
     for (int v = 0; v < kDotStep<T> / kDepth<E> / kLanes<E>; ++v) {
       Vec<E> y[N];
@@ -80,22 +82,6 @@ MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, 
         for (int n = 0; n < N; ++n) sums[m][n] = multiply_add(sums[m][n], row, y[n]);
       }
     }
-  };
-  for (auto& row : sums)
-    for (auto& sum : row) sum = Vec<Acc<T>>{};
-  Raw<T> w[N];
-  int64_t k = 0;
-  for (; k + kDotStep<T> <= K; k += kDotStep<T>) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      w[n] = load_raw(b + n * b_stride + k);
-      __builtin_prefetch(b + n * b_stride + k + ahead, 0, 2);
-    }
-    step(w, k);
-  }
-  if (k < K) {
-    for (int n = 0; n < N; ++n) w[n] = load_raw_first(b + n * b_stride + k, K - k);
-    step(w, k);
   }
 }
 
@@ -161,33 +147,50 @@ void lay_out_rows(const TileMatrix& a, int64_t M, int64_t K, Pair* x) {
   copy_pairs(a, M, K, kDotStep<T>, x, kDotPitch);
 }
 
-// N columns of one K block for all rows, which are divided into equal blocks.
+// N columns of whole steps along K for all rows, which are divided into equal blocks.
 template <typename E, typename T, int N>
 void dot_columns(int64_t rows, const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
-  const int64_t blocks = (rows + kDotM - 1) / kDotM;
+  constexpr int kMost = N > kDotN ? kLinearRows : kDotM;
+  const int64_t blocks = (rows + kMost - 1) / kMost;
   for (int64_t i = 0, m = 0, M; i < blocks; ++i, m += M) {
     M = (rows - m + blocks - i - 1) / (blocks - i);
-    dot_block_for<E, T, N>(M, std::make_integer_sequence<int, kDotM>{})(x + m * kDotPitch, b, b_stride, K,
+    dot_block_for<E, T, N>(M, std::make_integer_sequence<int, kMost>{})(x + m * kDotPitch, b, b_stride, K,
                                                                         c + m * kTileColumns, accumulate);
   }
 }
 
 template <typename E, typename T>
-void dot_all_columns(const GemmTile& t, const E* x, const TileMatrix& weights, int64_t k, int64_t K, void* out,
+void dot_all_columns(int64_t M, int64_t N, const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c,
                      bool accumulate) {
-  const int64_t M = t.M, stride = weights.row_stride;
-  const T* b = static_cast<const T*>(weights.data) + k;
-  Acc<T>* c = static_cast<Acc<T>*>(out);
   int64_t n = 0;
-  for (; n + 4 <= t.N; n += 4) {
-    if (kDotN == 4 || M <= 2) {
-      dot_columns<E, T, 4>(M, x, b + n * stride, stride, K, c + n, accumulate);
+  for (; n + 4 <= N; n += 4) {
+    const T* rows = b + n * b_stride;
+    if (kDotN == 4 || M <= kLinearRows) {
+      dot_columns<E, T, 4>(M, x, rows, b_stride, K, c + n, accumulate);
     } else {
-      dot_columns<E, T, 2>(M, x, b + n * stride, stride, K, c + n, accumulate);
-      dot_columns<E, T, 2>(M, x, b + (n + 2) * stride, stride, K, c + n + 2, accumulate);
+      dot_columns<E, T, 2>(M, x, rows, b_stride, K, c + n, accumulate);
+      dot_columns<E, T, 2>(M, x, rows + 2 * b_stride, b_stride, K, c + n + 2, accumulate);
     }
   }
-  for (; n < t.N; ++n) dot_columns<E, T, 1>(M, x, b + n * stride, stride, K, c + n, accumulate);
+  for (; n < N; ++n) dot_columns<E, T, 1>(M, x, b + n * b_stride, b_stride, K, c + n, accumulate);
+}
+
+// One K block: whole steps of the weights as they lie, then what is left of them, copied and filled up with zeros.
+template <typename E, typename T>
+void dot_k_block(const GemmTile& t, const E* x, const TileMatrix& weights, int64_t k, int64_t K, void* out,
+                 bool accumulate) {
+  constexpr int64_t kStep = kDotStep<T>;
+  const T* b = static_cast<const T*>(weights.data) + k;
+  Acc<T>* c = static_cast<Acc<T>*>(out);
+  const int64_t whole = K / kStep * kStep, rest = K - whole;
+  if (whole || !rest) dot_all_columns(t.M, t.N, x, b, weights.row_stride, whole, c, accumulate);
+  if (!rest) return;
+  T last[kTileColumns * kStep];
+  for (int64_t n = 0; n < t.N; ++n) {
+    const T* from = b + n * weights.row_stride + whole;
+    std::fill(std::copy_n(from, rest, last + n * kStep), last + (n + 1) * kStep, T{});
+  }
+  dot_all_columns(t.M, t.N, x + whole / kDepth<E>, last, kStep, kStep, c, accumulate || whole);
 }
 
 template <typename E, typename T>
@@ -202,8 +205,8 @@ void gemm_dots(const GemmTile& t) {
     TileMatrix a = t.a.matrix;
     a.data = static_cast<const char*>(a.data) + k * a.col_stride * size_of(a.dtype);
     lay_out_rows<T>(a, t.M, K, x);
-    dot_all_columns<E, T>(t, x, t.b.matrix, k, K, t.c, t.accumulate || k > 0);
-    if (t.c2) dot_all_columns<E, T>(t, x, t.b2.matrix, k, K, t.c2, t.accumulate || k > 0);
+    dot_k_block<E, T>(t, x, t.b.matrix, k, K, t.c, t.accumulate || k > 0);
+    if (t.c2) dot_k_block<E, T>(t, x, t.b2.matrix, k, K, t.c2, t.accumulate || k > 0);
   }
 }
 

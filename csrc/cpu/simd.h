@@ -341,16 +341,18 @@ MOERT_INLINE Vec<double> per_lane(const Vec<double>& x, const F& f) {
   return y;
 }
 
-MOERT_INLINE Vec<double> exp(const Vec<double>& x) {
+// A call for each lane: one more is nothing, and inlined they would be most of the code of activations.
+__attribute__((noinline)) Vec<double> exp(const Vec<double>& x) {
   return per_lane(x, [](double v) { return ::exp(v); });
 }
 
-MOERT_INLINE VecF erf(const VecF& x) {
+__attribute__((noinline)) VecF erf(const VecF& x) {
   VecF y;
   for (int i = 0; i < kLanes<float>; ++i) y[i] = ::erff(x[i]);
   return y;
 }
-MOERT_INLINE Vec<double> erf(const Vec<double>& x) {
+
+__attribute__((noinline)) Vec<double> erf(const Vec<double>& x) {
   return per_lane(x, [](double v) { return ::erf(v); });
 }
 

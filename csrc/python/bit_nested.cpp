@@ -8,7 +8,7 @@ using moert::f16;
 
 namespace {
 
-py::tuple quantize(const py::array& w, int64_t group, int64_t planes, int threads) {
+py::tuple bit_nested_quantize(const py::array& w, int64_t group, int64_t planes, int threads) {
   const float* weights = data<float>("w", w, "float32", 3);
   const BitNestedPacking p{w.shape(0), w.shape(1), w.shape(2), group, planes};
   moert::cpu::check_packing(p);
@@ -24,7 +24,8 @@ py::tuple quantize(const py::array& w, int64_t group, int64_t planes, int thread
   return py::make_tuple(codes, scales);
 }
 
-py::array dequantize(const py::array& codes, const py::array& scales, int64_t columns, int64_t group, int threads) {
+py::array bit_nested_dequantize(const py::array& codes, const py::array& scales, int64_t columns, int64_t group,
+                                int threads) {
   const uint8_t* code = data<uint8_t>("codes", codes, "uint8", 4);
   BitNestedPacking p{codes.shape(0), codes.shape(2), 0, group, codes.shape(1)};
   moert::cpu::check_packing(p);
@@ -48,9 +49,9 @@ py::array dequantize(const py::array& codes, const py::array& scales, int64_t co
 
 void define_bit_nested(py::module_& m) {
   using namespace py::literals;
-  m.def("bit_nested_quantize", &quantize, "w"_a, "group"_a, "planes"_a, "threads"_a = 1,
+  m.def("bit_nested_quantize", &bit_nested_quantize, "w"_a, "group"_a, "planes"_a, "threads"_a = 1,
         "w float32 [matrices, rows, columns] -> codes uint8 [matrices, planes, rows, row_bytes], scales float16 "
         "[matrices, rows, groups].");
-  m.def("bit_nested_dequantize", &dequantize, "codes"_a, "scales"_a, "columns"_a, "group"_a, "threads"_a = 1,
+  m.def("bit_nested_dequantize", &bit_nested_dequantize, "codes"_a, "scales"_a, "columns"_a, "group"_a, "threads"_a = 1,
         "What bit_nested_quantize returned -> w float32 [matrices, rows, columns].");
 }

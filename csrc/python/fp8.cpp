@@ -7,7 +7,7 @@ using moert::Fp8Packing;
 
 namespace {
 
-py::tuple quantize(const py::array& w, int threads) {
+py::tuple fp8_quantize(const py::array& w, int threads) {
   const float* weights = data<float>("w", w, "float32", 3);
   const Fp8Packing p{w.shape(0), w.shape(1), w.shape(2)};
   checked_threads(threads);
@@ -22,7 +22,7 @@ py::tuple quantize(const py::array& w, int threads) {
   return py::make_tuple(codes, scales);
 }
 
-py::array dequantize(const py::array& codes, const py::array& scales, int64_t columns, int threads) {
+py::array fp8_dequantize(const py::array& codes, const py::array& scales, int64_t columns, int threads) {
   const uint8_t* code = data<uint8_t>("codes", codes, "uint8", 3);
   const int64_t bytes = codes.shape(2);
   MOERT_CHECK(columns >= 0 && columns <= bytes && moert::fp8_row_bytes(columns) == bytes,
@@ -44,8 +44,8 @@ py::array dequantize(const py::array& codes, const py::array& scales, int64_t co
 
 void define_fp8(py::module_& m) {
   using namespace py::literals;
-  m.def("fp8_quantize", &quantize, "w"_a, "threads"_a = 1,
+  m.def("fp8_quantize", &fp8_quantize, "w"_a, "threads"_a = 1,
         "w float32 [matrices, rows, columns] -> codes uint8 [matrices, rows, row_bytes], scales float32 by block.");
-  m.def("fp8_dequantize", &dequantize, "codes"_a, "scales"_a, "columns"_a, "threads"_a = 1,
+  m.def("fp8_dequantize", &fp8_dequantize, "codes"_a, "scales"_a, "columns"_a, "threads"_a = 1,
         "What fp8_quantize returned -> w float32 [matrices, rows, columns].");
 }

@@ -7,14 +7,14 @@
 
 namespace {
 
-py::array table() {
+py::array sub1_table() {
   const auto& entries = moert::cpu::sub1_dictionary().entries;
   py::array out = empty("uint32", {moert::kSub1Size, 2});
   std::memcpy(out.mutable_data(), entries.data(), entries.size() * sizeof(entries[0]));
   return out;
 }
 
-py::tuple encode(const py::array& digits, int threads) {
+py::tuple sub1_encode(const py::array& digits, int threads) {
   const uint8_t* in = data<uint8_t>("digits", digits, "uint8", 2);
   checked_threads(threads);
   moert::cpu::Sub1Rows rows;
@@ -29,7 +29,7 @@ py::tuple encode(const py::array& digits, int threads) {
   return py::make_tuple(codes, row_ptr);
 }
 
-py::array decode(const py::array& codes, const py::array& row_ptr, int64_t columns, int threads) {
+py::array sub1_decode(const py::array& codes, const py::array& row_ptr, int64_t columns, int threads) {
   const uint16_t* code = data<uint16_t>("codes", codes, "uint16", 1);
   const int32_t* first = data<int32_t>("row_ptr", row_ptr, "int32", 1);
   const int64_t rows = row_ptr.shape(0) - 1;
@@ -52,9 +52,9 @@ py::array decode(const py::array& codes, const py::array& row_ptr, int64_t colum
 
 void define_sub1(py::module_& m) {
   using namespace py::literals;
-  m.def("sub1_table", &table, "The dictionary, uint32 [65536, 2] (csrc/moert/sub1.h).");
-  m.def("sub1_encode", &encode, "digits"_a, "threads"_a = 1,
+  m.def("sub1_table", &sub1_table, "The dictionary, uint32 [65536, 2] (csrc/moert/sub1.h).");
+  m.def("sub1_encode", &sub1_encode, "digits"_a, "threads"_a = 1,
         "digits uint8 [rows, columns] of 0, 1, 2 -> codes uint16 [codewords], row_ptr int32 [rows + 1].");
-  m.def("sub1_decode", &decode, "codes"_a, "row_ptr"_a, "columns"_a, "threads"_a = 1,
+  m.def("sub1_decode", &sub1_decode, "codes"_a, "row_ptr"_a, "columns"_a, "threads"_a = 1,
         "What sub1_encode returned -> digits uint8 [rows, columns].");
 }
