@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each provider of each row")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--keep-memory", action="store_true", help="so that no page is fresh")
+    parser.add_argument("--warm", action="store_true", help="a call right after another, not from cold caches")
     parser.add_argument("--base", metavar="REV", help="also build and time that commit, in turns with this one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="smallest shape, one call each, no tests")
@@ -114,13 +115,14 @@ def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limi
     providers = {"moert": case.providers["moert"]} if options.raw else case.providers
     calls = {name: call(provider, case.inputs, mode) for name, provider in providers.items()}
     bounds = {name: limits.functions[name] for name in (case.like, dtype)}
-    times = interleaved(calls, options.seconds, rounds=1 if options.smoke else None, limits=bounds)
+    rounds = 1 if options.smoke else None
+    times = interleaved(calls, options.seconds, rounds, cold=not options.warm, limits=bounds)
     work = 1 if mode == "forward" else 3
     forward = mode == "forward" or case.step_bytes is None
     moved = (work * case.bytes if forward else case.step_bytes) / limits.work[case.like]
     computed = work * case.flop / limits.work[dtype]
     ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], times[dtype], strict=True)]
-    key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape)}
+    key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape), "caches": "warm" if options.warm else "cold"}
     return [row({**key, "provider": name}, times[name], ideals) for name in calls]
 
 
@@ -180,7 +182,7 @@ def turn(options: argparse.Namespace, op: str, site: Path | None, out: Path, tur
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--raw", "--out", str(out), "--op", op]
     command += ["--dtype", *options.dtype, "--mode", *options.mode, "--shapes", str(options.shapes)]
     command += ["--seconds", str(options.seconds / turns), "--threads", str(torch.get_num_threads())]
-    command += ["--keep-memory"] if options.keep_memory else []
+    command += [f"--{name}" for name, on in (("keep-memory", options.keep_memory), ("warm", options.warm)) if on]
     # In front of everything, also of an editable install's finder: its hooks only answer what the path does not.
     environment = {**os.environ, **({"PYTHONPATH": str(site)} if site else {})}
     subprocess.check_call(command + (["--smoke"] if options.smoke else []), env=environment)

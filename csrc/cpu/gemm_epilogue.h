@@ -119,8 +119,12 @@ void activate_backward_tile(const ActivateBackwardTile& t) {
   with_act(t.activation.act, [&](auto act) {
     with_between(t.dtype, [&](auto x) {
       using T = decltype(x);
-      // between_gemms() is bfloat16 only where kernels of AVX-512 serve products of pairs.
-      if constexpr (!std::is_same_v<T, bf16> || kVectorBytes == 64) activate_backward_rows<T, act>(t);
+      // between_gemms() is bfloat16 only where kernels of AVX-512 serve products of pairs; activate_tile writes it for
+      // packed weights too.
+      if constexpr (!std::is_same_v<T, bf16> || kVectorBytes == 64)
+        activate_backward_rows<T, act>(t);
+      else
+        __builtin_trap();
     });
   });
 }

@@ -54,7 +54,7 @@ MOERT_INLINE void join_bits(const VecB* bits, VecB* v) {
 
 // Planes of bits, `plane` bytes apart, the highest first, become bytes: the code of column 8 b + p of the bits' byte b
 // is at codes + p * apart + b / kVectorBytes * next + b % kVectorBytes.  bytes: a multiple of 16; codes are written up
-// to a whole vector.
+// to a whole vector.  What follows the bytes is prefetched, as if it were the next rows (which it is not in a panel).
 struct BitPlanes {
   const uint8_t* bits;
   int64_t plane, bytes;
@@ -90,7 +90,7 @@ void unpack_planes(int64_t planes, const BitPlanes& t) {
   using Function = void (*)(const BitPlanes&);
   static constexpr Function of_bits[] = {unpack_planes<1>, unpack_planes<2>, unpack_planes<3>, unpack_planes<4>,
                                          unpack_planes<5>, unpack_planes<6>, unpack_planes<7>, unpack_planes<8>};
-  of_bits[planes - 1](t);
+  of_bits[planes < 1 ? 0 : planes > 8 ? 7 : planes - 1](t);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // Packed codes as vectors of bytes, and their products with int8 activations.  Included by one translation unit per
 // instruction set.
 //
-// A vector of packed bytes (or kVectors of them) holds kPlanes codes a byte: plane p has those of columns kPlanes *
-// byte
-// + p.  A plane is unsigned, as the dot product of bytes wants it, its value 2^code_shift * code - code_bias; what the
-// bias adds is taken off through the sums of the activations.  kMaxCode bounds a plane.
+// A vector of packed bytes holds kPlanes codes a byte: plane p has those of columns kPlanes * byte + p.  (Bit-nested
+// weights are unpacked before: kVectors vectors, a plane each.)  A plane is unsigned, as the dot product of bytes wants
+// it, its value 2^code_shift * code - code_bias; what the bias adds is taken off through the sums of the activations.
+// kMaxCode bounds a plane.
 #pragma once
 
 #include "cpu/packed_gemm_isa.h"

@@ -1,5 +1,6 @@
-// Products of few rows with packed weights as they lie: the lanes of a vector run along a weight row, whose bytes are
-// unpacked once for all rows of x.  A register block is M rows of x by kBlock weight rows.
+// Products of few rows with packed weights as they lie (but bit planes, unpacked a block before): the lanes of a vector
+// run along a weight row, whose bytes are unpacked once for all rows of x.  A register block is M rows of x by kBlock
+// weight rows.
 #pragma once
 
 #include "cpu/packed_scales.h"
@@ -29,10 +30,10 @@ struct DotRow {
 struct DotBlock {
   int64_t rows;  // of the weights, at most kBlock; codes repeat the last, and what their scales are does not matter
   const uint8_t* codes[kBlock];
-  int64_t vector;  // bytes from one of a code's kVectors to the next
-  int64_t last;    // bytes of the last step that are the row's; 0: it is a whole one
-  int shift;       // 2^shift columns have one scale of the weights
-  int code_shift;
+  int64_t vector;        // bytes from one of a code's kVectors to the next
+  int64_t last;          // bytes of the last step that are the row's; 0: it is a whole one
+  int shift;             // 2^shift columns have one scale of the weights
+  int code_shift;        // sums of codes are shifted by it before the bias is added
   const float* scales;   // [rows, pitch]
   const int32_t* zeros;  // [rows, pitch]
   int64_t pitch, ahead;  // ahead: bytes to what is prefetched

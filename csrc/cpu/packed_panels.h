@@ -12,7 +12,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kPanelM = 12;  // 12 integer sums and 12 float32 ones, a vector of the panel and one of scales
-constexpr int kUnroll = 2;
+constexpr int kUnroll = 2;   // of so many multiply-adds the loop is nothing, and code takes time to compile
 #else
 constexpr int kPanelM = 4;
 constexpr int kUnroll = 8;
@@ -126,17 +126,17 @@ void panel_codes(const CodeRows& source, int64_t vectors, int64_t rows, int64_t 
       const uint8_t* bits = reinterpret_cast<const uint8_t*>(lanes);
       unpack_planes(vectors, {bits, kPanelN * V, kPanelN * V, out, V, P * V});
       out += kPanelN * P * V;
-      continue;
-    }
-    for (int64_t lane = 0; lane < kPanelN; ++lane, out += P * V) {
-      VecB zeros{}, planes[P];
-      if constexpr (Code::kZeros) {
-        const int64_t group = ((s - first) * kStepColumns<Code> + lane * 4 * P) / kGroup;
-        zeros = load_vector<VecB>(memory.zeros + group * kPanelN);
+    } else {
+      for (int64_t lane = 0; lane < kPanelN; ++lane, out += P * V) {
+        VecB zeros{}, planes[P];
+        if constexpr (Code::kZeros) {
+          const int64_t group = ((s - first) * kStepColumns<Code> + lane * 4 * P) / kGroup;
+          zeros = load_vector<VecB>(memory.zeros + group * kPanelN);
+        }
+        const VecB codes = bit_cast_vector<VecB>(lanes[0][lane]);
+        Code::unpack(&codes, zeros, planes);
+        for (int p = 0; p < P; ++p) store_vector(out + p * V, planes[p]);
       }
-      const VecB codes = bit_cast_vector<VecB>(lanes[0][lane]);
-      Code::unpack(&codes, zeros, planes);
-      for (int p = 0; p < P; ++p) store_vector(out + p * V, planes[p]);
     }
   }
 }

@@ -56,7 +56,7 @@ struct Trits {
 };
 constexpr Trits kTrits;
 
-// The packed bytes of some rows: in place, or ternary5 unpacked to int8.
+// The packed bytes of some rows: in place, ternary5 unpacked to int8, or bit planes to bytes.
 struct CodeRows {
   const uint8_t* data;
   int64_t stride;  // also the bytes of a row
@@ -92,7 +92,7 @@ MOERT_INLINE CodeRows code_rows(const PackedRows& b, Precision precision, int64_
 // Rows of bit planes as bytes of codes, a vector of each of the eight columns of a byte.
 MOERT_INLINE CodeRows unpacked_rows(const PackedRows& b, int64_t row, int64_t n, char* scratch) {
   const int64_t bytes = row_bytes(b.packing), all = n * bytes;
-  // The last step of the last row reads to its end, times zeros of x.
+  // The last step of the last row reads to its end: whatever lies there times zeros, integers all.
   const int64_t apart = round_up(all, kVectorBytes) + kVectorBytes;
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
   unpack_planes(b.packing.planes, {b.codes + row * bytes, b.packing.rows * bytes, all, codes, apart, kVectorBytes});

@@ -1,6 +1,6 @@
 // Vectors of the instruction set that a translation unit is compiled for, over GCC's vector types.
-// Everything is in an unnamed namespace and inlined: no symbol may leave the unit, or the linker could keep
-// the copy of a newer instruction set for everyone.
+// Everything is in an unnamed namespace, and inlined where nothing is said: no symbol may leave the unit, or the linker
+// could keep the copy of a newer instruction set for everyone.
 #pragma once
 
 #include <cmath>
