@@ -4,7 +4,7 @@ set(MOERT_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(MOERT_FLAGS_avx512 ${MOERT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
 set(MOERT_FLAGS_avx512_vnni ${MOERT_FLAGS_avx512} -mavx512vnni)
 set(MOERT_FLAGS_avx512_bf16 ${MOERT_FLAGS_avx512_vnni} -mavx512bf16)
-set(MOERT_FLAGS_amx ${MOERT_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
+set(MOERT_FLAGS_amx ${MOERT_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8)
 
 function(moert_isa_sources isa)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

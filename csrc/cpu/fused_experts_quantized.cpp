@@ -118,10 +118,12 @@ struct Int8Activations {
     });
   }
 
-  void multiply(const TileTask& task, const PackedMatrix& w, int64_t row, const QuantizedRows& rows, float* c) const {
+  // number: PackedTile::same_a of the rows.
+  void multiply(const TileTask& task, const PackedMatrix& w, int64_t row, const QuantizedRows& rows, int64_t number,
+                float* c) const {
     char* scratch = thread_scratch(packed_scratch(packing.columns));
     packed_gemm_kernels().gemm(
-        {task.M, task.N, rows, rows_of(w, task.expert, row), precision, c, scratch, batch_invariant});
+        {task.M, task.N, rows, rows_of(w, task.expert, row), precision, c, scratch, batch_invariant, number});
   }
 };
 
@@ -139,14 +141,14 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
     x.quantize(team, tokens.x, tokens.T);
     first.run(team, [&](const TileTask& task, const TileMemory<float>& memory) {
       const QuantizedRows rows{x.data.get(), x.row_bytes, plan.tokens + task.row};
-      x.multiply(task, w.w1, task.n, rows, memory.c0);
-      if (first.gated) x.multiply(task, w.w1, floats.I + task.n, rows, memory.c1);
+      x.multiply(task, w.w1, task.n, rows, first.numbers + task.row, memory.c0);
+      if (first.gated) x.multiply(task, w.w1, floats.I + task.n, rows, first.numbers + task.row, memory.c1);
     });
     h.quantize(team, {act.get(), DType::f32, floats.I}, slots);
     second.run(team, floats.scale_on == ScaleOn::output, y, tokens.x.dtype,
                [&](const TileTask& task, const TileMemory<float>& memory) {
                  const QuantizedRows rows{h.data.get() + task.row * h.row_bytes, h.row_bytes};
-                 h.multiply(task, w.w2, task.n, rows, memory.c0);
+                 h.multiply(task, w.w2, task.n, rows, second.numbers + task.row, memory.c0);
                  return vector_of(floats.down_bias, 1, task, memory.row0);
                });
   });

@@ -3,37 +3,14 @@
 // depend on nothing but its row and its column.
 #pragma once
 
+#include "cpu/amx_tiles.h"
 #include "cpu/gemm_panels.h"
 
 namespace moert::cpu {
 namespace {
 
-constexpr int64_t kEdge = 16;             // rows of a tile; its columns of float or of pairs
-constexpr int64_t kStepK = 32;            // elements along K in one product
-constexpr int64_t kSumsEdge = 2 * kEdge;  // rows and columns of the sums in registers: 4 tiles of 8
+constexpr int64_t kStepK = 32;  // elements along K in one product
 static_assert(kSumsEdge == kPanel<Pair>);
-
-// All registers are whole; what is smaller is padded.  In static memory, since GCC takes only its first 8 bytes for
-// read.
-struct TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {kEdge, kEdge, kEdge, kEdge, kEdge, kEdge, kEdge, kEdge};
-};
-static_assert(sizeof(TileShapes) == 64);
-alignas(64) constexpr TileShapes kTileShapes;
-
-// The registers are ours while this lives.
-class TileRegisters {
- public:
-  TileRegisters() { _tile_loadconfig(&kTileShapes); }
-  ~TileRegisters() { _tile_release(); }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-};
-
-// What is written must be in memory before a tile is loaded: GCC does not know that tiles are read from there.
-MOERT_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
 
 // The left operand: bfloat16 along K, rows `pitch` bytes apart.
 struct LeftRows {
@@ -47,73 +24,23 @@ struct RightPairs {
   int64_t pitch = kSumsEdge;
 };
 
-// What comes next in memory, brought to the L2 cache a few lines at a time, row after row: rows of weights lie too far
-// apart for the CPU to foresee them, and memory gives one piece faster than a line of each of many rows.
-struct Ahead {
-  const char* row = nullptr;
-  int64_t pitch = 0, lines = 0;  // of a row
-  int64_t at_once = 0;
-  int64_t line = 0;
-
-  void fetch() {
-    for (int64_t i = 0; i < at_once; ++i) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
-      if (++line == lines) line = 0, row += pitch;
-    }
-  }
-};
-
-// 16 R x 16 C sums in the registers 0 (and 1 beside it, 2 and 3 below).
+// sums += left . right.
 template <int R, int C>
-struct Sums {
-  static void zero() {
-    _tile_zero(0);
-    if constexpr (C > 1) _tile_zero(1);
-    if constexpr (R > 1) _tile_zero(2);
-    if constexpr (R > 1 && C > 1) _tile_zero(3);
+void add_product(Sums<R, C>, const LeftRows& left, const RightPairs& right, int64_t steps, Ahead& ahead) {
+  before_tile_loads();
+  const char* row = left.data;
+  const Pair* pairs = right.data;
+  for (int64_t i = 0; i < steps; ++i, row += 4 * kEdge, pairs += kEdge * right.pitch) {
+    _tile_loadd(6, pairs, 4 * right.pitch);
+    if constexpr (C > 1) _tile_loadd(7, pairs + kEdge, 4 * right.pitch);
+    _tile_loadd(4, row, left.pitch);
+    if constexpr (R > 1) _tile_loadd(5, row + kEdge * left.pitch, left.pitch);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+    ahead.fetch();
   }
-
-  static void load(const float* c, int64_t pitch) {
-    before_tile_loads();
-    _tile_loadd(0, c, 4 * pitch);
-    if constexpr (C > 1) _tile_loadd(1, c + kEdge, 4 * pitch);
-    if constexpr (R > 1) _tile_loadd(2, c + kEdge * pitch, 4 * pitch);
-    if constexpr (R > 1 && C > 1) _tile_loadd(3, c + kEdge * pitch + kEdge, 4 * pitch);
-  }
-
-  static void store(float* c, int64_t pitch) {
-    _tile_stored(0, c, 4 * pitch);
-    if constexpr (C > 1) _tile_stored(1, c + kEdge, 4 * pitch);
-    if constexpr (R > 1) _tile_stored(2, c + kEdge * pitch, 4 * pitch);
-    if constexpr (R > 1 && C > 1) _tile_stored(3, c + kEdge * pitch + kEdge, 4 * pitch);
-  }
-
-  // += left . right.
-  static void add(const LeftRows& left, const RightPairs& right, int64_t steps, Ahead& ahead) {
-    before_tile_loads();
-    const char* row = left.data;
-    const Pair* pairs = right.data;
-    for (int64_t i = 0; i < steps; ++i, row += 4 * kEdge, pairs += kEdge * right.pitch) {
-      _tile_loadd(6, pairs, 4 * right.pitch);
-      if constexpr (C > 1) _tile_loadd(7, pairs + kEdge, 4 * right.pitch);
-      _tile_loadd(4, row, left.pitch);
-      if constexpr (R > 1) _tile_loadd(5, row + kEdge * left.pitch, left.pitch);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (C > 1) _tile_dpbf16ps(1, 4, 7);
-      if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
-      if constexpr (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
-      ahead.fetch();
-    }
-  }
-};
-
-// f(Sums) for so many rows and columns.
-template <typename F>
-MOERT_INLINE void with_sums(int64_t rows, int64_t columns, const F& f) {
-  if (rows > kEdge)
-    columns > kEdge ? f(Sums<2, 2>{}) : f(Sums<2, 1>{});
-  else
-    columns > kEdge ? f(Sums<1, 2>{}) : f(Sums<1, 1>{});
 }
 
 // out[j][i] = in[i][j], i < rows, j < columns, both up to kSumsEdge.  out is written in whole vectors.

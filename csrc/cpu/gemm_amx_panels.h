@@ -92,7 +92,7 @@ void add_block(const LeftRows& left, const RightPairs& right, Ahead& ahead, int6
     for (int64_t i = 0; i < M; ++i) std::copy_n(c + i * kTileColumns, kSumsEdge, padded + i * kSumsEdge);
   with_sums(M, kSumsEdge, [&](auto sums) {
     accumulate ? sums.load(sums_at, pitch) : sums.zero();
-    sums.add(left, right, steps, ahead);
+    add_product(sums, left, right, steps, ahead);
     sums.store(sums_at, pitch);
   });
   if (!whole)

@@ -79,7 +79,7 @@ void add_transposed(const GemmTile& t, const TileMatrix& weights, const PairPane
       for (int64_t p = 0; p < x.count; ++p)
         with_sums(N, rows(p), [&](auto tiles) {
           near > 0 || accumulate ? tiles.load(sums + p * kSums, kSumsEdge) : tiles.zero();
-          tiles.add(left, {x.data + p * x.size + near / 2 * kSumsEdge}, steps, ahead);
+          add_product(tiles, left, {x.data + p * x.size + near / 2 * kSumsEdge}, steps, ahead);
           tiles.store(sums + p * kSums, kSumsEdge);
         });
     });

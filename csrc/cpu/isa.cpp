@@ -26,11 +26,11 @@ constexpr long kTileData = 18;  // XFEATURE_XTILEDATA
 
 // GCC 12's __builtin_cpu_supports does not know tile registers.
 bool has_amx() {
-  constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24, kTileInt8 = 1u << 25;
   constexpr long kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
   unsigned a = 0, b = 0, c = 0, d = 0;
   uint64_t states = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTileBf16) && (d & kTile) &&
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTileBf16) && (d & kTile) && (d & kTileInt8) &&
          syscall(SYS_arch_prctl, kSupported, &states) == 0 && (states >> kTileData & 1);
 }
 

@@ -6,6 +6,7 @@ namespace moert::cpu {
 #if defined(__x86_64__)
 static PackedGemmKernels tile_kernels() {
   PackedGemmKernels kernels = avx512_vnni::packed_gemm_kernels;
+  kernels.gemm = amx::packed_gemm;
   kernels.dequantize_bf16 = amx::dequantize_bf16;
   return kernels;
 }

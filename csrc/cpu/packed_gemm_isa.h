@@ -3,6 +3,7 @@
 // bfloat16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/gemm_isa.h"
@@ -36,6 +37,7 @@ struct PackedTile {
   float* c;                      // rows kTileColumns apart
   char* scratch;                 // packed_scratch(b.packing.columns) bytes, aligned to 64
   bool batch_invariant = false;  // the bits of a row of c are the same whatever M is
+  int64_t same_a = 0;            // as GemmTile's: calls with the same number have the same a and M
 };
 
 // c[m, n] = x[m] . w[n] for few rows of float32, the weights made floats in registers.
@@ -51,7 +53,13 @@ struct FewRows {
 };
 constexpr int64_t few_scratch(int64_t columns) { return 2 * columns + 128; }  // sub1: 4 rows, half a byte a column
 
-constexpr int64_t packed_scratch(int64_t columns) { return 32 * columns + (int64_t(512) << 10); }
+// For dot products and panels; for tile registers, which take so many bytes of a row's codes at a time: sums, rows of
+// x, whose steps may be padded by up to 320 columns, and 32 rows of codes.
+constexpr int64_t kTileBytes = 4096;
+constexpr int64_t packed_scratch(int64_t columns) {
+  const int64_t others = 32 * columns + (int64_t(512) << 10), bytes = std::min(columns + 320, kTileBytes);
+  return std::max(others, kTileRows * (kTileColumns * 4 + bytes) + 32 * (bytes + 64));
+}
 
 constexpr int64_t kBf16Step = 32;  // columns that a tile register holds of a row
 
@@ -83,8 +91,9 @@ extern const PackedGemmKernels packed_gemm_kernels;
 }
 
 namespace amx {
+void packed_gemm(const PackedTile&);
 void dequantize_bf16(const PackedRows&, int64_t N, bf16* out, int64_t stride, float* row);
-}
+}  // namespace amx
 
 const PackedGemmKernels& packed_gemm_kernels();
 
