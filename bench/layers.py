@@ -47,7 +47,6 @@ SELECTORS = {
     "T": tuple(T for T, _ in FORWARD),
     "routing": ("uniform", "zipf"),
 }
-MOERT = ("moert", "moert prepacked")
 SLOW = 5  # times as slow as moert: one turn says enough
 FAMILIES = ("transformers", "vllm", "onnxruntime", "ggml", "kt")
 # What moert.runtime.keep_memory sets, for every family alike.
@@ -312,13 +311,13 @@ def title(problem: dict) -> str:
 
 def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
     table = Table(title="ms of a layer (share of what the machine allows), medians of turns")
-    for column in ("layer", "moert", "prepacked", "best peer", "", "moert is faster by"):
+    for column in ("layer", "moert", "prepacked or int8 rows", "best peer", "", "moert is faster by"):
         table.add_column(column, justify="left" if column in ("layer", "best peer") else "right")
     for row in rows:
         peer = row.best_peer()
         theirs = (peer, cell(row, peer), f"{row.ratio(peer):.2f}x") if peer else ("none", "", "")
-        mine = (cell(row, name) if name in row.times else "" for name in MOERT)
-        table.add_row(title(row.problem), *mine, *theirs)
+        other = next((cell(row, name) for name in row.providers() if name.startswith("moert ")), "")
+        table.add_row(title(row.problem), cell(row, "moert"), other, *theirs)
     console.print(table)
     for row in rows:
         if row.memory:

@@ -22,6 +22,7 @@ constexpr int64_t kVectorQuads = kEdge * 64;  // bytes of a vector of 16 rows of
 // Parts of the scratch (packed_scratch), and how much of K there is room for.
 template <typename Code>
 struct TileBlocks {
+  int64_t bytes;           // of a row of codes
   int64_t steps, at_once;  // of a row, and of a block along K: vectors of packed bytes
   int64_t panels;          // of kSumsEdge rows of x
   int32_t* sums;           // [N / kSumsEdge, panels] blocks of [weight row, row of x]
@@ -29,13 +30,15 @@ struct TileBlocks {
   char* codes;             // [kSumsEdge] rows of `pitch` bytes
 
   TileBlocks(const PackedTile& t, const RowLayout& layout)
-      : steps(layout.steps),
+      : bytes(row_bytes(t.b.packing)),
+        steps(layout.steps),
         at_once(std::min(steps, kTileBytes / 64 / Code::kPlanes)),
         panels((t.M + kSumsEdge - 1) / kSumsEdge),
         sums(reinterpret_cast<int32_t*>(t.scratch)),
         x(t.scratch + kTileRows * kTileColumns * 4),
         codes(x + panels * panel_bytes()) {}
 
+  bool one() const { return at_once == steps; }
   int64_t vectors() const { return at_once * Code::kPlanes; }
   int64_t panel_bytes() const { return 2 * vectors() * kVectorQuads; }
   int64_t pitch() const { return vectors() * 64 + 64; }  // rows begin on different cache sets
@@ -74,7 +77,7 @@ template <typename Code>
 LeftCodes left_codes(const PackedTile& t, const TileBlocks<Code>& blocks, int64_t n, int64_t R, int64_t first,
                      int64_t steps) {
   constexpr bool kInt8 = std::is_same_v<Code, Int8Code>;
-  const int64_t bytes = row_bytes(t.b.packing);
+  const int64_t bytes = blocks.bytes;
   const uint8_t* codes = t.b.codes + n * bytes + first * 64;
   if (kInt8 && R % kEdge == 0 && (first + steps) * 64 <= bytes) return {reinterpret_cast<const char*>(codes), bytes};
   for (int64_t r = 0; r < round_up(R, kEdge); ++r) {
@@ -83,7 +86,10 @@ LeftCodes left_codes(const PackedTile& t, const TileBlocks<Code>& blocks, int64_
       const int64_t left = bytes - (first + s) * 64;
       const uint8_t* from = codes + r * bytes + s * 64;
       VecB packed{}, planes[Code::kPlanes];
-      if (r < R) packed = left >= 64 ? load_vector<VecB>(from) : load_last(from, left);
+      if (r < R && left >= 64)
+        packed = load_vector<VecB>(from);
+      else if (r < R)  // not load_last: while registers are ours, GCC takes a masked load for what may throw
+        std::memcpy(&packed, from, size_t(left));
       if constexpr (kInt8)
         planes[0] = packed;
       else
@@ -151,42 +157,53 @@ struct RowsOfX {
   }
 };
 
+template <typename Code>
+int32_t* sums_of(const TileBlocks<Code>& blocks, int64_t n, int64_t m) {
+  int32_t* block = blocks.sums + (n / kSumsEdge * blocks.panels + m / kSumsEdge) * kSums;
+  return block + n % kSumsEdge * kSumsEdge + m % kSumsEdge;
+}
+
+// All sums; the quads of x are laid out unless they are `ready`.
+template <typename Code>
+void add_products(const PackedTile& t, const RowLayout& layout, const TileBlocks<Code>& blocks, bool ready) {
+  const int64_t lines = kSumsEdge * blocks.bytes / 64;
+  const TileRegisters registers;
+  for (int64_t first = 0; first < blocks.steps; first += blocks.at_once) {
+    const int64_t steps = std::min(blocks.at_once, blocks.steps - first), vectors = steps * Code::kPlanes;
+    if (!ready) lay_out_quads(t, layout, blocks, first, steps);
+    for (int64_t n = 0; n < t.N; n += kSumsEdge) {
+      const int64_t N = std::min(kSumsEdge, t.N - n);
+      const LeftCodes left = left_codes<Code>(t, blocks, n, N, first, steps);
+      // The rows that follow in memory, a part beside every vector of every panel.
+      const int64_t times = blocks.panels * vectors;
+      Ahead ahead{reinterpret_cast<const char*>(t.b.codes) + (n + N) * blocks.bytes, 0,
+                  std::numeric_limits<int64_t>::max(), blocks.one() ? (lines + times - 1) / times : 0};
+      for (int64_t p = 0; p < blocks.panels; ++p)
+        with_sums(N, t.M - p * kSumsEdge, [&](auto tiles) {
+          int32_t* sums = sums_of(blocks, n, p * kSumsEdge);
+          first > 0 ? tiles.load(sums, kSumsEdge) : tiles.zero();
+          add_product<std::is_same_v<Code, Int8Code>>(tiles, left, blocks.x + p * blocks.panel_bytes(),
+                                                      blocks.panel_bytes() / 2, vectors, ahead);
+          tiles.store(sums, kSumsEdge);
+        });
+    }
+  }
+}
+
 // `ready`: the quads of x are those of the last call with this scratch.  True if they serve again.
 template <typename Code>
 bool packed_tiles(const PackedTile& t, bool ready) {
   const RowLayout layout = row_layout<Code>(t.b.packing.columns);
   const TileBlocks<Code> blocks(t, layout);
-  const int64_t bytes = row_bytes(t.b.packing);
-  const bool one_block = blocks.at_once == blocks.steps;
-  const auto sums = [&](int64_t n, int64_t p) { return blocks.sums + (n / kSumsEdge * blocks.panels + p) * kSums; };
-  const TileRegisters registers;
-  for (int64_t first = 0; first < blocks.steps; first += blocks.at_once) {
-    const int64_t steps = std::min(blocks.at_once, blocks.steps - first), vectors = steps * Code::kPlanes;
-    if (!ready || !one_block) lay_out_quads(t, layout, blocks, first, steps);
-    for (int64_t n = 0; n < t.N; n += kSumsEdge) {
-      const int64_t N = std::min(kSumsEdge, t.N - n);
-      const LeftCodes left = left_codes<Code>(t, blocks, n, N, first, steps);
-      // The rows that follow in memory, a part beside every vector of every panel.
-      const int64_t lines = kSumsEdge * bytes / 64, times = blocks.panels * vectors;
-      Ahead ahead{reinterpret_cast<const char*>(t.b.codes) + (n + N) * bytes, 0, std::numeric_limits<int64_t>::max(),
-                  one_block ? (lines + times - 1) / times : 0};
-      for (int64_t p = 0; p < blocks.panels; ++p)
-        with_sums(N, t.M - p * kSumsEdge, [&](auto tiles) {
-          first > 0 ? tiles.load(sums(n, p), kSumsEdge) : tiles.zero();
-          add_product<std::is_same_v<Code, Int8Code>>(tiles, left, blocks.x + p * blocks.panel_bytes(),
-                                                      blocks.panel_bytes() / 2, vectors, ahead);
-          tiles.store(sums(n, p), kSumsEdge);
-        });
-    }
-  }
+  add_products(t, layout, blocks, ready && blocks.one());
   const RowsOfX x = RowsOfX::of(t, layout, Code{});
   float scales[kTileColumns] = {};
   for (int64_t n = 0; n < t.N; ++n) widen_scales(t.b, n, 0, 1, scales + n);
   for (int64_t n = 0; n < t.N; n += kEdge)
     for (int64_t m = 0; m < t.M; m += kEdge)
-      scale_sums(sums(n, m / kSumsEdge) + n % kSumsEdge * kSumsEdge + m % kSumsEdge, std::min(kEdge, t.M - m),
-                 x.bias + m, scales + n, x.scales + m, t.c + m * kTileColumns + n);
-  return one_block;
+      scale_sums(sums_of(blocks, n, m), std::min(kEdge, t.M - m), x.bias + m, scales + n, x.scales + m,
+                 t.c + m * kTileColumns + n);
+  return blocks.one();
 }
 
 }  // namespace
