@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kEdge = 16;             // rows of a tile; its columns of four bytes
 constexpr int64_t kSumsEdge = 2 * kEdge;  // rows and columns of the sums in registers: 4 tiles of 8
+constexpr int64_t kSums = kSumsEdge * kSumsEdge;
 
 // All registers are whole; what is smaller is padded.  In static memory, since GCC takes only its first 8 bytes for
 // read.
@@ -45,6 +46,12 @@ struct Ahead {
       if (++line == lines) line = 0, row += pitch;
     }
   }
+};
+
+// Whose rows of x a thread has laid out last (GemmTile::same_a), and where.
+struct LaidOut {
+  const void* scratch = nullptr;
+  int64_t number = 0;
 };
 
 // 16 R x 16 C sums, of four bytes, in the registers 0 (and 1 beside it, 2 and 3 below).

@@ -10,12 +10,6 @@ namespace moert::cpu::amx {
 // Fewer rows of x come at memory's speed as dot products.
 constexpr int64_t kDotRowsAtMost = 2;
 
-// Whose a this thread has laid out last, and where.
-struct LaidOut {
-  const void* scratch = nullptr;
-  int64_t number = 0;
-};
-
 void gemm(const GemmTile& t) {
   static thread_local LaidOut last;
   const LaidOut before = std::exchange(last, {});

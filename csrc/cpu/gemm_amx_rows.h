@@ -16,7 +16,6 @@ struct PairPanels {
   Pair* copy;   // of kSumsEdge weight rows
 };
 
-constexpr int64_t kSums = kSumsEdge * kSumsEdge;
 // With all rows and columns of a tile there is room for a step along K, and more.
 static_assert(kTileRows * kTileColumns + kSumsEdge * kEdge + kEdge * (kTileRows / kSumsEdge + 1) * kStepK <=
               kGemmScratch);

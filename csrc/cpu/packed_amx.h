@@ -16,7 +16,6 @@ namespace {
 
 static_assert(kVectorBytes == 64);
 
-constexpr int64_t kSums = kSumsEdge * kSumsEdge;
 constexpr int64_t kVectorQuads = kEdge * 64;  // bytes of a vector of 16 rows of x
 
 // Parts of the scratch (packed_scratch), and how much of K there is room for.

@@ -76,24 +76,19 @@ void step_row(const PackedRows& b, int64_t n, bf16* out) {
 // Fewer rows of x do not fill a tile, and come at memory's speed as dot products.
 constexpr int64_t kTileRowsAtLeast = 8;
 
-// Whose x this thread has laid out last, and where.
-struct LaidOut {
-  const void* scratch = nullptr;
-  int64_t number = 0;
-};
-
 }  // namespace
 
 void packed_gemm(const PackedTile& t) {
   static thread_local LaidOut last;
   const LaidOut before = std::exchange(last, {});
-  if (t.precision != Precision::int8 || t.b.packing.group || t.M < kTileRowsAtLeast)
+  const Packing& packing = t.b.packing;
+  if (t.precision != Precision::int8 || packing.group || packing.columns == 0 || t.M < kTileRowsAtLeast)
     return avx512_vnni::packed_gemm_kernels.gemm(t);
   const bool ready = t.same_a && before.scratch == t.scratch && before.number == t.same_a;
   const auto product = [&](auto code) { return packed_tiles<decltype(code)>(t, ready); };
-  const bool again = t.b.packing.format == Format::ternary2   ? product(Ternary2Code{})
-                     : t.b.packing.format == Format::ternary5 ? product(Ternary5Code{})
-                                                              : product(Int8Code{});
+  const bool again = packing.format == Format::ternary2   ? product(Ternary2Code{})
+                     : packing.format == Format::ternary5 ? product(Ternary5Code{})
+                                                          : product(Int8Code{});
   if (again) last = {t.scratch, t.same_a};
 }
 

@@ -85,7 +85,7 @@ void products(const Matrix& matrix, const std::vector<float>& x, int64_t M, int6
 
 int main() {
   for (const Format format : {Format::int8, Format::ternary2, Format::ternary5})
-    for (const int64_t K : {1, 16, 33, 97, 320, 768, 2711, 4500}) {
+    for (const int64_t K : {0, 1, 16, 33, 97, 320, 768, 2711, 4500}) {
       const int64_t most = K > 1000 ? 64 : 256;  // columns of a tile
       const Matrix matrix({format, most + 5, K, 0}, 1, uniform((most + 5) * K, 2));
       const auto x = uniform(256 * K, 3);
