@@ -51,7 +51,7 @@ const bool registered = [] {
   for (const Model& model : kModels)
     for (const NamedFormat& format : kNamedFormats)
       for (const Precision precision :
-           {Precision::full, Precision::bfloat16, Precision::int8, Precision::int8_group32}) {
+           {Precision::full, Precision::bfloat16, Precision::int8, Precision::int8_group32, Precision::int8_weights}) {
         if (!takes(format.format, precision)) continue;
         for (const char* routing : kRoutings) {
           const std::string name = std::string("fused_experts_quantized/") + model.name + "/" + format.name + "/" +

@@ -59,8 +59,9 @@ def _over_packed(problem: Problem) -> dict:
             return moert.fused_experts_quantized(x, routed[turn], w1, w2, precision=precision).numpy()
 
     # Faster where rows are many, and less exact than the default.
-    int8_rows = {"moert int8 rows": partial(call, "int8")} if problem.dtype == "int8" else {}
-    return {"moert": partial(call, "auto")} | int8_rows
+    int8_rows = {"int8": "int8"} | dict.fromkeys(("int4:32", "int4:128", "mxfp4"), "int8_weights")
+    faster = {"moert int8 rows": partial(call, int8_rows[problem.dtype])} if problem.dtype in int8_rows else {}
+    return {"moert": partial(call, "auto")} | faster
 
 
 def _limits(packed: bool) -> dict:

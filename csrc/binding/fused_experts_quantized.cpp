@@ -24,9 +24,9 @@ Format format_of(const char* name, const std::string& format) {
 }
 
 #if defined(MOERT_CUDA)
-constexpr bool kHasBf16Rows = false;
+constexpr bool kOnCpu = false;
 #else
-constexpr bool kHasBf16Rows = true;
+constexpr bool kOnCpu = true;
 #endif
 
 Precision auto_precision(const QuantizedExperts& w, const RoutedRows& tokens) {
@@ -43,14 +43,13 @@ Precision auto_precision(const QuantizedExperts& w, const RoutedRows& tokens) {
 Precision precision_of(const std::string& name, const Packing& w1, const Packing& w2) {
   std::string known = "auto";
   for (const Precision p : kPrecisions) {
-    if (p == Precision::bfloat16 && !kHasBf16Rows) continue;
+    if (is_on_cpu_alone(p) && !kOnCpu) continue;
     known += ", " + std::string(moert::name(p));
     if (name != moert::name(p)) continue;
     for (const Format format : {w1.format, w2.format}) {
       std::string has = "auto";
       for (const Precision other : kPrecisions)
-        if (takes(format, other) && (other != Precision::bfloat16 || kHasBf16Rows))
-          has += ", " + std::string(moert::name(other));
+        if (takes(format, other) && (kOnCpu || !is_on_cpu_alone(other))) has += ", " + std::string(moert::name(other));
       MOERT_CHECK(takes(format, p), "precision must be one of ", has, " for ", cpu::name(format), ", got ", name);
     }
     return p;

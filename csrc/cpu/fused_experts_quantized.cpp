@@ -121,7 +121,7 @@ struct Int8Activations {
   // number: PackedTile::same_a of the rows.
   void multiply(const TileTask& task, const PackedMatrix& w, int64_t row, const QuantizedRows& rows, int64_t number,
                 float* c) const {
-    char* scratch = thread_scratch(packed_scratch(packing.columns));
+    char* scratch = thread_scratch(packed_scratch(packing, precision));
     packed_gemm_kernels().gemm(
         {task.M, task.N, rows, rows_of(w, task.expert, row), precision, c, scratch, batch_invariant, number});
   }

@@ -89,9 +89,9 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, int b
   float* scales = reinterpret_cast<float*>(row + layout.scales);
   int32_t *sums = reinterpret_cast<int32_t*>(row + layout.sums),
           *whole = reinterpret_cast<int32_t*>(row + layout.whole);
-  const float all = precision == Precision::int8 ? scale_of(x, columns) : 0;
+  const float all = is_int8_row(precision) ? scale_of(x, columns) : 0;
   for (int64_t i = 0; i < columns; i += kGroup)
-    scales[i / kGroup] = precision == Precision::int8 ? all : scale_of(x + i, smaller(columns - i, kGroup));
+    scales[i / kGroup] = is_int8_row(precision) ? all : scale_of(x + i, smaller(columns - i, kGroup));
 
   for (int64_t s = 0; s < layout.steps; ++s) {
     int8_t q[kColumns];

@@ -234,6 +234,7 @@ MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
 // f(Code{}) for the codes that the kernel reads.
 template <typename F>
 MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
+  if (requantizes(p, precision)) return f(Int8Code{});
   switch (p.format) {
     case Format::int4:
       return f(Int4Code{});

@@ -11,16 +11,16 @@ constexpr int64_t kChunk = 5 * kStep;      // whole bytes of every format
 constexpr int64_t kSegment = 16 * kChunk;  // columns whose scales are widened at once: whole groups
 constexpr int64_t kSegmentGroups = kSegment / kStep;
 
-// 16 bytes of two codes each -> 32 codes in column order; of mxfp4 kE2m1 of them.
-template <bool kE2m1Values>
-MOERT_INLINE void unpack_step(const uint8_t* bytes, uint8_t* out) {
+// 16 bytes of two codes each -> 32 codes in column order, or what a table of 16 has for them.
+template <bool kLooksUp>
+MOERT_INLINE void unpack_step(const uint8_t* bytes, uint8_t* out, [[maybe_unused]] const uint8_t* table = kE2m1) {
 #if defined(__AVX2__)
   const __m128i both = load_vector<__m128i>(bytes), mask = _mm_set1_epi8(15);
   __m128i even = _mm_and_si128(both, mask), odd = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
-  if (kE2m1Values) {
-    const __m128i table = load_vector<__m128i>(kE2m1);
-    even = _mm_shuffle_epi8(table, even);
-    odd = _mm_shuffle_epi8(table, odd);
+  if (kLooksUp) {
+    const __m128i values = load_vector<__m128i>(table);
+    even = _mm_shuffle_epi8(values, even);
+    odd = _mm_shuffle_epi8(values, odd);
   }
   const __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
   std::memcpy(out, &first, 16);
@@ -29,7 +29,7 @@ MOERT_INLINE void unpack_step(const uint8_t* bytes, uint8_t* out) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 2; ++j) {
       const uint8_t code = TwoAByte::code(bytes[i], j);
-      out[2 * i + j] = kE2m1Values ? kE2m1[code] : code;
+      out[2 * i + j] = kLooksUp ? table[code] : code;
     }
 #endif
 }

@@ -1,14 +1,10 @@
 // Packed rows in tile registers: as they are for rows of int8, as bfloat16 for others.
 #include "cpu/packed_amx.h"
-#include "cpu/packed_dequantize.h"
+#include "cpu/packed_requantize.h"
 
 namespace moert::cpu::amx {
 
 namespace {
-
-// The values of all codes of 4 bits.
-alignas(64) constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-alignas(64) constexpr float kTwiceE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // What the codes of 32 columns stand for: a byte that is widened to 32 bits and shifted by 12 onto itself has the even
 // column's code in its lowest bits and the odd one's in those from 16 on; the look-up reads no bits but 5 of each 16,
@@ -33,6 +29,10 @@ MOERT_INLINE void for_groups(const PackedRows& b, int64_t n, const F& f) {
     }
   }
 }
+
+// The values of all codes of 4 bits.
+alignas(64) constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+alignas(64) constexpr float kTwiceE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // Two codes a byte: for every group a table of its 16 values.
 template <Format kFormat>
@@ -82,14 +82,19 @@ void packed_gemm(const PackedTile& t) {
   static thread_local LaidOut last;
   const LaidOut before = std::exchange(last, {});
   const Packing& packing = t.b.packing;
-  if (t.precision != Precision::int8 || packing.group || packing.columns == 0 || t.M < kTileRowsAtLeast)
+  const bool groups = packing.group && !requantizes(packing, t.precision);
+  if (!is_int8_row(t.precision) || groups || packing.columns == 0 || t.M < kTileRowsAtLeast)
     return avx512_vnni::packed_gemm_kernels.gemm(t);
-  const bool ready = t.same_a && before.scratch == t.scratch && before.number == t.same_a;
-  const auto product = [&](auto code) { return packed_tiles<decltype(code)>(t, ready); };
-  const bool again = packing.format == Format::ternary2   ? product(Ternary2Code{})
-                     : packing.format == Format::ternary5 ? product(Ternary5Code{})
-                                                          : product(Int8Code{});
-  if (again) last = {t.scratch, t.same_a};
+  bool ready = t.same_a && before.scratch == t.scratch && before.number == t.same_a;
+  if (packing.group)
+    requantized(t, [&](const PackedTile& part) { ready = packed_tiles<Int8Code>(part, ready); });
+  else if (packing.format == Format::ternary2)
+    ready = packed_tiles<Ternary2Code>(t, ready);
+  else if (packing.format == Format::ternary5)
+    ready = packed_tiles<Ternary5Code>(t, ready);
+  else
+    ready = packed_tiles<Int8Code>(t, ready);
+  if (ready) last = {t.scratch, t.same_a};
 }
 
 void dequantize_bf16(const PackedRows& b, int64_t N, bf16* out, int64_t stride, float* row) {

@@ -17,8 +17,9 @@ struct PackedRows {
   const uint8_t* codes;
   const void* scales;
   const uint8_t* zeros;
-  int64_t row = 0;   // of the first in its matrix; fp8: `scales` are the whole matrix's
-  int64_t size = 0;  // sub1: the codewords of the matrix, which begin at `codes`
+  int64_t row = 0;            // of the first in its matrix; fp8: `scales` are the whole matrix's
+  int64_t size = 0;           // sub1: the codewords of the matrix, which begin at `codes`
+  bool float_scales = false;  // of rows: float32, whatever the format has
 };
 
 // Rows as quantize_row leaves them, `stride` bytes apart, aligned to 64; row r is the stored row index[r].
@@ -34,10 +35,12 @@ struct PackedTile {
   QuantizedRows a;
   PackedRows b;
   Precision precision;
-  float* c;                      // rows kTileColumns apart
-  char* scratch;                 // packed_scratch(b.packing.columns) bytes, aligned to 64
-  bool batch_invariant = false;  // the bits of a row of c are the same whatever M is
-  int64_t same_a = 0;            // as GemmTile's: calls with the same number have the same a and M
+  float* c;                       // rows kTileColumns apart
+  char* scratch;                  // packed_scratch(b.packing, precision) bytes, aligned to 64
+  bool batch_invariant = false;   // the bits of a row of c are the same whatever M is
+  int64_t same_a = 0;             // as GemmTile's: calls with the same number have the same a and M
+  const uint8_t* next = nullptr;  // what will be read next, next_bytes a row of b; null: the rows behind those of b
+  int64_t next_bytes = 0;
 };
 
 // c[m, n] = x[m] . w[n] for few rows of float32, the weights made floats in registers.
@@ -58,7 +61,20 @@ constexpr int64_t few_scratch(int64_t columns) { return 2 * columns + 128; }  //
 constexpr int64_t kTileBytes = 4096;
 constexpr int64_t packed_scratch(int64_t columns) {
   const int64_t others = 32 * columns + (int64_t(512) << 10), bytes = std::min(columns + 320, kTileBytes);
-  return std::max(others, kTileRows * (kTileColumns * 4 + bytes) + 32 * (bytes + 64));
+  return (std::max(others, kTileRows * (kTileColumns * 4 + bytes) + 32 * (bytes + 64)) + 63) / 64 * 64;
+}
+
+// Rows of groups that become int8 with a scale a row, so many at a time, and what they need behind packed_scratch:
+// codes, the scales of the rows and of their groups, the factors (and zeros) of one row.
+constexpr bool requantizes(const Packing& p, Precision precision) {
+  return precision == Precision::int8_weights && p.group != 0;
+}
+constexpr int64_t kRequantizedRows = 64, kRequantizedBehind = 16;  // the latter: behind scales and factors
+constexpr int64_t requantized_codes(int64_t columns) { return kRequantizedRows * ((columns + 15) / 16 * 16) + 128; }
+constexpr int64_t packed_scratch(const Packing& p, Precision precision) {
+  const int64_t scales = 4 * (kRequantizedRows * (1 + groups(p)) + kRequantizedBehind),
+                factors = 4 * (groups(p) + kRequantizedBehind);
+  return packed_scratch(p.columns) + (requantizes(p, precision) ? requantized_codes(p.columns) + scales + factors : 0);
 }
 
 constexpr int64_t kBf16Step = 32;  // columns that a tile register holds of a row

@@ -25,6 +25,10 @@ MOERT_INLINE VecF half_e8m0(const uint8_t* bytes) {
 // units (bit_nested); `first`, `n`: of one row's groups.
 MOERT_INLINE void widen_scales(const PackedRows& b, int64_t row, int64_t first, int64_t n, float* out) {
   const int64_t at = row * groups(b.packing) + first;
+  if (b.float_scales) {
+    std::memcpy(out, static_cast<const float*>(b.scales) + at, size_t(n) * sizeof(float));
+    return;
+  }
   if (b.packing.format != Format::mxfp4) {
     const f16* scales = static_cast<const f16*>(b.scales) + at;
     const float unit = b.packing.format == Format::bit_nested ? float(bit_nested_unit(b.packing.planes)) / 32 : 1;

@@ -1,8 +1,8 @@
 // The product of one tile of quantized rows with packed weights.  Included by one translation unit per instruction set.
 #pragma once
 
-#include "cpu/packed_dequantize.h"
 #include "cpu/packed_panels.h"
+#include "cpu/packed_requantize.h"
 
 namespace moert::cpu {
 namespace {
@@ -20,6 +20,8 @@ void packed_product(const PackedTile& t) {
 }
 
 void packed_gemm(const PackedTile& t) {
+  if (requantizes(t.b.packing, t.precision))
+    return requantized(t, [](const PackedTile& part) { packed_product<Int8Code, Scales::none>(part); });
   with_code(t.b.packing, t.precision, [&](auto code) {
     using Code = decltype(code);
     if constexpr (Code::kPlanes == 5) {
@@ -29,7 +31,7 @@ void packed_gemm(const PackedTile& t) {
     } else {
       if (t.b.packing.group)
         packed_product<Code, Scales::both>(t);
-      else if (t.precision == Precision::int8)
+      else if (is_int8_row(t.precision))
         packed_product<Code, Scales::none>(t);
       else
         packed_product<Code, Scales::activations>(t);

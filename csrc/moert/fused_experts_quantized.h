@@ -11,22 +11,27 @@ namespace moert {
 // The type that the rows of both products have.  bfloat16, on a CPU alone: the dequantized weights are rounded to it,
 // too.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32 columns.  Products of integers are exact;
 // their sums are float32 across scales.  fp8_group128, over fp8 weights alone: e4m3 and a scale every 128 columns,
-// max|x| / 448.
-enum class Precision : int32_t { full, bfloat16, int8, int8_group32, fp8_group128 };
-constexpr Precision kPrecisions[] = {Precision::full, Precision::bfloat16, Precision::int8, Precision::int8_group32,
-                                     Precision::fp8_group128};
+// max|x| / 448.  int8_weights, on a CPU alone: rows as int8 has them, and weights that have groups become int8 with a
+// scale a row, the largest that its groups can hold / 127, so that sums of whole rows are integers.
+enum class Precision : int32_t { full, bfloat16, int8, int8_group32, fp8_group128, int8_weights };
+constexpr Precision kPrecisions[] = {Precision::full,         Precision::bfloat16,     Precision::int8,
+                                     Precision::int8_group32, Precision::fp8_group128, Precision::int8_weights};
 
 constexpr const char* name(Precision precision) {
-  constexpr const char* kNames[] = {"full", "bfloat16", "int8", "int8_group32", "fp8_group128"};
+  constexpr const char* kNames[] = {"full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights"};
   return kNames[int(precision)];
 }
 
-constexpr bool is_int8(Precision p) { return p == Precision::int8 || p == Precision::int8_group32; }
+// One scale a row of x.
+constexpr bool is_int8_row(Precision p) { return p == Precision::int8 || p == Precision::int8_weights; }
+constexpr bool is_int8(Precision p) { return is_int8_row(p) || p == Precision::int8_group32; }
+constexpr bool is_on_cpu_alone(Precision p) { return p == Precision::bfloat16 || p == Precision::int8_weights; }
 
 // Whether weights of this format can be multiplied by such rows.
 constexpr bool takes(Format format, Precision precision) {
   if (precision == Precision::full || precision == Precision::bfloat16) return true;
   if (precision == Precision::fp8_group128) return format == Format::fp8;
+  if (precision == Precision::int8_weights) return int(format) <= int(Format::mxfp4);
   return int(format) < kRowFormats || format == Format::bit_nested;
 }
 

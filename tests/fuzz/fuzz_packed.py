@@ -114,7 +114,7 @@ def multiply(source: Source) -> None:
         for shape in ((E, 2 * I, H), (E, H, I))
     )
     routing = Routing(source.tensor(torch.int32, T, 2), torch.ones(T, 2), E)
-    precision = source.pick(["auto", "full", "bfloat16", "int8", "int8_group32", "fp8_group128"])
+    precision = source.pick(["auto", "full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights"])
     y = fused_experts_quantized(torch.ones(T, H), routing, w1, w2, precision=precision)
     assert y.shape == (T, H)
 

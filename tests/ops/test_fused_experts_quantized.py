@@ -444,7 +444,8 @@ def test_errors():
     with pytest.raises(ValueError, match="w1 must have E=routing.num_experts=5 experts, got 4"):
         fused_experts_quantized(x, Routing(routing.ids, routing.weights, 5), w1, w2)
     with pytest.raises(
-        RuntimeError, match="precision must be one of auto, full, bfloat16, int8, int8_group32, fp8_group128, got i"
+        RuntimeError,
+        match="precision must be one of auto, full, bfloat16, int8, int8_group32, fp8_group128, int8_weights, got i",
     ):
         fused_experts_quantized(x, routing, w1, w2, precision="int4")
     wanted = r"codes1 must have shape \[E=4, rows=10, bytes=48\] for 70 columns of int4, got \[4, 10, 16\]"

@@ -23,7 +23,10 @@ def quantize(
         list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Rows of the products: auto, full, bfloat16, int8, int8_group32 or fp8_group128.")
+        str,
+        typer.Option(
+            help="Rows of the products: auto, full, bfloat16, int8, int8_group32, fp8_group128 or int8_weights."
+        ),
     ] = "auto",
     calibrate: Annotated[
         Path | None, typer.Option(metavar="TEXT", help="Choose codes by GPTQ on this text, layer by layer.")

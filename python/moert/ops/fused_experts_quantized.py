@@ -33,8 +33,9 @@ def fused_experts_quantized(
 
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
     precision is that of the rows of both products: "full"; "bfloat16", which the weights are rounded to as well, on a
-    CPU alone; "int8", a scale a token; "int8_group32", a scale every 32 columns; over fp8 weights "fp8_group128", e4m3
-    and a scale every 128 columns; "auto", what default_precision says.  Gradients go to x and the routing weights
+    CPU alone; "int8", a scale a token; "int8_weights" over int8, int4 and mxfp4, the same, and weights in groups become
+    int8 with a scale a row, on a CPU alone; "int8_group32", a scale every 32 columns; over fp8 weights "fp8_group128",
+    e4m3 and a scale every 128 columns; "auto", what default_precision says.  Gradients go to x and the routing weights
     alone, and are those of full precision.  NaN or infinity in a token makes its whole output NaN in all but "full" and
     "bfloat16".  On a GPU "auto" is "full".
     """
@@ -93,6 +94,9 @@ def fused_experts_quantized_ref(
     first, second = (w.format.unpack(w).to(x.dtype) for w in (w1, w2))
     if precision == "bfloat16":
         first, second = first.bfloat16().to(x.dtype), second.bfloat16().to(x.dtype)
+    if precision == "int8_weights":
+        first, second = rounded_weights(w1).to(x.dtype), rounded_weights(w2).to(x.dtype)
+        precision = "int8"
     b1, b2 = bias
     y = torch.zeros_like(x)
     for e in range(routing.num_experts):
@@ -122,6 +126,26 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     codes = torch.where(scale > 0, grouped / scale, 0)
     codes = codes.to(torch.float8_e4m3fn).to(x.dtype) if fp8 else codes.round()
     return (codes * scale.to(x.dtype)).flatten(1)[:, :K].to(x.dtype)
+
+
+def rounded_weights(w: PackedTensor) -> Tensor:
+    """w [E, N, K] in groups to the nearest multiple of a scale a row, the largest that its groups can hold / 127; what
+    a group's scale is of the row's is rounded to a 2048th.
+    """
+    group = _group(w)
+    if not group:
+        return w.format.unpack(w).float()
+    ones = torch.full_like(w.scales, 127 if w.format.name == "mxfp4" else 1)
+    values = w.format.unpack(PackedTensor(w.format, w.columns, w.codes, ones, w.zeros)).float()
+    scales = w.scales.float()
+    if w.format.name == "mxfp4":  # values are multiples of a half
+        values, scales = 2 * values, torch.exp2(scales - 128)
+    largest = {"int8": 127, "int4": 8, "mxfp4": 12}
+    by_code = torch.maximum(w.zeros, 15 - w.zeros) if w.zeros is not None else largest[w.format.name]
+    most = (scales * by_code).abs().amax(-1, keepdim=True)
+    scale = torch.where(most < 2.0**-119, 0, most / 127)
+    factors = (scales * torch.where(scale > 0, 2048 / scale, 0)).round() / 2048
+    return (values * factors.repeat_interleave(group, -1)[..., : w.columns] + 0.5).floor() * scale
 
 
 TENSORS = ("x", "ids", "weights", "codes1", "scales1", "zeros1", "codes2", "scales2", "zeros2", "b1", "b2")

@@ -1,0 +1,109 @@
+"""Weights in groups that become int8 with a scale a row, so that sums of whole rows are integers."""
+
+import pytest
+import torch
+from tests.ops.test_fused_experts_quantized import (
+    FEW,
+    FUSED_EXPERTS_SHAPES,
+    LARGE,
+    LONG,
+    ODD,
+    ONE_OF_EACH,
+    assert_rounded_close,
+    case,
+    error,
+)
+
+from moert import Routing, batch_invariant
+from moert.ops.fused_experts import fused_experts_ref
+from moert.ops.fused_experts_quantized import fused_experts_quantized
+from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2
+from moert.testing import DTYPES, Shape
+
+FORMATS = [
+    *(Int8(), Int8(32), Int8(128), Int4(32), Int4(64), Int4(128)),
+    *(Int4Asymmetric(32), Int4Asymmetric(128), Mxfp4()),
+]
+PRECISION = "int8_weights"
+MANY = Shape("experts of more rows than a tile register", 90, 4, 2, 330, 200)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(fmt, dtype):
+    every = dtype == torch.float32 and fmt in ONE_OF_EACH
+    for shape in (*FUSED_EXPERTS_SHAPES[1:], FEW, LONG, MANY) if every else (ODD, LONG, MANY):
+        args, run = case(shape, fmt, dtype, bias=True)
+        args[0][:, ::5] *= 20
+        y = run(fused_experts_quantized, *args, PRECISION)
+        assert_rounded_close(y, run, args, PRECISION)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_error_is_that_of_the_weights(fmt):
+    """Gaussian rows: at most 1.5 times what the weights alone have, but where those have 8 bits and small groups."""
+    w1, w2 = torch.randn(8, 768, 512) / 512**0.5, torch.randn(8, 512, 384) / 384**0.5
+    routing, packed = LARGE_ROUTING, (fmt.pack(w1), fmt.pack(w2))
+    x = torch.randn(64, 512)
+    exact = fused_experts_ref(x, routing, w1, w2)
+    weights_only = error(fused_experts_quantized(x, routing, *packed, precision="full"), exact)
+    whole = error(fused_experts_quantized(x, routing, *packed, precision=PRECISION), exact)
+    assert whole < (0.03 if isinstance(fmt, Int8) else 1.03 * weights_only)
+    assert (whole > 1.5 * weights_only) == isinstance(fmt, Int8)
+
+
+LARGE_ROUTING = Shape("wide", 64, 8, 2, 512, 384).routing()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_token_has_the_same_bits_whatever_comes_with_it(fmt):
+    """Sums are integers: the kernel for few rows, panels and tile registers agree."""
+    w1, w2 = fmt.pack(torch.randn(1, 80, 330)), fmt.pack(torch.randn(1, 330, 40))
+    x = torch.randn(70, 330)
+
+    def run(n):
+        routing = Routing(torch.zeros(n, 1).int(), torch.ones(n, 1), 1)
+        return fused_experts_quantized(x[:n], routing, w1, w2, precision=PRECISION)
+
+    whole = run(70)
+    for n in (1, 4, 7, 8, 33):
+        assert torch.equal(run(n), whole[:n])
+    with batch_invariant(True):
+        assert torch.equal(run(70), whole)
+
+
+@pytest.mark.parametrize("fmt", [Int4(), Int4Asymmetric(), Mxfp4(), Int8(32)], ids=str)
+def test_rows_of_zeros_and_of_one_large_group(fmt):
+    """A row of nothing is 0; the codes of small groups beside a large one are those of the row's scale."""
+    w = torch.randn(1, 64, 128)
+    w[0, 3] = 0
+    w[0, 5, 32:64] *= 1000
+    w2 = fmt.pack(torch.randn(1, 128, 64))
+    packed = fmt.pack(w)
+    routing = Routing(torch.zeros(12, 1).int(), torch.ones(12, 1), 1)
+    args = [torch.randn(12, 128), routing.weights]
+
+    def run(fn, x, weights, precision):
+        return fn(x, Routing(routing.ids, weights, 1), packed, w2, (None, None), "relu", precision)
+
+    y = run(fused_experts_quantized, *args, PRECISION)
+    assert y.isfinite().all() and (y != 0).any()
+    assert_rounded_close(y, run, args, PRECISION)
+
+
+@pytest.mark.parametrize("fmt", [Ternary2(32), BitNested(), Fp8(), SubOneBit()], ids=str)
+def test_formats_that_do_not_have_it(fmt):
+    args, run = case(ODD, fmt)
+    with pytest.raises(RuntimeError, match=f"precision must be one of auto, .* for {fmt.name}, got int8_weights"):
+        run(fused_experts_quantized, *args, PRECISION)
+
+
+def test_gradients_are_those_of_full_precision():
+    args, run = case(LARGE, Int4())
+    x, weights = (a.requires_grad_() for a in args[:2])
+    dy = torch.randn_like(x)
+    full, rounded = (
+        torch.autograd.grad(run(fused_experts_quantized, x, weights, precision=p), (x, weights), dy)
+        for p in ("full", PRECISION)
+    )
+    assert all(map(torch.equal, full, rounded))
