@@ -161,7 +161,7 @@ int64_t fused_experts_quantized_workspace(const RoutedRows& tokens, const Quanti
 void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,
                              void* workspace, void* stream, void* y) {
   check_alone(tokens);
-  MOERT_CHECK(precision != Precision::bfloat16, "precision must not be bfloat16 on a GPU, got it");
+  MOERT_CHECK(!is_on_cpu_alone(precision), "precision must not be ", name(precision), " on a GPU, got it");
   MOERT_CHECK(precision == Precision::full || tokens.x.dtype != DType::f64,
               "x must have dtype float32, bfloat16 or float16 for ", name(precision), " rows, got float64");
   if (tokens.T == 0) return;
