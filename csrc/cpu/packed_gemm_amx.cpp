@@ -74,7 +74,7 @@ void step_row(const PackedRows& b, int64_t n, bf16* out) {
 }
 
 // Fewer rows of x do not fill a tile, and come at memory's speed as dot products.
-constexpr int64_t kTileRowsAtLeast = 8;
+constexpr int64_t kTileRowsAtLeast = 8, kRequantizedRowsAtLeast = 4;
 
 }  // namespace
 
@@ -82,11 +82,12 @@ void packed_gemm(const PackedTile& t) {
   static thread_local LaidOut last;
   const LaidOut before = std::exchange(last, {});
   const Packing& packing = t.b.packing;
-  const bool groups = packing.group && !requantizes(packing, t.precision);
-  if (!is_int8_row(t.precision) || groups || packing.columns == 0 || t.M < kTileRowsAtLeast)
+  const bool requantized_first = requantizes(packing, t.precision), in_groups = packing.group && !requantized_first;
+  const int64_t least = requantized_first ? kRequantizedRowsAtLeast : kTileRowsAtLeast;
+  if (!is_int8_row(t.precision) || in_groups || packing.columns == 0 || t.M < least)
     return avx512_vnni::packed_gemm_kernels.gemm(t);
   bool ready = t.same_a && before.scratch == t.scratch && before.number == t.same_a;
-  if (packing.group)
+  if (requantized_first)
     requantized(t, [&](const PackedTile& part) { ready = packed_tiles<Int8Code>(part, ready); });
   else if (packing.format == Format::ternary2)
     ready = packed_tiles<Ternary2Code>(t, ready);
