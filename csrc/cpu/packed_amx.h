@@ -165,8 +165,8 @@ int32_t* sums_of(const TileBlocks<Code>& blocks, int64_t n, int64_t m) {
 // All sums; the quads of x are laid out unless they are `ready`.
 template <typename Code>
 void add_products(const PackedTile& t, const RowLayout& layout, const TileBlocks<Code>& blocks, bool ready) {
-  const uint8_t* next = t.next ? t.next : t.b.codes + kSumsEdge * blocks.bytes;
-  const int64_t next_bytes = t.next ? t.next_bytes : blocks.bytes, lines = kSumsEdge * next_bytes / 64;
+  const int64_t lines = kSumsEdge * blocks.bytes / 64;
+  const bool comes_next = blocks.one() && !t.b.float_scales;  // else the rows are others, or were written just now
   const TileRegisters registers;
   for (int64_t first = 0; first < blocks.steps; first += blocks.at_once) {
     const int64_t steps = std::min(blocks.at_once, blocks.steps - first), vectors = steps * Code::kPlanes;
@@ -174,10 +174,10 @@ void add_products(const PackedTile& t, const RowLayout& layout, const TileBlocks
     for (int64_t n = 0; n < t.N; n += kSumsEdge) {
       const int64_t N = std::min(kSumsEdge, t.N - n);
       const LeftCodes left = left_codes<Code>(t, blocks, n, N, first, steps);
-      // What comes next in memory, a part beside every vector of every panel.
+      // The rows that follow in memory, a part beside every vector of every panel.
       const int64_t times = blocks.panels * vectors;
-      Ahead ahead{reinterpret_cast<const char*>(next) + n * next_bytes, 0, std::numeric_limits<int64_t>::max(),
-                  blocks.one() ? (lines + times - 1) / times : 0};
+      Ahead ahead{reinterpret_cast<const char*>(t.b.codes) + (n + N) * blocks.bytes, 0,
+                  std::numeric_limits<int64_t>::max(), comes_next ? (lines + times - 1) / times : 0};
       for (int64_t p = 0; p < blocks.panels; ++p)
         with_sums(N, t.M - p * kSumsEdge, [&](auto tiles) {
           int32_t* sums = sums_of(blocks, n, p * kSumsEdge);

@@ -82,7 +82,10 @@ inline void bf16_product(const PackedMatrix& w, const TileTask& task, int64_t up
   const int64_t K = w.packing.columns, halves = c1 ? 2 : 1;
   // One step more, so that rows start on different cache sets.
   const int64_t stride = (K + kBf16Step - 1) / kBf16Step * kBf16Step + kBf16Step;
-  const int64_t rows = std::clamp<int64_t>(kBf16Values / halves / stride / 32 * 32, 32, kTileColumns);
+  // Where x does not fit at once, it is laid out again for every product: then of all weights of the tile.
+  const bool fits = task.M * K <= kTileRows * kPairK;
+  const int64_t near = std::clamp<int64_t>(kBf16Values / halves / stride / 32 * 32, 32, kTileColumns);
+  const int64_t rows = fits ? near : kTileColumns / halves;
   bf16* values = reinterpret_cast<bf16*>(
       thread_scratch(halves * rows * stride * int64_t(sizeof(bf16)) + K * int64_t(sizeof(float))));
   bf16* second = values + rows * stride;

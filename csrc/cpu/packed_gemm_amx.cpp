@@ -1,10 +1,14 @@
-// Packed rows in tile registers: as they are for rows of int8, as bfloat16 for others.
+// Packed rows in tile registers: for rows of int8 as they are or as int8 of one scale a row, as bfloat16 for others.
 #include "cpu/packed_amx.h"
 #include "cpu/packed_requantize.h"
 
 namespace moert::cpu::amx {
 
 namespace {
+
+// The values of all codes of 4 bits.
+alignas(64) constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+alignas(64) constexpr float kTwiceE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // What the codes of 32 columns stand for: a byte that is widened to 32 bits and shifted by 12 onto itself has the even
 // column's code in its lowest bits and the odd one's in those from 16 on; the look-up reads no bits but 5 of each 16,
@@ -29,10 +33,6 @@ MOERT_INLINE void for_groups(const PackedRows& b, int64_t n, const F& f) {
     }
   }
 }
-
-// The values of all codes of 4 bits.
-alignas(64) constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-alignas(64) constexpr float kTwiceE2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // Two codes a byte: for every group a table of its 16 values.
 template <Format kFormat>
@@ -73,7 +73,8 @@ void step_row(const PackedRows& b, int64_t n, bf16* out) {
   }
 }
 
-// Fewer rows of x do not fill a tile, and come at memory's speed as dot products.
+// Fewer rows of x do not fill a tile, and come at memory's speed as dot products; where weights are unpacked before
+// either, tiles are faster from 4 rows on (measured: docs/quantized.md).
 constexpr int64_t kTileRowsAtLeast = 8, kRequantizedRowsAtLeast = 4;
 
 }  // namespace

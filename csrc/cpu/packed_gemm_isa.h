@@ -35,12 +35,10 @@ struct PackedTile {
   QuantizedRows a;
   PackedRows b;
   Precision precision;
-  float* c;                       // rows kTileColumns apart
-  char* scratch;                  // packed_scratch(b.packing, precision) bytes, aligned to 64
-  bool batch_invariant = false;   // the bits of a row of c are the same whatever M is
-  int64_t same_a = 0;             // as GemmTile's: calls with the same number have the same a and M
-  const uint8_t* next = nullptr;  // what will be read next, next_bytes a row of b; null: the rows behind those of b
-  int64_t next_bytes = 0;
+  float* c;                      // rows kTileColumns apart
+  char* scratch;                 // packed_scratch(b.packing, precision) bytes, aligned to 64
+  bool batch_invariant = false;  // the bits of a row of c are the same whatever M is
+  int64_t same_a = 0;            // as GemmTile's: calls with the same number have the same a and M
 };
 
 // c[m, n] = x[m] . w[n] for few rows of float32, the weights made floats in registers.
@@ -67,7 +65,7 @@ constexpr int64_t packed_scratch(int64_t columns) {
 // Rows of groups that become int8 with a scale a row, so many at a time, and what they need behind packed_scratch:
 // codes, the scales of the rows and of their groups, the factors (and zeros) of one row.
 constexpr bool requantizes(const Packing& p, Precision precision) {
-  return precision == Precision::int8_weights && p.group != 0;
+  return precision == Precision::int8_weights && p.group != 0 && takes(p.format, precision);
 }
 constexpr int64_t kRequantizedRows = 64, kRequantizedBehind = 16;  // the latter: behind scales and factors
 constexpr int64_t requantized_codes(int64_t columns) { return kRequantizedRows * ((columns + 15) / 16 * 16) + 128; }

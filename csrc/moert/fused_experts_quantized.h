@@ -11,8 +11,9 @@ namespace moert {
 // The type that the rows of both products have.  bfloat16, on a CPU alone: the dequantized weights are rounded to it,
 // too.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32 columns.  Products of integers are exact;
 // their sums are float32 across scales.  fp8_group128, over fp8 weights alone: e4m3 and a scale every 128 columns,
-// max|x| / 448.  int8_weights, on a CPU alone: rows as int8 has them, and weights that have groups become int8 with a
-// scale a row, the largest that its groups can hold / 127, so that sums of whole rows are integers.
+// max|x| / 448.  int8_weights, over int8, int4 and mxfp4 on a CPU alone: rows as int8 has them, and weights that have
+// groups become int8 with a scale a row, the largest that its groups can hold / 127, so that sums of whole rows are
+// integers.
 enum class Precision : int32_t { full, bfloat16, int8, int8_group32, fp8_group128, int8_weights };
 constexpr Precision kPrecisions[] = {Precision::full,         Precision::bfloat16,     Precision::int8,
                                      Precision::int8_group32, Precision::fp8_group128, Precision::int8_weights};

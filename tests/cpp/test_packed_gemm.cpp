@@ -111,9 +111,18 @@ void products(const Matrix& matrix, const std::vector<float>& x, int64_t M, int6
 }
 
 int main() {
-  const std::pair<Format, int64_t> kinds[] = {{Format::int8, 0},   {Format::ternary2, 0}, {Format::ternary5, 0},
-                                              {Format::int8, 64},  {Format::int4, 32},    {Format::int4_asymmetric, 64},
-                                              {Format::int4, 128}, {Format::mxfp4, 32}};
+  const std::pair<Format, int64_t> kinds[] = {{Format::int8, 0},
+                                              {Format::ternary2, 0},
+                                              {Format::ternary5, 0},
+                                              {Format::int8, 32},
+                                              {Format::int8, 128},
+                                              {Format::int4, 32},
+                                              {Format::int4, 64},
+                                              {Format::int4, 128},
+                                              {Format::mxfp4, 32},
+                                              {Format::int4_asymmetric, 32},
+                                              {Format::int4_asymmetric, 64},
+                                              {Format::int4_asymmetric, 128}};
   for (const auto [format, group] : kinds)
     for (const int64_t K : {0, 1, 16, 33, 97, 320, 768, 2711, 4500}) {
       const int64_t most = K > 1000 ? 64 : 256;  // columns of a tile

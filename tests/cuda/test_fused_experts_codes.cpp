@@ -19,7 +19,7 @@ constexpr bool kIntegers = true;
 std::vector<Precision> precisions_of(const Packing& kind) {
   std::vector<Precision> all;
   for (const Precision p : kPrecisions)
-    if (p != Precision::full && p != Precision::bfloat16 && takes(kind.format, p)) all.push_back(p);
+    if (p != Precision::full && !is_on_cpu_alone(p) && takes(kind.format, p)) all.push_back(p);
   return all;
 }
 
@@ -142,18 +142,28 @@ void numbers_at_the_end() {
     }
 }
 
-void refusals() {
+// What a call of these experts says.
+template <typename X>
+std::string refusal(Precision precision) {
   const Case c{2, 1, 2, 16, 8};
   Random random;
-  Experts<double> experts(kKinds[0], kKinds[0], c, 2 * c.I, random);
-  const Inputs<double> in(c, random);
-  std::string said;
+  Experts<X> experts(kKinds[0], kKinds[0], c, 2 * c.I, random);
+  const Inputs<X> in(c, random);
   try {
-    on_device(c, experts, in.x, in.ids, in.weights, Precision::int8);
+    on_device(c, experts, in.x, in.ids, in.weights, precision);
   } catch (const std::runtime_error& error) {
-    said = error.what();
+    return error.what();
   }
-  EXPECT(said.find("x must have dtype float32, bfloat16 or float16 for int8 rows, got float64") != std::string::npos);
+  return "";
+}
+
+void refusals() {
+  const auto says = [](const std::string& said, const std::string& text) { return said.find(text) != text.npos; };
+  EXPECT(says(refusal<double>(Precision::int8),
+              "x must have dtype float32, bfloat16 or float16 for int8 rows, got float64"));
+  for (const Precision p : kPrecisions)
+    if (is_on_cpu_alone(p))
+      EXPECT(says(refusal<float>(p), std::string("precision must not be ") + name(p) + " on a GPU, got it"));
 }
 
 void tests() {

@@ -47,10 +47,17 @@ ONE_OF_EACH = [Int8(), Int4(), Int4Asymmetric(), Mxfp4(), Ternary2(), Ternary5()
 FULL_ONLY = [Fp8(), SubOneBit()]
 FLOATS, INT8 = ("full", "bfloat16"), ("int8", "int8_group32")
 PRECISIONS = FLOATS + INT8
+INT8_WEIGHTS = "int8_weights"  # of the formats below
+HAVE_INT8_WEIGHTS = ("int8", "int4", "int4_asymmetric", "mxfp4")
 ODD = Shape("nothing is a multiple of anything, experts with 0 to 20 rows", 61, 7, 3, 37, 21, "sentinels")
 LONG = Shape("rows of more than one block of a panel and of many steps", 40, 3, 2, 1110, 650)
 FEW = Shape("one to four rows an expert", 9, 7, 2, 300, 140)
 LARGE = FUSED_EXPERTS_SHAPES[-1]
+
+
+def precisions_of(fmt):
+    weights = (INT8_WEIGHTS,) if fmt.name in HAVE_INT8_WEIGHTS else ()
+    return FLOATS if fmt in FULL_ONLY else PRECISIONS + weights
 
 
 def case(shape, fmt, dtype=torch.float32, activation="swiglu", bias=False):
@@ -277,10 +284,10 @@ def test_ids_of_any_integer_type(id_dtype):
     assert torch.equal(out, fused_experts_quantized(x, Routing(ids, weights, ODD.E), w1, w2))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, INT8_WEIGHTS])
 def test_dropped_choices_add_nothing_and_get_no_gradient(precision):
-    (x, weights, *_), _ = case(ODD, Int8())
-    w1, w2 = Int8().pack(torch.randn(7, 42, 37)), Int8().pack(torch.randn(7, 37, 21))
+    (x, weights, *_), _ = case(ODD, Int8(32))
+    w1, w2 = Int8(32).pack(torch.randn(7, 42, 37)), Int8(32).pack(torch.randn(7, 37, 21))
     ids = ODD.routing(id_dtype=torch.int64).ids
     ids[::3] = torch.tensor([-1, 2**63 - 1, -(2**63)])
     dropped = (ids < 0) | (ids >= ODD.E)
@@ -292,7 +299,7 @@ def test_dropped_choices_add_nothing_and_get_no_gradient(precision):
 
 
 @pytest.mark.parametrize(
-    "fmt,precision", [*((Int8(), p) for p in PRECISIONS), *itertools.product(FULL_ONLY, FLOATS)], ids=str
+    "fmt,precision", [(f, p) for f in (Int8(), Int4(), *FULL_ONLY) for p in precisions_of(f)], ids=str
 )
 @pytest.mark.parametrize("shape", [ODD, LARGE], ids=str)
 def test_nan_stays_in_the_tokens_that_hold_it(shape, fmt, precision):
@@ -306,9 +313,9 @@ def test_nan_stays_in_the_tokens_that_hold_it(shape, fmt, precision):
 
 
 def test_rows_of_zeros_and_of_tiny_values():
-    args, run = case(ODD, Int8())
+    args, run = case(ODD, Int4())
     args[0][0], args[0][1] = 0, 1e-40
-    for precision in INT8:
+    for precision in (*INT8, INT8_WEIGHTS):
         y = run(fused_experts_quantized, *args, precision=precision)
         assert not y[:2].any() and y.isfinite().all()
 
@@ -333,8 +340,7 @@ def test_same_bits_for_any_number_of_threads(fmt):
         for threads in (1, 2, 3, 7, 1):
             torch.set_num_threads(threads)
             leaves = [a.detach().requires_grad_() for a in args[:2]]
-            precisions = PRECISIONS if fmt in ONE_OF_EACH else FLOATS
-            ys = [run(fused_experts_quantized, *leaves, *args[2:], precision=p) for p in precisions]
+            ys = [run(fused_experts_quantized, *leaves, *args[2:], precision=p) for p in precisions_of(fmt)]
             results.append((*ys, *torch.autograd.grad(ys[0].float().square().sum(), leaves)))
     finally:
         torch.set_num_threads(before)
@@ -354,7 +360,7 @@ def test_batch_invariant(fmt):
         routing = Routing(ids[rows], weights[rows], E)
         return fused_experts_quantized(x[rows], routing, w1, w2, precision=precision)
 
-    for precision in PRECISIONS if fmt in FORMATS else FLOATS:
+    for precision in precisions_of(fmt):
         with batch_invariant(True):
             whole = run(slice(None), precision)
             for rows in (slice(7, 8), slice(20, 24), slice(60, 100)):
@@ -373,6 +379,9 @@ def test_every_isa_gives_the_same_sums():
         "r = Routing(torch.zeros(9, 1).int(), torch.ones(9, 1), 1)\n"
         "for fmt in (Int8(), Ternary2(), Ternary5()):\n"
         "    y = f(x, r, fmt.pack(w1), fmt.pack(w2), activation='relu', precision='int8')\n"
+        "    print(y.numpy().tobytes().hex())\n"
+        "for fmt in (Int8(32), Int4(), Int4(64), Int4Asymmetric(), Int4Asymmetric(128), Mxfp4()):\n"
+        "    y = f(x, r, fmt.pack(w1), fmt.pack(w2), activation='relu', precision='int8_weights')\n"
         "    print(y.numpy().tobytes().hex())\n"
     )
     outputs = [

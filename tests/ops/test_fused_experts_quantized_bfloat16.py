@@ -36,6 +36,13 @@ def test_forward(fmt, dtype):
         assert_rounded_close(y, run, args, "bfloat16")
 
 
+@pytest.mark.parametrize("I", [70, 300])
+def test_rows_that_are_laid_out_in_parts(I):
+    """All rows of a tile, 256, of 2300 columns do not fit at once; a tile has all its weights then, gated or not."""
+    args, run = case(Shape("many long rows", 300, 1, 1, 2300, I), Int4(128), torch.bfloat16)
+    assert_rounded_close(run(fused_experts_quantized, *args, "bfloat16"), run, args, "bfloat16")
+
+
 @pytest.mark.parametrize("fmt", [Int4(), Int8(), Fp8()], ids=str)
 def test_it_is_rounded_but_less_than_int8(fmt):
     """Products of two numbers that are off by 2^-9 at most, by less than half of that as a rule."""

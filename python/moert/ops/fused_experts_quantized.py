@@ -143,7 +143,8 @@ def rounded_weights(w: PackedTensor) -> Tensor:
     largest = {"int8": 127, "int4": 8, "mxfp4": 12}
     by_code = torch.maximum(w.zeros, 15 - w.zeros) if w.zeros is not None else largest[w.format.name]
     most = (scales * by_code).abs().amax(-1, keepdim=True)
-    scale = torch.where(most < 2.0**-119, 0, most / 127)
+    scale = most / 127
+    scale = torch.where(scale < 2.0**-116, 0, scale)
     factors = (scales * torch.where(scale > 0, 2048 / scale, 0)).round() / 2048
     return (values * factors.repeat_interleave(group, -1)[..., : w.columns] + 0.5).floor() * scale
 
