@@ -62,7 +62,8 @@ py::dict cpu_features() {
   MOERT_FEATURE("avx512vnni");
   MOERT_FEATURE("avx512bf16");
 #undef MOERT_FEATURE
-  has["amx_bf16"] = moert::best_isa() >= moert::Isa::amx;  // and the system grants its registers
+  for (const char* amx : {"amx_bf16", "amx_int8"})
+    has[amx] = moert::best_isa() >= moert::Isa::amx;  // and the system grants its registers
 #endif
   return has;
 }

@@ -6,6 +6,7 @@ import pytest
 from outside import outside_model
 from rich.console import Console
 
+from moert import quantize_
 from moert.cli.checkpoint import byte_tokenizer, load_model, load_tokenizer
 from moert.cli.errors import CommandError
 from moert.cli.generate import generate
@@ -63,6 +64,16 @@ def test_packed_experts_and_a_text(checkpoint, tmp_path):
     assert rows["moert int8"]["weight_bytes"] < rows["moert"]["weight_bytes"]
     assert rows["moert int8"]["perplexity"] == pytest.approx(rows["moert"]["perplexity"], rel=0.05)
     assert "Weights, and perplexity on text" in text and f"{rows['moert int8']['perplexity']:.4f}" in text
+
+
+def test_a_packed_checkpoint_runs_alone(checkpoint, tmp_path):
+    model = load_model(checkpoint, "moert", "auto")
+    quantize_(model, "int8")
+    model.save_pretrained(tmp_path / "packed")
+    load_tokenizer(checkpoint).save_pretrained(tmp_path / "packed")
+    text = run(Load(tmp_path / "packed", threads=1), Request(PROMPT, 4), tmp_path / "out")
+    assert "stock transformers does not run experts that moert has packed" in text
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["providers"]) == ["moert"]
 
 
 def test_files_are_checked_before_anything_starts(tmp_path):

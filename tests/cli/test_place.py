@@ -63,8 +63,8 @@ def test_overfitting_is_said(tmp_path):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (("--ranks", 9), "num_clusters must be in [1, E=8], got 9"),
-        (("--ranks", 4, "--nodes", 3), "num_nodes must divide num_ranks=4, got 3"),
+        (("--ranks", 9), "ranks must be at most E=8, the experts of layers.0, got 9"),
+        (("--ranks", 4, "--nodes", 3), "nodes must divide ranks=4, got 3"),
         (("--ranks", 4, "--slots", "x"), "slots must be one of equal, any, got x"),
         (("--ranks", 4, "--method", "x"), "method must be one of auto, viterbi, milp, local, got x"),
     ],

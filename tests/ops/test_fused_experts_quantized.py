@@ -457,6 +457,8 @@ def test_errors():
         match="precision must be one of auto, full, bfloat16, int8, int8_group32, fp8_group128, int8_weights, got i",
     ):
         fused_experts_quantized(x, routing, w1, w2, precision="int4")
+    with pytest.raises(ValueError, match="x must have H=40 columns, as w1 has, got 41"):
+        fused_experts_quantized(torch.randn(3, 41), routing, w1, w2)
     wanted = r"codes1 must have shape \[E=4, rows=10, bytes=48\] for 70 columns of int4, got \[4, 10, 16\]"
     with pytest.raises(RuntimeError, match=wanted):
         fused_experts_quantized(

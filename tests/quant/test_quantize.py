@@ -56,6 +56,8 @@ def test_nothing_to_quantize():
         quantize_(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="got none in Sequential"):
         quantize_(model(), skip=["*"])
+    with pytest.raises(ValueError, match="skip must name modules of Sequential, got 9.experts, which names none"):
+        quantize_(model(), skip=["0", "9.experts"])
     with pytest.raises(ValueError, match="got experts without a module around them"):
         quantize_(GluExperts(2, 32, 32))
 

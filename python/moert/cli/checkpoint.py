@@ -32,6 +32,12 @@ def load_config(directory: Path):
         raise CommandError(f"model must have a config that transformers knows: {first_line(error)}") from error
 
 
+def packed_by_moert(config) -> bool:
+    quantized = getattr(config, "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+    return method == "moert"
+
+
 def load_model(directory: Path, experts: str, dtype: str, random: bool = False, packing: str | None = None):
     """The model in eval mode, its experts run by `experts`: eager, grouped_mm or moert.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moert.cli.checkpoint import check_files, class_of, has_interface, load_config, skeleton
+from moert.cli.checkpoint import check_files, class_of, has_interface, load_config, packed_by_moert, skeleton
 from moert.cli.generation import Generation, Request, first_difference, summarize
 from moert.cli.machine import machine_facts
 from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
@@ -47,7 +47,9 @@ def generate(
     rows = {name: {**summarize(prefills[name], [made]), **weights[name]} for name, made in results.items()}
     moert = results["moert"]
     differences = [d for name in plain[1:] if (d := first_difference(moert, results[name], name))]
-    if stock:
+    if stock and not stock_ways:
+        console.print("moert alone: stock transformers does not run experts that moert has packed.")
+    elif stock:
         console.print(sameness(differences, len(moert.ids), plain))
     title = f"{load.directory.name}, {dtype}, a process each"
     console.print(speed_table(rows, title + (", on the GPU" if load.device == "cuda" else "")))
@@ -73,8 +75,12 @@ def generate(
 
 
 def _stock(directory: Path) -> tuple[str, ...]:
-    """The ways in which stock transformers runs this model: one, where its experts cannot be chosen by name."""
+    """The ways in which stock transformers runs this model: one, where its experts cannot be chosen by name; none of
+    packed experts.
+    """
     config = load_config(directory)
+    if packed_by_moert(config):
+        return ()
     return STOCK if has_interface(skeleton(config, class_of(config))) else STOCK[:1]
 
 

@@ -34,12 +34,14 @@ def place(
     """Decide on every other row of TRACE which rank holds which expert, write it, and replay the other rows."""
     if out.suffix == ".png":
         raise CommandError(f"out must be the placement, whose picture is beside it as .png, got {out}")
+    _check_options(ranks, nodes, method)
     from moert.analysis import RoutingTrace
     from moert.placement import Topology, contiguous, moetuner_placement, replay, round_robin
 
     try:
         topology = Topology(ranks, nodes, across)
         decide, judge = RoutingTrace.of_ranks([RoutingTrace.load(path) for path in trace]).halves()
+        _check_ranks(decide, ranks)
         with _bar() as bar:
             task = bar.add_task("", total=len(decide.layers) + 1)
             tuned = moetuner_placement(
@@ -69,6 +71,22 @@ def place(
     if replayed["moert"].imbalance.mean() > replayed["contiguous"].imbalance.mean():
         console.print("On rows not used to decide the loads are less even than those of contiguous experts.")
     console.print(f"Placement: {out}, {picture}", soft_wrap=True)
+
+
+def _check_options(ranks: int, nodes: int, method: str) -> None:
+    """Before a trace is read and clustered."""
+    from moert.placement.affinity import METHODS
+
+    if ranks % nodes:
+        raise CommandError(f"nodes must divide ranks={ranks}, got {nodes}")
+    if method not in METHODS:
+        raise CommandError(f"method must be one of {', '.join(METHODS)}, got {method}")
+
+
+def _check_ranks(trace, ranks: int) -> None:
+    for layer in trace.layers:
+        if ranks > (E := len(layer.loads())):
+            raise CommandError(f"ranks must be at most E={E}, the experts of {layer.name}, got {ranks}")
 
 
 def _figure(replayed: dict, title: str):

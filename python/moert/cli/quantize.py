@@ -16,7 +16,7 @@ def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Local Hugging Face MoE checkpoint (safetensors).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
     format: Annotated[
-        str, typer.Option(help="Format of the experts' weights, as docs/quantized.md names them.")
+        str, typer.Option(help="int8, int4, int4_asymmetric, mxfp4, ternary2, ternary5, fp8, bit_nested or sub1.")
     ] = "int4",
     group: Annotated[int | None, typer.Option(help="Columns that share a scale; default: the format's own.")] = None,
     skip: Annotated[
@@ -41,7 +41,9 @@ def quantize(
         int | None, typer.Option(min=2, help="How much of its text --report takes; default 16384 tokens.")
     ] = None,
 ) -> None:
-    """Pack the experts of a checkpoint; from_pretrained loads the result. A call that was cut off can be repeated."""
+    """Pack the experts of a checkpoint; from_pretrained loads OUT once moert.integrations.transformers is imported.
+
+    A call that was cut off can be repeated."""
     try:
         import matplotlib  # noqa: F401  for the report's picture
 

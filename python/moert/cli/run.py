@@ -52,7 +52,7 @@ def run(
     quantize: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FORMAT[:GROUP]", help="Also with packed experts, e.g. int4 or int4:128; all: every format."
+            metavar="FORMAT[:GROUP]", help="Also with packed experts, e.g. int4:128; all: int8, 4 bits, ternary."
         ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="With --model: also the perplexity on this file.")] = None,

@@ -127,7 +127,7 @@ class RowFormat(Format):
     def __post_init__(self):
         if self.group not in self.groups:
             allowed = ", ".join(map(str, self.groups))
-            raise ValueError(f"group must be one of {allowed} for {self.name}, got {self.group}")
+            raise ValueError(f"group must be one of {allowed} for {self.name}, got {self.group!r}")
 
     @property
     def block(self) -> tuple[int, int | None]:

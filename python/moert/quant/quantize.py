@@ -62,6 +62,7 @@ def quantize_(
     expect(nn.Module, model=model)
     fmt = any_format_of(format, group)
     check_options(skip, precision)
+    check_skip(model, skip)
     settings = method_of(method)
     if calibration is not None and not isinstance(fmt, RowFormat | SubOneBit):
         raise ValueError(f"calibration must be None for {fmt}, which is rounded to nearest, got batches")
@@ -148,6 +149,14 @@ def check_options(skip: Sequence[str], precision: str) -> None:
         raise TypeError(f"skip must be a sequence of names, got {skip!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+
+
+def check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    """A name that is misspelt would pack what was to stay."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"skip must name modules of {type(model).__name__}, got {pattern}, which names none")
 
 
 def check_weights(name: str, *weights: Tensor) -> None:

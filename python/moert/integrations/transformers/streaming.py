@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from moert.integrations.transformers.quantized import PackedExperts, quantized_, weight_names
 from moert.integrations.transformers.quantizer import MoertConfig, chosen_experts
-from moert.quant.quantize import any_format_of
+from moert.quant.quantize import any_format_of, check_skip
 from moert.quant.sub1 import SubOneBit
 
 Read = Callable[[str], Tensor]
@@ -155,6 +155,7 @@ class Layer:
 
 def layers(model: PreTrainedModel, config: MoertConfig, names: Iterable[str]) -> list[Layer]:
     """The layers of the model, on the meta device, that config packs; names are those of the checkpoint's tensors."""
+    check_skip(model, config.skip)
     chosen = chosen_experts(model, config.skip)
     weights, tied = weights_of(model, names), model.all_tied_weights_keys
     fmt = any_format_of(config.format, config.group)
