@@ -45,8 +45,8 @@ def fused_experts_quantized(
     expect((PackedTensor, SubOneBitTensor), w1=w1, w2=w2)
     if routing.num_experts != w1.shape[0]:
         raise ValueError(f"w1 must have E=routing.num_experts={routing.num_experts} experts, got {w1.shape[0]}")
-    if x.dim() == 2 and x.shape[1] != w1.shape[2]:
-        raise ValueError(f"x must have H={w1.shape[2]} columns, as w1 has, got {x.shape[1]}")
+    if x.dim() == 2 and x.shape[1] != w1.columns:
+        raise ValueError(f"x must have H={w1.columns} columns, as w1 has, got {x.shape[1]}")
     for name, w in (("w1", w1), ("w2", w2)):
         if any(part is not None and part.requires_grad for part in w.operands):
             raise ValueError(f"{name} must not require gradients: packed weights have none")
