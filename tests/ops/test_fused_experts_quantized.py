@@ -219,7 +219,7 @@ def test_gradcheck(activation, scale_on):
     )
 
 
-@pytest.mark.parametrize("precision", ["int8_group32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["int8_group32", "bfloat16", INT8_WEIGHTS])
 def test_gradients_are_those_of_full_precision(precision):
     args, run = case(LARGE, Int4())
     x, weights = (a.requires_grad_() for a in args[:2])

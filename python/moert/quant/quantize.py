@@ -50,7 +50,8 @@ def quantize_(
     them packed.
 
     format is a name (with the group, or the format's own default) or a format.  skip has names of modules, * and ? as
-    in file names; what it names, and what lies below it, stays.  A model without any GluExperts left is an error.
+    in file names; what they name, and what lies below it, stays; one that names none is an error,
+    as is a model without any GluExperts left.
 
     calibration: batches that the model is run with, each a tensor, a mapping or a sequence of arguments.  Without them
     weights are rounded to nearest; with them by `method`, "gptq" or GPTQ(…), layer by layer.  An expert that sees too
