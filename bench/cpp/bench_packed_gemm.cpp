@@ -67,7 +67,7 @@ void add(const NamedFormat& format, Precision precision) {
   auto* bench = benchmark::RegisterBenchmark(name.c_str(),
                                              [=, &format](benchmark::State& s) { packed_gemm(s, format, precision); });
   bench->UseManualTime()->Unit(benchmark::kMicrosecond)->ArgNames({"M", "cached"})->Iterations(1500);
-  for (const int64_t M : {1, 2, 4})
+  for (const int64_t M : {1, 2, 3, 4})
     for (const int64_t cached : {1, 0}) bench->Args({M, cached});
 }
 

@@ -3,6 +3,8 @@
 // A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes,
 // and a vector of int32 lanes, minus code_bias times the sum of what the lane multiplies; then the lanes of the whole
 // row, the scale of every 32 columns, and minus code_bias times the sum of every 32 columns.
+// Codes of 4 bits have 4 steps in a block instead, transposed (transpose_words): every plane of each of the 4 vectors,
+// then minus code_bias times the sum and the scale of each lane's 32 columns.
 #pragma once
 
 #include "cpu/packed_codes.h"
@@ -24,12 +26,27 @@ struct RowLayout {
   int64_t steps, step_bytes, whole, scales, sums, bytes;
 };
 
+// Four steps of two codes a byte: 16 bytes, so every fourth lane after transpose_words, have 32 columns.
+constexpr int64_t kBlockSteps = 4;
+template <typename Code>
+constexpr bool kGroupLanes = Code::kPlanes == 2;
+template <typename Code>
+constexpr int64_t kBlockBytes = (kBlockSteps * Code::kPlanes + 2) * kVectorBytes;
+
+// Which of a block's groups of 32 columns is in each lane.
+MOERT_INLINE VecI group_of_block_lane() {
+  VecI groups;
+  for (int i = 0; i < kLanes<int32_t>; ++i) groups[i] = i % 4 * (kVectorBytes / 16) + i / 4;
+  return groups;
+}
+
 template <typename Code>
 MOERT_INLINE RowLayout row_layout(int64_t columns) {
   RowLayout row;
   row.steps = (columns + kStepColumns<Code> - 1) / kStepColumns<Code>;
-  row.step_bytes = (Code::kPlanes + 1) * kVectorBytes;
-  row.whole = round_up(row.steps * row.step_bytes, 64);
+  row.step_bytes = kGroupLanes<Code> ? 0 : (Code::kPlanes + 1) * kVectorBytes;
+  const int64_t blocks = kGroupLanes<Code> ? (row.steps + kBlockSteps - 1) / kBlockSteps : 0;
+  row.whole = round_up(row.steps * row.step_bytes + blocks * kBlockBytes<Code>, 64);
   row.scales = row.whole + 64;
   // A panel's worth of scales is read from any of them on.
   const int64_t groups = (row.steps * kStepColumns<Code> + kGroup - 1) / kGroup + kPanelGroups;
@@ -81,9 +98,54 @@ MOERT_INLINE void quantize_columns(const float* x, int64_t columns, const float*
   }
 }
 
+// The columns of step s of a row, whose scales are known, and what takes the bias off the sums of 32 of them.
+template <typename Code>
+void quantize_step(const float* x, int64_t columns, const float* scales, int64_t s, int bias, int8_t* q,
+                   int32_t* sums) {
+  constexpr int64_t kColumns = kStepColumns<Code>;
+  quantize_columns(x, columns, scales, s * kColumns, kColumns, q);
+  for (int64_t i = 0; i < kColumns; i += 16) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < 16; ++j) sum += q[i + j];
+    sums[(s * kColumns + i) / kGroup] -= bias * sum;
+  }
+}
+
+template <typename Code>
+void split_planes(const int8_t* q, int8_t* planes) {
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t b = 0; b < V; ++b) planes[p * V + b] = q[b * P + p];
+}
+
+// The steps of a row as blocks, its scales before and its sums while they are quantized.
+template <typename Code>
+void quantize_blocks(const float* x, int64_t columns, int64_t steps, const float* scales, int bias, int32_t* sums,
+                     char* row) {
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
+  const VecI lanes = group_of_block_lane();
+  for (int64_t first = 0; first < steps; first += kBlockSteps, row += kBlockBytes<Code>) {
+    int8_t planes[kBlockSteps][P * V] = {};
+    for (int64_t s = first; s < smaller(steps, first + kBlockSteps); ++s) {
+      int8_t q[kStepColumns<Code>];
+      quantize_step<Code>(x, columns, scales, s, bias, q, sums);
+      split_planes<Code>(q, planes[s - first]);
+    }
+    for (int64_t p = 0; p < P; ++p) {
+      VecI words[kBlockSteps];
+      for (int64_t i = 0; i < kBlockSteps; ++i) words[i] = load_vector<VecI>(planes[i] + p * V);
+      transpose_words(words);
+      for (int64_t i = 0; i < kBlockSteps; ++i) store_vector(row + (i * P + p) * V, words[i]);
+    }
+    const int64_t group = first * kStepColumns<Code> / kGroup;
+    store_vector(row + kBlockSteps * P * V, pick(sums + group, lanes));
+    store_vector(row + (kBlockSteps * P + 1) * V, pick(scales + group, lanes));
+  }
+}
+
 template <typename Code>
 void quantize_row_of(const float* x, int64_t columns, Precision precision, int bias, char* row) {
-  constexpr int64_t P = Code::kPlanes, V = kVectorBytes, kColumns = kStepColumns<Code>;
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
   const RowLayout layout = row_layout<Code>(columns);
   std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
   float* scales = reinterpret_cast<float*>(row + layout.scales);
@@ -93,17 +155,12 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, int b
   for (int64_t i = 0; i < columns; i += kGroup)
     scales[i / kGroup] = is_int8_row(precision) ? all : scale_of(x + i, smaller(columns - i, kGroup));
 
+  if constexpr (kGroupLanes<Code>) return quantize_blocks<Code>(x, columns, layout.steps, scales, bias, sums, row);
   for (int64_t s = 0; s < layout.steps; ++s) {
-    int8_t q[kColumns];
-    quantize_columns(x, columns, scales, s * kColumns, kColumns, q);
-    for (int64_t i = 0; i < kColumns; i += 16) {
-      int32_t sum = 0;
-      for (int64_t j = 0; j < 16; ++j) sum += q[i + j];
-      sums[(s * kColumns + i) / kGroup] -= bias * sum;
-    }
+    int8_t q[kStepColumns<Code>];
+    quantize_step<Code>(x, columns, scales, s, bias, q, sums);
     int8_t* step = reinterpret_cast<int8_t*>(row + s * layout.step_bytes);
-    for (int64_t p = 0; p < P; ++p)
-      for (int64_t b = 0; b < V; ++b) step[p * V + b] = q[b * P + p];
+    split_planes<Code>(q, step);
     int32_t lanes[V / 4];
     for (int64_t lane = 0; lane < V / 4; ++lane) {
       int32_t sum = 0;

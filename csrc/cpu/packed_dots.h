@@ -3,42 +3,10 @@
 // weight rows.
 #pragma once
 
-#include "cpu/packed_scales.h"
+#include "cpu/packed_groups.h"
 
 namespace moert::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kBlock = 4, kBlockM = 4;
-#else
-constexpr int kBlock = 2, kBlockM = 2;
-#endif
-
-// What becomes of the integer sums of a step.
-enum class Scales {
-  none,         // added up along the row: one scale a row of either side
-  activations,  // times the scales of the activations
-  both          // times those of the weights, too
-};
-
-// A quantized row: its data and its scales.
-struct DotRow {
-  const char* data;
-  const float* scales;
-};
-
-struct DotBlock {
-  int64_t rows;  // of the weights, at most kBlock; codes repeat the last, and what their scales are does not matter
-  const uint8_t* codes[kBlock];
-  int64_t vector;        // bytes from one of a code's kVectors to the next
-  int64_t last;          // bytes of the last step that are the row's; 0: it is a whole one
-  int shift;             // 2^shift columns have one scale of the weights
-  int code_shift;        // sums of codes are shifted by it before the bias is added
-  const float* scales;   // [rows, pitch]
-  const int32_t* zeros;  // [rows, pitch]
-  int64_t pitch, ahead;  // ahead: bytes to what is prefetched
-  RowLayout layout;
-};
 
 template <typename Code, Scales kScales, int M>
 struct Dots {
@@ -57,12 +25,10 @@ struct Dots {
   template <bool kLast>
   MOERT_INLINE static Weights unpack(const DotBlock& b, const uint8_t* bytes, int r, int64_t s, const VecI& lanes) {
     Weights w;
-    VecB zeros{}, codes[Code::kVectors];
-    const int64_t at = r * b.pitch + first_group(s, b.shift);
-    if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + at, lanes));
+    VecB codes[Code::kVectors];
     load_codes<Code, kLast>(bytes, b.vector, b.last, codes);
-    Code::unpack(codes, zeros, w.planes);
-    if constexpr (kScales == Scales::both) w.scale = pick(b.scales + at, lanes);
+    Code::unpack(codes, VecB{}, w.planes);
+    if constexpr (kScales == Scales::both) w.scale = pick(b.scales + r * b.pitch + first_group(s, b.shift), lanes);
     return w;
   }
 
@@ -105,7 +71,7 @@ struct Dots {
   MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
                          const VecI& x_lanes) {
     const int64_t at = s * b.layout.step_bytes;
-    if constexpr (P <= 2) {  // all planes of the block stay in registers
+    if constexpr (P == 1) {  // all planes of the block stay in registers
       Weights w[kBlock];
 #pragma GCC unroll 4
       for (int r = 0; r < kBlock; ++r) w[r] = unpack<kLast>(b, bytes[r], r, s, lanes);
@@ -149,30 +115,13 @@ struct Dots {
     if constexpr (V > 16 && !Code::kUnpacked)  // rows are whole blocks of 16 bytes
       if (b.last) step<true>(b, bytes, x, whole, lanes, x_lanes);
   }
-
-  // c[m, r], at most `rows` of each.
-  void store_sums(const DotBlock& b, const DotRow* x, float* c) const {
-    for (int m = 0; m < M; ++m) {
-      Sum total[4];
-      if constexpr (kBlock == 4)
-        add_lanes_of_four<Sum>(sums[m], total, false);
-      else
-        for (int r = 0; r < kBlock; ++r) total[r] = sum_lanes(sums[m][r]);
-      for (int r = 0; r < b.rows; ++r) {
-        float y = float(total[r]);
-        if constexpr (kScales != Scales::both) y *= b.scales[r * b.pitch];
-        if constexpr (kScales == Scales::none) y *= x[m].scales[0];
-        c[m * kTileColumns + r] = y;
-      }
-    }
-  }
 };
 
 template <typename Code, Scales kScales, int M>
 void dots(const DotBlock& b, const DotRow* x, float* c) {
-  Dots<Code, kScales, M> dots;
+  std::conditional_t<kGroupLanes<Code>, GroupDots<Code, M>, Dots<Code, kScales, M>> dots;
   dots.run(b, x);
-  dots.store_sums(b, x, c);
+  store_block(b, x, dots.sums, kScales, c);
 }
 
 template <typename Code, Scales kScales, int... M>
@@ -227,7 +176,7 @@ DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales
   const CodeRows rows =
       Code::kUnpacked ? unpacked_rows(b, n, block.rows, scratch) : code_rows(b, t.precision, n, block.rows, scratch);
   block.vector = rows.vector;
-  block.last = Code::kUnpacked ? 0 : rows.stride % kVectorBytes;
+  block.last = Code::kUnpacked ? 0 : rows.stride % (kGroupLanes<Code> ? kBlockSteps * kVectorBytes : kVectorBytes);
   block.ahead = whole_blocks_ahead(kBlock * rows.stride);
   for (int64_t r = 0; r < kBlock; ++r) block.codes[r] = rows.data + smaller(r, block.rows - 1) * rows.stride;
   return block;

@@ -47,6 +47,19 @@ struct PanelMemory {
   PanelRow x[kTileRows];
 };
 
+// The planes of a block's steps one after the other.
+template <typename Code>
+void steps_of_block(const char* block, int8_t* out) {
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
+  static_assert(kPanelSteps<Code> % kBlockSteps == 0);
+  for (int64_t p = 0; p < P; ++p) {
+    VecI words[kBlockSteps];
+    for (int64_t i = 0; i < kBlockSteps; ++i) words[i] = load_vector<VecI>(block + (i * P + p) * V);
+    transpose_words(words);
+    for (int64_t i = 0; i < kBlockSteps; ++i) store_vector(out + (i * P + p) * V, words[i]);
+  }
+}
+
 // The steps [first, first + steps) of all rows of x.
 template <typename Code>
 void gather_rows(const PackedTile& t, const RowLayout& layout, int64_t first, int64_t steps, PanelRow* out) {
@@ -54,8 +67,12 @@ void gather_rows(const PackedTile& t, const RowLayout& layout, int64_t first, in
   const int64_t at = first * kStepColumns<Code> / kGroup * 4;
   for (int64_t m = 0; m < t.M; ++m) {
     const char* row = quantized_row(t.a, m);
-    for (int64_t s = 0; s < steps; ++s)
-      std::memcpy(out[m].x + s * kBytes, row + (first + s) * layout.step_bytes, kBytes);
+    if constexpr (kGroupLanes<Code>)
+      for (int64_t s = 0; s < steps; s += kBlockSteps)
+        steps_of_block<Code>(row + (first + s) / kBlockSteps * kBlockBytes<Code>, out[m].x + s * kBytes);
+    else
+      for (int64_t s = 0; s < steps; ++s)
+        std::memcpy(out[m].x + s * kBytes, row + (first + s) * layout.step_bytes, kBytes);
     std::memcpy(out[m].scales, row + layout.scales + at, sizeof out[m].scales);
     std::memcpy(out[m].sums, row + layout.sums + at, sizeof out[m].sums);
   }

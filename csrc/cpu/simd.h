@@ -257,6 +257,35 @@ MOERT_INLINE void transpose(V* rows) {
   if constexpr (width > 1) transpose<width / 2>(rows);
 }
 
+// In every 16 bytes the first half (or the second) of a's elements and of b's, by turns.
+template <int half, typename V, size_t... I>
+MOERT_INLINE V interleave(const V& a, const V& b, std::index_sequence<I...>) {
+  constexpr int n = int(sizeof...(I)), k = int(16 / sizeof(a[0]));
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (int(I) % 2 * n + int(I) / k * k + half * k / 2 + int(I) % k / 2)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  typedef Index Mask __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Mask{(int(I) % 2 * n + int(I) / k * k + half * k / 2 + int(I) % k / 2)...});
+#endif
+}
+
+template <int half, typename T>
+MOERT_INLINE VecI interleave(const VecI& a, const VecI& b) {
+  const auto x = bit_cast_vector<Vec<T>>(a), y = bit_cast_vector<Vec<T>>(b);
+  return bit_cast_vector<VecI>(interleave<half>(x, y, std::make_index_sequence<kLanes<T>>{}));
+}
+
+// The words of 4 vectors as 4 x 4 in every 16 bytes, transposed.
+MOERT_INLINE void transpose_words(VecI* x) {
+  const VecI low = interleave<0, int32_t>(x[0], x[1]), high = interleave<1, int32_t>(x[0], x[1]);
+  const VecI low2 = interleave<0, int32_t>(x[2], x[3]), high2 = interleave<1, int32_t>(x[2], x[3]);
+  x[0] = interleave<0, int64_t>(low, low2);
+  x[1] = interleave<1, int64_t>(low, low2);
+  x[2] = interleave<0, int64_t>(high, high2);
+  x[3] = interleave<1, int64_t>(high, high2);
+}
+
 // a, b: 2n elements in order -> those of even places and those of odd ones.
 template <typename V, size_t... I>
 MOERT_INLINE void split_even_odd(V& a, V& b, std::index_sequence<I...>) {
