@@ -9,20 +9,20 @@ namespace moert::bench {
 
 namespace {
 
-constexpr int64_t kColumns = 2048, kTile = 32;
+constexpr int64_t kColumns = 2048, kTile = 32, kMostRows = 16;
 
 struct RowsOfX {
   cpu::Memory<char> quantized;
   cpu::Memory<float> floats;
   int64_t bytes = 0;
 
-  RowsOfX(const Packing& packing, Precision precision) : floats(cpu::allocate<float>(4 * kStride)) {
-    const Bytes x = values(4 * kStride, DType::f32, 1);
+  RowsOfX(const Packing& packing, Precision precision) : floats(cpu::allocate<float>(kMostRows * kStride)) {
+    const Bytes x = values(kMostRows * kStride, DType::f32, 1);
     std::memcpy(floats.get(), x.data(), x.size());
     if (precision == Precision::full) return;
     bytes = cpu::packed_gemm_kernels().quantized_row_bytes(packing, precision);
-    quantized = cpu::allocate<char>(4 * bytes);
-    for (int64_t m = 0; m < 4; ++m)
+    quantized = cpu::allocate<char>(kMostRows * bytes);
+    for (int64_t m = 0; m < kMostRows; ++m)
       cpu::packed_gemm_kernels().quantize_row(floats.get() + m * kStride, packing, precision,
                                               quantized.get() + m * bytes);
   }
@@ -67,7 +67,7 @@ void add(const NamedFormat& format, Precision precision) {
   auto* bench = benchmark::RegisterBenchmark(name.c_str(),
                                              [=, &format](benchmark::State& s) { packed_gemm(s, format, precision); });
   bench->UseManualTime()->Unit(benchmark::kMicrosecond)->ArgNames({"M", "cached"})->Iterations(1500);
-  for (const int64_t M : {1, 2, 3, 4})
+  for (const int64_t M : {1, 2, 4, 8, 16})
     for (const int64_t cached : {1, 0}) bench->Args({M, cached});
 }
 

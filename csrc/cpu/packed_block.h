@@ -7,10 +7,14 @@ namespace moert::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBlock = 4, kBlockM = 4;
+constexpr int kBlock = 4, kBlockM = 4, kGroupM = 12;
 #else
-constexpr int kBlock = 2, kBlockM = 2;
+constexpr int kBlock = 2, kBlockM = 2, kGroupM = 4;
 #endif
+
+// Rows of x that share what was unpacked of a weight row.
+template <typename Code>
+constexpr int kRowsOfX = kGroupLanes<Code> ? kGroupM : kBlockM;
 
 // What becomes of the integer sums of a step.
 enum class Scales {

@@ -185,22 +185,22 @@ DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales
 template <typename Code, Scales kScales>
 void packed_dots(const PackedTile& t) {
   using Widened = DotScales<Code>;
+  constexpr int kM = kRowsOfX<Code>;
   const RowLayout layout = row_layout<Code>(t.b.packing.columns);
-  const int64_t parts = (t.M + kBlockM - 1) / kBlockM;
+  const int64_t parts = (t.M + kM - 1) / kM;
   for (int64_t first = 0; first < t.N; first += Widened::kRows) {
     const int64_t end = smaller(t.N, first + Widened::kRows);
     const Widened scales(t, first, end - first);
-    for (int64_t n = first; n < end; n += kBlock) {
-      const DotBlock block = dot_block(t, layout, scales, n);
-      for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
-        M = (t.M - m + parts - i - 1) / (parts - i);
-        DotRow x[kBlockM];
-        for (int64_t r = 0; r < M; ++r) {
-          x[r].data = quantized_row(t.a, m + r);
-          x[r].scales = reinterpret_cast<const float*>(x[r].data + layout.scales);
-        }
-        dots_of<Code, kScales>(M, std::make_integer_sequence<int, kBlockM>{})(block, x, t.c + m * kTileColumns + n);
+    for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
+      M = (t.M - m + parts - i - 1) / (parts - i);
+      DotRow x[kM];
+      for (int64_t r = 0; r < M; ++r) {
+        x[r].data = quantized_row(t.a, m + r);
+        x[r].scales = reinterpret_cast<const float*>(x[r].data + layout.scales);
       }
+      for (int64_t n = first; n < end; n += kBlock)
+        dots_of<Code, kScales>(M, std::make_integer_sequence<int, kM>{})(dot_block(t, layout, scales, n), x,
+                                                                         t.c + m * kTileColumns + n);
     }
   }
 }

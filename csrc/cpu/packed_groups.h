@@ -1,6 +1,6 @@
-// Products of few rows with codes of 4 bits as they lie.  16 bytes of a weight row are a group of 32 columns, four words;
-// the words of four vectors are transposed, so that a lane has all of a group: its integers add up in one place, and
-// become a float once.  A register block is M rows of x by kBlock weight rows.
+// Products of few rows with codes of 4 bits as they lie.  16 bytes of a weight row are a group of 32 columns, four
+// words; the words of four vectors are transposed, so that a lane has all of a group: its integers add up in one place,
+// and become a float once.  A register block is M rows of x by kBlock weight rows.
 #pragma once
 
 #include "cpu/packed_block.h"
@@ -12,6 +12,8 @@ template <typename Code, int M>
 struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int64_t kColumns = kBlockSteps * kStepColumns<Code>;
+  // Weight rows at a time, whose sums stay in registers.
+  static constexpr int R = M <= kBlockM ? kBlock : M <= 2 * kBlockM ? kBlock / 2 : 1;
   VecF sums[M][kBlock];
 
   // The words of a block of a weight row, of which `left` bytes are the row's.
@@ -28,14 +30,14 @@ struct GroupDots {
 
   // Block s of weight row r times those of x.
   template <bool kLast>
-  MOERT_INLINE void multiply(const DotBlock& b, const uint8_t* bytes, const DotRow* x, int64_t s, int r,
-                             const VecI& lanes) {
-    const int64_t at = s * kBlockBytes<Code>, group = r * b.pitch + (s * kColumns >> b.shift);
+  MOERT_INLINE void multiply(const DotBlock& b, const uint8_t* bytes, const DotRow* x, int64_t s, int row,
+                             const VecI& lanes, VecF (&part)[M][R], int r) {
+    const int64_t at = s * kBlockBytes<Code>, group = row * b.pitch + (s * kColumns >> b.shift);
     VecI words[kBlockSteps], integers[M];
     load_words<kLast>(bytes, b.last, words);
     VecB zeros{};
     if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + group, lanes));
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) integers[m] = load_vector<VecI>(x[m].data + at + kBlockSteps * P * V);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kBlockSteps; ++i) {
@@ -44,40 +46,46 @@ struct GroupDots {
       Code::unpack(&codes, zeros, planes);
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
+#pragma GCC unroll 12
         for (int m = 0; m < M; ++m)
-          integers[m] = dot4<Code::kMaxCode>(integers[m], planes[p],
-                                             load_vector<VecS>(x[m].data + at + (i * P + p) * V));
+          integers[m] =
+              dot4<Code::kMaxCode>(integers[m], planes[p], load_vector<VecS>(x[m].data + at + (i * P + p) * V));
     }
     VecF scale = pick(b.scales + group, lanes);
     if constexpr (kLast) {  // those behind the row are of the next one, and may be infinite
       const VecI there = group_of_block_lane() < int32_t(b.last / 16);
       scale = bit_cast_vector<VecF>(bit_cast_vector<VecI>(scale) & there);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
-      sums[m][r] += to_floats(integers[m]) *
-                    (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
+      part[m][r] += to_floats(integers[m]) * (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kBlock; r += R) run(b, x, r);
+  }
+
+  // The weight rows [first, first + R).
+  MOERT_INLINE void run(const DotBlock& b, const DotRow* x, int first) {
     const VecI lanes = group_of_block_lane() >> (b.shift - kGroupShift);
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < kBlock; ++r) sums[m][r] = VecF{};
-    const uint8_t* bytes[kBlock];
-    for (int r = 0; r < kBlock; ++r) bytes[r] = b.codes[r];
+    VecF part[M][R] = {};
+    const uint8_t* bytes[R];
+    for (int r = 0; r < R; ++r) bytes[r] = b.codes[first + r];
     const int64_t whole = (b.layout.steps + kBlockSteps - 1) / kBlockSteps - (b.last ? 1 : 0);
     for (int64_t s = 0; s < whole; ++s)
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlock; ++r) {
-        multiply<false>(b, bytes[r], x, s, r, lanes);
+      for (int r = 0; r < R; ++r) {
+        multiply<false>(b, bytes[r], x, s, first + r, lanes, part, r);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kBlockSteps; ++i) __builtin_prefetch(bytes[r] + b.ahead + i * V, 0, 2);
         bytes[r] += kBlockSteps * V;
       }
-    if (!b.last) return;
+    if (b.last)
 #pragma GCC unroll 4
-    for (int r = 0; r < kBlock; ++r) multiply<true>(b, bytes[r], x, whole, r, lanes);
+      for (int r = 0; r < R; ++r) multiply<true>(b, bytes[r], x, whole, first + r, lanes, part, r);
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) sums[m][first + r] = part[m][r];
   }
 };
 

@@ -14,7 +14,8 @@ constexpr int64_t kPanelRows = Code::kPlanes == 4 && kScales == Scales::none ? 1
 template <typename Code, Scales kScales>
 void packed_product(const PackedTile& t) {
 #if defined(__AVX2__)
-  if (t.M >= kPanelRows<Code, kScales> && !t.batch_invariant) return packed_panels<Code, kScales>(t);
+  if constexpr (!kGroupLanes<Code>)
+    if (t.M >= kPanelRows<Code, kScales> && !t.batch_invariant) return packed_panels<Code, kScales>(t);
 #endif
   packed_dots<Code, kScales>(t);
 }
