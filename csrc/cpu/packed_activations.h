@@ -3,8 +3,8 @@
 // A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes,
 // and a vector of int32 lanes, minus code_bias times the sum of what the lane multiplies; then the lanes of the whole
 // row, the scale of every 32 columns, and minus code_bias times the sum of every 32 columns.
-// Codes of 4 bits have 4 steps in a block instead, transposed (transpose_words): every plane of each of the 4 vectors,
-// then minus code_bias times the sum and the scale of each lane's 32 columns.
+// Of codes that are kTransposed 4 steps are a block instead: every plane of each of the 4 vectors, transposed, then
+// minus code_bias times the sum of each lane's columns, and their scale.
 #pragma once
 
 #include "cpu/packed_codes.h"
@@ -26,17 +26,23 @@ struct RowLayout {
   int64_t steps, step_bytes, whole, scales, sums, bytes;
 };
 
-// Four steps of two codes a byte: 16 bytes, so every fourth lane after transpose_words, have 32 columns.
+// Four steps whose words are transposed in every 16 bytes, so that a lane has the columns of these.
 constexpr int64_t kBlockSteps = 4;
 template <typename Code>
-constexpr bool kGroupLanes = Code::kPlanes == 2;
+constexpr bool kTransposed = Code::kPlanes == 2 || std::is_same_v<Code, Int8GroupCode>;
+template <typename Code>
+constexpr int64_t kLaneColumns = 16 * Code::kPlanes;
 template <typename Code>
 constexpr int64_t kBlockBytes = (kBlockSteps * Code::kPlanes + 2) * kVectorBytes;
 
-// Which of a block's groups of 32 columns is in each lane.
-MOERT_INLINE VecI group_of_block_lane() {
+MOERT_INLINE int64_t row_blocks(const RowLayout& row) { return (row.steps + kBlockSteps - 1) / kBlockSteps; }
+
+// Which columns of a block are in each lane, in groups of 2^shift.
+template <typename Code>
+MOERT_INLINE VecI group_of_block_lane(int shift) {
   VecI groups;
-  for (int i = 0; i < kLanes<int32_t>; ++i) groups[i] = i % 4 * (kVectorBytes / 16) + i / 4;
+  for (int i = 0; i < kLanes<int32_t>; ++i)
+    groups[i] = int32_t((i % 4 * (kVectorBytes / 16) + i / 4) * kLaneColumns<Code> >> shift);
   return groups;
 }
 
@@ -44,11 +50,11 @@ template <typename Code>
 MOERT_INLINE RowLayout row_layout(int64_t columns) {
   RowLayout row;
   row.steps = (columns + kStepColumns<Code> - 1) / kStepColumns<Code>;
-  row.step_bytes = kGroupLanes<Code> ? 0 : (Code::kPlanes + 1) * kVectorBytes;
-  const int64_t blocks = kGroupLanes<Code> ? (row.steps + kBlockSteps - 1) / kBlockSteps : 0;
+  row.step_bytes = kTransposed<Code> ? 0 : (Code::kPlanes + 1) * kVectorBytes;
+  const int64_t blocks = kTransposed<Code> ? row_blocks(row) : 0;
   row.whole = round_up(row.steps * row.step_bytes + blocks * kBlockBytes<Code>, 64);
   row.scales = row.whole + 64;
-  // A panel's worth of scales is read from any of them on.
+  // A panel's worth of scales, or a vector, is read from any of them on.
   const int64_t groups = (row.steps * kStepColumns<Code> + kGroup - 1) / kGroup + kPanelGroups;
   row.sums = row.scales + round_up(4 * groups, 64);
   row.bytes = row.sums + round_up(4 * groups, 64);
@@ -98,19 +104,6 @@ MOERT_INLINE void quantize_columns(const float* x, int64_t columns, const float*
   }
 }
 
-// The columns of step s of a row, whose scales are known, and what takes the bias off the sums of 32 of them.
-template <typename Code>
-void quantize_step(const float* x, int64_t columns, const float* scales, int64_t s, int bias, int8_t* q,
-                   int32_t* sums) {
-  constexpr int64_t kColumns = kStepColumns<Code>;
-  quantize_columns(x, columns, scales, s * kColumns, kColumns, q);
-  for (int64_t i = 0; i < kColumns; i += 16) {
-    int32_t sum = 0;
-    for (int64_t j = 0; j < 16; ++j) sum += q[i + j];
-    sums[(s * kColumns + i) / kGroup] -= bias * sum;
-  }
-}
-
 template <typename Code>
 void split_planes(const int8_t* q, int8_t* planes) {
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
@@ -118,17 +111,25 @@ void split_planes(const int8_t* q, int8_t* planes) {
     for (int64_t b = 0; b < V; ++b) planes[p * V + b] = q[b * P + p];
 }
 
-// The steps of a row as blocks, its scales before and its sums while they are quantized.
+// The steps of a row as blocks.
 template <typename Code>
 void quantize_blocks(const float* x, int64_t columns, int64_t steps, const float* scales, int bias, int32_t* sums,
                      char* row) {
-  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
-  const VecI lanes = group_of_block_lane();
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes, kColumns = kStepColumns<Code>;
+  const VecI lanes = group_of_block_lane<Code>(kGroupShift);
+  const VecI order = group_of_block_lane<Code>(__builtin_ctz(kLaneColumns<Code>));
   for (int64_t first = 0; first < steps; first += kBlockSteps, row += kBlockBytes<Code>) {
     int8_t planes[kBlockSteps][P * V] = {};
+    int32_t lane_sums[V / 4] = {};
     for (int64_t s = first; s < smaller(steps, first + kBlockSteps); ++s) {
-      int8_t q[kStepColumns<Code>];
-      quantize_step<Code>(x, columns, scales, s, bias, q, sums);
+      int8_t q[kColumns];
+      quantize_columns(x, columns, scales, s * kColumns, kColumns, q);
+      for (int64_t i = 0; i < kColumns; i += kLaneColumns<Code>) {
+        int32_t sum = 0;
+        for (int64_t j = 0; j < kLaneColumns<Code>; ++j) sum += q[i + j];
+        lane_sums[((s - first) * kColumns + i) / kLaneColumns<Code>] = -bias * sum;
+        sums[(s * kColumns + i) / kGroup] -= bias * sum;
+      }
       split_planes<Code>(q, planes[s - first]);
     }
     for (int64_t p = 0; p < P; ++p) {
@@ -137,28 +138,24 @@ void quantize_blocks(const float* x, int64_t columns, int64_t steps, const float
       transpose_words(words);
       for (int64_t i = 0; i < kBlockSteps; ++i) store_vector(row + (i * P + p) * V, words[i]);
     }
-    const int64_t group = first * kStepColumns<Code> / kGroup;
-    store_vector(row + kBlockSteps * P * V, pick(sums + group, lanes));
-    store_vector(row + (kBlockSteps * P + 1) * V, pick(scales + group, lanes));
+    store_vector(row + kBlockSteps * P * V, pick(lane_sums, order));
+    store_vector(row + (kBlockSteps * P + 1) * V, pick(scales + first * kColumns / kGroup, lanes));
   }
 }
 
+// The steps of a row; the sums of its lanes go to `whole`, those of every 32 columns to `sums`.
 template <typename Code>
-void quantize_row_of(const float* x, int64_t columns, Precision precision, int bias, char* row) {
-  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
-  const RowLayout layout = row_layout<Code>(columns);
-  std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
-  float* scales = reinterpret_cast<float*>(row + layout.scales);
-  int32_t *sums = reinterpret_cast<int32_t*>(row + layout.sums),
-          *whole = reinterpret_cast<int32_t*>(row + layout.whole);
-  const float all = is_int8_row(precision) ? scale_of(x, columns) : 0;
-  for (int64_t i = 0; i < columns; i += kGroup)
-    scales[i / kGroup] = is_int8_row(precision) ? all : scale_of(x + i, smaller(columns - i, kGroup));
-
-  if constexpr (kGroupLanes<Code>) return quantize_blocks<Code>(x, columns, layout.steps, scales, bias, sums, row);
+void quantize_steps(const float* x, int64_t columns, const RowLayout& layout, const float* scales, int bias,
+                    int32_t* whole, int32_t* sums, char* row) {
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes, kColumns = kStepColumns<Code>;
   for (int64_t s = 0; s < layout.steps; ++s) {
-    int8_t q[kStepColumns<Code>];
-    quantize_step<Code>(x, columns, scales, s, bias, q, sums);
+    int8_t q[kColumns];
+    quantize_columns(x, columns, scales, s * kColumns, kColumns, q);
+    for (int64_t i = 0; i < kColumns; i += 16) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < 16; ++j) sum += q[i + j];
+      sums[(s * kColumns + i) / kGroup] -= bias * sum;
+    }
     int8_t* step = reinterpret_cast<int8_t*>(row + s * layout.step_bytes);
     split_planes<Code>(q, step);
     int32_t lanes[V / 4];
@@ -170,6 +167,21 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, int b
     }
     std::memcpy(step + P * V, lanes, sizeof lanes);
   }
+}
+
+template <typename Code>
+void quantize_row_of(const float* x, int64_t columns, Precision precision, int bias, char* row) {
+  const RowLayout layout = row_layout<Code>(columns);
+  std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
+  float* scales = reinterpret_cast<float*>(row + layout.scales);
+  const float all = is_int8_row(precision) ? scale_of(x, columns) : 0;
+  for (int64_t i = 0; i < columns; i += kGroup)
+    scales[i / kGroup] = is_int8_row(precision) ? all : scale_of(x + i, smaller(columns - i, kGroup));
+  int32_t* sums = reinterpret_cast<int32_t*>(row + layout.sums);
+  if constexpr (kTransposed<Code>)
+    quantize_blocks<Code>(x, columns, layout.steps, scales, bias, sums, row);
+  else
+    quantize_steps<Code>(x, columns, layout, scales, bias, reinterpret_cast<int32_t*>(row + layout.whole), sums, row);
 }
 
 int64_t quantized_row_bytes(const Packing& p, Precision precision) {

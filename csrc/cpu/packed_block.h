@@ -14,7 +14,7 @@ constexpr int kBlock = 2, kBlockM = 2, kGroupM = 4;
 
 // Rows of x that share what was unpacked of a weight row.
 template <typename Code>
-constexpr int kRowsOfX = kGroupLanes<Code> ? kGroupM : kBlockM;
+constexpr int kRowsOfX = kTransposed<Code> ? kGroupM : kBlockM;
 
 // What becomes of the integer sums of a step.
 enum class Scales {

@@ -121,6 +121,9 @@ struct Int8Code : BytesOfCodes {
   MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) { planes[0] = bytes[0] ^ uint8_t(128); }
 };
 
+// The same where an integer belongs to 32 columns, not to a row.
+struct Int8GroupCode : Int8Code {};
+
 struct Int4Code : BytesOfCodes {
   static constexpr int kPlanes = 2, kBias = 8, kMaxCode = 15;
   MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) {
@@ -231,6 +234,12 @@ MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
   return p.format == Format::ternary5 && (p.group != 0 || !is_int8_row(precision));
 }
 
+// f(Code{}) for bytes that are codes.
+template <typename F>
+MOERT_INLINE auto with_int8_code(const Packing& p, Precision precision, const F& f) {
+  return p.group == 0 && is_int8_row(precision) ? f(Int8Code{}) : f(Int8GroupCode{});
+}
+
 // f(Code{}) for the codes that the kernel reads.
 template <typename F>
 MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
@@ -246,14 +255,14 @@ MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
       return f(Ternary2Code{});
     case Format::ternary5:
       if (!unpacks_first(p, precision)) return f(Ternary5Code{});
-      return f(Int8Code{});
+      return with_int8_code(p, precision, f);
     case Format::bit_nested:
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
       if (p.planes < 8) return f(BitNestedCode<127>{});  // fits what dot4 has 16 bits for
 #endif
       return f(BitNestedCode<255>{});
     default:
-      return f(Int8Code{});
+      return with_int8_code(p, precision, f);
   }
 }
 

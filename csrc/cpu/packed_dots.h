@@ -119,7 +119,8 @@ struct Dots {
 
 template <typename Code, Scales kScales, int M>
 void dots(const DotBlock& b, const DotRow* x, float* c) {
-  std::conditional_t<kGroupLanes<Code>, GroupDots<Code, M>, Dots<Code, kScales, M>> dots;
+  static_assert(kTransposed<Code> || !Code::kZeros);
+  std::conditional_t<kTransposed<Code>, GroupDots<Code, kScales, M>, Dots<Code, kScales, M>> dots;
   dots.run(b, x);
   store_block(b, x, dots.sums, kScales, c);
 }
@@ -132,7 +133,7 @@ auto dots_of(int64_t m, std::integer_sequence<int, M...>) {
 }
 
 // Scales and zeros of some weight rows, widened together.  Where scales are picked, vectors are read from any of them
-// on: columns that pad a row, whose sums are 0, have those of the next one, and the last zeros.
+// on: columns that pad a row, whose sums are 0, have those of the next one (which GroupDots masks), and the last zeros.
 template <typename Code>
 struct DotScales {
   static constexpr int64_t kRows = 32;  // their scales stay in the level-1 cache
@@ -176,31 +177,52 @@ DotBlock dot_block(const PackedTile& t, const RowLayout& layout, const DotScales
   const CodeRows rows =
       Code::kUnpacked ? unpacked_rows(b, n, block.rows, scratch) : code_rows(b, t.precision, n, block.rows, scratch);
   block.vector = rows.vector;
-  block.last = Code::kUnpacked ? 0 : rows.stride % (kGroupLanes<Code> ? kBlockSteps * kVectorBytes : kVectorBytes);
+  block.last = Code::kUnpacked ? 0 : rows.stride % (kTransposed<Code> ? kBlockSteps * kVectorBytes : kVectorBytes);
   block.ahead = whole_blocks_ahead(kBlock * rows.stride);
   for (int64_t r = 0; r < kBlock; ++r) block.codes[r] = rows.data + smaller(r, block.rows - 1) * rows.stride;
   return block;
 }
 
+// Rows of x that are multiplied at a time: many as long as they stay in a level-1 cache of 32 KB.
+template <typename Code>
+MOERT_INLINE int64_t rows_at_a_time(const RowLayout& layout) {
+  if constexpr (kTransposed<Code>) return kGroupM * layout.whole <= (32 << 10) ? kGroupM : kBlockM;
+  return kBlockM;
+}
+
 template <typename Code, Scales kScales>
 void packed_dots(const PackedTile& t) {
   using Widened = DotScales<Code>;
-  constexpr int kM = kRowsOfX<Code>;
   const RowLayout layout = row_layout<Code>(t.b.packing.columns);
-  const int64_t parts = (t.M + kM - 1) / kM;
-  for (int64_t first = 0; first < t.N; first += Widened::kRows) {
-    const int64_t end = smaller(t.N, first + Widened::kRows);
-    const Widened scales(t, first, end - first);
+  const int64_t at_once = rows_at_a_time<Code>(layout), parts = (t.M + at_once - 1) / at_once;
+  // f(m, M, x): rows of x, in equal parts.
+  const auto for_parts = [&](const auto& f) {
     for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
       M = (t.M - m + parts - i - 1) / (parts - i);
-      DotRow x[kM];
+      DotRow x[kRowsOfX<Code>];
       for (int64_t r = 0; r < M; ++r) {
         x[r].data = quantized_row(t.a, m + r);
         x[r].scales = reinterpret_cast<const float*>(x[r].data + layout.scales);
       }
-      for (int64_t n = first; n < end; n += kBlock)
-        dots_of<Code, kScales>(M, std::make_integer_sequence<int, kM>{})(dot_block(t, layout, scales, n), x,
-                                                                         t.c + m * kTileColumns + n);
+      f(m, M, x);
+    }
+  };
+  const auto multiply = [&](const DotBlock& block, const DotRow* x, int64_t m, int64_t M, int64_t n) {
+    constexpr std::make_integer_sequence<int, kRowsOfX<Code>> kCounts{};
+    dots_of<Code, kScales>(M, kCounts)(block, x, t.c + m * kTileColumns + n);
+  };
+  for (int64_t first = 0; first < t.N; first += Widened::kRows) {
+    const int64_t end = smaller(t.N, first + Widened::kRows);
+    const Widened scales(t, first, end - first);
+    if (kTransposed<Code> && !unpacks_first(t.b.packing, t.precision)) {  // rows of x stay in the cache
+      for_parts([&](int64_t m, int64_t M, const DotRow* x) {
+        for (int64_t n = first; n < end; n += kBlock) multiply(dot_block(t, layout, scales, n), x, m, M, n);
+      });
+      continue;
+    }
+    for (int64_t n = first; n < end; n += kBlock) {
+      const DotBlock block = dot_block(t, layout, scales, n);
+      for_parts([&](int64_t m, int64_t M, const DotRow* x) { multiply(block, x, m, M, n); });
     }
   }
 }

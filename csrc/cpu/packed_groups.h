@@ -1,6 +1,6 @@
 // Products of few rows with codes of 4 bits as they lie.  16 bytes of a weight row are a group of 32 columns, four
 // words; the words of four vectors are transposed, so that a lane has all of a group: its integers add up in one place,
-// and become a float once.  A register block is M rows of x by kBlock weight rows.
+// and become a float once.  A register block is M rows of x by R weight rows.
 #pragma once
 
 #include "cpu/packed_block.h"
@@ -8,7 +8,7 @@
 namespace moert::cpu {
 namespace {
 
-template <typename Code, int M>
+template <typename Code, Scales kScales, int M>
 struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int64_t kColumns = kBlockSteps * kStepColumns<Code>;
@@ -28,7 +28,7 @@ struct GroupDots {
     transpose_words(words);
   }
 
-  // Block s of weight row r times those of x.
+  // Block s of weight row `row`, the r-th of these at a time, times those of x.
   template <bool kLast>
   MOERT_INLINE void multiply(const DotBlock& b, const uint8_t* bytes, const DotRow* x, int64_t s, int row,
                              const VecI& lanes, VecF (&part)[M][R], int r) {
@@ -51,14 +51,19 @@ struct GroupDots {
           integers[m] =
               dot4<Code::kMaxCode>(integers[m], planes[p], load_vector<VecS>(x[m].data + at + (i * P + p) * V));
     }
-    VecF scale = pick(b.scales + group, lanes);
-    if constexpr (kLast) {  // those behind the row are of the next one, and may be infinite
-      const VecI there = group_of_block_lane() < int32_t(b.last / 16);
-      scale = bit_cast_vector<VecF>(bit_cast_vector<VecI>(scale) & there);
+    VecF scale{};
+    if constexpr (kScales == Scales::both) {
+      scale = pick(b.scales + group, lanes);
+      if constexpr (kLast) {  // those behind the row are of the next one, and may be infinite
+        const VecI there = group_of_block_lane<Code>(__builtin_ctz(kLaneColumns<Code>)) < int32_t(b.last / 16);
+        scale = bit_cast_vector<VecF>(bit_cast_vector<VecI>(scale) & there);
+      }
     }
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-      part[m][r] += to_floats(integers[m]) * (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
+    for (int m = 0; m < M; ++m) {
+      const VecF x_scale = load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V);
+      part[m][r] += to_floats(integers[m]) * (kScales == Scales::both ? scale * x_scale : x_scale);
+    }
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
@@ -68,17 +73,17 @@ struct GroupDots {
 
   // The weight rows [first, first + R).
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x, int first) {
-    const VecI lanes = group_of_block_lane() >> (b.shift - kGroupShift);
+    const VecI lanes = group_of_block_lane<Code>(b.shift);
     VecF part[M][R] = {};
     const uint8_t* bytes[R];
     for (int r = 0; r < R; ++r) bytes[r] = b.codes[first + r];
-    const int64_t whole = (b.layout.steps + kBlockSteps - 1) / kBlockSteps - (b.last ? 1 : 0);
+    const int64_t whole = row_blocks(b.layout) - (b.last ? 1 : 0);
     for (int64_t s = 0; s < whole; ++s)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         multiply<false>(b, bytes[r], x, s, first + r, lanes, part, r);
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < kBlockSteps; ++i) __builtin_prefetch(bytes[r] + b.ahead + i * V, 0, 2);
+        for (int64_t i = 0; i < kBlockSteps * V; i += 64) __builtin_prefetch(bytes[r] + b.ahead + i, 0, 2);
         bytes[r] += kBlockSteps * V;
       }
     if (b.last)

@@ -41,10 +41,24 @@ struct PanelRow {
 
 struct PanelMemory {
   uint8_t codes[kPanelColumns * kPanelN];
-  float scales[kPanelGroups * kPanelN];  // [group of 32, weight row]
+  float scales[kPanelGroups * kPanelN];   // [group of 32, weight row]
+  int32_t zeros[kPanelGroups * kPanelN];  // likewise
   float rows[kPanelN * (kPanelGroups + 16)];
   PanelRow x[kTileRows];
 };
+
+// The planes of a block's steps one after the other.
+template <typename Code>
+void steps_of_block(const char* block, int8_t* out) {
+  constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
+  static_assert(kPanelSteps<Code> % kBlockSteps == 0);
+  for (int64_t p = 0; p < P; ++p) {
+    VecI words[kBlockSteps];
+    for (int64_t i = 0; i < kBlockSteps; ++i) words[i] = load_vector<VecI>(block + (i * P + p) * V);
+    transpose_words(words);
+    for (int64_t i = 0; i < kBlockSteps; ++i) store_vector(out + (i * P + p) * V, words[i]);
+  }
+}
 
 // The steps [first, first + steps) of all rows of x.
 template <typename Code>
@@ -53,37 +67,50 @@ void gather_rows(const PackedTile& t, const RowLayout& layout, int64_t first, in
   const int64_t at = first * kStepColumns<Code> / kGroup * 4;
   for (int64_t m = 0; m < t.M; ++m) {
     const char* row = quantized_row(t.a, m);
-    for (int64_t s = 0; s < steps; ++s)
-      std::memcpy(out[m].x + s * kBytes, row + (first + s) * layout.step_bytes, kBytes);
+    if constexpr (kTransposed<Code>)
+      for (int64_t s = 0; s < steps; s += kBlockSteps)
+        steps_of_block<Code>(row + (first + s) / kBlockSteps * kBlockBytes<Code>, out[m].x + s * kBytes);
+    else
+      for (int64_t s = 0; s < steps; ++s)
+        std::memcpy(out[m].x + s * kBytes, row + (first + s) * layout.step_bytes, kBytes);
     std::memcpy(out[m].scales, row + layout.scales + at, sizeof out[m].scales);
     std::memcpy(out[m].sums, row + layout.sums + at, sizeof out[m].sums);
   }
 }
 
 // in [kPanelN, n] to out [n, kPanelN], rows of `in` `pitch` apart.
-__attribute__((noinline)) void transpose_rows(const float* in, int64_t pitch, int64_t n, float* out) {
+template <typename T>
+__attribute__((noinline)) void transpose_rows(const T* in, int64_t pitch, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i += kPanelN) {
-    VecF rows[kPanelN];
+    Vec<T> rows[kPanelN];
 #pragma GCC unroll 16
-    for (int r = 0; r < kPanelN; ++r) rows[r] = load(in + r * pitch + i);
+    for (int r = 0; r < kPanelN; ++r) rows[r] = load_vector<Vec<T>>(in + r * pitch + i);
     transpose<kPanelN / 2>(rows);
 #pragma GCC unroll 16
     for (int r = 0; r < kPanelN; ++r) store_vector(out + (i + r) * kPanelN, rows[r]);
   }
 }
 
-// The scales of the panel's columns for every 32 of them.
+// The scales (and zeros) of the panel's columns for every 32 of them.
+template <typename Code>
 void panel_scales(const PackedTile& t, int64_t n, int64_t rows, int64_t column, PanelMemory& memory) {
   constexpr int64_t kPitch = kPanelGroups + 16;
   const Packing& p = t.b.packing;
   const int64_t first = p.group ? column / p.group : 0, each = p.group ? p.group / kGroup : kPanelGroups;
   const int64_t count = kPanelGroups / each, there = smaller(count, groups(p) - first);
-  std::memset(memory.rows, 0, sizeof memory.rows);
-  for (int64_t r = 0; r < rows; ++r) widen_scales(t.b, n + r, first, there, memory.rows + r * kPitch);
-  transpose_rows(memory.rows, kPitch, count, memory.scales);
-  // From the last group on, so that none is overwritten before it is read.
-  for (int64_t g = kPanelGroups - 1; g > 0 && each > 1; --g)
-    std::memmove(memory.scales + g * kPanelN, memory.scales + g / each * kPanelN, kPanelN * sizeof(float));
+  const auto spread = [&](auto* values, const auto& read) {
+    using T = std::remove_pointer_t<decltype(values)>;
+    T* in = reinterpret_cast<T*>(memory.rows);
+    std::memset(in, 0, sizeof memory.rows);
+    for (int64_t r = 0; r < rows; ++r) read(n + r, in + r * kPitch);
+    transpose_rows<T>(in, kPitch, count, values);
+    // From the last group on, so that none is overwritten before it is read.
+    for (int64_t g = kPanelGroups - 1; g > 0 && each > 1; --g)
+      std::memmove(values + g * kPanelN, values + g / each * kPanelN, kPanelN * sizeof(T));
+  };
+  spread(memory.scales, [&](int64_t row, float* out) { widen_scales(t.b, row, first, there, out); });
+  if constexpr (Code::kZeros)
+    spread(memory.zeros, [&](int64_t row, int32_t* out) { widen_zeros<Code>(t.b, row, first, there, out); });
 }
 
 // out [kPanelN, kPanelN], four bytes of a row each: a vector of packed bytes of each row, transposed.  left: bytes from
@@ -118,9 +145,13 @@ void panel_codes(const CodeRows& source, int64_t vectors, int64_t rows, int64_t 
       out += kPanelN * P * V;
     } else {
       for (int64_t lane = 0; lane < kPanelN; ++lane, out += P * V) {
-        VecB planes[P];
+        VecB zeros{}, planes[P];
+        if constexpr (Code::kZeros) {
+          const int64_t group = ((s - first) * kStepColumns<Code> + lane * 4 * P) / kGroup;
+          zeros = load_vector<VecB>(memory.zeros + group * kPanelN);
+        }
         const VecB codes = bit_cast_vector<VecB>(lanes[0][lane]);
-        Code::unpack(&codes, VecB{}, planes);
+        Code::unpack(&codes, zeros, planes);
         for (int p = 0; p < P; ++p) store_vector(out + p * V, planes[p]);
       }
     }
@@ -235,7 +266,7 @@ void packed_panels(const PackedTile& t) {
     gather_rows<Code>(t, layout, s, steps, memory.x);
     for (int64_t n = 0; n < t.N; n += kPanelN) {
       const int64_t rows = smaller(kPanelN, t.N - n);
-      if (kScales != Scales::none) panel_scales(t, n, rows, s * kStepColumns<Code>, memory);
+      if (kScales != Scales::none) panel_scales<Code>(t, n, rows, s * kStepColumns<Code>, memory);
       const CodeRows source = code_rows(t.b, t.precision, n, rows, unpacked);
       panel_codes<Code>(source, Code::kUnpacked ? t.b.packing.planes : 1, rows, s, steps, memory);
       const int64_t slabs = (t.M + kPanelM - 1) / kPanelM;

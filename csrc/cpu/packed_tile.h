@@ -7,15 +7,18 @@
 namespace moert::cpu {
 namespace {
 
-// From so many rows on a panel pays: it costs what about three rows cost, and more where each packed byte becomes four.
+// From so many rows on a panel pays: it costs what about three rows cost, more where each packed byte becomes four, and
+// most beside 12 rows of x that share what was unpacked.
 template <typename Code, Scales kScales>
-constexpr int64_t kPanelRows = Code::kPlanes == 4 && kScales == Scales::none ? 17 : 5;
+MOERT_INLINE int64_t panel_rows(const Packing& p) {
+  if constexpr (kTransposed<Code>) return rows_at_a_time<Code>(row_layout<Code>(p.columns)) > kBlockM ? 25 : 9;
+  return Code::kPlanes == 4 && kScales == Scales::none ? 17 : 5;
+}
 
 template <typename Code, Scales kScales>
 void packed_product(const PackedTile& t) {
 #if defined(__AVX2__)
-  if constexpr (!kGroupLanes<Code>)
-    if (t.M >= kPanelRows<Code, kScales> && !t.batch_invariant) return packed_panels<Code, kScales>(t);
+  if (t.M >= panel_rows<Code, kScales>(t.b.packing) && !t.batch_invariant) return packed_panels<Code, kScales>(t);
 #endif
   packed_dots<Code, kScales>(t);
 }
@@ -25,10 +28,12 @@ void packed_gemm(const PackedTile& t) {
     return requantized(t, [](const PackedTile& part) { packed_product<Int8Code, Scales::none>(part); });
   with_code(t.b.packing, t.precision, [&](auto code) {
     using Code = decltype(code);
-    if constexpr (Code::kPlanes == 5) {
+    if constexpr (Code::kPlanes == 5 || std::is_same_v<Code, Int8Code>) {
       packed_product<Code, Scales::none>(t);
     } else if constexpr (Code::kPlanes == 2 || Code::kPlanes == 8) {  // always in groups
       packed_product<Code, Scales::both>(t);
+    } else if constexpr (Code::kPlanes == 1) {
+      t.b.packing.group ? packed_product<Code, Scales::both>(t) : packed_product<Code, Scales::activations>(t);
     } else {
       if (t.b.packing.group)
         packed_product<Code, Scales::both>(t);

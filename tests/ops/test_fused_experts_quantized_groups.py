@@ -1,0 +1,67 @@
+"""Rows of int8 over weights whose integers belong to 32 columns."""
+
+import pytest
+import torch
+
+from moert import Routing
+from moert.ops.fused_experts_quantized import fused_experts_quantized
+from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary5
+from moert.quant.format import PackedTensor
+
+GROUPED = [
+    *(Int8(32), Int8(128), Int4(32), Int4(64), Int4(128), Ternary5(64), Mxfp4()),
+    *(Int4Asymmetric(32), Int4Asymmetric(64), Int4Asymmetric(128)),
+]
+FORMATS = [Int8(), *GROUPED]
+PRECISIONS = ("int8", "int8_group32")
+
+
+def one_expert(x, w1, w2, precision):
+    routing = Routing(torch.zeros(len(x), 1).int(), torch.ones(len(x), 1), 1)
+    return fused_experts_quantized(x, routing, w1, w2, activation="identity", precision=precision)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("H,I", [(200, 544), (2048, 64)])
+def test_a_token_has_the_same_bits_among_few(fmt, precision, H, I):
+    """Register blocks of 1 to 12 rows."""
+    x = torch.randn(24, H)
+    w1, w2 = fmt.pack(torch.randn(1, I, H) / H**0.5), fmt.pack(torch.randn(1, H, I) / I**0.5)
+    whole = one_expert(x, w1, w2, precision)
+    for n in range(1, 24):
+        assert torch.equal(one_expert(x[-n:], w1, w2, precision), whole[-n:])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("K", [32, 208, 1100])
+@pytest.mark.parametrize("T", [1, 3, 6, 12, 50])
+def test_every_group_has_its_scale_and_its_zero(fmt, K, T):
+    """Rows of x whose scales are 1, scales of weights that are powers of two: nothing is rounded."""
+    x = torch.randint(-3, 4, (T, K)).float()
+    x[:, ::32] = 127
+    eye = Int8().pack(torch.eye(K)[None] * 127)  # code 127, scale 1
+    eye = PackedTensor(eye.format, K, (eye.codes == 127).byte(), eye.scales)
+    w2 = fmt.pack(torch.randn(1, K, K))
+    powers = torch.randint(-1, 2, w2.scales.shape)
+    scales = (127 + powers).byte() if isinstance(fmt, Mxfp4) else (2.0**powers).to(w2.scales.dtype)
+    zeros = None if w2.zeros is None else torch.randint(0, 16, w2.zeros.shape).byte()
+    w2 = PackedTensor(fmt, K, w2.codes, scales, zeros)
+    expected = (x.double() @ fmt.unpack(w2)[0].double().T).float()
+    assert torch.equal(one_expert(x, eye, w2, "int8_group32"), expected)
+
+
+@pytest.mark.parametrize("fmt", GROUPED, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("I", [32, 200, 544, 1056])
+@pytest.mark.parametrize("T", [1, 5, 11])
+def test_an_infinite_scale_stays_in_its_row(fmt, precision, I, T):
+    """What pads a row of codes lies beside the scales of the row behind it."""
+    H, row = 48, 9
+    x, others = torch.randn(T, H), torch.arange(H) != row
+    w1, w2 = fmt.pack(torch.randn(1, I, H)), fmt.pack(torch.randn(1, H, I))
+    scales = w2.scales.clone()
+    scales[:, row] = 255 if isinstance(fmt, Mxfp4) else torch.inf
+    broken = one_expert(x, w1, PackedTensor(fmt, I, w2.codes, scales, w2.zeros), precision)
+    assert not broken[:, row].isfinite().any()
+    assert torch.equal(broken[:, others], one_expert(x, w1, w2, precision)[:, others])
