@@ -7,14 +7,22 @@ namespace moert::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBlock = 4, kBlockM = 4, kGroupM = 12;
+constexpr int kBlock = 4, kBlockM = 4;
 #else
-constexpr int kBlock = 2, kBlockM = 2, kGroupM = 4;
+constexpr int kBlock = 2, kBlockM = 2;
+#endif
+#if defined(__AVX512VNNI__)
+constexpr int kGroupM = 8;
+#else
+constexpr int kGroupM = kVectorBytes > 16 ? 4 : kBlockM;
 #endif
 
 // Rows of x that share what was unpacked of a weight row.
 template <typename Code>
 constexpr int kRowsOfX = kTransposed<Code> ? kGroupM : kBlockM;
+
+// Of many rows there are kernels for even numbers alone, or the build takes too long.
+constexpr int rows_of_kernel(int m) { return m > kBlockM ? (m + 1) / 2 * 2 : m; }
 
 // What becomes of the integer sums of a step.
 enum class Scales {
@@ -42,11 +50,11 @@ struct DotBlock {
   RowLayout layout;
 };
 
-// c[m, r], at most `rows` of the latter, from lanes that were scaled so far.
-template <typename V, int M>
-void store_block(const DotBlock& b, const DotRow* x, const V (&sums)[M][kBlock], Scales scaled, float* c) {
+// c[m, r], m < M, at most `rows` of the latter, from lanes that were scaled so far.
+template <typename V>
+void store_block(const DotBlock& b, const DotRow* x, int64_t M, const V (*sums)[kBlock], Scales scaled, float* c) {
   using Sum = std::remove_cv_t<std::remove_reference_t<decltype(sums[0][0][0])>>;
-  for (int m = 0; m < M; ++m) {
+  for (int64_t m = 0; m < M; ++m) {
     Sum total[4];
     if constexpr (kBlock == 4)
       add_lanes_of_four<Sum>(sums[m], total, false);

@@ -117,18 +117,19 @@ struct Dots {
   }
 };
 
+// c for `rows` of M rows of x.
 template <typename Code, Scales kScales, int M>
-void dots(const DotBlock& b, const DotRow* x, float* c) {
-  static_assert(kTransposed<Code> || !Code::kZeros);
-  std::conditional_t<kTransposed<Code>, GroupDots<Code, kScales, M>, Dots<Code, kScales, M>> dots;
+void dots(const DotBlock& b, const DotRow* x, int64_t rows, float* c) {
+  static_assert(kTransposed<Code> ? kScales == Scales::both : !Code::kZeros);
+  std::conditional_t<kTransposed<Code>, GroupDots<Code, M>, Dots<Code, kScales, M>> dots;
   dots.run(b, x);
-  store_block(b, x, dots.sums, kScales, c);
+  store_block(b, x, rows, dots.sums, kScales, c);
 }
 
 template <typename Code, Scales kScales, int... M>
 auto dots_of(int64_t m, std::integer_sequence<int, M...>) {
-  using Function = void (*)(const DotBlock&, const DotRow*, float*);
-  static constexpr Function table[] = {dots<Code, kScales, M + 1>...};
+  using Function = void (*)(const DotBlock&, const DotRow*, int64_t, float*);
+  static constexpr Function table[] = {dots<Code, kScales, rows_of_kernel(M + 1)>...};
   return table[m - 1];
 }
 
@@ -200,8 +201,8 @@ void packed_dots(const PackedTile& t) {
     for (int64_t i = 0, m = 0, M; i < parts; ++i, m += M) {
       M = (t.M - m + parts - i - 1) / (parts - i);
       DotRow x[kRowsOfX<Code>];
-      for (int64_t r = 0; r < M; ++r) {
-        x[r].data = quantized_row(t.a, m + r);
+      for (int64_t r = 0; r < rows_of_kernel(int(M)); ++r) {
+        x[r].data = quantized_row(t.a, m + smaller(r, M - 1));
         x[r].scales = reinterpret_cast<const float*>(x[r].data + layout.scales);
       }
       f(m, M, x);
@@ -209,7 +210,7 @@ void packed_dots(const PackedTile& t) {
   };
   const auto multiply = [&](const DotBlock& block, const DotRow* x, int64_t m, int64_t M, int64_t n) {
     constexpr std::make_integer_sequence<int, kRowsOfX<Code>> kCounts{};
-    dots_of<Code, kScales>(M, kCounts)(block, x, t.c + m * kTileColumns + n);
+    dots_of<Code, kScales>(M, kCounts)(block, x, M, t.c + m * kTileColumns + n);
   };
   for (int64_t first = 0; first < t.N; first += Widened::kRows) {
     const int64_t end = smaller(t.N, first + Widened::kRows);

@@ -8,12 +8,12 @@
 namespace moert::cpu {
 namespace {
 
-template <typename Code, Scales kScales, int M>
+template <typename Code, int M>
 struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int64_t kColumns = kBlockSteps * kStepColumns<Code>;
   // Weight rows at a time, whose sums stay in registers.
-  static constexpr int R = M <= kBlockM ? kBlock : M <= 2 * kBlockM ? kBlock / 2 : 1;
+  static constexpr int R = M <= kBlockM ? kBlock : kBlock / 2;
   VecF sums[M][kBlock];
 
   // The words of a block of a weight row, of which `left` bytes are the row's.
@@ -37,7 +37,7 @@ struct GroupDots {
     load_words<kLast>(bytes, b.last, words);
     VecB zeros{};
     if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + group, lanes));
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) integers[m] = load_vector<VecI>(x[m].data + at + kBlockSteps * P * V);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kBlockSteps; ++i) {
@@ -46,28 +46,22 @@ struct GroupDots {
       Code::unpack(&codes, zeros, planes);
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p)
-#pragma GCC unroll 12
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
           integers[m] =
               dot4<Code::kMaxCode>(integers[m], planes[p], load_vector<VecS>(x[m].data + at + (i * P + p) * V));
     }
-    VecF scale{};
-    if constexpr (kScales == Scales::both) {
-      scale = pick(b.scales + group, lanes);
-      if constexpr (kLast) {  // those behind the row are of the next one, and may be infinite
-        const VecI there = group_of_block_lane<Code>(__builtin_ctz(kLaneColumns<Code>)) < int32_t(b.last / 16);
-        scale = bit_cast_vector<VecF>(bit_cast_vector<VecI>(scale) & there);
-      }
+    VecF scale = pick(b.scales + group, lanes);
+    if constexpr (kLast) {  // those behind the row are of the next one, and may be infinite
+      const VecI there = group_of_block_lane<Code>(__builtin_ctz(kLaneColumns<Code>)) < int32_t(b.last / 16);
+      scale = bit_cast_vector<VecF>(bit_cast_vector<VecI>(scale) & there);
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      const VecF x_scale = load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V);
-      part[m][r] += to_floats(integers[m]) * (kScales == Scales::both ? scale * x_scale : x_scale);
-    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+      part[m][r] += to_floats(integers[m]) * (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
-#pragma GCC unroll 2
     for (int r = 0; r < kBlock; r += R) run(b, x, r);
   }
 

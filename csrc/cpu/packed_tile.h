@@ -8,7 +8,7 @@ namespace moert::cpu {
 namespace {
 
 // From so many rows on a panel pays: it costs what about three rows cost, more where each packed byte becomes four, and
-// most beside 12 rows of x that share what was unpacked.
+// most beside rows of x that share what was unpacked.
 template <typename Code, Scales kScales>
 MOERT_INLINE int64_t panel_rows(const Packing& p) {
   if constexpr (kTransposed<Code>) return rows_at_a_time<Code>(row_layout<Code>(p.columns)) > kBlockM ? 25 : 9;
@@ -30,10 +30,8 @@ void packed_gemm(const PackedTile& t) {
     using Code = decltype(code);
     if constexpr (Code::kPlanes == 5 || std::is_same_v<Code, Int8Code>) {
       packed_product<Code, Scales::none>(t);
-    } else if constexpr (Code::kPlanes == 2 || Code::kPlanes == 8) {  // always in groups
+    } else if constexpr (Code::kPlanes != 4) {  // in groups, or one that never ends
       packed_product<Code, Scales::both>(t);
-    } else if constexpr (Code::kPlanes == 1) {
-      t.b.packing.group ? packed_product<Code, Scales::both>(t) : packed_product<Code, Scales::activations>(t);
     } else {
       if (t.b.packing.group)
         packed_product<Code, Scales::both>(t);

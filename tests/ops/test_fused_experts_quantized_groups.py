@@ -25,11 +25,11 @@ def one_expert(x, w1, w2, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("H,I", [(200, 544), (2048, 64)])
 def test_a_token_has_the_same_bits_among_few(fmt, precision, H, I):
-    """Register blocks of 1 to 12 rows."""
-    x = torch.randn(24, H)
+    """Register blocks of any number of rows, before there are enough of them for panels."""
+    x = torch.randn(8, H)
     w1, w2 = fmt.pack(torch.randn(1, I, H) / H**0.5), fmt.pack(torch.randn(1, H, I) / I**0.5)
     whole = one_expert(x, w1, w2, precision)
-    for n in range(1, 24):
+    for n in range(1, 8):
         assert torch.equal(one_expert(x[-n:], w1, w2, precision), whole[-n:])
 
 
