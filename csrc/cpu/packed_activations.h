@@ -4,7 +4,7 @@
 // and a vector of int32 lanes, minus code_bias times the sum of what the lane multiplies; then the lanes of the whole
 // row, the scale of every 32 columns, and minus code_bias times the sum of every 32 columns.
 // Of codes that are kTransposed 4 steps are a block instead: every plane of each of the 4 vectors, transposed, then
-// minus code_bias times the sum of each lane's columns, and their scale.
+// minus code_bias times the sum of each lane's columns, and their scale; the lanes of the whole row are not used.
 #pragma once
 
 #include "cpu/packed_codes.h"
@@ -26,7 +26,8 @@ struct RowLayout {
   int64_t steps, step_bytes, whole, scales, sums, bytes;
 };
 
-// Four steps whose words are transposed in every 16 bytes, so that a lane has the columns of these.
+// Codes whose integers belong to 32 columns: the words of four steps are transposed in every 16 bytes, so that a lane
+// has the kLaneColumns of 16 bytes.
 constexpr int64_t kBlockSteps = 4;
 template <typename Code>
 constexpr bool kTransposed = Code::kPlanes == 2 || std::is_same_v<Code, Int8GroupCode>;

@@ -11,6 +11,7 @@ constexpr int kBlock = 4, kBlockM = 4;
 #else
 constexpr int kBlock = 2, kBlockM = 2;
 #endif
+// Of codes that are kTransposed, where they fit a level-1 cache.
 #if defined(__AVX512VNNI__)
 constexpr int kGroupM = 8;
 #else

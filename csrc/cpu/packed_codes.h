@@ -234,12 +234,6 @@ MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
   return p.format == Format::ternary5 && (p.group != 0 || !is_int8_row(precision));
 }
 
-// f(Code{}) for bytes that are codes.
-template <typename F>
-MOERT_INLINE auto with_int8_code(const Packing& p, Precision precision, const F& f) {
-  return p.group == 0 && is_int8_row(precision) ? f(Int8Code{}) : f(Int8GroupCode{});
-}
-
 // f(Code{}) for the codes that the kernel reads.
 template <typename F>
 MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
@@ -255,14 +249,15 @@ MOERT_INLINE auto with_code(const Packing& p, Precision precision, const F& f) {
       return f(Ternary2Code{});
     case Format::ternary5:
       if (!unpacks_first(p, precision)) return f(Ternary5Code{});
-      return with_int8_code(p, precision, f);
+      return f(Int8GroupCode{});
     case Format::bit_nested:
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
       if (p.planes < 8) return f(BitNestedCode<127>{});  // fits what dot4 has 16 bits for
 #endif
       return f(BitNestedCode<255>{});
     default:
-      return with_int8_code(p, precision, f);
+      if (p.group == 0 && is_int8_row(precision)) return f(Int8Code{});
+      return f(Int8GroupCode{});
   }
 }
 

@@ -71,16 +71,15 @@ struct Dots {
   MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
                          const VecI& x_lanes) {
     const int64_t at = s * b.layout.step_bytes;
-    if constexpr (P == 1) {  // all planes of the block stay in registers
+    if constexpr (P == 1) {  // int8 with one scale a row; all of the block stays in registers
+      static_assert(kScales == Scales::none);
       Weights w[kBlock];
 #pragma GCC unroll 4
       for (int r = 0; r < kBlock; ++r) w[r] = unpack<kLast>(b, bytes[r], r, s, lanes);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const VecF x_scale = scale_of_step(x[m].scales, s, x_lanes);
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlock; ++r) multiply(w[r], x[m].data + at, x_scale, b.code_shift, m, r);
-      }
+        for (int r = 0; r < kBlock; ++r) multiply(w[r], x[m].data + at, VecF{}, b.code_shift, m, r);
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < kBlock; ++r) {
@@ -137,7 +136,7 @@ auto dots_of(int64_t m, std::integer_sequence<int, M...>) {
 // on: columns that pad a row, whose sums are 0, have those of the next one (which GroupDots masks), and the last zeros.
 template <typename Code>
 struct DotScales {
-  static constexpr int64_t kRows = 32;  // their scales stay in the level-1 cache
+  static constexpr int64_t kRows = 32;  // their scales stay in a cache
   int64_t first, pitch, bytes;          // bytes: of the scratch
   float* scales;                        // [kRows, pitch]
   int32_t* zeros;                       // likewise

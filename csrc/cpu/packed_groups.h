@@ -1,6 +1,6 @@
-// Products of few rows with codes of 4 bits as they lie.  16 bytes of a weight row are a group of 32 columns, four
-// words; the words of four vectors are transposed, so that a lane has all of a group: its integers add up in one place,
-// and become a float once.  A register block is M rows of x by R weight rows.
+// Products with codes of 4 and 8 bits as they lie, where integers belong to 32 columns.  16 bytes of a weight row, four
+// words, are such a group, of 8 bits a half; the words of four vectors are transposed, so that a lane has all of them:
+// its integers add up in one place, and become a float once.  A register block is M rows of x by R weight rows.
 #pragma once
 
 #include "cpu/packed_block.h"
@@ -82,7 +82,10 @@ struct GroupDots {
       }
     if (b.last)
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) multiply<true>(b, bytes[r], x, whole, first + r, lanes, part, r);
+      for (int r = 0; r < R; ++r) {
+        multiply<true>(b, bytes[r], x, whole, first + r, lanes, part, r);
+        for (int64_t i = 0; i < b.last; i += 64) __builtin_prefetch(bytes[r] + b.ahead + i, 0, 2);
+      }
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) sums[m][first + r] = part[m][r];
   }

@@ -10,7 +10,7 @@ namespace {
 // From so many rows on a panel pays: it costs what about three rows cost, more where each packed byte becomes four, and
 // most beside rows of x that share what was unpacked.
 template <typename Code, Scales kScales>
-MOERT_INLINE int64_t panel_rows(const Packing& p) {
+MOERT_INLINE int64_t rows_for_panels(const Packing& p) {
   if constexpr (kTransposed<Code>) return rows_at_a_time<Code>(row_layout<Code>(p.columns)) > kBlockM ? 25 : 9;
   return Code::kPlanes == 4 && kScales == Scales::none ? 17 : 5;
 }
@@ -18,7 +18,7 @@ MOERT_INLINE int64_t panel_rows(const Packing& p) {
 template <typename Code, Scales kScales>
 void packed_product(const PackedTile& t) {
 #if defined(__AVX2__)
-  if (t.M >= panel_rows<Code, kScales>(t.b.packing) && !t.batch_invariant) return packed_panels<Code, kScales>(t);
+  if (t.M >= rows_for_panels<Code, kScales>(t.b.packing) && !t.batch_invariant) return packed_panels<Code, kScales>(t);
 #endif
   packed_dots<Code, kScales>(t);
 }

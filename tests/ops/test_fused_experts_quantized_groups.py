@@ -12,7 +12,7 @@ GROUPED = [
     *(Int8(32), Int8(128), Int4(32), Int4(64), Int4(128), Ternary5(64), Mxfp4()),
     *(Int4Asymmetric(32), Int4Asymmetric(64), Int4Asymmetric(128)),
 ]
-FORMATS = [Int8(), *GROUPED]
+FORMATS = [Int8(), Ternary5(), *GROUPED]
 PRECISIONS = ("int8", "int8_group32")
 
 
@@ -23,9 +23,9 @@ def one_expert(x, w1, w2, precision):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("H,I", [(200, 544), (2048, 64)])
+@pytest.mark.parametrize("H,I", [(200, 544), (2048, 64), (3300, 32)])
 def test_a_token_has_the_same_bits_among_few(fmt, precision, H, I):
-    """Register blocks of any number of rows, before there are enough of them for panels."""
+    """Register blocks of any number of rows (and integers of whole rows)."""
     x = torch.randn(8, H)
     w1, w2 = fmt.pack(torch.randn(1, I, H) / H**0.5), fmt.pack(torch.randn(1, H, I) / I**0.5)
     whole = one_expert(x, w1, w2, precision)
@@ -34,9 +34,10 @@ def test_a_token_has_the_same_bits_among_few(fmt, precision, H, I):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("K", [32, 208, 1100])
-@pytest.mark.parametrize("T", [1, 3, 6, 12, 50])
-def test_every_group_has_its_scale_and_its_zero(fmt, K, T):
+@pytest.mark.parametrize("T", [1, 3, 6, 12, 17, 50])
+def test_every_group_has_its_scale_and_its_zero(fmt, precision, K, T):
     """Rows of x whose scales are 1, scales of weights that are powers of two: nothing is rounded."""
     x = torch.randint(-3, 4, (T, K)).float()
     x[:, ::32] = 127
@@ -48,13 +49,13 @@ def test_every_group_has_its_scale_and_its_zero(fmt, K, T):
     zeros = None if w2.zeros is None else torch.randint(0, 16, w2.zeros.shape).byte()
     w2 = PackedTensor(fmt, K, w2.codes, scales, zeros)
     expected = (x.double() @ fmt.unpack(w2)[0].double().T).float()
-    assert torch.equal(one_expert(x, eye, w2, "int8_group32"), expected)
+    assert torch.equal(one_expert(x, eye, w2, precision), expected)
 
 
 @pytest.mark.parametrize("fmt", GROUPED, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("I", [32, 200, 544, 1056])
-@pytest.mark.parametrize("T", [1, 5, 11])
+@pytest.mark.parametrize("T", [1, 5, 11, 30])
 def test_an_infinite_scale_stays_in_its_row(fmt, precision, I, T):
     """What pads a row of codes lies beside the scales of the row behind it."""
     H, row = 48, 9
