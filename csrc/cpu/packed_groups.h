@@ -8,6 +8,9 @@
 namespace moert::cpu {
 namespace {
 
+// Where there are no vectors to keep in registers, code takes time to compile.
+constexpr int kUnrolled = kVectorBytes > 16 ? 8 : 1;
+
 template <typename Code, int M>
 struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
@@ -19,7 +22,7 @@ struct GroupDots {
   // The words of a block of a weight row, of which `left` bytes are the row's.
   template <bool kLast>
   MOERT_INLINE static void load_words(const uint8_t* bytes, int64_t left, VecI* words) {
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
     for (int64_t i = 0; i < kBlockSteps; ++i, left -= V)
       if (!kLast || left >= V)
         words[i] = load_vector<VecI>(bytes + i * V);
@@ -37,16 +40,16 @@ struct GroupDots {
     load_words<kLast>(bytes, b.last, words);
     VecB zeros{};
     if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + group, lanes));
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolled
     for (int m = 0; m < M; ++m) integers[m] = load_vector<VecI>(x[m].data + at + kBlockSteps * P * V);
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
     for (int64_t i = 0; i < kBlockSteps; ++i) {
       VecB planes[P];
       const VecB codes = bit_cast_vector<VecB>(words[i]);
       Code::unpack(&codes, zeros, planes);
-#pragma GCC unroll 2
+#pragma GCC unroll kUnrolled
       for (int p = 0; p < P; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolled
         for (int m = 0; m < M; ++m)
           integers[m] =
               dot4<Code::kMaxCode>(integers[m], planes[p], load_vector<VecS>(x[m].data + at + (i * P + p) * V));
@@ -56,7 +59,7 @@ struct GroupDots {
       const VecI there = group_of_block_lane<Code>(__builtin_ctz(kLaneColumns<Code>)) < int32_t(b.last / 16);
       scale = bit_cast_vector<VecF>(bit_cast_vector<VecI>(scale) & there);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll kUnrolled
     for (int m = 0; m < M; ++m)
       part[m][r] += to_floats(integers[m]) * (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
   }
@@ -73,15 +76,15 @@ struct GroupDots {
     for (int r = 0; r < R; ++r) bytes[r] = b.codes[first + r];
     const int64_t whole = row_blocks(b.layout) - (b.last ? 1 : 0);
     for (int64_t s = 0; s < whole; ++s)
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
       for (int r = 0; r < R; ++r) {
         multiply<false>(b, bytes[r], x, s, first + r, lanes, part, r);
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
         for (int64_t i = 0; i < kBlockSteps * V; i += 64) __builtin_prefetch(bytes[r] + b.ahead + i, 0, 2);
         bytes[r] += kBlockSteps * V;
       }
     if (b.last)
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
       for (int r = 0; r < R; ++r) {
         multiply<true>(b, bytes[r], x, whole, first + r, lanes, part, r);
         for (int64_t i = 0; i < b.last; i += 64) __builtin_prefetch(bytes[r] + b.ahead + i, 0, 2);

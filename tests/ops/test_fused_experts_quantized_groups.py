@@ -36,7 +36,7 @@ def test_a_token_has_the_same_bits_among_few(fmt, precision, H, I):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("K", [32, 208, 1100])
-@pytest.mark.parametrize("T", [1, 3, 6, 12, 17, 50])
+@pytest.mark.parametrize("T", [1, 6, 17, 50])
 def test_every_group_has_its_scale_and_its_zero(fmt, precision, K, T):
     """Rows of x whose scales are 1, scales of weights that are powers of two: nothing is rounded."""
     x = torch.randint(-3, 4, (T, K)).float()
