@@ -11,7 +11,7 @@ from moert.placement import ExpertPlacement, Topology, moetuner_placement
 
 
 def moert(*arguments):
-    return CliRunner().invoke(app, ["place", *map(str, arguments)], env={"COLUMNS": "120"})
+    return CliRunner().invoke(app, ["place", *map(str, arguments)], env={"COLUMNS": "80"})
 
 
 def test_command(tmp_path):
@@ -32,6 +32,8 @@ def test_command(tmp_path):
         str(out),
     ):
         assert part in done.stdout
+    table = [line for line in done.stdout.splitlines() if "│" in line]
+    assert len(table) == 6 and all("…" not in line for line in table)  # two lines a placement, nothing cut
     assert sorted(each.name for each in out.parent.iterdir()) == ["p.json", "p.png"]
     assert out.with_suffix(".png").stat().st_size > 1000
 

@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -5,7 +6,7 @@ from rich.console import Console
 
 from moert.cli.errors import CommandError
 from moert.cli.generation import Difference
-from moert.cli.report import sameness, speed_table, weights_table, write_atomically, write_json
+from moert.cli.report import sameness, speed_table, waiting, weights_table, write_atomically, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -95,3 +96,15 @@ def test_weights_beside_a_reference():
     console.print(weights_table({name: {"weight_bytes": row["weight_bytes"]} for name, row in rows.items()}, "other"))
     text = console.export_text()
     assert "8.0" in text and "perplexity" not in text
+
+
+def test_waiting_says_what_takes_long_without_a_terminal(capsys):
+    with waiting(Console(), "Loading …"):
+        assert capsys.readouterr() == ("", "Loading …\n")  # at once, and not between the lines of the result
+
+
+def test_waiting_turns_on_a_terminal(capsys):
+    out = io.StringIO()
+    with waiting(Console(file=out, force_terminal=True, width=80), "Loading …"):
+        pass
+    assert "Loading …" in out.getvalue() and capsys.readouterr().err == ""

@@ -52,7 +52,9 @@ def test_format_of():
 
 
 def test_nothing_to_quantize():
-    with pytest.raises(ValueError, match="model must hold GluExperts that skip does not name, got none in Linear"):
+    with pytest.raises(
+        ValueError, match="model must hold experts of moert or transformers that skip does not name, got none in Linear"
+    ):
         quantize_(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="got none in Sequential"):
         quantize_(model(), skip=["*"])

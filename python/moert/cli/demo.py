@@ -17,7 +17,7 @@ from moert.cli.errors import CommandError
 from moert.cli.generation import Request, first_difference
 from moert.cli.machine import machine_facts, where
 from moert.cli.provider import PROVIDERS, Load, compare
-from moert.cli.report import sameness, speed_table, weights_table, write_atomically, write_json
+from moert.cli.report import sameness, speed_table, waiting, weights_table, write_atomically, write_json
 
 PROMPT = "class Reader:\n    def __init__(self, "
 MARGIN = 0.2  # nats per byte below the bigram model: less, and the model has learned little but pairs
@@ -47,7 +47,7 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     verdict = _print_loss(record, console)
     prefill = Request(_ascii(corpus, PREFILL_BYTES), 1)
     windows = evenly_spaced(corpus.heldout, settings.sequence, WINDOWS).tolist() if load.packings else None
-    with console.status(f"Generating with {', '.join((*PROVIDERS, *load.packed))} …"):
+    with waiting(console, f"Generating with {', '.join((*PROVIDERS, *load.packed))} …"):
         compared = compare(load, request, prefill, ROUNDS, windows)
     texts, rows = compared.texts, compared.rows
     differences = [d for name in PROVIDERS[1:] if (d := first_difference(texts["eager"], texts[name], name))]

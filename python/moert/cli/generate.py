@@ -13,7 +13,7 @@ from moert.cli.generation import Generation, Request, first_difference, summariz
 from moert.cli.machine import machine_facts
 from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
 from moert.cli.provider import STOCK, Load, Provider
-from moert.cli.report import sameness, speed_table, weights_table, write_json
+from moert.cli.report import sameness, speed_table, waiting, weights_table, write_json
 
 PREFILLS = 3  # whose median is the speed; that of decoding is the median over tokens
 
@@ -36,13 +36,13 @@ def generate(
     for name in names:
         with Provider(name, load) as provider:
             results[name] = _generate(provider, request, console)
-            with console.status(f"Reading the prompt again with {name} …"):
+            with waiting(console, f"Reading the prompt again with {name} …"):
                 once = replace(request, max_new_tokens=1)
                 prefills[name] = [results[name], *(provider.generate(once) for _ in range(PREFILLS - 1))]
             weights[name] = {"weight_bytes": provider.weight_bytes}
             dtype = provider.dtype
             if ids:
-                with console.status(f"Perplexity with {name} …"):
+                with waiting(console, f"Perplexity with {name} …"):
                     weights[name]["perplexity"] = provider.perplexity(ids)
     rows = {name: {**summarize(prefills[name], [made]), **weights[name]} for name, made in results.items()}
     moert = results["moert"]
@@ -90,11 +90,11 @@ def _windows(directory: Path, text: Path) -> Iterator[list[int]]:
 
 
 def _generate(provider: Provider, request: Request, console: Console) -> Generation:
-    with console.status(f"Loading for {provider.experts} …"):
+    with waiting(console, f"Loading for {provider.experts} …"):
         provider.wait()
         provider.generate(replace(request, max_new_tokens=2))  # the first call pays for what later ones reuse
     if provider.experts != "moert":
-        with console.status(f"Generating with {provider.experts} …"):
+        with waiting(console, f"Generating with {provider.experts} …"):
             return provider.generate(request)
     console.print(Text(request.prompt, style="dim"), end="")
     generation = provider.generate(

@@ -34,10 +34,7 @@ def lines(facts: dict) -> list[str]:
         ("threads", f"{threads['torch']} of {threads['cpus']} CPUs"),
         ("OpenMP", " ".join(threads["runtimes"]) or "none loaded"),
         *((f"{name} (CPU)", kernel["cpu"]) for name, kernel in facts["operators"].items()),
-        (
-            "quantized rows",
-            "; ".join(_rows(facts, f) for f in facts["quantized_precision"]) + ' (precision="auto")',
-        ),
+        *(("quantized rows", f'{_rows(facts, f)} (precision="auto")') for f in facts["quantized_precision"]),
         ("CUDA archs", " ".join(facts["cuda"]["archs"]) or "none"),
         ("torch's CUDA", facts["cuda"]["torch"] or "none"),
         ("GPU", facts["cuda"]["gpu"] or "none"),

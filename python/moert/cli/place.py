@@ -58,7 +58,7 @@ def place(
         figure = _figure(replayed, f"{trace[0].name}: {ranks} ranks in {nodes} nodes, rows not used to decide")
     except OSError as error:
         raise CommandError(f"TRACE must be a readable file, got {first_line(error)}") from error
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         raise CommandError(first_line(error)) from error
     from moert.cli.report import write_atomically
 
@@ -76,6 +76,12 @@ def place(
 def _check_options(ranks: int, nodes: int, method: str) -> None:
     """Before a trace is read and clustered."""
     from moert.placement.affinity import METHODS
+    from moert.placement.milp import solver
+
+    try:
+        solver()
+    except ImportError as error:
+        raise CommandError(first_line(error)) from error
 
     if ranks % nodes:
         raise CommandError(f"nodes must divide ranks={ranks}, got {nodes}")
@@ -96,12 +102,12 @@ def _figure(replayed: dict, title: str):
 
 
 def _table(predicted: dict, replayed: dict, title: str) -> Table:
-    """Each figure for the rows that decided, and for the others."""
-    caption = "predicted → replayed; slowest pair: rows x cost of a row, sum over layers"
+    """Each figure for the rows that decided, and below it for the others; not wider than 80 columns."""
+    caption = "predicted, → replayed; slowest pair: rows x cost of a row, sum over layers"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("placement")
     columns = {
-        "largest / mean\nload": ("imbalance", "{:.3f}"),
+        "largest /\nmean load": ("imbalance", "{:.3f}"),
         "95 % of\nthe calls": ("imbalance_p95", "{:.3f}"),
         "rows that\nleave home": ("remote", "{:.1%}"),
         "slowest pair\nfrom home": ("home", "{:,.0f}"),
@@ -111,7 +117,7 @@ def _table(predicted: dict, replayed: dict, title: str) -> Table:
         table.add_column(heading, justify="right")
     for name in predicted:
         before, after = predicted[name].figures(), replayed[name].figures()
-        cells = [f"{form.format(before[key])} → {form.format(after[key])}" for key, form in columns.values()]
+        cells = [f"{form.format(before[key])}\n→ {form.format(after[key])}" for key, form in columns.values()]
         table.add_row(name, *cells)
     return table
 

@@ -1,9 +1,12 @@
 """What a run leaves behind: tables for the terminal, report.json and the pictures, each written whole or not at all."""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from moert import files
@@ -24,6 +27,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: dict) -> None:
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """A spinner on a terminal; elsewhere a line on stderr, so that a log too says what takes so long."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        print(what, file=sys.stderr, flush=True)
+        yield
 
 
 def speed_table(rows: dict[str, dict], title: str) -> Table:

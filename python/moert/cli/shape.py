@@ -12,7 +12,7 @@ from moert.cli.errors import CommandError
 from moert.cli.generation import Request
 from moert.cli.machine import machine_facts
 from moert.cli.provider import PROVIDERS, Load, compare
-from moert.cli.report import speed_table, weights_table, write_json
+from moert.cli.report import speed_table, waiting, weights_table, write_json
 
 PREFILL_TOKENS = 512
 ROUNDS = 3
@@ -51,7 +51,7 @@ def time_shape(shape: str, layers: int, load: Load, tokens: int, out: Path | Non
         prefill = replace(text, prompt="".join(map(chr, range(32, 127))) * 6, max_new_tokens=1)
         prefill = replace(prefill, prompt=prefill.prompt[:PREFILL_TOKENS])
         load = replace(load, directory=Path(folder), random=True)
-        with console.status(f"{title}: {', '.join((*PROVIDERS, *load.packed))} …"):
+        with waiting(console, f"{title}: {', '.join((*PROVIDERS, *load.packed))} …"):
             rows = compare(load, text, prefill, ROUNDS).rows
     for row in rows.values():
         row["milliseconds_per_layer"] = {

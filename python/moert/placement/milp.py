@@ -35,7 +35,7 @@ def solve(
 
     The search ends early where an optimum could be better by no more than `gap` of the value, or by `enough`.
     """
-    highs, model = _highs(), _model(program)
+    highs, model = solver(), _model(program)
     for name, value in {
         "mip_rel_gap": float(gap),
         "mip_abs_gap": max(1e-6, float(enough)),
@@ -56,7 +56,8 @@ def solve(
     return Solution(start, value, left / max(abs(value), 1e-12) if left > 1e-6 else 0.0)
 
 
-def _highs():
+def solver():
+    """HiGHS without its banner; ImportError where it is not installed."""
     try:
         import highspy
     except ImportError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moert import _C
+from moert.ops.kinds import expect
 from moert.pages import in_large_pages
 
 PARTS = ("codes", "scales", "zeros")  # of a packed tensor
@@ -179,6 +180,7 @@ def flat(x: Tensor, dims: int = 1) -> Tensor:
 
 def float_weights(w: Tensor) -> Tensor:
     """w as float32, detached; bfloat16 and float16 widen exactly."""
+    expect(Tensor, w=w)
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w must be float32, bfloat16 or float16, got {w.dtype}")
     if w.device.type != "cpu":

@@ -77,7 +77,7 @@ def quantize_(
         return quantizer.quantize_(model, config, calibration, settings)
     if not found or found == [""]:
         got = "experts without a module around them" if found else f"none in {type(model).__name__}"
-        raise ValueError(f"model must hold GluExperts that skip does not name, got {got}")
+        raise ValueError(f"model must hold experts of moert or transformers that skip does not name, got {got}")
     for name in found:
         module = model.get_submodule(name)
         check_weights(name, module.gate_up_proj, module.down_proj)
