@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moert.ops.all_to_all import Splits, all_to_all, all_to_all_ref, exchange_counts, send_rows
+from moert.ops.all_to_all import WORDS, Splits, all_to_all, all_to_all_ref, exchange_counts, send_rows
 from moert.ops.ranks import Ranks
 from ranks import error_of, ranks
 
@@ -25,7 +25,7 @@ def exchanges(R: int) -> None:
     silent[0] = 0
     for counts in (uneven, one_takes_all, silent, torch.zeros(R, R, dtype=torch.int64)):
         splits, rank = splits_of(counts.tolist()), dist.get_rank()
-        assert exchange_counts(counts[rank], {"H": 3}, Ranks()) == splits
+        assert exchange_counts(counts[rank], {"H": 3}, Ranks()) == exchange_counts(counts[rank]) == splits
         for dtype in DTYPES:
             rows = (100 * torch.randn(sum(splits.sent), 3)).to(dtype)
             got = all_to_all(rows, splits)
@@ -67,6 +67,7 @@ def disagreements() -> list[str]:
     for wrong in (
         lambda: all_to_all(torch.zeros(4, 2), Splits([1] * 3, [1] * 3)),
         lambda: all_to_all(torch.zeros(3), Splits([1] * 3, [1] * 3)),
+        lambda: exchange_counts(ones, {"dtype": "int4"}),
         lambda: grad.sum().backward(),
     ):
         told.append(error_of(wrong))
@@ -78,6 +79,7 @@ def test_errors():
     here = [
         r"rows must have shape [N=3, H], got [4, 2]",
         r"rows must have shape [N=3, H], got [3]",
+        f"facts must be integers or some of {', '.join(WORDS)}, got int4",
         "trying to differentiate twice a function that was marked with @once_differentiable",
     ]
     everywhere = [

@@ -122,7 +122,7 @@ def checked() -> None:
     for T in (0, 3):
         x, ids, weights = problem(T)
         for rows in (None, 4):
-            args = x, weights, ids, experts.expert_to_rank, experts.local_ids, E, 1, "", None, rows, "position", 1
+            args = x, weights, ids, experts.expert_to_rank, experts.local_ids, E, 1, [], "", None, rows, "position", 1
             opcheck(torch.ops.moert.dispatch_rows.default, (*args, [True, True]))
         sizes = torch.tensor([T]), torch.tensor([T]), torch.empty(0, 0, dtype=torch.int64)
         opcheck(torch.ops.moert.dispatch_exchange.default, (x, *sizes, "", False, T))

@@ -160,8 +160,10 @@ def test_what_travels():
     assert ranks(2, traffic) == [None] * 2
 
 
-def bytes_sent(R: int) -> float:
-    """All that this rank gives to others, there and back, over the rows that must go: one for each (token, rank)."""
+def bytes_sent(R: int, k: int) -> tuple[float, float]:
+    """All that this rank gives to others over the rows that must go, one for each (token, rank): there and back, and
+    of gradients of both.
+    """
     rank, sent, real = dist.get_rank(), [], dist.all_to_all_single
 
     def counted(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
@@ -170,21 +172,28 @@ def bytes_sent(R: int) -> float:
         return real(output, input, output_split_sizes, input_split_sizes, *args, **kwargs)
 
     generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(64, 2048, generator=generator).bfloat16()
-    routing, experts = random_routing(64, 32, 8, generator=generator), ExpertMap.of(None, 32, R)
+    x = torch.randn(64, 2048, generator=generator).bfloat16().requires_grad_()
+    routing, experts = random_routing(64, 32, k, generator=generator), ExpertMap.of(None, 32, R)
+    routing.weights.requires_grad_()
     dist.all_to_all_single = counted
     got = dispatch(x, routing, experts)
-    combine(got.x, got)
+    y = combine(got.x * got.routing.weights.sum(1, keepdim=True).bfloat16(), got)
+    forward = sum(sent)
+    assert len(sent) == 3
+    y.sum().backward()
     where = experts.expert_to_rank[routing.ids.long()]
     needed = sum(len(set(row.tolist()) - {rank}) for row in where)
     asked = sum(n for r, n in enumerate(got.splits.received) if r != rank)  # rows of others, whose results go back
-    assert len(sent) == 3 and needed == sum(got.splits.sent) - got.splits.sent[rank]
-    return sum(sent) / ((needed + asked) * x[0].nbytes)
+    assert len(sent) == 5 and needed == sum(got.splits.sent) - got.splits.sent[rank]
+    must = (needed + asked) * x[0].nbytes
+    return forward / must, (sum(sent) - forward) / must
 
 
-def test_bytes_sent():
+@pytest.mark.parametrize("k", [1, 2, 8, 16])
+def test_bytes_sent(k):
     """With all that comes along at most 1.02 of the rows that must travel, at H = 2048 in bfloat16."""
-    assert all(1 < share <= 1.02 for share in ranks(4, bytes_sent, 4))
+    for shares in ranks(4, bytes_sent, 4, k):
+        assert all(1 <= share <= 1.02 for share in shares), shares
 
 
 def refused() -> list[str]:
@@ -202,6 +211,9 @@ def refused() -> list[str]:
         (x, routing, other if odd else whole),
         (x.requires_grad_() if odd else x.detach(), routing, whole),
         (x.detach(), routing, whole, None, False, None, None, 2 if odd else 1),
+        (x.detach(), Routing(routing.ids, routing.weights, 5), ExpertMap.of(None, 5, 3))
+        if odd
+        else (x.detach(), routing, whole),
         (x.detach(), Routing(routing.ids, routing.weights, 5) if odd else routing, whole),
         (x.detach(), routing, ExpertMap.of(None, E, 4) if odd else whole),
         (x.detach().int() if odd else x.detach(), routing, whole),
@@ -229,6 +241,7 @@ def test_errors():
         r"the checksum of placement must be the same on every rank, got \d+ on ranks 0, 2, \d+ on rank 1",
         "x.requires_grad must be the same on every rank, got no on ranks 0, 2, yes on rank 1",
         "the number of parts must be the same on every rank, got 1 on ranks 0, 2, 2 on rank 1",
+        "E must be the same on every rank, got 7 on ranks 0, 2, 5 on rank 1",
     ]
     own = [
         "routing must be to E=7 experts, got 5",

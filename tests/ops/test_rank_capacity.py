@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moert import Routing
 from moert.ops.dispatch import combine, combine_ref, dispatch
@@ -90,6 +91,47 @@ def travels(capacity: Capacity) -> list[int]:
 def test_dispatch(rows, drop):
     counts = torch.tensor(ranks(3, travels, Capacity(rows, drop)))
     assert (counts > 0).any() if rows < 40 else (counts == 0).all()
+
+
+class Unread(TorchDispatchMode):
+    """Refuses what reads a tensor on the host; by Python's own ways below."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def unread() -> None:
+    """Sizes are known: nothing is read on the host, forward and backward, nor are counts exchanged."""
+    read, real, exchanges = ("item", "tolist", "numpy", "__bool__", "__int__", "__index__", "__float__"), {}, []
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read on the host")
+
+    experts, generator = ExpertMap.of(None, E, dist.get_world_size()), torch.Generator().manual_seed(0)
+    x = torch.randn(6, 10, generator=generator).requires_grad_()
+    routing = random_routing(6, E, 3, "sentinels", generator)
+    routing.weights.requires_grad_()
+    send = dist.all_to_all_single
+    dist.all_to_all_single = lambda *args, **kwargs: (exchanges.append(len(args[0])), send(*args, **kwargs))[1]
+    for name in read:
+        real[name] = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, refuse)
+    try:
+        with Unread():
+            for payload in (None, "int8"):
+                for drop in DROPS:
+                    got = dispatch(x, routing, experts, capacity=Capacity(2, drop), payload=payload)
+                    y = got.x * got.routing.weights.sum(1, keepdim=True)
+                    combine(y, got).sum().backward()
+    finally:
+        for name, method in real.items():
+            setattr(torch.Tensor, name, method)
+    assert len(exchanges) == 4 * 4  # there and back, and gradients of both
+
+
+def test_nothing_is_read_on_the_host():
+    assert ranks(2, unread) == [None] * 2
 
 
 def test_errors():

@@ -1,41 +1,97 @@
+import threading
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from moert.ops import ExpertMap, Ranks, combine, dispatch
+from moert.ops import ExpertMap, Ranks, combine, dispatch, two_level
 from moert.ops.all_to_all import Splits, all_to_all, exchange_counts, send_rows
 from moert.ops.rank_capacity import Capacity
-from moert.ops.two_level import _swapped
+from moert.ops.ranks import Levels
+from moert.ops.two_level import TwoSteps
 from moert.testing import random_routing
 from ranks import ranks
 
 E = 9
 
 
-@pytest.mark.parametrize(("A", "m"), [(2, 2), (3, 4), (8, 8), (64, 1), (1, 8), (32, 2)])
-def test_the_way_of_every_chunk(A, m):
-    """All ranks in one process: chunks that say where they come from and where they go."""
+class Group:
+    """Threads of this process as ranks that exchange rows, which are counted: messages to others and their rows."""
+
+    def __init__(self, size: int):
+        self.barrier, self.given = threading.Barrier(size, timeout=60), [None] * size
+        self.messages, self.rows = [0] * size, [0] * size
+
+    def exchange(self, me: int, into, rows, received, sent) -> None:
+        chunks = rows.split(sent.tolist())
+        assert len(rows) == sum(sent) and len(into) == sum(received)
+        self.messages[me] += sum(len(chunk) > 0 for other, chunk in enumerate(chunks) if other != me)
+        self.rows[me] += sum(len(chunk) for other, chunk in enumerate(chunks) if other != me)
+        self.given[me] = chunks
+        self.barrier.wait()
+        arrived = [theirs[me] for theirs in self.given]
+        assert [len(chunk) for chunk in arrived] == received.tolist()
+        into.copy_(torch.cat(arrived))
+        self.barrier.wait()
+
+
+class Work:
+    def __init__(self, exchange):
+        self.wait = exchange
+
+
+@pytest.mark.parametrize(
+    ("A", "m"), [(2, 2), (3, 2), (2, 3), (3, 4), (4, 3), (2, 8), (8, 2), (4, 4), (5, 3), (16, 1), (1, 8)]
+)
+def test_every_factorisation(A, m, monkeypatch):
+    """Rows that say where they come from and where they go, there and back, in the order of the straight way; with the
+    messages of Tutel's analysis: m - 1 within a node and A - 1 across, whatever the sizes.
+    """
     R, generator = A * m, torch.Generator().manual_seed(0)
-    counts = torch.randint(0, 4, (R, R), generator=generator)
-    pairs = [torch.tensor([[i, j] for j in range(R) for _ in range(counts[i, j])]).view(-1, 2) for i in range(R)]
+    nodes, rails = [Group(m) for _ in range(A)], [Group(A) for _ in range(m)]
+    rank_of, failed, across = threading.local(), [], 0
 
-    def exchange(rows: list, sizes: list, members: list[list[int]]) -> list:
-        """What each rank has afterwards; sizes[i]: of rank i, for each member of its group."""
-        chunks = [r.split(s.tolist()) for r, s in zip(rows, sizes, strict=True)]
-        groups = {rank: group for group in members for rank in group}
-        return [torch.cat([chunks[other][groups[i].index(i)] for other in groups[i]]) for i in range(R)]
+    def exchange(into, rows, received, sent, group, asynchronous=False):
+        node, index = divmod(rank_of.rank, m)
+        call = partial(group.exchange, index if group in nodes else node, into, rows, received, sent)
+        return Work(call) if asynchronous else call()
 
-    nodes = [[n * m + i for i in range(m)] for n in range(A)]
-    rails = [[n * m + i for n in range(A)] for i in range(m)]
-    sent = counts.view(R, A, m)
-    passing = exchange([_swapped(*both) for both in zip(pairs, sent, strict=True)], [s.sum(0) for s in sent], nodes)
-    between = [torch.stack([sent[other, :, i % m] for other in nodes[i // m]]) for i in range(R)]  # [m, A]
-    arrived = exchange(
-        [_swapped(*both) for both in zip(passing, between, strict=True)], [b.sum(0) for b in between], rails
-    )
-    for rank, rows in enumerate(arrived):
-        assert (rows[:, 1] == rank).all()
-        assert torch.equal(rows[:, 0], torch.arange(R).repeat_interleave(counts[:, rank]))
+    monkeypatch.setattr(two_level, "_exchange", exchange)
+    for counts in (torch.randint(0, 4, (R, R), generator=generator), torch.randint(1, 4, (R, R), generator=generator)):
+        sent = counts.view(R, A, m)
+        across += 2 * sum(int(sent[rank].sum()) - int(sent[rank, rank // m].sum()) for rank in range(R))
+
+        def run(rank: int, counts=counts, sent=sent) -> None:
+            try:
+                rank_of.rank = rank
+                node, index = divmod(rank, m)
+                pairs = [[rank, other] for other in range(R) for _ in range(counts[rank, other])]
+                rows, into = torch.tensor(pairs).view(-1, 2), torch.full((int(counts[:, rank].sum()), 2), -1)
+                # between[l, n] rows of rank l of this node pass here on their way to node n.
+                between = torch.stack([sent[node * m + other, :, index] for other in range(m)])
+                levels = Levels(nodes[node], rails[index])
+                TwoSteps(rows, into, counts[rank], counts[:, rank], between, levels, False).wait()
+                assert (into[:, 1] == rank).all()
+                assert torch.equal(into[:, 0], torch.arange(R).repeat_interleave(counts[:, rank]))
+                home = torch.full_like(rows, -1)
+                TwoSteps(into, home, counts[:, rank], counts[rank], between, levels, True).wait()
+                assert torch.equal(home, rows)
+            except BaseException as error:
+                failed.append(error)
+                for group in (*nodes, *rails):
+                    group.barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(R)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed[0]
+    assert sum(sum(group.rows) for group in rails) == across  # each row once
+    # Two exchanges each way, of which those of the second counts leave nobody out.
+    assert all(m - 1 <= messages / 2 <= 2 * (m - 1) for group in nodes for messages in group.messages)
+    assert all(A - 1 <= messages / 2 <= 2 * (A - 1) for group in rails for messages in group.messages)
 
 
 def like_flat(local_size: int) -> None:
@@ -69,7 +125,10 @@ def like_flat(local_size: int) -> None:
         assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize(("R", "local_size"), [(4, 2), (4, 4), (4, 1), (6, 2), (6, 3)])
+EIGHT = [pytest.param(8, m, marks=pytest.mark.slow) for m in (2, 4)]
+
+
+@pytest.mark.parametrize(("R", "local_size"), [(4, 2), (4, 4), (4, 1), (6, 2), (6, 3), *EIGHT])
 def test_same_bits_as_flat(R, local_size):
     assert ranks(R, like_flat, local_size) == [None] * R
 

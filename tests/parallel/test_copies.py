@@ -1,4 +1,5 @@
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -6,13 +7,13 @@ import torch
 import torch.distributed as dist
 from tests.parallel.test_expert_parallel import E, block, layer, mine, one_process, step, tokens
 
-from moert import Routing, batch_invariant
+from moert import GluExperts, Routing, batch_invariant
 from moert.ops import ExpertMap
-from moert.parallel import load_checkpoint, save_checkpoint, shard_experts_
+from moert.parallel import ExpertParallel, load_checkpoint, save_checkpoint, shard_experts_
 from moert.parallel.copies import Copies
 from moert.placement import PlacedLayer, Topology
 from moert.testing import DTYPES, assert_rows_close, random_routing
-from ranks import ranks
+from ranks import error_of, ranks
 
 PLACED = PlacedLayer("experts", np.array([0, 1, 2, 0, 1, 2, 0]), ((0, 1), (0, 2), (4, 0), (5, 1)))
 OTHER = PlacedLayer("experts", np.array([2, 2, 1, 1, 0, 0, 0]), ((6, 1), (0, 0), (6, 2)))
@@ -125,3 +126,26 @@ def of_a_frozen_stack() -> None:
 
 def test_frozen():
     assert ranks(3, of_a_frozen_stack) == [None] * 3
+
+
+def differ() -> list[str]:
+    """Copies of other experts at the same places: ids of the same numbers would be those of other experts."""
+    told = []
+    homes, more = np.array([0, 0, 0, 0, 1, 1, 2]), np.array([0, 0, 0, 0, 1, 1, 2, 1])
+    odd = dist.get_rank() == 2
+    for usual, other in (
+        (PlacedLayer("experts", homes, ((0, 1),)), PlacedLayer("experts", homes, ((3, 1),))),
+        (PlacedLayer("experts", homes, ((0, 1), (3, 2))), PlacedLayer("experts", homes, ((3, 1), (0, 2)))),
+        (PlacedLayer("experts", homes, ((0, 1),)), PlacedLayer("experts", more)),  # one expert more in its stead
+    ):
+        placed, x = other if odd else usual, torch.randn(4, 12)
+        experts = GluExperts(len(placed.expert_to_rank), 12, 10)
+        spread = ExpertParallel(experts, placement=placed)
+        told.append(error_of(spread, x, random_routing(4, experts.num_experts, 2)))
+    return told
+
+
+def test_ranks_with_other_copies_are_refused():
+    text = r"the checksum of placement must be the same on every rank, got \d+ on ranks 0, 1, \d+ on rank 2"
+    for told in ranks(3, differ):
+        assert len(told) == 3 and all(re.fullmatch(text, each) for each in told), told

@@ -1,5 +1,4 @@
 import copy
-import importlib
 
 import numpy as np
 import pytest
@@ -109,36 +108,6 @@ def test_in_parts(R):
     assert ranks(R, in_parts, R) == [None] * R
 
 
-def overlapped() -> list[str]:
-    """What happens in the backward pass of three parts: an exchange begun, one waited for, the experts."""
-    modules = [importlib.import_module(f"moert.ops.{name}") for name in ("all_to_all", "dispatch")]
-    events, real = [], modules[0].Sending
-
-    class Watched(real):
-        def __init__(self, *args):
-            super().__init__(*args)
-            events.append("send")
-
-        def wait(self):
-            events.append("wait")
-            return super().wait()
-
-    for module in modules:
-        module.Sending = Watched
-    model = shard_experts_(layer(shared=False), degree=3)
-    model.experts.local.register_full_backward_hook(lambda *_: events.append("experts"))
-    y = model(torch.randn(6, H, requires_grad=True))
-    events.clear()
-    y.sum().backward()
-    return events
-
-
-def test_backward_overlaps():
-    """Results' gradients set out together; experts work while rows' gradients of the next part go home."""
-    results, rows = ["send"] * 3 + ["wait", "experts", "send"], ["wait", "experts", "send", "wait"]
-    assert ranks(2, overlapped) == [results + rows + rows + ["wait"]] * 2
-
-
 def in_two_levels() -> None:
     """Nodes of two ranks: the bits of the straight way, also in parts."""
     x, dy = tokens(4)
@@ -193,7 +162,9 @@ def test_a_payload():
 
 
 def bit_for_bit(R: int) -> None:
-    """Where no sum is taken in another order the bits are those of one process: one choice, or all on one rank."""
+    """Where no sum is taken in another order the bits are those of one process, of results and of rows' gradients: one
+    choice, or all on one rank.
+    """
     torch.manual_seed(1)
     experts, x = GluExperts(E, H, I), torch.randn(5, H)
     spread = ExpertParallel(experts, placement=[e % R for e in range(E)])
@@ -202,12 +173,18 @@ def bit_for_bit(R: int) -> None:
             torch.tensor([[4], [0], [6], [6], [2]]),
             torch.tensor([[0, R], [R, 0], [1, 1 + R], [1, 1], [0, 0]]),
         ):
-            routing = Routing(ids, torch.rand(ids.shape), E)
-            assert torch.equal(spread(x, routing), experts(x, routing))
+            weights, dy = torch.rand(ids.shape), torch.randn(5, H)
+            results = []
+            for layer in (spread, experts):
+                leaves = [tensor.clone().requires_grad_() for tensor in (x, weights)]
+                y = layer(leaves[0], Routing(ids, leaves[1], E))
+                results.append((y, *torch.autograd.grad(y, leaves, dy)))
+            assert all(map(torch.equal, *results))
 
 
-def test_bits_are_those_of_one_process():
-    assert ranks(2, bit_for_bit, 2) == [None] * 2
+@pytest.mark.parametrize("R", [2, 3, 4])
+def test_bits_are_those_of_one_process(R):
+    assert ranks(R, bit_for_bit, R) == [None] * R
 
 
 class Block(nn.Module):
@@ -467,3 +444,54 @@ def test_details_and_errors():
     assert [t[13] for t in told] == [
         f"rows added to experts (shared_experts) must have shape [{n}, 12], got [{n}, 13]" for n in TOKENS[:2]
     ]
+
+
+def options_differ() -> list[str]:
+    """What only the making of a layer can compare; and a rank that cannot make it."""
+    odd, told = dist.get_rank() == 1, []
+    for call in (
+        {"local_size": 2 if odd else None},
+        {"local_size": 1 if odd else 2},
+        {"gradients": "mean" if odd else "sum"},
+        {"placement": [0] * E if odd else None},
+    ):
+        told.append(error_of(lambda call=call: ExpertParallel(GluExperts(E, H, I), **call)))
+    x = torch.randn(3, H)
+    ExpertParallel(GluExperts(E, H, I))(x, layer().router(x))  # the group is as it was
+    return told
+
+
+def test_ranks_with_other_options_are_refused():
+    told = ranks(4, options_differ)
+    elsewhere = "every rank must be able to dispatch, got an error on rank 1 (see there)"
+    for rank, texts in enumerate(told):
+        assert texts == [
+            "local_size must be the same on every rank, got 0 on ranks 0, 2, 3, 2 on rank 1",
+            "local_size must be the same on every rank, got 2 on ranks 0, 2, 3, 1 on rank 1",
+            "gradients must be the same on every rank, got sum on ranks 0, 2, 3, mean on rank 1",
+            "placement must give every rank an expert, got none for rank 1" if rank == 1 else elsewhere,
+        ]
+
+
+def traffic() -> None:
+    """Rows of the last call, also in parts, of which nobody is asked for more than three exchanges."""
+    x, R, rank = mine(tokens(2)[0], 2), dist.get_world_size(), dist.get_rank()
+    for degree in (1, 2):
+        model, calls, send = shard_experts_(layer(shared=False), degree=degree), [], dist.all_to_all_single
+        assert model.experts.traffic is None
+        dist.all_to_all_single = lambda *args, **kwargs: (calls.append(1), send(*args, **kwargs))[1]
+        try:
+            model(x)
+        finally:
+            dist.all_to_all_single = send
+        assert len(calls) == 3 * degree
+        sent, received = model.experts.traffic
+        where = model.experts.map.expert_to_rank[model.router(x).ids.long()]
+        assert sent == [int((where == r).any(-1).sum()) for r in range(R)]
+        everywhere = [None] * R
+        dist.all_gather_object(everywhere, sent)
+        assert received == [theirs[rank] for theirs in everywhere]
+
+
+def test_traffic():
+    assert ranks(2, traffic) == [None] * 2

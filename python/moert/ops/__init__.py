@@ -1,6 +1,6 @@
 """The operators, one file each."""
 
-from moert.ops.all_to_all import Splits, all_to_all
+from moert.ops.all_to_all import Splits, all_to_all, exchange_counts
 from moert.ops.dispatch import Dispatched, Returning, combine, dispatch, start_combine
 from moert.ops.expert_choice import expert_choice
 from moert.ops.expert_map import ExpertMap
@@ -23,6 +23,7 @@ __all__ = [
     "all_to_all",
     "combine",
     "dispatch",
+    "exchange_counts",
     "expert_choice",
     "experts_in_use",
     "fused_experts",

@@ -71,7 +71,8 @@ def at_home(counts: list[int], ranks: Ranks, device: torch.device) -> Part | Non
 def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
     """Rows [N, H], those for rank 0 first -> rows [M, H], those of rank 0 first.
 
-    Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.
+    Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.  splits are those of
+    exchange_counts, which compares the ranks: sizes that disagree end a Gloo process.
     """
     return AllToAll(rows, splits, asynchronous=False).wait()
 
@@ -118,7 +119,7 @@ class Counting:
         self._counts = counts
         self._said = torch.tensor([[count, *self._numbers] for count in counts], device=ranks.device)
         self._heard, self._between = torch.empty_like(self._said), None
-        with ranks.guard():
+        with ranks.guarded():
             if ranks.levels is None:
                 self._work = dist.all_to_all_single(self._heard, self._said, group=ranks.group, async_op=True)
             else:
@@ -126,7 +127,7 @@ class Counting:
 
     def wait(self) -> Splits:
         if self._ranks.levels is None:
-            with self._ranks.guard():
+            with self._ranks.guarded():
                 self._work.wait()
         heard = self._heard.tolist()
         received = [count for count, *_ in heard]
@@ -136,9 +137,18 @@ class Counting:
         return Splits(self._counts, received, self._ranks, between)
 
 
-def exchange_counts(counts: Tensor | list[int] | None, facts: dict[str, int | str], ranks: Ranks) -> Splits:
-    """Counting, waited for."""
-    return Counting(counts, facts, ranks).wait()
+def exchange_counts(
+    counts: Tensor | list[int] | None,
+    facts: dict[str, int | str] | None = None,
+    group: dist.ProcessGroup | Ranks | None = None,
+) -> Splits:
+    """Counting, waited for: the Splits that all_to_all takes, which must be as the other ranks have them."""
+    return Counting(counts, facts or {}, Ranks.of(group)).wait()
+
+
+def agree(facts: dict[str, int | str], ranks: Ranks) -> None:
+    """Every rank of the group must call it; where the facts differ all raise an error that says on which ranks."""
+    exchange_counts([0] * ranks.size, facts, ranks)
 
 
 @contextmanager
@@ -167,7 +177,7 @@ def send_rows(
     rows = rows.contiguous() if len(rows) else rows.new_empty(rows.shape)
     received, ranks = fresh_rows(rows, sum(splits.received)) if into is None else into, splits.ranks
     given, taken = rows.view(torch.uint8), received.view(torch.uint8)
-    with ranks.guard():
+    with ranks.guarded():
         if ranks.levels is None:
             work = _send_straight(given, taken, splits)
         else:
@@ -195,7 +205,7 @@ class Sending:
     """send_rows, begun: wait() gives the rows that arrive."""
 
     def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool = True, into: Tensor | None = None):
-        self._sent, self._guard = rows.contiguous(), splits.ranks.guard  # what is sent must live so long
+        self._sent, self._guard = rows.contiguous(), splits.ranks.guarded  # what is sent must live so long
         self._received, self._work = send_rows(self._sent, splits, asynchronous, into)
 
     def wait(self) -> Tensor:
@@ -260,12 +270,14 @@ class _Arrive(torch.autograd.Function):
         return stand_in(ctx.flight.shape, drows), None
 
 
-WORDS = ("no", "yes", "none", "int8", "float8_e4m3", *(str(dtype).removeprefix("torch.") for dtype in (
+WORDS = ("no", "yes", "none", "sum", "mean", "int8", "float8_e4m3", *(str(dtype).removeprefix("torch.") for dtype in (
     torch.float32, torch.bfloat16, torch.float16, torch.float64
 )))  # fmt: skip
 
 
 def _number(value: int | str) -> int:
+    if isinstance(value, str) and value not in WORDS:
+        raise ValueError(f"facts must be integers or some of {', '.join(WORDS)}, got {value}")
     return WORDS.index(value) if isinstance(value, str) else value
 
 

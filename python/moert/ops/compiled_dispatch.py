@@ -51,6 +51,7 @@ def dispatch_rows(
     local_ids: Tensor,
     num_experts: int,
     num_ranks: int,
+    copy_of: list[int],
     ranks: str,
     payload: str | None,
     rows: int | None,
@@ -58,13 +59,14 @@ def dispatch_rows(
     parts: int,
     needs_gradient: list[bool],
 ) -> Arrived:
-    """dispatch, in plain tensors.  num_experts: the routing's; num_ranks: of the maps; rows and drop: of the capacity;
-    needs_gradient: of x and of the weights.
+    """dispatch, in plain tensors.  num_experts: the routing's; num_ranks and copy_of: of the maps; rows and drop: of
+    the capacity; needs_gradient: of x and of the weights.
     """
     from moert.ops.dispatch import exchange  # which imports this module
 
     way = ranks_of(ranks)
-    experts, routing = ExpertMap(expert_to_rank, local_ids, num_ranks), Routing(ids, weights, num_experts)
+    experts = ExpertMap(expert_to_rank, local_ids, num_ranks, tuple(copy_of))
+    routing = Routing(ids, weights, num_experts)
     capacity = None if rows is None else Capacity(rows, drop)
     flight = exchange(x, routing, experts, way, payload, capacity, parts, tuple(needs_gradient))
     here, there = flight.arrive(), flight.splits
@@ -81,7 +83,7 @@ order_dispatch = register_exchange(torch.ops.moert.dispatch_rows.default)
 
 
 @dispatch_rows.register_fake
-def _(x, weights, ids, expert_to_rank, local_ids, num_experts, num_ranks, ranks, payload, rows, drop, parts, needs):
+def _(x, weights, ids, to_rank, local_ids, num_experts, num_ranks, copy_of, ranks, payload, rows, drop, parts, needs):
     order_dispatch()
     way, (T, k) = ranks_of(ranks), ids.shape
     R, ctx = way.size, torch.library.get_ctx()
@@ -133,7 +135,7 @@ def _keep_dispatch(ctx, inputs, output):
 
 def _dispatch_back(ctx, drows, dweights, *_):
     grads = torch.ops.moert.dispatch_gradients(drows, dweights, *ctx.saved_tensors, ctx.ranks, ctx.needs)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *[None] * 11
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *[None] * 12
 
 
 dispatch_rows.register_autograd(_dispatch_back, setup_context=_keep_dispatch)

@@ -117,7 +117,7 @@ def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
 
 def _compiled(x, routing, experts, ranks, payload, capacity, parts) -> Dispatched:
     rows, drop = (None, "") if capacity is None else (capacity.rows, capacity.drop)
-    maps = experts.expert_to_rank, experts.local_ids, routing.num_experts, experts.num_ranks
+    maps = experts.expert_to_rank, experts.local_ids, routing.num_experts, experts.num_ranks, list(experts.copy_of)
     options = ranks.name, payload, rows, drop, parts, list(_needs(x, routing))
     x, weights, ids, offsets, tokens, slots, *splits, dropped = torch.ops.moert.dispatch_rows(
         x, routing.weights, routing.ids, *maps, *options
@@ -360,8 +360,8 @@ def gradient_records(drows: Tensor, dweights: Tensor, ids: Tensor, needs) -> Ten
     """Gradients of rows [M, H] and, where they are needed, of their weights [M, k], as they travel home."""
     (M, H), k = drows.shape, dweights.shape[1] if needs[1] else 0
     kind = drows.dtype, dweights.dtype, H, k
-    records = drows.new_empty(M, record_bytes(*kind), dtype=torch.uint8)
-    to_rows, to_weights, _ = _fields(records, *kind)
+    records = drows.new_empty(M, record_bytes(*kind, ids=False), dtype=torch.uint8)
+    to_rows, to_weights = _numbers(records, *kind)
     to_rows.copy_(drows)
     # Each choice has its gradient from the one copy that came for it.
     to_weights.copy_(torch.where(ids >= 0, dweights, 0)[:, :k])
@@ -371,7 +371,7 @@ def gradient_records(drows: Tensor, dweights: Tensor, ids: Tensor, needs) -> Ten
 def gradients_of(records: Tensor, types, shapes, plan: DispatchPlan, needs) -> tuple[Tensor | None, Tensor | None]:
     """What arrives home of x [T, H] and of the weights [T, k], added up."""
     (_, H), (_, k) = shapes
-    drows, dweights, _ = _fields(records, *types, H, k if needs[1] else 0)
+    drows, dweights = _numbers(records, *types, H, k if needs[1] else 0)
     pairs = zip((drows, dweights), needs, strict=True)
     return tuple(unpermute(rows, plan) if needed else None for rows, needed in pairs)
 
@@ -432,9 +432,9 @@ class _Arrive(torch.autograd.Function):
         return *map(stand_in, flight.shapes, (drows, dweights)), None
 
 
-def record_bytes(dtype: torch.dtype, weight_dtype: torch.dtype, H: int, k: int) -> int:
-    """The size of a row as it travels: csrc/moert/dispatch.h."""
-    return max(1, _ids_at(dtype, weight_dtype, H, k) + 2 * k) + 15 & ~15
+def record_bytes(dtype: torch.dtype, weight_dtype: torch.dtype, H: int, k: int, ids: bool = True) -> int:
+    """The size of a row as it travels, with its ids or (gradients) without: csrc/moert/dispatch.h."""
+    return max(1, _ids_at(dtype, weight_dtype, H, k) + 2 * k * ids) + 15 & ~15
 
 
 def _ids_at(dtype, weight_dtype, H, k):
@@ -447,11 +447,16 @@ def _weights_at(dtype, weight_dtype, H):
 
 def _fields(records: Tensor, dtype, weight_dtype, H: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [N, H], weights [N, k] and ids [N, k] where they lie in the records."""
-    weights, ids = _weights_at(dtype, weight_dtype, H), _ids_at(dtype, weight_dtype, H, k)
+    ids = _ids_at(dtype, weight_dtype, H, k)
+    return *_numbers(records, dtype, weight_dtype, H, k), records[:, ids : ids + 2 * k].view(torch.int16)
+
+
+def _numbers(records: Tensor, dtype, weight_dtype, H: int, k: int) -> tuple[Tensor, Tensor]:
+    """Rows and weights, or their gradients, where they lie in the records."""
+    weights = _weights_at(dtype, weight_dtype, H)
     return (
         records[:, : H * dtype.itemsize].view(dtype),
         records[:, weights : weights + k * weight_dtype.itemsize].view(weight_dtype),
-        records[:, ids : ids + 2 * k].view(torch.int16),
     )
 
 

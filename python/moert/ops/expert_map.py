@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ MOST_LOCAL_EXPERTS = 32767  # a local id travels in 16 bits
 class ExpertMap:
     """expert_to_rank [E] and local_ids [E], int32 on the CPU: where each expert lies, its number among that rank's own.
 
-    A rank's experts are numbered in the order of their ids.  A rank may hold none.
+    A rank's experts are numbered in the order of their ids.  A rank may hold none.  copy_of: where several ranks hold
+    an expert, the experts that the last entries are further copies of.
     """
 
     expert_to_rank: Tensor
     local_ids: Tensor
     num_ranks: int
+    copy_of: tuple[int, ...] = ()
     held: list[int] = field(init=False)  # how many experts each rank has
     _elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
 
@@ -75,7 +77,9 @@ class ExpertMap:
     @cached_property
     def checksum(self) -> int:
         """A number that two different maps hardly share: ranks compare it before they exchange anything."""
-        return zlib.crc32(self.local_ids.numpy().tobytes(), zlib.crc32(self.expert_to_rank.numpy().tobytes()))
+        copies = torch.tensor(self.copy_of, dtype=torch.int32)
+        parts = (part.numpy().tobytes() for part in (self.expert_to_rank, self.local_ids, copies))
+        return reduce(lambda sum_so_far, part: zlib.crc32(part, sum_so_far), parts, 0)
 
 
 def _block_sizes(num_experts: int, num_ranks: int) -> Tensor:

@@ -4,7 +4,7 @@ Letters: R ranks, on A nodes of m ranks each where there are two levels.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moert.ops.kinds import expect
+from moert.ops.roll_call import roll_call
 
 Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for others: it may say more of what goes wrong
 
@@ -38,16 +39,19 @@ class Levels:
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """A group (None: all), and the way to its ranks: straight, or within nodes first.  Waits happen inside guard()."""
+    """A group (None: all), and the way to its ranks: straight, or within nodes first.
+
+    Waits happen inside guard(); None: roll_call's, which names the ranks that are silent when an exchange fails.
+    """
 
     group: dist.ProcessGroup | None = None
-    guard: Guard = nullcontext
+    guard: Guard | None = None
     levels: Levels | None = None
 
     handle: ClassVar[str | None] = None  # of an object that says more than its group does
 
     def __post_init__(self):
-        if self.guard is not nullcontext or self.levels is not None:
+        if self.guard is not None or self.levels is not None:
             object.__setattr__(self, "handle", f"moert.ranks.{next(_NUMBERS)}")
             HANDLES[self.handle] = self
 
@@ -61,7 +65,7 @@ class Ranks:
         return group if isinstance(group, Ranks) else cls(group)
 
     @classmethod
-    def in_nodes(cls, local_size: int, group: dist.ProcessGroup | None = None, guard: Guard = nullcontext) -> "Ranks":
+    def in_nodes(cls, local_size: int, group: dist.ProcessGroup | None = None, guard: Guard | None = None) -> "Ranks":
         """Ranks r of node r // local_size: what goes to another node goes to one rank of each node (Tutel's 2DH).
 
         Every rank of the group must call it: the first call makes two groups.  A single node, or nodes of a single
@@ -77,6 +81,10 @@ class Ranks:
         node, index = divmod(dist.get_rank(group), local_size)
         groups = (subgroup(members.tolist(), group) for members in (ranks[node], ranks[:, index]))
         return cls(group, guard, Levels(*groups))
+
+    def guarded(self) -> AbstractContextManager:
+        """Inside it this rank waits for the others."""
+        return roll_call(self.group) if self.guard is None else self.guard()
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
-from moert.ops.all_to_all import exchange_counts, refusing
+from moert.ops.all_to_all import agree, exchange_counts, refusing
 from moert.ops.kinds import expect
 from moert.ops.ranks import Ranks
 from moert.parallel.pulse import Group, Pulse, process_group
@@ -79,6 +79,7 @@ class AdaptiveExperts(Experts):
         self.num_experts, self.hidden, self.s, self.window = E, experts.hidden, s, window
         self.slices = SlicedExperts(experts, s, self.group, gradients=gradients, replicas=replicas, pulse=pulse)
         self._ways = [self.slices.ranks]
+        agree({"local_size": local_size or 0}, self.slices.ranks)
         in_nodes = local_size and Ranks.in_nodes(local_size, self.group, self.slices.ranks.guard)
         if in_nodes and in_nodes.levels is not None:
             self._ways.append(in_nodes)
@@ -158,7 +159,7 @@ class AdaptiveExperts(Experts):
         """Unless a rank has not come to the end of its backward: then the same setting is tried again."""
         taken = torch.inf if clock.seconds is None else clock.seconds
         seconds = torch.tensor(taken, dtype=torch.float64, device=self._ways[0].device)
-        with self._ways[0].guard():
+        with self._ways[0].guarded():
             dist.all_reduce(seconds, dist.ReduceOp.MAX, group=self.group)
         clock.forget()
         if seconds.isfinite():

@@ -4,7 +4,7 @@ Letters: T tokens, k choices, E experts, V of them with their copies, R ranks, S
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,8 @@ class Copies:
                 raise ValueError(f"replicas of a placement must be {asked}, got ({expert}, {holder})")
             holders[expert][holder] = number
         ranks = [*experts.expert_to_rank.tolist(), *(holder for _, holder in replicas)]
-        everywhere = ExpertMap.of(ranks, len(ranks), R)
+        placed = ExpertMap.of(ranks, len(ranks), R)
+        everywhere = replace(placed, copy_of=tuple(expert for expert, _ in replicas))
         nearest = [_nearest(each, rank, local_size) for each in holders]
         expert_of = [*range(E), *(expert for expert, _ in replicas)]
         expert_ids = [expert_of[number] for number in everywhere.experts_of(rank)]

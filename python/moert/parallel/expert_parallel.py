@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.func import functional_call
 
 from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
-from moert.ops.all_to_all import refusing
+from moert.ops.all_to_all import Splits, agree, refusing
 from moert.ops.autocast import autocast
 from moert.ops.dispatch import FACTS, Dispatched, dispatch, start_combine
 from moert.ops.expert_map import ExpertMap
@@ -20,11 +21,20 @@ from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
 from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import Ranks
+from moert.ops.roll_call import roll_call
 from moert.parallel.copies import Copies
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
 GRADIENTS = ("sum", "mean")
+OPTIONS = ("local_size", "gradients")  # that ranks compare when a layer is made; all else at each call
+
+
+class Traffic(NamedTuple):
+    """Rows that this rank sent to each rank of the group and got from each, its own included, in one call."""
+
+    sent: list[int]
+    received: list[int]
 
 
 class ExpertParallel(Experts):
@@ -39,12 +49,14 @@ class ExpertParallel(Experts):
     The experts' gradients are those of the sum of the ranks' losses, as in one process with everybody's tokens; with
     gradients="mean" of their mean, as DistributedDataParallel and FSDP2 have it for the rest of a model.  replicas is
     the group of ranks that hold the same experts (the data axis of a mesh), over which gradients are added up too.
-    Where a rank is lost the others raise an error; pulse, of the same group, makes it name the rank.
+    Where a rank is lost the others raise an error that names the ranks that are silent; pulse, of the same group, tells
+    those that are gone from those that are late.
 
     degree: into how many parts the tokens of a call are cut, the experts at work on one while the next and the last
     travel (Tutel, arXiv 2206.03382).  payload and capacity (of each part) are those of moert.ops.dispatch; dropped is
     how many of this rank's rows the last call had to drop [], None without a capacity.  local_size: of how many ranks
-    each node is, to send rows in two levels (Ranks.in_nodes); None: straight.
+    each node is, to send rows in two levels (Ranks.in_nodes); None: straight.  traffic is what the last call sent and
+    got, None in a compiled graph; nothing is exchanged to know it.
     """
 
     def __init__(
@@ -61,27 +73,26 @@ class ExpertParallel(Experts):
         local_size: int | None = None,
     ):
         super().__init__()
-        expect(GluExperts, experts=experts)
-        if gradients not in GRADIENTS:
-            raise ValueError(f"gradients must be one of {', '.join(GRADIENTS)}, got {gradients}")
-        expect(int, degree=degree)
-        if degree < 1:
-            raise ValueError(f"degree must be at least 1, got {degree}")
-        check_payload(payload)
-        expect((Capacity, type(None)), capacity=capacity)
-        self.degree, self.payload, self.capacity = degree, payload, capacity
-        self.dropped: Tensor | None = None
         self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
-        guard = nullcontext if pulse is None else pulse.exchanging
-        self.ranks = Ranks(self.group, guard)
-        self.map = ExpertMap.of(getattr(placement, "expert_to_rank", placement), experts.num_experts, self.ranks.size)
-        self.copies = Copies.of(self.map, getattr(placement, "replicas", ()), self.ranks.rank, local_size)
-        self.map = self.copies.map
-        if 0 in self.map.held:
-            raise ValueError(f"placement must give every rank an expert, got none for rank {self.map.held.index(0)}")
-        self.num_experts, self.gradients = experts.num_experts, gradients
+        self.ranks = Ranks(self.group, None if pulse is None else pulse.exchanging)
+        with refusing(self.ranks, OPTIONS):
+            _check(experts, gradients, degree, payload, capacity, local_size)
+            where = getattr(placement, "expert_to_rank", placement)
+            places = ExpertMap.of(where, experts.num_experts, self.ranks.size)
+            self.copies = Copies.of(places, getattr(placement, "replicas", ()), self.ranks.rank, local_size)
+            self.map = self.copies.map
+            if 0 in self.map.held:
+                raise ValueError(
+                    f"placement must give every rank an expert, got none for rank {self.map.held.index(0)}"
+                )
+        # Ranks that differ in these would wait for each other in groups and sums that the others do not make.
+        agree(dict(zip(OPTIONS, (local_size or 0, gradients), strict=True)), self.ranks)
         if local_size is not None:
-            self.ranks = Ranks.in_nodes(local_size, self.group, guard)
+            self.ranks = Ranks.in_nodes(local_size, self.group, self.ranks.guard)
+        self.num_experts, self.gradients, self.degree = experts.num_experts, gradients, degree
+        self.payload, self.capacity = payload, capacity
+        self.dropped: Tensor | None = None
+        self.traffic: Traffic | None = None
         self.expert_ids = self.copies.expert_ids
         self.local = _part(experts, self.expert_ids)
         holders = 1 if self.replicas is None else dist.get_world_size(self.replicas)
@@ -111,7 +122,8 @@ class ExpertParallel(Experts):
             x, rows, constants = autocast(x, onto.rows, onto.constants)
             # Nothing overlaps in a graph; a capacity is that of each part.
             degree = 1 if torch.compiler.is_compiling() and self.capacity is None else self.degree
-            parts, self.dropped = _cut(x, self.copies.routed(routing), degree), None
+            parts = _cut(x, self.copies.routed(routing), degree)
+            self.dropped, self.traffic = None, None
         plain = onto.scale is None and onto.mix is None
         there = self._dispatch(parts, 0, shared or len(parts) > 1)
         if shared:
@@ -135,6 +147,8 @@ class ExpertParallel(Experts):
         there = dispatch(*parts[number], self.map, self.ranks, *options)
         if there.dropped is not None:
             self.dropped = there.dropped if self.dropped is None else self.dropped + there.dropped
+        if isinstance(there.splits, Splits):
+            self.traffic = _added(self.traffic, Traffic(there.splits.sent, there.splits.received))
         return there
 
     def onto(self, x: Tensor, routing: Routing, onto: Onto) -> Tensor:
@@ -159,6 +173,24 @@ class ExpertParallel(Experts):
         ranks = f"num_experts={self.num_experts}, num_ranks={self.map.num_ranks}, gradients={self.gradients}"
         copies = self.map.num_experts - self.num_experts
         return f"{ranks}, copies={copies}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
+
+
+def _check(experts, gradients, degree, payload, capacity, local_size) -> None:
+    expect(GluExperts, experts=experts)
+    if gradients not in GRADIENTS:
+        raise ValueError(f"gradients must be one of {', '.join(GRADIENTS)}, got {gradients}")
+    expect(int, degree=degree)
+    if degree < 1:
+        raise ValueError(f"degree must be at least 1, got {degree}")
+    check_payload(payload)
+    expect((Capacity, type(None)), capacity=capacity)
+    expect((int, type(None)), local_size=local_size)
+
+
+def _added(before: Traffic | None, part: Traffic) -> Traffic:
+    if before is None:
+        return part
+    return Traffic(*([a + b for a, b in zip(*both, strict=True)] for both in zip(before, part, strict=True)))
 
 
 def _cut(x: Tensor, routing: Routing, degree: int) -> list[tuple[Tensor, Routing]]:
@@ -248,11 +280,12 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx, grad):
         spread = ctx.spread
         if spread.copies.num_shared:
-            with spread.ranks.guard():
+            with spread.ranks.guarded():
                 grad = spread.copies.add_up(grad, spread.group)
         if spread.replicas is not None:
             grad = grad.contiguous().clone()
-            dist.all_reduce(grad, group=spread.replicas)
+            with roll_call(spread.replicas):
+                dist.all_reduce(grad, group=spread.replicas)
         return grad / spread.parts, None
 
 

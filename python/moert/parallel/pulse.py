@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _world
 
 from moert.ops.kinds import expect
 from moert.ops.ranks import named
+from moert.ops.roll_call import store_of
 
 Group = dist.ProcessGroup | DeviceMesh | None
 BEATS = 3  # intervals without a sign of life, after which a rank counts as gone
@@ -40,8 +40,7 @@ class Pulse:
             raise ValueError(f"interval must be a number of seconds above zero, got {interval}")
         self.group, self.interval = group, interval
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        store = _world.pg_map[group or dist.group.WORLD][1]
-        self._store = dist.PrefixStore("moert.pulse", store)
+        self._store = dist.PrefixStore("moert.pulse", store_of(group or dist.group.WORLD))
         self._beats, self._exchanges, self._blamed, self._ended = 0, 0, "", threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._beat, name="moert.pulse", daemon=True)

@@ -51,7 +51,7 @@ class SlicedExperts(ExpertParallel):
 
     def _joined(self, n: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
         """Of the slices of all ranks of the group n and n together."""
-        every = {name: _Gather.apply(p, group, self.ranks.guard) for name, p in self._own().items()}
+        every = {name: _Gather.apply(p, group, self.ranks.guarded) for name, p in self._own().items()}
         return {name: _joined(p, n, *cut_of(name, self.local)) for name, p in every.items()}
 
     def _neighbours(self, n: int) -> dist.ProcessGroup:

@@ -1,0 +1,119 @@
+"""Ranks that are killed, hang, or end by an error of their own: those that are left name them, without a Pulse."""
+
+import re
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.parallel.test_pulse import LOST, Fault, counted
+
+from moert import GluExperts, MoELayer, TopKRouter
+from moert.ops import Ranks, roll_call
+from moert.ops.roll_call import PATIENCE, roll
+from moert.parallel import shard_experts_
+from ranks import ranks
+
+
+class Calls:
+    """A guard as a Pulse has it."""
+
+    def __init__(self, group):
+        self.exchanging = lambda: roll_call.roll_call(group)
+
+
+def exchanges(how: str, folder: str, at: int, options: dict, compiled: bool = False) -> tuple[str, float]:
+    """Layers forward and backward until one rank is lost; what the others are told, and when."""
+    group = dist.new_group(timeout=timedelta(seconds=5 if how == "sleeps" else 60))
+    fault = Fault(how, folder)
+    torch.manual_seed(0)
+    layers = [MoELayer(TopKRouter(8, 6, 2), GluExperts(6, 8, 8)) for _ in range(2)]
+    model = shard_experts_(torch.nn.Sequential(*layers), group, **options)
+    if dist.get_rank() == LOST:
+        for each in model:
+            ways = each.experts.ranks
+            each.experts.ranks = Ranks(group, counted(at, fault, Calls(group)), ways.levels)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    x = torch.randn(9, 8)
+    try:
+        for _ in range(100):
+            run(x).sum().backward()
+    except RuntimeError as error:
+        return str(error), time.time() - float(Path(folder, "when").read_text())
+    return "every step was made", 0.0
+
+
+def assert_named(told, within: float) -> None:
+    for rank in (0, 2):
+        text, seconds = told[rank]
+        said = re.search(r"every rank must take part in the exchange, got no word from rank 1: ", text)
+        assert said, text
+        assert seconds < within, seconds
+
+
+@pytest.mark.parametrize("how", ["is killed", "raises", "sleeps"])
+def test_a_rank_is_lost(tmp_path, how):
+    # A kill is seen at once; who sleeps is missed after the group's five seconds.
+    told = ranks(3, exchanges, how, str(tmp_path), 7, {}, may_end=(LOST,))
+    assert_named(told, 20 if how == "sleeps" else 10)
+
+
+@pytest.mark.parametrize("at", [3, 12, 21])
+def test_a_rank_is_killed_while_parts_travel(tmp_path, at):
+    assert_named(ranks(3, exchanges, "is killed", str(tmp_path), at, {"degree": 2}, may_end=(LOST,)), 10)
+
+
+def test_a_rank_is_killed_in_a_graph(tmp_path):
+    assert_named(ranks(3, exchanges, "is killed", str(tmp_path), 9, {}, True, may_end=(LOST,)), 60)
+
+
+def test_a_rank_is_killed_in_two_levels(tmp_path):
+    """Who waits for ranks that wait for the lost one may be named too."""
+    told = ranks(4, exchanges, "is killed", str(tmp_path), 9, {"local_size": 2}, may_end=(LOST,))
+    for rank in (0, 2, 3):
+        text, seconds = told[rank]
+        assert re.search(r"got no word from ranks? (\d, )*1(, \d)*: ", text), text
+        assert seconds < 2 * PATIENCE + 5
+
+
+def words() -> None:
+    """A rank that goes on takes its word back; who alone fails names all others; one process is none's business."""
+    rank = dist.get_rank()
+    everywhere = "every rank must take part in the exchange, it failed on all of them: boom"
+    with pytest.raises(RuntimeError, match=everywhere), roll_call.roll_call(None):
+        raise RuntimeError("boom")
+    dist.barrier()
+    with pytest.raises(ValueError, match="not an exchange's"), roll_call.roll_call(None):
+        raise ValueError("not an exchange's")
+    with roll_call.roll_call(None):
+        dist.barrier()
+    dist.barrier()
+    assert not roll(dist.group.WORLD).check(["0"]) and not roll(dist.group.WORLD).check(["1"])
+    if rank == 0:
+        alone = "got no word from rank 1: boom"
+        with pytest.raises(RuntimeError, match=alone), roll_call.roll_call(None):
+            raise RuntimeError("boom")
+    dist.barrier()
+    roll_call.store_of = gone
+    ended = "every rank must take part in the exchange, the process that keeps the store ended: boom"
+    with pytest.raises(RuntimeError, match=ended), roll_call.roll_call(None):
+        raise RuntimeError("boom")
+
+
+def gone(group):
+    raise RuntimeError("Connection reset by peer")
+
+
+def test_words():
+    assert ranks(2, words) == [None] * 2
+
+
+def of_one() -> None:
+    with pytest.raises(RuntimeError, match="^boom$"), roll_call.roll_call(None):
+        raise RuntimeError("boom")
+
+
+def test_one_process():
+    assert ranks(1, of_one) == [None]
