@@ -1,23 +1,19 @@
 """Every operator with a CUDA kernel beside its reference in float64, on the GPU.  `make test-gpu` runs it."""
 
-import copy
 import re
 from dataclasses import fields, replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import moert
 from moert import ExpertLayout, Routing, cuda
-from moert.ops import Capacity, ExpertMap, combine, dispatch
 from moert.ops.expert_choice import expert_choice_ref
 from moert.ops.fused_experts import fused_experts_ref
 from moert.ops.gating import topk_gating_ref
 from moert.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
 from moert.ops.permute import permute_plan_ref, permute_ref, unpermute_ref
 from moert.ops.union_experts import union_experts, union_experts_ref
-from moert.parallel import shard_experts_
 from moert.quant.format import PackedTensor
 from moert.quant.sub1 import SubOneBitTensor
 from moert.testing import (
@@ -374,72 +370,3 @@ def test_dispatch_combine(dtype):
     astray = torch.where(slots < 0, 99, slots)
     got = ops.dispatch_combine(there(rows), there(own), 0, there(astray))
     assert torch.equal(got.cpu(), ops.dispatch_combine(rows, own, 0, slots))
-
-
-@pytest.fixture
-def one_rank():
-    """A group of this process alone, rows over NCCL, numbers over Gloo."""
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "options", ({}, {"payload": "int8"}, {"capacity": Capacity(40)}, {"asynchronous": True}), ids=str
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dispatch(dtype, options, one_rank):
-    """Rows there and back, and gradients: the bits of the CPU's."""
-    for shape in PERMUTE_SHAPES:
-        routing, experts = shape.routing(), ExpertMap.of(None, shape.E, 1)
-        leaves, dy = (torch.randn(shape.T, shape.H).to(dtype), routing.weights.float()), torch.randn(shape.T, shape.H)
-
-        def run(x, weights, ids, dy, experts=experts, E=shape.E):
-            x, weights = x.requires_grad_(), weights.requires_grad_()
-            got = dispatch(x, Routing(ids, weights, E), experts, **options).wait()
-            y = combine(got.x * got.routing.weights.sum(1, keepdim=True).to(x.dtype), got)
-            return got.x, got.routing.ids, y, *torch.autograd.grad(y, (x, weights), dy.to(y.dtype))
-
-        expected = run(*(leaf.clone() for leaf in leaves), routing.ids, dy)
-        got = run(*map(there, leaves), there(routing.ids), there(dy))
-        for name, a, b in zip(("x", "ids", "y", "dx", "dweights"), got, expected, strict=True):
-            close = name in ("y", "dx", "dweights")
-            assert torch.allclose(a.cpu(), b, rtol=1e-2 if close else 0, atol=1e-2 if close else 0), name
-
-
-def test_compiled_dispatch(one_rank):
-    """dispatch_rows, dispatch_exchange and dispatch_gradients: the bits of eager calls."""
-    experts, E, H, k = ExpertMap.of(None, 7, 1), 7, 12, 2
-
-    def run(x, ids, weights):
-        arrived = dispatch(x, Routing(ids, weights, E), experts)
-        y = torch.tanh(arrived.x) * arrived.routing.weights.sum(1, keepdim=True).to(x.dtype)
-        return combine(y, arrived, x)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
-    for T in (20, 30, 2):
-        ids = torch.randint(-1, E + 1, (T, k), device=DEVICE).int()
-        leaves = [torch.randn(T, n, device=DEVICE).requires_grad_() for n in (H, k)]
-        expected, got = (fn(leaves[0], ids, leaves[1]) for fn in (run, compiled))
-        assert torch.equal(got, expected)
-        dy = torch.randn_like(got)
-        grads = [torch.autograd.grad(y, leaves, dy) for y in (expected, got)]
-        assert all(map(torch.equal, *grads))
-
-
-def test_expert_parallel(one_rank):
-    """A layer whose experts are spread over one rank is the layer; forward, backward, in parts."""
-    torch.manual_seed(0)
-    alone = moert.MoELayer(moert.TopKRouter(64, 8, 2), moert.GluExperts(8, 64, 32)).to(DEVICE)
-    for degree in (1, 4):
-        spread = shard_experts_(copy.deepcopy(alone), degree=degree)
-        x = torch.randn(50, 64, device=DEVICE)
-        results = []
-        for model in (alone, spread):
-            model.zero_grad()
-            y = model(x)
-            y.square().sum().backward()
-            results.append([y.detach(), *(p.grad for p in model.parameters())])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -24,7 +24,8 @@ done
 # With the persistent grouped GEMM for Hopper too; the C++ programs ask for it themselves.
 for persistent in 0 1; do
   MOERT_PERSISTENT_GEMM=$persistent "$python" -S -m pytest -q -m gpu ${quick:+-k "not torch.float32 and not torch.float16"} \
-    -p no:cacheprovider -rs tests/test_gpu.py tests/test_gpu_boundary.py tests/test_gpu_experts.py tests/test_gpu_quantized.py \
+    -p no:cacheprovider -rs tests/test_gpu.py tests/test_gpu_boundary.py tests/test_gpu_experts.py tests/test_gpu_parallel.py \
+    tests/test_gpu_quantized.py \
     tests/test_gpu_run.py tests/integrations/transformers/test_trainer.py
 done
 
