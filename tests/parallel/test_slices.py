@@ -77,7 +77,7 @@ def gathered() -> None:
         for n, group in ((R, None), (2, spread.neighbours[2])):
             everybody = torch.randn(R, 3, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
             mine = everybody[rank].clone().requires_grad_()
-            whole = _Gather.apply(mine.mT, group, spread.ranks.guard)
+            whole = _Gather.apply(mine.mT, group, spread.ranks.guarded)
             first = rank // n * n
             assert torch.equal(whole, everybody[first : first + n].mT.flatten(0, 1))
             grads = torch.randn(R, 5 * n, 3, generator=torch.Generator().manual_seed(2)).to(dtype)

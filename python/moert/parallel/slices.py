@@ -4,6 +4,7 @@ Letters: E experts, R ranks, s slices of each expert, n of them that come togeth
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from moert.experts.glu import GluExperts
 from moert.ops.dispatch import Dispatched
 from moert.ops.ranks import Guard, subgroup
+from moert.ops.roll_call import roll_call
 from moert.parallel.expert_parallel import ExpertParallel
 from moert.parallel.pulse import Group
 from moert.types import Onto, Routing
@@ -51,7 +53,8 @@ class SlicedExperts(ExpertParallel):
 
     def _joined(self, n: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
         """Of the slices of all ranks of the group n and n together."""
-        every = {name: _Gather.apply(p, group, self.ranks.guarded) for name, p in self._own().items()}
+        guard = self.ranks.guard or partial(roll_call, group)  # of these ranks, not of all
+        every = {name: _Gather.apply(p, group, guard) for name, p in self._own().items()}
         return {name: _joined(p, n, *cut_of(name, self.local)) for name, p in every.items()}
 
     def _neighbours(self, n: int) -> dist.ProcessGroup:
