@@ -27,7 +27,7 @@ from moert import GluExperts
 from moert.cli.machine import machine_facts
 from moert.ops import Dispatched, ExpertMap, combine, dispatch
 from moert.ops.all_to_all import at_home, exchange_counts, send_rows
-from moert.ops.dispatch import FACTS
+from moert.ops.dispatch import FACTS, record_bytes
 from moert.ops.permute import unpermute
 from moert.ops.ranks import Ranks
 from moert.parallel import ExpertParallel
@@ -104,6 +104,7 @@ def bench(T: int, E: int, k: int, H: int, dtype: torch.dtype, seconds: float) ->
             "rows_sent_by_rank_0": sent[name],
             **figures(values),
             "p50_beside_bytes_alone": statistics.median(values) / base,
+            **({"bytes_beside_rows": bytes_beside_rows(x, routing, got)} if name == "moert" else {}),
         }
         for name, values in times.items()
     ]
@@ -131,6 +132,14 @@ def bench_degrees(T: int, E: int, k: int, H: int, I: int, dtype: torch.dtype, se
         }
         for degree, (name, values) in zip(DEGREES, times.items(), strict=True)
     ]
+
+
+def bytes_beside_rows(x: Tensor, routing: Routing, got: Dispatched) -> float:
+    """All that rank 0 sends, counts included, over the rows that it must send: one a token and rank, there and back."""
+    there, back = (sum(n) - n[got.splits.ranks.rank] for n in (got.splits.sent, got.splits.received))
+    record = record_bytes(x.dtype, routing.weights.dtype, x.shape[1], routing.ids.shape[1])
+    counts = 8 * (1 + len(FACTS)) * (got.splits.ranks.size - 1)
+    return (there * record + back * x[0].nbytes + counts) / ((there + back) * x[0].nbytes)
 
 
 def figures(values: list[float]) -> dict:
