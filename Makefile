@@ -35,9 +35,10 @@ test-cpp: $(READY)
 # Registration, compilation and exchanges do not depend on it, test_every_isa… chooses for itself, avx512_vnni has
 # kernels of packed weights alone, avx512_bf16 of products of floats.  ISA_TESTS=tests: the whole suite under each.
 OF_KERNELS := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
+PACKERS := $(foreach format,bit_nested int4 int8 mxfp4 ternary,tests/quant/test_$(format).py)
 test-isa: test-cpp
 	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
-	  $(BIN)/ctest --test-dir $(CPP) -Q; files=tests/ops; [ $$isa != avx512_vnni ] || files="tests/ops/test_fused_experts_quantized.py tests/ops/test_fused_experts_quantized_groups.py tests/ops/test_fused_experts_quantized_int8_weights.py"; \
+	  $(BIN)/ctest --test-dir $(CPP) -Q; files="tests/ops $(PACKERS)"; [ $$isa != avx512_vnni ] || files="tests/ops/test_fused_experts_quantized.py tests/ops/test_fused_experts_quantized_groups.py tests/ops/test_fused_experts_quantized_int8_weights.py"; \
 	  [ $$isa != avx512_bf16 ] || files="tests/ops/test_fused_experts.py tests/ops/test_grouped_gemm.py"; \
 	  $(PYTEST) -q -m "not slow and not gpu" $(or $(ISA_TESTS),$$files $(OF_KERNELS)); done
 
