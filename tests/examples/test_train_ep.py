@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-FAULTS = {"PYTHONFAULTHANDLER": "1"}
+ENVIRONMENT = {"PYTHONFAULTHANDLER": "1", "FORCE_COLOR": ""}  # with rich's colours lines would not be found
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ep.py"
 BEGINS = r"^(?:goes on after step (\d+)|begins)$"
 
@@ -27,7 +27,7 @@ def torchrun(out: Path, ranks: int, steps: int, *options: str, **environment: st
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1"]
     command += [str(SCRIPT), str(out), "--steps", str(steps), "--save-every", "1", "--batch", "4"]
-    environment = os.environ | FAULTS | environment
+    environment = os.environ | ENVIRONMENT | environment
     with (
         open(out.with_suffix(".log"), "w") as log,
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as run,
@@ -158,6 +158,16 @@ def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
     assert last == steps and sorted(p.name for p in out.iterdir()) == ["latest", f"step-{steps}"]
     (after, saved), *none = starts(whole(out, 1, steps + 2))
     assert not none and after == steps and [*saved] == [steps + 1, steps + 2]
+
+
+def test_its_bar_is_on_the_first_rank_alone(tmp_path):
+    out, logs = tmp_path / "out", tmp_path / "logs"
+    redirected = "--redirects", "3", "--log-dir", str(logs)
+    with torchrun(out, 2, 2, *redirected, FORCE_COLOR="1") as run:  # as if each rank had a terminal of its own
+        printed(run, out)
+    first, second = (b"".join(p.read_bytes() for p in logs.glob(f"*/attempt_0/{rank}/std*.log")) for rank in "01")
+    assert all(b"\r\x1b[2Kstep %d/2 " % step in first for step in (1, 2)), first  # drawn anew where it stands
+    assert b"saved step 2, loss" in re.sub(rb"\x1b\[[\d;]*m", b"", first) and second == b""
 
 
 def test_a_batch_that_cannot_be_shared_evenly(tmp_path):
