@@ -139,9 +139,10 @@ def killed(out: Path, steps: int, kills: int, seed: int) -> str:
         return printed(run, out)
 
 
-@pytest.mark.parametrize(
-    "kills,seed", [(3, 0), *(pytest.param(10, seed, marks=pytest.mark.slow) for seed in range(1, 6))]
-)
+SLOW = pytest.mark.slow, pytest.mark.timeout(1800)
+
+
+@pytest.mark.parametrize("kills,seed", [(3, 0), *(pytest.param(10, seed, marks=SLOW) for seed in range(1, 6))])
 def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
     # A start that trains makes five steps at most before it is killed, one that saves or begins one or two.
     out, steps = tmp_path / "killed", 4 * kills + 3
@@ -156,7 +157,7 @@ def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
         assert saved == {step: expected[step] for step in saved}
         last = max(saved, default=after)
     assert last == steps and sorted(p.name for p in out.iterdir()) == ["latest", f"step-{steps}"]
-    (after, saved), *none = starts(whole(out, 1, steps + 2))
+    (after, saved), *none = starts(whole(out, 1, steps + 2))  # on another number of ranks
     assert not none and after == steps and [*saved] == [steps + 1, steps + 2]
 
 
