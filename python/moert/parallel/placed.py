@@ -1,6 +1,6 @@
 """A placement of a model's experts as every rank of a group is given it: read, fitted to the model, alike on all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike, fspath
 
 import torch.distributed as dist
@@ -12,17 +12,23 @@ from moert.parallel.copies import Copies
 Names = tuple[str, ...]  # of one module: the first is its own
 
 
-def placed(given, experts: Mapping[Names, int], group: dist.ProcessGroup | None) -> dict[str, object]:
+def placed(
+    given,
+    experts: Mapping[Names, int],
+    group: dist.ProcessGroup | None,
+    prepare: Callable[[dict[str, object]], object] = lambda own: own,
+) -> dict[str, object]:
     """Name of each experts module -> expert_to_rank or a PlacedLayer; without those that given leaves out.
 
     given: such a mapping, by any of a module's names, an ExpertPlacement, the path of its file, or None.  experts: how
-    many each module has.  Every rank of the group must call it: where one fails, or has another placement, all raise an
-    error.
+    many each module has.  Every rank of the group must call it: where one fails, also in prepare(what is returned), or
+    has another placement, all raise an error.
     """
     own, said, failed, R = {}, "", None, dist.get_world_size(group)
     try:
         own = _by_first_name(_read(given, R), list(experts))
         said = {names[0]: _checksum(own.get(names[0]), E, R) for names, E in experts.items()}
+        prepare(own)
     except Exception as error:  # of any kind: the others must not wait for this rank
         failed, said = error, str(error)
     heard = [said] * R

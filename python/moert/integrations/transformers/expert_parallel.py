@@ -83,16 +83,21 @@ def place_experts_(
         raise ValueError(f'model must be spread with ep_implementation="moert", got {type(model).__name__}')
     group = next(iter(layers.values())).moert_exchange.ep_mesh.get_group()
     sizes = {(name,): module.moert_exchange.map.num_experts for name, module in layers.items()}
-    where = placed(placement, sizes, group)
-    maps = {name: _even_map(name, where.get(name), module.moert_exchange) for name, module in layers.items()}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward has left whole is a copy
-    stacks = {name: _stacks(name, module) for name, module in layers.items()}
-    for name, module in layers.items():
-        for rows in stacks[name]:
-            rows.copy_(_moved(rows, module.moert_exchange.map, maps[name], Ranks(group)))
-        module.moert_exchange.map = maps[name]
+    moves = {}
+
+    def prepare(where: dict[str, object]) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward has left whole is a copy
+        for name, module in layers.items():
+            exchange = module.moert_exchange
+            moves[name] = exchange, _even_map(name, where.get(name), exchange), _stacks(name, module)
+
+    placed(placement, sizes, group, prepare)
+    for exchange, following, stacks in moves.values():
+        for rows in stacks:
+            rows.copy_(_moved(rows, exchange.map, following, Ranks(group)))
+        exchange.map = following
     return model
 
 
