@@ -83,7 +83,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, opti
     done, console = last_step(options.out), Console(quiet=dist.get_rank() != 0)
     if done:
         load_checkpoint(options.out / f"step-{done}", model, optimizer)
-        console.print(f"goes on after step {done}")
+    console.print(f"goes on after step {done}" if done else "begins")
     columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[loss]}")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("", total=options.steps, completed=done, loss="")

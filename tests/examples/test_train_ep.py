@@ -1,31 +1,36 @@
-"""examples/train_ep.py under torchrun: a worker that is killed, and a later call on another number of ranks."""
+"""examples/train_ep.py under torchrun: workers that are killed, a later call on another number of ranks, its bar."""
 
+import functools
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
-FAULTS = {"PYTHONFAULTHANDLER": "1"}
+ENVIRONMENT = {"PYTHONFAULTHANDLER": "1", "FORCE_COLOR": ""}  # with rich's colours lines would not be found
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ep.py"
+BEGINS = r"^(?:goes on after step (\d+)|begins)$"
 
 
 @contextmanager
-def torchrun(out: Path, ranks: int, steps: int) -> Iterator[subprocess.Popen]:
-    """A run that prints into OUT.log, none of whose processes outlives the block."""
+def torchrun(out: Path, ranks: int, steps: int, *options: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """A run that saves every step and prints into OUT.log, none of whose processes outlives the block."""
     # The address is named because torchrun waits without end for a worker that cannot resolve the machine's name.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1"]
-    command += [str(SCRIPT), str(out), "--steps", str(steps), "--save-every", "2", "--batch", "4"]
+    command += [str(SCRIPT), str(out), "--steps", str(steps), "--save-every", "1", "--batch", "4"]
+    environment = os.environ | ENVIRONMENT | environment
     with (
         open(out.with_suffix(".log"), "w") as log,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | FAULTS) as run,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as run,
     ):
         try:
             yield run
@@ -43,13 +48,23 @@ def printed(run: subprocess.Popen, out: Path) -> str:
         for worker in psutil.Process(run.pid).children(recursive=True):
             worker.send_signal(signal.SIGABRT)
         time.sleep(2)
-    text = out.with_suffix(".log").read_text()
+    text = log_of(out)
     assert run.returncode == 0, text
     return text
 
 
-def losses(text: str) -> dict[int, float]:
-    return {int(step): float(loss) for step, loss in re.findall(r"saved step (\d+), loss ([\d.]+)", text)}
+def log_of(out: Path) -> str:
+    return out.with_suffix(".log").read_text()
+
+
+def losses(text: str) -> dict[int, str]:
+    return {int(step): loss for step, loss in re.findall(r"^saved step (\d+), loss ([\d.]+)$", text, re.M)}
+
+
+def starts(text: str) -> list[tuple[int, dict[int, str]]]:
+    """After which step each start went on, and what it saved; without those that ended before they said so."""
+    _, *parts = re.split(BEGINS, text, flags=re.M)
+    return [(int(after or 0), losses(part)) for after, part in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def whole(out: Path, ranks: int, steps: int) -> str:
@@ -57,36 +72,106 @@ def whole(out: Path, ranks: int, steps: int) -> str:
         return printed(run, out)
 
 
-def killed_after_a_save(out: Path, steps: int) -> str:
-    """A run of two ranks, the second of which is killed once a checkpoint is there."""
-    with torchrun(out, 2, steps) as run:
+class Killer:
+    """Kills a worker of each start but the last, at a point that chance says."""
+
+    def __init__(self, run: subprocess.Popen, out: Path, seed: int):
+        self.run, self.out, self.chance = run, out, random.Random(seed)
+        self.number, self.time_to_begin = 0, 0.0
+
+    def kill_one(self, where: str) -> None:
+        workers = self._until(self._workers, "two workers")
+        before, seen = len(re.findall(BEGINS, log_of(self.out), re.M)), time.monotonic()
+        if where == "as it starts":
+            time.sleep(self.chance.uniform(0, self.time_to_begin))
+        else:
+            self._until(lambda: len(re.findall(BEGINS, log_of(self.out), re.M)) > before, "a start")
+            self.time_to_begin = time.monotonic() - seen
+            {"as it trains": self._as_it_trains, "as it saves": self._as_it_saves}[where]()
+        self.chance.choice(workers).kill()
+        psutil.wait_procs(workers, timeout=60)  # torchrun ends the other
+        self.number += 1
+
+    def _as_it_trains(self) -> None:
+        """Between a step that is saved and one or two later."""
+        steps, begun = self.chance.randint(1, 3), time.monotonic()
+        self._until(lambda: len(starts(log_of(self.out))[-1][1]) >= steps, f"{steps} steps")
+        time.sleep(self.chance.uniform(0, 1) * (time.monotonic() - begun) / steps)
+
+    def _as_it_saves(self) -> None:
+        self._until(self._unfinished, "a checkpoint that is being written")
+        time.sleep(self.chance.uniform(0, 0.02))
+
+    def _unfinished(self) -> list[Path]:
+        """Folders with files, but not yet the one that is written last."""
+        folders = self.out.glob("step-*") if self.out.exists() else ()
+        return [f for f in folders if not (f / ".metadata").exists() and next(f.glob("*.distcp"), None)]
+
+    def _workers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.run.pid).children():
+            with suppress(psutil.Error):
+                if process.environ().get("TORCHELASTIC_RESTART_COUNT") == str(self.number):
+                    found.append(process)
+        return found if len(found) == 2 else []
+
+    def _until(self, true: Callable, what: str):
         deadline = time.monotonic() + 120
-        while not (out / "latest").exists() and run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert (out / "latest").exists(), out.with_suffix(".log").read_text()
-        workers = [p for p in psutil.Process(run.pid).children(recursive=True) if str(SCRIPT) in p.cmdline()]
-        victim = next(p for p in workers if p.environ().get("RANK") == "1")
-        os.kill(victim.pid, signal.SIGKILL)
+        while not (got := true()):
+            late = self.run.poll() is not None or time.monotonic() > deadline
+            assert not late, f"no {what} in start {self.number}: {log_of(self.out)}"
+            time.sleep(0.005)
+        return got
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Callable[[int], str]:
+    """What two ranks print that nobody disturbs."""
+    return functools.cache(lambda steps: whole(tmp_path_factory.mktemp("undisturbed") / "out", 2, steps))
+
+
+def killed(out: Path, steps: int, kills: int, seed: int) -> str:
+    where = ["as it trains", "as it saves", "as it starts"]
+    with torchrun(out, 2, steps, "--max-restarts", str(kills)) as run:
+        killer = Killer(run, out, seed)
+        for number in range(kills):
+            killer.kill_one(where[number % 3])
         return printed(run, out)
+
+
+SLOW = pytest.mark.slow, pytest.mark.timeout(1800)
+
+
+@pytest.mark.parametrize("kills,seed", [(3, 0), *(pytest.param(10, seed, marks=SLOW) for seed in range(1, 6))])
+def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
+    # A start that trains makes five steps at most before it is killed, one that saves or begins one or two.
+    out, steps = tmp_path / "killed", 4 * kills + 3
+    expected = losses(undisturbed(steps))
+    assert list(expected) == [*range(1, steps + 1)] and float(expected[steps]) < float(expected[1])
+    text = killed(out, steps, kills, seed)
+    last = 0
+    for after, saved in starts(text):
+        # What was printed as saved is not made again; a kill may come between the save and its line.
+        assert after in (last, last + 1), text
+        assert list(saved) == [*range(after + 1, after + 1 + len(saved))], text
+        assert saved == {step: expected[step] for step in saved}
+        last = max(saved, default=after)
+    assert last == steps and sorted(p.name for p in out.iterdir()) == ["latest", f"step-{steps}"]
+    (after, saved), *none = starts(whole(out, 1, steps + 2))  # on another number of ranks
+    assert not none and after == steps and [*saved] == [steps + 1, steps + 2]
+
+
+def test_its_bar_is_on_the_first_rank_alone(tmp_path):
+    out, logs = tmp_path / "out", tmp_path / "logs"
+    redirected = "--redirects", "3", "--log-dir", str(logs)
+    with torchrun(out, 2, 2, *redirected, FORCE_COLOR="1") as run:  # as if each rank had a terminal of its own
+        printed(run, out)
+    first, second = (b"".join(p.read_bytes() for p in logs.glob(f"*/attempt_0/{rank}/std*.log")) for rank in "01")
+    assert all(b"\r\x1b[2Kstep %d/2 " % step in first for step in (1, 2)), first  # drawn anew where it stands
+    assert b"saved step 2, loss" in re.sub(rb"\x1b\[[\d;]*m", b"", first) and second == b""
 
 
 def test_a_batch_that_cannot_be_shared_evenly(tmp_path):
     call = [sys.executable, str(SCRIPT), str(tmp_path), "--batch", "8"]
     done = subprocess.run(call, capture_output=True, text=True, timeout=100, env=os.environ | {"WORLD_SIZE": "3"})
     assert done.returncode == 2 and done.stderr.endswith("--batch must be a multiple of the 3 ranks, got 8\n")
-
-
-def test_it_goes_on_after_a_kill_and_on_one_rank(tmp_path):
-    expected = losses(whole(tmp_path / "alone", 1, 12))
-    assert list(expected) == [2, 4, 6, 8, 10, 12] and expected[12] < expected[2]
-    text = killed_after_a_save(tmp_path / "killed", 10)
-    before, resumed, _ = re.split(r"goes on after step (\d+)", text)
-    # What was printed as saved is not made again; the kill may come before the first such line.
-    assert int(resumed) >= max(losses(before), default=2)
-    got = losses(text)
-    assert 10 in got and min(losses(text[len(before) :]), default=12) > int(resumed)
-    later = whole(tmp_path / "killed", 1, 12)
-    assert "goes on after step 10" in later
-    got |= losses(later)
-    assert all(abs(expected[step] - loss) < 1e-3 for step, loss in got.items()), (got, expected)
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["latest", "step-12"]

@@ -438,7 +438,7 @@ def test_details_and_errors():
         "placement must give every rank an expert, got none for rank 1",
         "group must be of type ProcessGroup or DeviceMesh or None, got int",
         "group must be a mesh of one dimension (mesh['ep']), got 2",
-        "placement must name GluExperts of the model (experts), got expert",
+        "placement must name experts of the model (experts), got expert",
         "model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))",
     ]  # fmt: skip
     assert [t[13] for t in told] == [

@@ -218,6 +218,8 @@ def _seeing(recorder: RoutingRecorder, name: str, second: str):
         if isinstance(routed, Routing):
             recorder.see(name, routed.ids, routed.num_experts)
         else:
-            recorder.see(name, routed, module.num_experts)
+            # Where transformers spreads experts over ranks this is of all of them, and num_experts of this one alone.
+            spread = getattr(module, "_is_expert_parallel", False)
+            recorder.see(name, routed, module.down_proj.shape[0] if spread else module.num_experts)
 
     return see

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from os import PathLike
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,12 @@ from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import Ranks
 from moert.ops.roll_call import roll_call
 from moert.parallel.copies import Copies
+from moert.parallel.placed import placed
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
+
+if TYPE_CHECKING:
+    from moert.placement import ExpertPlacement
 
 GRADIENTS = ("sum", "mean")
 OPTIONS = ("local_size", "gradients")  # that ranks compare when a layer is made; all else at each call
@@ -206,14 +211,15 @@ def _cut(x: Tensor, routing: Routing, degree: int) -> list[tuple[Tensor, Routing
 def shard_experts_(
     model: nn.Module,
     group: Group = None,
-    placement: Mapping[str, object] | None = None,
+    placement: "Mapping[str, object] | ExpertPlacement | str | PathLike | None" = None,
     **options,
 ) -> nn.Module:
     """Replace every GluExperts inside model by its ExpertParallel, whose options these are; returns model.
 
-    placement maps names of these modules (model.named_modules) to expert_to_rank or a PlacedLayer; those it leaves out
-    lie in blocks.
-    A module that has several names in the model stays one, and placement has one of them.
+    placement maps names of these modules (model.named_modules) to expert_to_rank or a PlacedLayer, or is an
+    ExpertPlacement, or the path of its file; modules it leaves out lie in blocks.  A module that has several names in
+    the model stays one, and placement has one of them.  Every rank of the group must call this: where a placement does
+    not fit on one rank, or is another one there, all raise an error.
     """
     modules = list(model.named_modules(remove_duplicate=False))
     found = {name: module for name, module in modules if isinstance(module, GluExperts)}
@@ -226,28 +232,15 @@ def shard_experts_(
     if "" in found:
         raise ValueError("model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))")
     names = {module: [name for name in found if found[name] is module] for module in found.values()}
-    placement = _by_first_name(placement or {}, names)
+    placed_at = placed(
+        placement, {tuple(each): module.num_experts for module, each in names.items()}, process_group(group)
+    )
     for module, (first, *others) in names.items():
-        spread = ExpertParallel(module, group, placement.get(first), **options)
+        spread = ExpertParallel(module, group, placed_at.get(first), **options)
         for name in (first, *others):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, spread)
     return model
-
-
-def _by_first_name(placement: Mapping[str, object], names: dict[nn.Module, list[str]]) -> dict[str, object]:
-    known = [name for each in names.values() for name in each]
-    unknown = sorted(set(placement) - set(known))
-    if unknown:
-        raise ValueError(f"placement must name GluExperts of the model ({', '.join(known)}), got {unknown[0]}")
-    first = {}
-    for each in names.values():
-        given = [name for name in each if name in placement]
-        if len(given) > 1:
-            raise ValueError(f"placement must name a module once, got {', '.join(given)} for the same")
-        if given:
-            first[each[0]] = placement[given[0]]
-    return first
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -31,7 +31,8 @@ __all__ = ["InexactWarning", "MoertConfig", "experts_forward", "load_gguf", "loa
 ExpertsInterface.register("moert", experts_forward)
 FP8ExpertsInterface.register("moert", fp8_experts_forward)
 if hasattr(theirs, "EPImplementationInterface"):  # from transformers 5.23 on
-    from moert.integrations.transformers.expert_parallel import MoertEP
+    from moert.integrations.transformers.expert_parallel import MoertEP, place_experts_  # noqa: F401
 
+    __all__ += ["place_experts_"]
     theirs.EPImplementationInterface.register("moert", MoertEP)
 install()

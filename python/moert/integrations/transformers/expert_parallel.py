@@ -1,12 +1,20 @@
 """moert's dispatch and combine as an exchange of transformers' expert parallelism: ep_implementation="moert"."""
 
+from collections.abc import Mapping
+from os import PathLike
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
+from moert.ops.all_to_all import Splits, all_to_all
 from moert.ops.dispatch import combine, dispatch
 from moert.ops.expert_map import ExpertMap
+from moert.ops.ranks import Ranks
+from moert.parallel.placed import placed
+from moert.placement.expert_placement import ExpertPlacement, PlacedLayer
 from moert.types import Routing
 
 
@@ -19,7 +27,16 @@ class MoertEP(EPImplementation):
 
     def __init__(self, experts: nn.Module, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.map = ExpertMap.of(None, self.num_local_experts * ep_mesh.size(), ep_mesh.size())
+        self.blocks = ExpertMap.of(None, self.num_local_experts * ep_mesh.size(), ep_mesh.size())
+        self.map = self.blocks
+        experts.moert_exchange = self
+
+        def in_blocks(*_) -> None:
+            if self.map is not self.blocks:
+                raise RuntimeError("experts must lie in blocks to be saved or loaded: call place_experts_(model) first")
+
+        experts.register_state_dict_pre_hook(in_blocks)
+        experts.register_load_state_dict_pre_hook(in_blocks)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         T, parts = len(hidden_states), (hidden_states, top_k_index, top_k_weights)
@@ -50,3 +67,73 @@ class MoertEP(EPImplementation):
         # Not every implementation takes no rows at all; the empty result stays part of the graph.
         none = x.sum(0, keepdim=True), ids.new_full((1, ids.shape[1]), self.num_local_experts)
         return self.experts_forward(*none, weights.new_zeros(1, ids.shape[1]))[:0]
+
+
+def place_experts_(
+    model: nn.Module, placement: Mapping[str, object] | ExpertPlacement | str | PathLike | None = None
+) -> nn.Module:
+    """Move the experts of a model that ep_implementation="moert" has spread to the ranks of placement; returns model.
+
+    placement is what shard_experts_ takes, without copies, as many experts of a layer on each rank; layers that it
+    leaves out, and without one all, lie in blocks.  Only in blocks can they be saved or loaded.  Every rank must call
+    it, while parameters have no gradients; what an optimizer knows of them does not move.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m.__dict__.get("moert_exchange"), MoertEP)}
+    if not layers:
+        raise ValueError(f'model must be spread with ep_implementation="moert", got {type(model).__name__}')
+    group = next(iter(layers.values())).moert_exchange.ep_mesh.get_group()
+    sizes = {(name,): module.moert_exchange.map.num_experts for name, module in layers.items()}
+    moves = {}
+
+    def prepare(where: dict[str, object]) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward has left whole is a copy
+        for name, module in layers.items():
+            exchange = module.moert_exchange
+            moves[name] = exchange, _even_map(name, where.get(name), exchange), _stacks(name, module)
+
+    placed(placement, sizes, group, prepare)
+    for exchange, following, stacks in moves.values():
+        for rows in stacks:
+            rows.copy_(_moved(rows, exchange.map, following, Ranks(group)))
+        exchange.map = following
+    return model
+
+
+def _even_map(name: str, given, exchange: MoertEP) -> ExpertMap:
+    if given is None:
+        return exchange.blocks
+    if isinstance(given, PlacedLayer):
+        if given.replicas:
+            raise ValueError(f"placement must be without copies of experts, got {len(given.replicas)} of {name}")
+        given = given.expert_to_rank
+    made = ExpertMap.of(given, exchange.map.num_experts, exchange.map.num_ranks)
+    if set(made.held) != {exchange.num_local_experts}:
+        asked = f"placement must give every rank {exchange.num_local_experts} experts"
+        raise ValueError(f"{asked}, got {', '.join(map(str, made.held))} of {name}")
+    return exchange.blocks if made.checksum == exchange.blocks.checksum else made
+
+
+def _stacks(name: str, experts: nn.Module) -> list[Tensor]:
+    """This rank's rows of each parameter that has one for each expert."""
+    stacks = []
+    for key, parameter in experts.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.shape[0] == experts.moert_exchange.map.num_experts:
+            if parameter.grad is not None:
+                raise ValueError(f"gradients of experts must be None while they move, got one of {name}.{key}")
+            stacks.append(parameter.detach().to_local())
+            if len(stacks[-1]) != experts.moert_exchange.num_local_experts:
+                raise ValueError(f"experts must lie whole on each rank of ep, got {name}.{key} cut by FSDP2 as well")
+    return stacks
+
+
+def _moved(rows: Tensor, old: ExpertMap, new: ExpertMap, ranks: Ranks) -> Tensor:
+    """Rows [n, ...] of the experts that this rank had by the old map -> those that it has by the new one."""
+    goes = new.expert_to_rank[old.experts_of(ranks.rank)]
+    comes = old.expert_to_rank[new.experts_of(ranks.rank)]
+    counts = (torch.bincount(each, minlength=ranks.size).tolist() for each in (goes, comes))
+    # Both sides know the others' experts in the order of their ids.
+    sent = rows.flatten(1)[goes.argsort(stable=True).to(rows.device)]
+    came = all_to_all(sent, Splits(*counts, ranks))
+    return came[comes.argsort(stable=True).argsort().to(rows.device)].view_as(rows)
