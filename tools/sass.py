@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """Kernels whose mangled name matches; their code for architectures that match must have what `has` matches."""
+    """Kernels whose mangled name matches; their code for architectures that match must have what `has` matches, and what
+    `most` matches at most so many times.
+    """
 
     kernel: str
     archs: str
     has: tuple[str, ...]
     why: str
+    most: tuple[str, int] | None = None
 
 
 LOCAL = r"\b(?:LDL|STL)\b"  # a spilled register, or an array that is indexed
@@ -73,6 +76,13 @@ RULES = (
         "sm_90a",
         (r"\bHGMMA\b", r"\bUTMALDG\b", STORE_128),
         "Hopper's tensor cores, fed by its copy engine; rows are stored 16 bytes at a time",
+    ),
+    Rule(
+        r"grouped_gemm_persistent_kernel",
+        "sm_90a",
+        (r"\bUCGABAR_ARV\b",),
+        "no warp waits for its writes on the whole GPU but where blocks of a cluster begin and end",
+        (r"\bMEMBAR\.ALL\.GPU\b", 2),
     ),
     Rule(
         r"grouped_gemm_persistent_kernel\w*Li\d+ELi\d+ELb1ELb[01]E",
@@ -154,6 +164,8 @@ def complaints(sass: dict[tuple[str, str], str]) -> list[str]:
                 said.append(f"no kernel matches {rule.kernel} on {arch}")
         for (name, arch), text in hit.items():
             said += [f"{arch} {name}: no {wanted}: {rule.why}" for wanted in rule.has if not re.search(wanted, text)]
+            if rule.most and (times := len(re.findall(rule.most[0], text))) > rule.most[1]:
+                said.append(f"{arch} {name}: {times} {rule.most[0]}, at most {rule.most[1]}: {rule.why}")
     return said
 
 

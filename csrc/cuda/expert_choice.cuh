@@ -30,12 +30,14 @@ template <typename T>
 MOERT_DEVICE_INLINE Place place_of(T x, int64_t t) {
   const Acc<T> score = widen(x) + Acc<T>(0);  // -0 becomes 0
   uint64_t bits;
-  if constexpr (sizeof(score) == 8)
+  if constexpr (sizeof(score) == 8) {
+    const uint64_t sign = uint64_t(1) << 63;
     bits = double_to_bits(score);
-  else
-    bits = uint64_t(float_to_bits(score)) << 32;
-  const uint64_t sign = uint64_t(1) << 63;
-  bits = bits & sign ? ~bits : bits | sign;
+    bits = bits & sign ? ~bits : bits | sign;
+  } else {  // the lower half is 0
+    const uint32_t sign = 1u << 31, half = float_to_bits(score);
+    bits = uint64_t(half & sign ? ~half : half | sign) << 32;
+  }
   return {score == score ? bits : 0, 0xffffffffu - uint32_t(t)};
 }
 
@@ -107,7 +109,8 @@ __global__ void __launch_bounds__(kChoiceThreads) last_place_kernel(const Choice
   const int64_t d = blockIdx.x / p.E, e = blockIdx.x % p.E;
   int64_t wanted = p.capacity[blockIdx.x];
   Place last{0, 0};
-  for (int digit = 0; digit < kDigits && wanted > 0; ++digit) {
+  constexpr int kHalf = sizeof(Acc<T>) == 8 ? kScoreDigits : kScoreDigits / 2;  // beyond it a score has zeros
+  for (int digit = 0; digit < kDigits && wanted > 0; digit = digit + 1 == kHalf ? kScoreDigits : digit + 1) {
     counts[threadIdx.x] = 0;
     __syncthreads();
     for (int64_t t = threadIdx.x; t < p.tokens; t += kChoiceThreads) {

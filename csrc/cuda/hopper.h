@@ -90,13 +90,14 @@ MOERT_DEVICE_INLINE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Of another block of the cluster, or of the caller's.
+// Of another block of the cluster, or of the caller's.  Not .release.cluster, for which every arrival would wait for
+// all that its thread has written on the GPU: who arrives has only read, by products that have ended.
 MOERT_DEVICE_INLINE void arrive_at(Barrier& b, int block) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}" ::"r"(shared_address(&b)),
       "r"(block)
       : "memory");

@@ -8,6 +8,7 @@
 #define MOERT_CUDA_CHECK(call)                                                                   \
   do {                                                                                           \
     const cudaError_t moert_error = (call);                                                      \
+    if (moert_error != cudaSuccess) cudaGetLastError(); /* which the next launch would report */ \
     MOERT_CHECK(moert_error == cudaSuccess, #call " failed: ", cudaGetErrorString(moert_error)); \
   } while (0)
 #endif

@@ -254,6 +254,7 @@ __global__ void __launch_bounds__(kMmaWarps* kWarp, Shape::kBlocks)
 
 // Blocks of a GPU's multiprocessors, four on each: fewer are made smaller, so that all have some.
 constexpr int64_t kManyBlocks = 4 * 132;
+constexpr int kMostShared = 96 * 1024;  // of what any GPU from sm_80 on gives a block
 
 template <class Codes, class X, class Shape>
 void start_mma(PackedProduct<float> p, [[maybe_unused]] void* stream) {
@@ -265,11 +266,13 @@ void start_mma(PackedProduct<float> p, [[maybe_unused]] void* stream) {
   const int ring = Shape::kStages *
                    (Shape::kTokens * X::kPieces * 16 + warps * FragmentRows<Codes, Shape::kTiles>::stage_bytes(p.w));
   const int sums = warps * Shape::kTokens * sum_stride<Shape> * int(sizeof(float)), shared = ring > sums ? ring : sums;
+  MOERT_CHECK(shared <= kMostShared, "a block must have at most ", kMostShared, " bytes, got ", shared);
   MOERT_CHECK(blocks <= 0x7fffffff, "a grouped product must have at most 2^31 - 1 tiles, got ", blocks);
   const auto kernel = &packed_product_mma<Codes, X, Shape>;
 #if defined(__CUDACC__)
-  MOERT_CUDA_CHECK(
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  // The same for every launch of a kernel: threads that start it at once would take each other's away.
+  MOERT_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
   kernel<<<unsigned(blocks), warps * kWarp, shared, static_cast<cudaStream_t>(stream)>>>(p);
   MOERT_CUDA_CHECK(cudaGetLastError());
 #else

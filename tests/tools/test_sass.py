@@ -33,3 +33,10 @@ def test_says_what_is_wrong():
 
 def test_an_architecture_that_is_missing_is_said():
     assert "sm_90a: no kernel" in sass.complaints(sass.code(CODE))
+
+
+def test_what_a_kernel_has_too_often_is_said():
+    code = "arch = sm_90a\n Function : _Z30grouped_gemm_persistent_kernelE\n UCGABAR_ARV ;\n" + "MEMBAR.ALL.GPU ;\n" * 3
+    said = "\n".join(sass.complaints(sass.code(code)))
+    assert "grouped_gemm_persistent_kernelE: 3 \\bMEMBAR\\.ALL\\.GPU\\b, at most 2: no warp waits" in said
+    assert "at most" not in "\n".join(sass.complaints(sass.code(code.replace("MEMBAR", "OTHER", 1))))
