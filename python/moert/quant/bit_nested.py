@@ -29,6 +29,7 @@ class BitNested(Format):
     group: int = 32
 
     name = "bit_nested"
+    codes_per_byte = 8  # of one plane
 
     def __post_init__(self):
         if self.group not in (32, 64, 128):
@@ -71,6 +72,7 @@ class BitNested(Format):
     def check_values(self, packed: PackedTensor) -> None:
         if not packed.scales.isfinite().all():
             raise ValueError(f"scales must be finite for {self}, got inf or nan")
+        self.check_codes(packed.codes, packed.columns)
 
     def pack(self, w: Tensor) -> PackedTensor:
         w = float_weights(w)

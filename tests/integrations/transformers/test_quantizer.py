@@ -190,3 +190,16 @@ def test_broken_checkpoints(fault, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match="experts.w[12]_scales|mismatch|scales must be finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["ternary2", "ternary5"])
+def test_bytes_that_are_no_codes(format, tmp_path):
+    model = model_of("Qwen3Moe")
+    quantize_(model, format)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.w1_codes"][1, 2, 0] = 60  # no four codes, and no five
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="codes must be those of Ternary.*, got byte 60"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
