@@ -7,6 +7,10 @@ import sys
 import pytest
 import torch
 from families import families, tiny_inputs, tiny_model
+from foreign_checkpoint import CONFIGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -203,3 +207,75 @@ def test_bytes_that_are_no_codes(format, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="codes must be those of Ternary.*, got byte 60"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def packed_checkpoint(folder, format):
+    """Rows of 64 and of 128 columns: several groups."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3-128"]()).float()
+    quantize_(model, format)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("format", "group", "message"),
+    [
+        ("int4", 64, "mismatch|must have shape"),
+        ("int4", None, ""),  # its own default: no lie
+        ("int4", 7, "group must be one of 32, 64, 128 for int4, got 7"),
+        ("int4", "32", "group must be one of 32, 64, 128 for int4, got '32'"),
+        ("int4", [32], "group must be one of 32, 64, 128 for int4, got"),
+        ("int8", 32, "mismatch|must have shape"),
+        ("mxfp4", 64, "group must be one of 32 for mxfp4, got 64"),
+        ("ternary2", 32, "mismatch|must have shape"),
+        ("fp8", 128, "group must be None for fp8"),
+        ("bit_nested", 128, "mismatch|must have shape"),
+        ("sub1", 32, "group must be None for sub1"),
+    ],
+)
+def test_a_config_that_lies_about_the_group(format, group, message, tmp_path):
+    config = json.loads((packed_checkpoint(tmp_path, format) / "config.json").read_text())
+    config["quantization_config"]["group"] = group
+    if "experts" in config["quantization_config"]:
+        for weights in config["quantization_config"]["experts"].values():
+            weights[1][1] = group
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not message:
+        assert logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()).isfinite().all()
+        return
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_flipped_bits(format, tmp_path):
+    """Anywhere in the file, or in the experts: an error, or a model that runs, with finite weights where scales are
+    float16 (those of fp8, mxfp4 and sub1 reach float32's end)."""
+    file = packed_checkpoint(tmp_path, format) / "model.safetensors"
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    spans = [each["data_offsets"] for name, each in header.items() if ".experts.w" in name]
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @given(st.booleans(), st.data())
+    def flip(in_experts, data):
+        begin, end = data.draw(st.sampled_from(spans)) if in_experts else (-start, len(whole) - start)
+        octets = bytearray(whole)
+        for _ in range(data.draw(st.integers(1, 3))):
+            octets[start + data.draw(st.integers(begin, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        file.unlink()  # what was loaded before may still be mapped
+        file.write_bytes(octets)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+            assert str(error)
+            return
+        assert logits(model).shape == (2, 7, 96)
+        if in_experts and format not in ("fp8", "mxfp4", "sub1"):
+            packed = [
+                w for module in model.modules() if isinstance(module, PackedExperts) for w in module.packed_pair()
+            ]
+            assert all(w.format.unpack(w).isfinite().all() for w in packed)
+
+    flip()
