@@ -169,6 +169,14 @@ def test_truncated_files(tmp_path):
             load_quantized(foreign, dtype=torch.float32)
 
 
+def test_pickled_weights_are_not_read(tmp_path):
+    foreign, _ = write(tmp_path, "qwen3", "awq")
+    torch.save(load_file(foreign / "model.safetensors"), foreign / "pytorch_model.bin")
+    (foreign / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        load_quantized(foreign, dtype=torch.float32)
+
+
 def test_other_sizes_than_the_config(tmp_path):
     foreign, _ = write(tmp_path, "qwen3", "gptq")
     config = json.loads((foreign / "config.json").read_text())
@@ -195,6 +203,9 @@ def test_what_is_refused(tmp_path):
         load_quantized(foreign, convert="int3")
     with pytest.raises(ValueError, match="precision must be one of .*, got int3"):
         load_quantized(foreign, precision="int3")
+    for choice in (False, None):
+        with pytest.raises(ValueError, match=f"use_safetensors must be True, as pickled .* run code, got {choice}"):
+            load_quantized(foreign, use_safetensors=choice)
     config = json.loads((foreign / "config.json").read_text())
     for source, message in [
         ({"quant_method": "aqlm"}, "quant_method must be one of gptq, awq, .* got aqlm"),
