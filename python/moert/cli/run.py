@@ -52,7 +52,9 @@ def run(
     quantize: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FORMAT[:GROUP]", help="Also with packed experts, e.g. int4:128; all: int8, 4 bits, ternary."
+            metavar="FORMAT[:GROUP]",
+            help="Also with packed experts, e.g. int4:128; all: int8, int4, int4_asymmetric, mxfp4, ternary2, "
+            "ternary5, fp8, bit_nested, bit_nested_5_4, sub1.",
         ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="With --model: also the perplexity on this file.")] = None,

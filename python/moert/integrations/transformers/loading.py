@@ -27,8 +27,8 @@ def load_quantized(
     """A Hugging Face checkpoint in GPTQ, AWQ, compressed-tensors, fp8 or mxfp4, as its config.json says.
 
     Experts keep the checkpoint's bits where a format of moert holds its numbers; where none does they are rounded to
-    `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's; pickled
-    weights (.bin) are not read.
+    `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's;
+    weights that are pickled (.bin) are not read.
     """
     if (
         options.setdefault("use_safetensors", True) is not True
