@@ -84,6 +84,21 @@ def test_fp8_is_exact_where_its_blocks_end_with_gate_and_up(tmp_path):
     assert formats(again) == [(Fp8(), Fp8())] * 2 and row_error(logits(again), float_logits(floats)) < 0.03
 
 
+def test_deepseek_in_fp8_blocks(tmp_path):
+    foreign, floats = write(tmp_path, "deepseek", "fp8")
+    stored = load_file(foreign / "model.safetensors")
+    assert stored["model.layers.1.mlp.experts.3.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert "model.layers.0.mlp.gate_proj.weight_scale_inv" in stored  # of the dense layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InexactWarning)
+        model = load_quantized(foreign, precision="full", dtype=torch.float32)
+    assert formats(model) == [(Fp8(), Fp8())] * 2  # layers 1 and 2
+    assert row_error(logits(model), float_logits(floats)) < 5e-6
+    experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
+    scales = [stored[f"model.layers.1.mlp.experts.3.{name}_proj.weight_scale_inv"] for name in ("gate", "up")]
+    assert torch.equal(experts.packed("w1").scales[3], torch.cat(scales))  # as they lie in the file
+
+
 def test_fp8_of_gate_and_up_in_one_block_is_converted_and_said(tmp_path):
     foreign, floats = write(tmp_path, "qwen3", "fp8")
     with pytest.warns(InexactWarning, match="16 converted to .*group=128.: gate and up share blocks of 128 rows"):
