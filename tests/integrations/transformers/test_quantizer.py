@@ -1,6 +1,7 @@
 """Quantized checkpoints: packed in place, while loading, saved, loaded in another process."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moert import quantize_
 from moert.integrations.transformers import MoertConfig
@@ -129,6 +130,37 @@ def test_memory_falls():
     after = sum(b.nbytes for name, b in model.named_buffers() if ".experts." in name)
     assert not [name for name, _ in model.named_parameters() if ".experts." in name]
     assert after < before / 5  # rows of 24 and 32 columns: blocks and scales weigh more than in real sizes
+
+
+MEASURED = """
+import sys, torch
+from moert import quantize_
+from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
+from transformers import AutoModelForCausalLM
+for name in ("first", "model"):  # libraries keep what they multiply in
+    model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}", dtype=torch.bfloat16)
+    reset_peak()
+    before = resident_bytes()
+    quantize_(model, "int4")
+print(peak_bytes() - before, resident_bytes() - before)
+"""
+
+
+def test_memory_of_one_packed_layer_beside_the_model(tmp_path):
+    """The float model is there when quantize_ begins; each layer's experts go as their packed ones come."""
+    H, E, layers = 512, 16, 6
+    sizes = {"hidden_size": H, "moe_intermediate_size": H, "num_experts_per_tok": 2, "vocab_size": 64, "head_dim": 8}
+    for name, num_experts, num_layers in (("first", 2, 1), ("model", E, layers)):
+        config = Qwen3MoeConfig(num_experts=num_experts, num_hidden_layers=num_layers, **sizes)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURED, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr
+    layer, packed = 3 * E * H * H * 2, 3 * E * H * H * 4.5 / 8
+    peak, left = map(int, done.stdout.split())
+    assert peak < packed + 0.25 * layer  # an expert in float32, twice: 0.25
+    assert left < 0.9 * layers * (packed - layer)
 
 
 def test_what_is_refused(tmp_path):
