@@ -11,6 +11,7 @@ from families import families, tiny_inputs, tiny_model
 from foreign_checkpoint import CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outside import MODELS, outside_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -204,6 +205,13 @@ def test_what_is_refused(tmp_path):
         ValueError, match="model must have float experts, got packed ones in model.layers.0.mlp.experts"
     ):
         quantize_(model, "int4")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_families_outside_the_interface_are_refused(family):
+    with pytest.raises(ValueError, match="model must hold experts of moert or transformers .*, got none in"):
+        quantize_(outside_model(family), "int4")
+    assert len(MODELS) == 8  # as docs/quantized.md lists them
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "format", "values"])
