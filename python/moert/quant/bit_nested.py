@@ -32,7 +32,7 @@ class BitNested(Format):
     codes_per_byte = 8  # of one plane
 
     def __post_init__(self):
-        if self.group not in (32, 64, 128):
+        if self.group not in (32, 64, 128) or isinstance(self.group, float):
             raise ValueError(f"group must be one of 32, 64, 128 for bit_nested, got {self.group}")
         if not 1 <= self.base <= 8:
             raise ValueError(f"base must be 1 to 8, got {self.base}")

@@ -145,7 +145,7 @@ class RowFormat(Format):
     groups = (None, 32, 64, 128)
 
     def __post_init__(self):
-        if self.group not in self.groups:
+        if self.group not in self.groups or isinstance(self.group, float):  # 32.0 in a config.json
             allowed = ", ".join(map(str, self.groups))
             raise ValueError(f"group must be one of {allowed} for {self.name}, got {self.group!r}")
 

@@ -264,6 +264,8 @@ def packed_checkpoint(folder, format):
         ("int4", None, ""),  # its own default: no lie
         ("int4", 7, "group must be one of 32, 64, 128 for int4, got 7"),
         ("int4", "32", "group must be one of 32, 64, 128 for int4, got '32'"),
+        ("int4", 32.0, "group must be one of 32, 64, 128 for int4, got 32.0"),
+        ("bit_nested", 32.0, "group must be one of 32, 64, 128 for bit_nested, got 32.0"),
         ("int4", [32], "group must be one of 32, 64, 128 for int4, got"),
         ("int8", 32, "mismatch|must have shape"),
         ("mxfp4", 64, "group must be one of 32 for mxfp4, got 64"),
