@@ -58,11 +58,13 @@ def test_moert_alone_in_bfloat16_sampled(checkpoint):
 
 def test_packed_experts_and_a_text(checkpoint, tmp_path):
     (tmp_path / "text").write_text("import os\nimport sys\n" * 30)
-    load = Load(checkpoint, "bfloat16", 1, packings=("int8",))
+    load = Load(checkpoint, "bfloat16", 1, packings=("int8", "sub1"))
     text = run(load, Request(PROMPT, 4), tmp_path / "out", stock=False, text=tmp_path / "text")
     rows = json.loads((tmp_path / "out" / "report.json").read_text())["providers"]
     assert rows["moert int8"]["weight_bytes"] < rows["moert"]["weight_bytes"]
     assert rows["moert int8"]["perplexity"] == pytest.approx(rows["moert"]["perplexity"], rel=0.05)
+    assert rows["moert sub1"]["perplexity"] > 1
+    assert "rounded to nearest, sub1 too" in text
     assert "Weights, and perplexity on text" in text and f"{rows['moert int8']['perplexity']:.4f}" in text
 
 

@@ -1,8 +1,9 @@
 import pytest
 
 from moert.cli.errors import CommandError
-from moert.cli.packing import ALL, packing_format, packings
-from moert.quant import Int4, Mxfp4
+from moert.cli.packing import ALL, packing_format, packings, rounding
+from moert.quant import BitNested, Fp8, Int4, Int8, Mxfp4, SubOneBit
+from moert.quant.quantize import FORMATS
 
 
 def test_names():
@@ -24,9 +25,21 @@ def test_names():
             "int4:7",
             "quantize must name a format and a group that it has: group must be one of 32, 64, 128 for int4, got 7",
         ),
+        ("sub1:32", "quantize must name a format and a group that it has: group must be None for sub1"),
         ("int4:x", "quantize must be FORMAT or FORMAT:GROUP, got int4:x"),
     ],
 )
 def test_what_is_refused(name, message):
     with pytest.raises(CommandError, match=message):
         packings([name])
+
+
+def test_every_format_has_a_name():
+    assert {packing_format(name).name for name in ALL} == {*FORMATS, "sub1"}
+    assert packing_format("sub1") == SubOneBit() and packing_format("fp8") == Fp8()
+    assert packing_format("bit_nested_5_4:64") == BitNested(5, 4, 64) and packing_format("int8:64") == Int8(64)
+
+
+def test_how_they_were_packed():
+    assert rounding(["int4"]) == "Packed experts are rounded to nearest; by data: moert quantize --calibrate."
+    assert "to nearest, sub1 too, which by data errs less than half as much;" in rounding(["int4", "sub1"])

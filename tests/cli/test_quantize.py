@@ -1,12 +1,18 @@
+import inspect
+import io
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from moert.cli.app import app
+from moert.cli.quantize import _bar
+from moert.cli.quantize import quantize as command_of_quantize
+from moert.quant.quantize import FORMATS
 
 
 def quantize(*arguments):
@@ -97,3 +103,21 @@ def test_a_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypatch):
     done = quantize(checkpoint, tmp_path / "out")
     assert done.exit_code == 2 and "moert quantize: OUT must be writable: [Errno 28] No space left" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bar_has_bytes_rate_and_remaining_time():
+    bar, seconds = _bar(), [0.0]
+    bar.get_time = lambda: seconds[0]
+    task = bar.add_task("model.layers.0.mlp.experts", total=8_000_000)
+    for _ in range(3):
+        bar.update(task, advance=1_000_000)
+        seconds[0] += 1
+    console = Console(width=120, file=io.StringIO())
+    console.print(bar.get_renderable())
+    line = " ".join(console.file.getvalue().split())
+    assert line.startswith("model.layers.0.mlp.experts ") and line.endswith("3.0/8.0 MB 1.0 MB/s 0:00:05"), line
+
+
+def test_help_names_every_format():
+    (option,) = inspect.signature(command_of_quantize).parameters["format"].annotation.__metadata__
+    assert all(re.search(rf"\b{name}\b", option.help) for name in (*FORMATS, "bit_nested_5_4", "sub1"))

@@ -5,7 +5,7 @@ import torch
 
 from moert import ExpertLayout, GluExperts, QuantizedExperts
 from moert.ops.fused_experts_quantized import fused_experts_quantized, fused_experts_quantized_ref
-from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, Ternary5
+from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
 from moert.testing import assert_rows_close, random_routing
 
 T, E, k, H, I = 21, 6, 2, 72, 40
@@ -105,8 +105,34 @@ def test_values_that_the_format_does_not_have_are_refused():
     state = packed.state_dict()
     for name, value, message in [
         ("gate_up_proj_scales", torch.nan, "scales must be finite for Fp8"),
-        ("gate_up_proj_codes", 0x7F, "codes must be numbers for Fp8.*, got nan"),
+        ("gate_up_proj_codes", 0x7F, "codes must be those of Fp8.*, got byte 127"),
         ("down_proj_scales", torch.inf, "scales must be finite for BitNested"),
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             copy.deepcopy(packed).load_state_dict(state | {name: torch.full_like(state[name], value)})
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["formats-named", "formats-not-named"])
+@pytest.mark.parametrize("fmt", [Ternary2(), Ternary5()], ids=str)
+def test_bytes_that_are_no_codes_are_refused(fmt, named):
+    packed = QuantizedExperts.pack(GluExperts(2, 100, 48), (fmt, fmt))
+    state = packed.state_dict()
+    if not named:
+        del state["_extra_state"]
+    again = QuantizedExperts(2, 100, 48, (fmt, fmt))
+    again.load_state_dict(state, strict=named)
+    assert torch.equal(again.down_proj_codes, packed.down_proj_codes)
+    for byte, message in [(60, "codes must be those of Ternary.*, got byte 60"), (255, "codes must be 0 after column")]:
+        codes = state["gate_up_proj_codes"].clone()
+        codes[..., : 100 // fmt.codes_per_byte if byte == 60 else None] = byte
+        with pytest.raises(ValueError, match=message):
+            again.load_state_dict(state | {"gate_up_proj_codes": codes}, strict=named)
+
+
+def test_a_state_dict_that_names_no_formats_is_checked_too():
+    packed = QuantizedExperts.pack(GluExperts(2, 64, 32), (Int8(), Int8()))
+    scales = torch.full_like(packed.down_proj_scales, torch.inf)
+    with pytest.raises(ValueError, match="scales must be finite for Int8"):
+        packed.load_state_dict({"down_proj_scales": scales}, strict=False)
+    with pytest.raises(ValueError, match="gate_up_proj_codes must be torch.uint8, got torch.float32"):
+        packed.load_state_dict({"gate_up_proj_codes": packed.gate_up_proj_codes.float()}, strict=False)

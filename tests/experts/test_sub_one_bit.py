@@ -116,3 +116,6 @@ def test_errors():
     state["gate_up_proj_codes"] = torch.full_like(state["gate_up_proj_codes"].view(torch.int16), -1).view(torch.uint16)
     with pytest.raises(ValueError, match=rf"codes must hold {H} columns a row, got others in row 0 of 0"):
         mine.load_state_dict(state)
+    del state["_extra_state"]
+    with pytest.raises(ValueError, match=rf"codes must hold {H} columns a row, got others in row 0 of 0"):
+        mine.load_state_dict(state, strict=False)

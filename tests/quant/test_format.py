@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moert import _C
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, PackedTensor, Ternary2, Ternary5
+from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, PackedTensor, Ternary2, Ternary5
 
 FORMATS = [Int8(), Int8(32), Int4(), Int4Asymmetric(), Mxfp4(), Ternary2(), Ternary5()]
 
@@ -66,6 +66,36 @@ def test_bits_after_the_last_column_are_refused(name, per_byte):
     packed[1, 3] = 1
     with pytest.raises(RuntimeError, match=f"packed must be {name} codes and 0 after .*, got 1 at row 1, byte 3"):
         _C.unpack_codes(name, packed, 3 * per_byte)
+
+
+@pytest.mark.parametrize("fmt", [Int4(), Ternary2(), Ternary5()], ids=str)
+def test_the_check_of_values_refuses_the_bytes_that_unpacking_does(fmt):
+    for columns in range(1, fmt.codes_per_byte + 1):
+        for byte in range(256):
+            codes = np.zeros((1, 16), np.uint8)
+            codes[0, 0] = byte
+            try:
+                _C.unpack_codes(fmt.name, codes, columns)
+            except RuntimeError:
+                with pytest.raises(ValueError, match="codes must be (those of|0 after column)"):
+                    fmt.check_codes(torch.from_numpy(codes), columns)
+            else:
+                fmt.check_codes(torch.from_numpy(codes), columns)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, Fp8(), BitNested()], ids=str)
+def test_the_check_of_values_sees_every_byte(fmt):
+    w = torch.randn(3, 40, 1001)
+    packed = fmt.pack(w)
+    fmt.check_values(packed)
+    packed.codes.view(-1)[-1] = 1  # of the last row, after its columns
+    with pytest.raises(ValueError, match="codes must be 0 after column 1001 for"):
+        fmt.check_values(packed)
+    if (bad := {"ternary2": 0xC0, "ternary5": 20, "fp8": 0xFF}.get(fmt.name)) is not None:
+        packed = fmt.pack(w)
+        packed.codes[2, 39, 5] = bad  # beyond the first piece that is looked at
+        with pytest.raises(ValueError, match=f"codes must be those of .*, got byte {bad}"):
+            fmt.check_values(packed)
 
 
 @pytest.mark.parametrize("columns", [-1, 32, 65, 2**62])

@@ -16,6 +16,7 @@ from moert.cli.corpus import Corpus, evenly_spaced, load_corpus
 from moert.cli.errors import CommandError
 from moert.cli.generation import Request, first_difference
 from moert.cli.machine import machine_facts, where
+from moert.cli.packing import rounding
 from moert.cli.provider import PROVIDERS, Load, compare
 from moert.cli.report import sameness, speed_table, waiting, weights_table, write_atomically, write_json
 
@@ -58,6 +59,7 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     if load.packings:
         tokens = WINDOWS * (settings.sequence - 1)
         console.print(weights_table(rows, f"Weights, and perplexity on {tokens:,} held-out bytes, {compared.dtype}"))
+        console.print(rounding(load.packings))
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": {**machine_facts(device=load.device), "threads": torch.get_num_threads()},

@@ -11,6 +11,7 @@ from rich.text import Text
 from moert.cli.checkpoint import check_files, class_of, has_interface, load_config, packed_by_moert, skeleton
 from moert.cli.generation import Generation, Request, first_difference, summarize
 from moert.cli.machine import machine_facts
+from moert.cli.packing import rounding
 from moert.cli.perplexity import TEXT_TOKENS, WINDOW, tokens_of, windows
 from moert.cli.provider import STOCK, Load, Provider
 from moert.cli.report import sameness, speed_table, waiting, weights_table, write_json
@@ -55,6 +56,8 @@ def generate(
     console.print(speed_table(rows, title + (", on the GPU" if load.device == "cuda" else "")))
     if load.packings or text:
         console.print(weights_table(rows, f"Weights{f', and perplexity on {text.name}' if text else ''}"))
+    if load.packings:
+        console.print(rounding(load.packings))
     if out:
         report = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

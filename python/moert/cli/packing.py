@@ -1,9 +1,13 @@
 """How the command line names a format of packed experts: int4, or int4:128 with the columns of a scale."""
 
-from moert.cli.errors import CommandError, first_line
-from moert.quant.format import RowFormat
-from moert.quant.quantize import format_of
+from collections.abc import Iterable
 
+from moert.cli.errors import CommandError, first_line
+from moert.quant.format import Format
+from moert.quant.quantize import any_format_of
+from moert.quant.sub1 import SubOneBit
+
+# Every format, in the groups that its error depends on most; others are asked for by name.
 ALL = (
     "int8",
     "int4:32",
@@ -13,6 +17,10 @@ ALL = (
     "mxfp4",
     "ternary2",
     "ternary5",
+    "fp8",
+    "bit_nested",
+    "bit_nested_5_4",
+    "sub1",
 )
 
 
@@ -24,11 +32,17 @@ def packings(wanted: list[str]) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def packing_format(name: str) -> RowFormat:
+def packing_format(name: str) -> Format | SubOneBit:
     format, _, group = name.partition(":")
     if group and not group.isdecimal():
         raise CommandError(f"quantize must be FORMAT or FORMAT:GROUP, got {name}")
     try:
-        return format_of(format, int(group) if group else None)
+        return any_format_of(format, int(group) if group else None)
     except ValueError as error:
         raise CommandError(f"quantize must name a format and a group that it has: {first_line(error)}") from error
+
+
+def rounding(names: Iterable[str]) -> str:
+    """One line on how the experts were packed."""
+    sub1 = ", sub1 too, which by data errs less than half as much" if "sub1" in names else ""
+    return f"Packed experts are rounded to nearest{sub1}; by data: moert quantize --calibrate."

@@ -31,6 +31,9 @@ _OWN = {
     "": {"steps", "retrain", *_SAMPLING},
 }
 
+_PACKED = "Also with packed experts, e.g. int4:128; all: int8, int4, int4_asymmetric, mxfp4, ternary2, ternary5, fp8, "
+_PACKED += "bit_nested, bit_nested_5_4, sub1."
+
 
 def run(
     context: typer.Context,
@@ -51,9 +54,7 @@ def run(
     ] = Dtype.auto,
     quantize: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FORMAT[:GROUP]", help="Also with packed experts, e.g. int4:128; all: int8, 4 bits, ternary."
-        ),
+        typer.Option(metavar="FORMAT[:GROUP]", help=_PACKED),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="With --model: also the perplexity on this file.")] = None,
     out: Annotated[

@@ -1,5 +1,7 @@
 """Feed-forward experts over packed weights (moert.quant, docs/quantized.md)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -100,8 +102,13 @@ class QuantizedExperts(PackedWeights, Experts):
     def set_extra_state(self, state: Tensor) -> None:
         if (text := bytes(state.tolist()).decode()) != self._format_text():
             raise ValueError(f"state_dict must hold experts in {self._format_text()}, got {text}")
-        for packed in self.packed():  # loaded before this state
-            packed.format.check_values(packed)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        check_dtypes(self, state_dict, prefix, [f"{name}_{part}" for name in PROJECTIONS for part in PARTS])
+        for packed in self.packed():  # whether or not the state dict names its formats
+            if not packed.codes.is_meta:
+                packed.format.check_values(packed)
 
     def _format_text(self) -> str:
         return ", ".join(map(_format_text, self.formats))
@@ -121,6 +128,14 @@ class QuantizedExperts(PackedWeights, Experts):
             f"activation={self.activation.name}, bias={self.down_proj_bias is not None}, "
             f"formats=({self._format_text()}), precision={self.precision}"
         )
+
+
+def check_dtypes(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, names: Sequence[str]) -> None:
+    """Copying into a buffer would round or wrap what is of another type."""
+    for name in names:
+        value, own = state_dict.get(prefix + name), getattr(module, name)
+        if value is not None and own is not None and value.dtype != own.dtype:
+            raise ValueError(f"{prefix}{name} must be {own.dtype}, got {value.dtype}")
 
 
 def _format_text(fmt: Format) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from moert.experts.base import Experts
 from moert.experts.glu import GluExperts
 from moert.experts.lora import PackedWeights
-from moert.experts.quantized import PROJECTIONS, activated, bias_of
+from moert.experts.quantized import PROJECTIONS, activated, bias_of, check_dtypes
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.quant.sub1 import PARTS, SubOneBitTensor, dictionary_hash
 from moert.types import Activation, Routing
@@ -81,8 +81,6 @@ class SubOneBitExperts(PackedWeights, Experts):
     def set_extra_state(self, state: Tensor) -> None:
         if (text := bytes(state.tolist()).decode()) != dictionary_hash():
             raise ValueError(f"state_dict must be coded with dictionary {dictionary_hash()}, got {text}")
-        for packed in self.packed_pair():  # loaded before this state
-            packed.format.check_values(packed)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         for name in PROJECTIONS:  # as many codewords as there are
@@ -90,6 +88,11 @@ class SubOneBitExperts(PackedWeights, Experts):
             if codes is not None and codes.dim() == 1 and codes.dtype == torch.uint16:
                 setattr(self, f"{name}_codes", torch.zeros_like(codes))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        check_dtypes(self, state_dict, prefix, [f"{name}_{part}" for name in PROJECTIONS for part in PARTS])
+        if any(f"{prefix}{name}_{part}" in state_dict for name in PROJECTIONS for part in PARTS):
+            for packed in self.packed_pair():
+                if not packed.codes.is_meta:
+                    packed.format.check_values(packed)
 
     def _packed(self, name: str, columns: int) -> SubOneBitTensor:
         *parts, minmax = (getattr(self, f"{name}_{part}") for part in PARTS)

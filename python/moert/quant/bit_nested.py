@@ -29,9 +29,10 @@ class BitNested(Format):
     group: int = 32
 
     name = "bit_nested"
+    codes_per_byte = 8  # of one plane
 
     def __post_init__(self):
-        if self.group not in (32, 64, 128):
+        if self.group not in (32, 64, 128) or isinstance(self.group, float):
             raise ValueError(f"group must be one of 32, 64, 128 for bit_nested, got {self.group}")
         if not 1 <= self.base <= 8:
             raise ValueError(f"base must be 1 to 8, got {self.base}")
@@ -71,6 +72,7 @@ class BitNested(Format):
     def check_values(self, packed: PackedTensor) -> None:
         if not packed.scales.isfinite().all():
             raise ValueError(f"scales must be finite for {self}, got inf or nan")
+        self.check_codes(packed.codes, packed.columns)
 
     def pack(self, w: Tensor) -> PackedTensor:
         w = float_weights(w)

@@ -14,6 +14,7 @@ from moert.ops.kinds import expect
 from moert.pages import in_large_pages
 
 PARTS = ("codes", "scales", "zeros")  # of a packed tensor
+CHECKED_AT_ONCE = 1 << 15  # bytes of codes: cached, and so few that torch starts no threads for them
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Format(ABC):
     name: str
     group: int | None = None  # columns of a scale; None: the whole row, or what `block` says
     scale_dtype = torch.float16
+    codes_per_byte: int
 
     @property
     def spelling(self) -> str:
@@ -84,6 +86,23 @@ class Format(ABC):
     @abstractmethod
     def check_values(self, packed: PackedTensor) -> None:
         """What the kernels take for granted, of bytes that come from a file."""
+
+    def foreign(self, codes: Tensor) -> Tensor | None:
+        """Which bytes are no codes of the format, not 0 there; None: every byte is one."""
+        return None
+
+    def after(self, last: Tensor, columns: int) -> Tensor:
+        """Not 0 where a byte with codes of so many columns, fewer than it has room for, has more bits than theirs."""
+        return last >> columns * (8 // self.codes_per_byte)
+
+    def check_codes(self, codes: Tensor, columns: int) -> None:
+        """codes uint8 [..., row_bytes]: all are the format's, and what a row has after its last column is 0."""
+        whole, left = divmod(columns, self.codes_per_byte)
+        if left and self.after(codes[..., whole], left).any() or codes[..., whole + (left > 0) :].any():
+            raise ValueError(f"codes must be 0 after column {columns} for {self}, got others")
+        for piece in codes.reshape(-1).split(CHECKED_AT_ONCE):
+            if (wrong := self.foreign(piece)) is not None and wrong.any():
+                raise ValueError(f"codes must be those of {self}, got byte {int(piece[wrong.bool()][0])}")
 
     def pack_each(self, matrices: Iterable[Tensor], shape: tuple[int, ...]) -> PackedTensor:
         """The matrices [rows, columns] of a tensor of this shape, one after the other: float32 of one at a time."""
@@ -126,9 +145,13 @@ class RowFormat(Format):
     groups = (None, 32, 64, 128)
 
     def __post_init__(self):
-        if self.group not in self.groups:
+        if self.group not in self.groups or isinstance(self.group, float):  # 32.0 in a config.json
             allowed = ", ".join(map(str, self.groups))
             raise ValueError(f"group must be one of {allowed} for {self.name}, got {self.group!r}")
+
+    @property
+    def codes_per_byte(self) -> int:
+        return self.weights_per_block // 16
 
     @property
     def block(self) -> tuple[int, int | None]:
@@ -156,6 +179,7 @@ class RowFormat(Format):
             raise ValueError(f"scales must be finite for {self}, got inf or nan")
         if packed.zeros is not None and (packed.zeros > 15).any():
             raise ValueError(f"zeros must be at most 15 for {self}, got {int(packed.zeros.max())}")
+        self.check_codes(packed.codes, packed.columns)
 
     def pack(self, w: Tensor) -> PackedTensor:
         rows = flat(float_weights(w)).numpy()

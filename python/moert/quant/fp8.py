@@ -20,6 +20,7 @@ class Fp8(Format):
 
     name = "fp8"
     scale_dtype = torch.float32
+    codes_per_byte = 1
 
     @property
     def block(self) -> tuple[int, int]:
@@ -37,8 +38,10 @@ class Fp8(Format):
     def check_values(self, packed: PackedTensor) -> None:
         if not packed.scales.isfinite().all():
             raise ValueError(f"scales must be finite for {self}, got inf or nan")
-        if (packed.codes & 0x7F == 0x7F).any():
-            raise ValueError(f"codes must be numbers for {self}, got nan")
+        self.check_codes(packed.codes, packed.columns)
+
+    def foreign(self, codes: Tensor) -> Tensor:
+        return codes & 0x7F == 0x7F  # NaN
 
     def pack(self, w: Tensor) -> PackedTensor:
         w = float_weights(w)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from moert.quant import reference
 from moert.quant.format import RowFormat
@@ -17,6 +18,9 @@ class Ternary2(RowFormat):
     name = "ternary2"
     weights_per_block = 64
 
+    def foreign(self, codes: Tensor) -> Tensor:
+        return codes & codes >> 1 & 0b01010101  # both bits of a code
+
 
 @dataclass(frozen=True)
 class Ternary5(RowFormat):
@@ -26,6 +30,12 @@ class Ternary5(RowFormat):
 
     name = "ternary5"
     weights_per_block = 80
+
+    def foreign(self, codes: Tensor) -> Tensor:
+        return codes * 243 > 242  # what 243 b / 256 leaves, in 8 bits: of two bytes with one number the second is none
+
+    def after(self, last: Tensor, columns: int) -> Tensor:
+        return (last.int() * 243 >> 8) % 3 ** (5 - columns)
 
 
 def round_ref(w: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import json
 
 from foreign import awq, fp8, gptq, mxfp4
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 SIZES |= {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -12,6 +12,21 @@ CONFIGS = {
     "qwen3": lambda: Qwen3MoeConfig(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, **SIZES),
     "qwen3-128": lambda: Qwen3MoeConfig(moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, **SIZES),
     "mixtral": lambda: MixtralConfig(intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, **SIZES),
+    "deepseek": lambda: DeepseekV3Config(  # a dense layer first, groups of experts, a shared one, latent attention
+        intermediate_size=64,
+        moe_intermediate_size=128,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        **SIZES | {"num_hidden_layers": 3, "head_dim": 8},
+    ),
     "gpt-oss": lambda: GptOssConfig(
         intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2, **SIZES
     ),

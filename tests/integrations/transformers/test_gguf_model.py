@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from foreign_checkpoint import CONFIGS, SIZES
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from k_quants import K_QUANTS, k_quantize
+from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
 
 from moert.integrations.transformers import InexactWarning, load_gguf
 from moert.integrations.transformers.quantized import PackedExperts
-from moert.quant import Int4, Int8, Mxfp4
+from moert.quant import Int4, Int8, Mxfp4, Ternary2
+from moert.quant.readers import gguf_experts
 from moert.testing import row_error
 
 IDS = torch.arange(14).view(2, 7) * 5 % 96
@@ -19,6 +21,13 @@ OLMOE = {name: size for name, size in SIZES.items() if name != "head_dim"}
 FAMILIES = {
     "qwen3moe": CONFIGS["qwen3"],
     "llama": CONFIGS["mixtral"],
+    # Blocks of 256 columns.
+    "wide": lambda: Qwen3MoeConfig(
+        moe_intermediate_size=256,
+        num_experts=4,
+        num_experts_per_tok=2,
+        **SIZES | {"hidden_size": 256, "head_dim": 64},
+    ),
     "olmoe": lambda: OlmoeConfig(intermediate_size=32, num_experts=4, num_experts_per_tok=2, **OLMOE),
 }
 NAMES = {
@@ -45,13 +54,13 @@ def numbers(config, arch):
         "context_length": config.max_position_embeddings,
         "expert_count": 4,
         "expert_used_count": config.num_experts_per_tok,
-        width: 32,
+        width: getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
     }
 
 
 def written(path, arch, kinds, skip=(), **change):
     """A file whose gate, up, down and attention are of these types; the float model of what is in it."""
-    config = FAMILIES[arch]()
+    config, arch = FAMILIES[arch](), "qwen3moe" if arch == "wide" else arch
     if arch == "qwen3moe":
         config.norm_topk_prob = True
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -62,8 +71,9 @@ def written(path, arch, kinds, skip=(), **change):
     writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
 
     def put(name, tensor, kind):
-        kind = gguf.GGMLQuantizationType[kind]
-        data = gguf.quants.quantize(tensor.detach().float().contiguous().numpy(), kind)
+        name_of_kind, kind = kind, gguf.GGMLQuantizationType[kind]
+        floats = tensor.detach().float().contiguous().numpy()
+        data = k_quantize(floats, name_of_kind) if name_of_kind in K_QUANTS else gguf.quants.quantize(floats, kind)
         if name not in skip:
             writer.add_tensor(name, data, raw_dtype=kind)
         with torch.no_grad():
@@ -117,6 +127,8 @@ def formats(model):
         ("qwen3moe", ("Q4_0", "Q4_0", "MXFP4", "Q5_0"), (Int4(32), Mxfp4())),
         ("llama", ("Q4_0", "Q4_0", "Q4_0", "Q8_0"), (Int4(32), Int4(32))),
         ("olmoe", ("Q8_0", "Q8_0", "Q8_0", "Q4_0"), (Int8(32), Int8(32))),
+        ("wide", ("TQ1_0", "TQ1_0", "TQ2_0", "Q4_K"), (Ternary2(128), Ternary2(128))),
+        ("wide", ("TQ2_0", "TQ1_0", "Q8_0", "Q6_K"), (Ternary2(128), Int8(32))),
     ],
 )
 def test_exact(arch, kinds, expected, tmp_path):
@@ -153,6 +165,32 @@ def test_converted_and_said(kinds, why, expected, tmp_path):
         model = load_gguf(tmp_path / "m.gguf", precision="full", dtype=torch.float32)
     assert formats(model) == [expected] * 2
     assert 0 < row_error(logits(model), logits(reference)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "kinds", [("Q4_K", "Q4_K", "Q6_K", "Q4_K"), ("Q5_K", "Q5_K", "Q5_K", "Q5_K"), ("Q6_K", "Q4_K", "TQ2_0", "Q6_K")]
+)
+def test_k_quants_are_converted_and_said(kinds, tmp_path):
+    reference = written(tmp_path / "m.gguf", "wide", kinds)
+    with pytest.warns(InexactWarning, match=f"converted to .*: no format has the numbers of {kinds[0]}"):
+        model = load_gguf(tmp_path / "m.gguf", precision="full")
+    assert formats(model) == [(Int8(128), Ternary2(128) if kinds[2] == "TQ2_0" else Int8(128))] * 2
+    assert 0 < row_error(logits(model), logits(reference)) < 0.05
+
+
+@pytest.mark.parametrize("arch", ["gpt-oss", "deepseek2"])
+def test_architectures_that_are_not_read(arch, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    writer.add_uint32(f"{arch}.expert_count", 4)
+    writer.add_tensor("blk.0.ffn_down_exps.weight", np.zeros((4, 2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=f"must be one of qwen3moe, olmoe, llama with experts, got {arch} of 4"):
+        load_gguf(tmp_path / "m.gguf")
+    ((name, read),) = gguf_experts(tmp_path / "m.gguf")
+    assert name == "blk.0.ffn_down_exps.weight" and read.packed.shape == (4, 2, 32)
 
 
 def test_errors(tmp_path):

@@ -84,6 +84,21 @@ def test_fp8_is_exact_where_its_blocks_end_with_gate_and_up(tmp_path):
     assert formats(again) == [(Fp8(), Fp8())] * 2 and row_error(logits(again), float_logits(floats)) < 0.03
 
 
+def test_deepseek_in_fp8_blocks(tmp_path):
+    foreign, floats = write(tmp_path, "deepseek", "fp8")
+    stored = load_file(foreign / "model.safetensors")
+    assert stored["model.layers.1.mlp.experts.3.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert "model.layers.0.mlp.gate_proj.weight_scale_inv" in stored  # of the dense layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InexactWarning)
+        model = load_quantized(foreign, precision="full", dtype=torch.float32)
+    assert formats(model) == [(Fp8(), Fp8())] * 2  # layers 1 and 2
+    assert row_error(logits(model), float_logits(floats)) < 5e-6
+    experts = next(module for module in model.modules() if isinstance(module, PackedExperts))
+    scales = [stored[f"model.layers.1.mlp.experts.3.{name}_proj.weight_scale_inv"] for name in ("gate", "up")]
+    assert torch.equal(experts.packed("w1").scales[3], torch.cat(scales))  # as they lie in the file
+
+
 def test_fp8_of_gate_and_up_in_one_block_is_converted_and_said(tmp_path):
     foreign, floats = write(tmp_path, "qwen3", "fp8")
     with pytest.warns(InexactWarning, match="16 converted to .*group=128.: gate and up share blocks of 128 rows"):
@@ -169,6 +184,14 @@ def test_truncated_files(tmp_path):
             load_quantized(foreign, dtype=torch.float32)
 
 
+def test_pickled_weights_are_not_read(tmp_path):
+    foreign, _ = write(tmp_path, "qwen3", "awq")
+    torch.save(load_file(foreign / "model.safetensors"), foreign / "pytorch_model.bin")
+    (foreign / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        load_quantized(foreign, dtype=torch.float32)
+
+
 def test_other_sizes_than_the_config(tmp_path):
     foreign, _ = write(tmp_path, "qwen3", "gptq")
     config = json.loads((foreign / "config.json").read_text())
@@ -195,6 +218,9 @@ def test_what_is_refused(tmp_path):
         load_quantized(foreign, convert="int3")
     with pytest.raises(ValueError, match="precision must be one of .*, got int3"):
         load_quantized(foreign, precision="int3")
+    for choice in (False, None):
+        with pytest.raises(ValueError, match=f"use_safetensors must be True, as pickled .* run code, got {choice}"):
+            load_quantized(foreign, use_safetensors=choice)
     config = json.loads((foreign / "config.json").read_text())
     for source, message in [
         ({"quant_method": "aqlm"}, "quant_method must be one of gptq, awq, .* got aqlm"),

@@ -1,14 +1,20 @@
 """Quantized checkpoints: packed in place, while loading, saved, loaded in another process."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from families import families, tiny_inputs, tiny_model
+from foreign_checkpoint import CONFIGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from outside import MODELS, outside_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moert import quantize_
 from moert.integrations.transformers import MoertConfig
@@ -127,6 +133,37 @@ def test_memory_falls():
     assert after < before / 5  # rows of 24 and 32 columns: blocks and scales weigh more than in real sizes
 
 
+MEASURED = """
+import sys, torch
+from moert import quantize_
+from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
+from transformers import AutoModelForCausalLM
+for name in ("first", "model"):  # libraries keep what they multiply in
+    model = AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}", dtype=torch.bfloat16)
+    reset_peak()
+    before = resident_bytes()
+    quantize_(model, "int4")
+print(peak_bytes() - before, resident_bytes() - before)
+"""
+
+
+def test_memory_of_one_packed_layer_beside_the_model(tmp_path):
+    """The float model is there when quantize_ begins; each layer's experts go as their packed ones come."""
+    H, E, layers = 512, 16, 6
+    sizes = {"hidden_size": H, "moe_intermediate_size": H, "num_experts_per_tok": 2, "vocab_size": 64, "head_dim": 8}
+    for name, num_experts, num_layers in (("first", 2, 1), ("model", E, layers)):
+        config = Qwen3MoeConfig(num_experts=num_experts, num_hidden_layers=num_layers, **sizes)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURED, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr
+    layer, packed = 3 * E * H * H * 2, 3 * E * H * H * 4.5 / 8
+    peak, left = map(int, done.stdout.split())
+    assert peak < packed + 0.25 * layer  # an expert in float32, twice: 0.25
+    assert left < 0.9 * layers * (packed - layer)
+
+
 def test_what_is_refused(tmp_path):
     model = model_of("Qwen3Moe")
     with pytest.raises(ValueError, match="format must be one of int8, .*, got int3"):
@@ -170,6 +207,13 @@ def test_what_is_refused(tmp_path):
         quantize_(model, "int4")
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_families_outside_the_interface_are_refused(family):
+    with pytest.raises(ValueError, match="model must hold experts of moert or transformers .*, got none in"):
+        quantize_(outside_model(family), "int4")
+    assert len(MODELS) == 8  # as docs/quantized.md lists them
+
+
 @pytest.mark.parametrize("fault", ["missing", "shape", "format", "values"])
 def test_broken_checkpoints(fault, tmp_path):
     model = model_of("Qwen3Moe")
@@ -190,3 +234,90 @@ def test_broken_checkpoints(fault, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match="experts.w[12]_scales|mismatch|scales must be finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["ternary2", "ternary5"])
+def test_bytes_that_are_no_codes(format, tmp_path):
+    model = model_of("Qwen3Moe")
+    quantize_(model, format)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.w1_codes"][1, 2, 0] = 60  # no four codes, and no five
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="codes must be those of Ternary.*, got byte 60"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def packed_checkpoint(folder, format):
+    """Rows of 64 and of 128 columns: several groups."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3-128"]()).float()
+    quantize_(model, format)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("format", "group", "message"),
+    [
+        ("int4", 64, "mismatch|must have shape"),
+        ("int4", None, ""),  # its own default: no lie
+        ("int4", 7, "group must be one of 32, 64, 128 for int4, got 7"),
+        ("int4", "32", "group must be one of 32, 64, 128 for int4, got '32'"),
+        ("int4", 32.0, "group must be one of 32, 64, 128 for int4, got 32.0"),
+        ("bit_nested", 32.0, "group must be one of 32, 64, 128 for bit_nested, got 32.0"),
+        ("int4", [32], "group must be one of 32, 64, 128 for int4, got"),
+        ("int8", 32, "mismatch|must have shape"),
+        ("mxfp4", 64, "group must be one of 32 for mxfp4, got 64"),
+        ("ternary2", 32, "mismatch|must have shape"),
+        ("fp8", 128, "group must be None for fp8"),
+        ("bit_nested", 128, "mismatch|must have shape"),
+        ("sub1", 32, "group must be None for sub1"),
+    ],
+)
+def test_a_config_that_lies_about_the_group(format, group, message, tmp_path):
+    config = json.loads((packed_checkpoint(tmp_path, format) / "config.json").read_text())
+    config["quantization_config"]["group"] = group
+    if "experts" in config["quantization_config"]:
+        for weights in config["quantization_config"]["experts"].values():
+            weights[1][1] = group
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not message:
+        assert logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()).isfinite().all()
+        return
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_flipped_bits(format, tmp_path):
+    """Anywhere in the file, or in the experts: an error, or a model that runs, with finite weights where scales are
+    float16 (those of fp8, mxfp4 and sub1 reach float32's end)."""
+    file = packed_checkpoint(tmp_path, format) / "model.safetensors"
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    spans = [each["data_offsets"] for name, each in header.items() if ".experts.w" in name]
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @given(st.booleans(), st.data())
+    def flip(in_experts, data):
+        begin, end = data.draw(st.sampled_from(spans)) if in_experts else (-start, len(whole) - start)
+        octets = bytearray(whole)
+        for _ in range(data.draw(st.integers(1, 3))):
+            octets[start + data.draw(st.integers(begin, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        file.unlink()  # what was loaded before may still be mapped
+        file.write_bytes(octets)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+            assert str(error)
+            return
+        assert logits(model).shape == (2, 7, 96)
+        if in_experts and format not in ("fp8", "mxfp4", "sub1"):
+            packed = [
+                w for module in model.modules() if isinstance(module, PackedExperts) for w in module.packed_pair()
+            ]
+            assert all(w.format.unpack(w).isfinite().all() for w in packed)
+
+    flip()

@@ -4,28 +4,21 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from k_quants import K_QUANTS, k_quantize
 from readers_contract import CONVERT, check_broken, check_converted, check_exact
 
 from moert.quant import Int4, Int8, Mxfp4, Ternary2
 from moert.quant.readers import Ggml
 
 EXACT = [("Q8_0", Int8(32)), ("Q4_0", Int4(32)), ("MXFP4", Mxfp4()), ("TQ1_0", Ternary2(128)), ("TQ2_0", Ternary2(128))]
-# The package quantizes neither K format: their blocks are random bytes with finite scales (at the end, or the start).
-K_QUANTS = {"Q4_K": (144, 0, 4), "Q5_K": (176, 0, 4), "Q6_K": (210, 208, 2)}
 
 
 def blocks(name, shape=(2, 6, 512)):
     """Random weights in a type, and the gguf package's dequantisation."""
     kind = gguf.GGMLQuantizationType[name]
     rng = np.random.default_rng(5)
-    if name in K_QUANTS:
-        size, start, length = K_QUANTS[name]
-        octets = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, size), dtype=np.uint8)
-        scales = rng.uniform(-1e-2, 1e-2, (*octets.shape[:-1], length // 2)).astype(np.float16)
-        octets[..., start : start + length] = scales.view(np.uint8)
-        octets = octets.reshape(*shape[:-1], -1)
-    else:
-        octets = gguf.quants.quantize(rng.standard_normal(shape, np.float32), kind)
+    w = rng.standard_normal(shape, np.float32)
+    octets = k_quantize(w, name) if name in K_QUANTS else gguf.quants.quantize(w, kind)
     return {"blocks": torch.from_numpy(octets)}, torch.from_numpy(gguf.quants.dequantize(octets, kind))
 
 
@@ -54,9 +47,17 @@ def test_converted(name):
     assert (CONVERT.unpack(packed) - expected).norm() < 0.012 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0", *K_QUANTS])
 def test_broken(name):
     check_broken(Ggml(name), blocks(name, (2, 512))[0], 40)
+
+
+@pytest.mark.parametrize("name,bound", [("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.025)])
+def test_the_blocks_of_k_quants_are_near_what_was_quantized(name, bound):
+    """Of the helper: its layout is the package's, apart from which it was written."""
+    w = np.random.default_rng(0).standard_normal((4, 512), np.float32)
+    back = gguf.quants.dequantize(k_quantize(w, name), gguf.GGMLQuantizationType[name])
+    assert np.linalg.norm(back - w) < bound * np.linalg.norm(w)
 
 
 def test_errors():

@@ -27,11 +27,16 @@ def load_quantized(
     """A Hugging Face checkpoint in GPTQ, AWQ, compressed-tensors, fp8 or mxfp4, as its config.json says.
 
     Experts keep the checkpoint's bits where a format of moert holds its numbers; where none does they are rounded to
-    `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's.
+    `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's;
+    weights that are pickled (.bin) are not read.
     """
+    if (
+        options.setdefault("use_safetensors", True) is not True
+    ):  # None too takes pickled files where there are no others
+        got = options["use_safetensors"]
+        raise ValueError(f"use_safetensors must be True, as pickled files can run code, got {got}")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=options.get("trust_remote_code", False))
     foreign_(config, _source(config), convert, precision)
-    options = {"use_safetensors": True} | options  # nothing that runs code
     return loaded(
         directory, *model_class.from_pretrained(directory, config=config, output_loading_info=True, **options)
     )
