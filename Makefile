@@ -108,9 +108,9 @@ size: $(READY)
 docs: $(READY)
 	$(PYTEST) -q tests/test_docs.py
 
-# Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for the layers.
+# Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for both, other ARGS for the layers.
 bench: $(READY)
-	$(BIN)/python bench/run.py --seconds 0.3
+	$(BIN)/python bench/run.py $(filter --quick --full --smoke --keep-memory,$(ARGS))
 	$(BIN)/python bench/layers.py $(ARGS)
 
 bench-peers: $(READY)
