@@ -34,11 +34,14 @@ test-cpp: $(READY)
 # Every instruction set with kernels of its own that this CPU has, but the highest, which all other targets use.
 # Registration, compilation and exchanges do not depend on it, test_every_isa… chooses for itself, avx512_vnni has
 # kernels of packed weights alone, avx512_bf16 of products of floats.  ISA_TESTS=tests: the whole suite under each.
-OF_KERNELS := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
+OF_KERNELS  := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
+OF_PRODUCTS := $(addprefix tests/,$(addprefix ops/test_,fused_experts.py fused_experts_main_grad.py grouped_gemm.py union_experts.py many_experts.py) test_numerics.py runtime/test_prepack.py)
+OF_PACKED   := $(addprefix tests/ops/test_,fused_experts_quantized.py fused_experts_quantized_groups.py fused_experts_quantized_int8_weights.py)
 test-isa: test-cpp
 	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
-	  $(BIN)/ctest --test-dir $(CPP) -Q; files=tests/ops; [ $$isa != avx512_vnni ] || files="tests/ops/test_fused_experts_quantized.py tests/ops/test_fused_experts_quantized_groups.py tests/ops/test_fused_experts_quantized_int8_weights.py"; \
-	  [ $$isa != avx512_bf16 ] || files="tests/ops/test_fused_experts.py tests/ops/test_grouped_gemm.py"; \
+	  $(BIN)/ctest --test-dir $(CPP) -Q; \
+	  case $$isa in avx512_vnni) files="$(OF_PACKED)";; avx512_bf16) files="$(OF_PRODUCTS)";; \
+	    *) files="tests/ops tests/test_numerics.py tests/test_determinism.py tests/runtime/test_prepack.py";; esac; \
 	  $(PYTEST) -q -m "not slow and not gpu" $(or $(ISA_TESTS),$$files $(OF_KERNELS)); done
 
 test-slow: $(READY)
