@@ -1,6 +1,7 @@
 // Rows to expert order and back: permute/<plan|there|back>/<model>/<dtype>/<routing>/T:<tokens>.
 //
-// GB/s are of bytes that have to be read and written, each once; the share is of the bandwidth of reading alone.
+// GB/s are of bytes that have to be read and written, each once; the share is of the bandwidth of reading memory, which
+// few rows that stay in the caches exceed.
 #include "moert/permute.h"
 
 #include "layers.h"
