@@ -113,7 +113,7 @@ def test_a_call_that_fails_costs_itself_and_a_process_that_dies_all_of_its_calls
     assert held.times == {}
 
 
-def run(monkeypatch, out, *arguments):
+def run(monkeypatch, out, *arguments, families=("moert",)):
     """layers.main without processes; the problems that it measured."""
     measured = []
 
@@ -123,7 +123,7 @@ def run(monkeypatch, out, *arguments):
         measured.append(problem)
         return row(problem)
 
-    monkeypatch.setattr(layers, "start", lambda options: ([Fake()], {}))
+    monkeypatch.setattr(layers, "start", lambda options: (list(map(Fake, families)), {}))
     monkeypatch.setattr(layers, "measure", measure)
     monkeypatch.setattr(layers, "ROOT", out.parent)
     monkeypatch.setattr("sys.argv", ["layers.py", "--out", str(out), *arguments])
@@ -155,6 +155,16 @@ def test_rows_of_other_settings_are_not_mixed(monkeypatch, tmp_path, other):
     with pytest.raises(SystemExit, match=f"got rows of another {name}: give --out"):
         run(monkeypatch, out, *FULL, *other)
     assert len(json.loads(out.read_text())["rows"]) == 2
+
+
+def test_rows_of_other_families_and_instruction_sets_are_not_mixed(monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    run(monkeypatch, out, *FULL)
+    with pytest.raises(SystemExit, match="got rows of another families: give --out"):
+        run(monkeypatch, out, *FULL, families=("moert", "vllm"))
+    monkeypatch.setattr("record._C.isa", lambda: "generic-er")
+    with pytest.raises(SystemExit, match="got rows of another isa: give --out"):
+        run(monkeypatch, out, *FULL)
 
 
 def test_sizes(monkeypatch):
