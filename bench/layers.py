@@ -107,9 +107,9 @@ def main() -> None:
     console = Console(width=170)
     families, absent = start(options)
     facts = bench_facts(families=[family.name for family in families], **settings_of(options))
-    rows = [Row(**row) for row in done_before(out, facts)] if options.full else []
     try:
-        limits = families[0].ask(limits=4 * seconds_of("read", options))["limits"]
+        rows = [Row(**row) for row in done_before(out, facts)] if options.full else []
+        limits = limits_of(families[0], options)
         say_limits(limits, console)
         with Progress(console=console) as progress:
             task = progress.add_task("layers", total=len(problems))
@@ -204,6 +204,14 @@ def start(options: argparse.Namespace) -> tuple[list[Family], dict[str, str]]:
         else:
             absent[name] = "no environment (make bench-peers)"
     return families, absent
+
+
+def limits_of(moert: Family, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each of LIMITS that this CPU has, before anything else is in memory."""
+    answer = moert.ask(limits=4 * seconds_of("read", options))
+    if "error" in answer:
+        sys.exit(f"the machine's limits must be measured, got {answer['error']}")
+    return answer["limits"]
 
 
 def measure(problem: Problem, families: list[Family], options: argparse.Namespace) -> Row:

@@ -167,6 +167,12 @@ def test_rows_of_other_families_and_instruction_sets_are_not_mixed(monkeypatch, 
         run(monkeypatch, out, *FULL)
 
 
+def test_nothing_is_measured_without_limits(monkeypatch, tmp_path):
+    monkeypatch.setattr(Fake, "ask", lambda self, **request: {"error": "RuntimeError: no memory"})
+    with pytest.raises(SystemExit, match="the machine's limits must be measured, got RuntimeError: no memory"):
+        run(monkeypatch, tmp_path / "rows.json", *FULL)
+
+
 def test_sizes(monkeypatch):
     for arguments, size in ((["--quick"], "quick"), ([], "usual"), (["--full"], "full"), (["--smoke"], "smoke")):
         monkeypatch.setattr("sys.argv", ["layers.py", *arguments])
