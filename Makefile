@@ -34,12 +34,15 @@ test-cpp: $(READY)
 # Every instruction set with kernels of its own that this CPU has, but the highest, which all other targets use.
 # Registration, compilation and exchanges do not depend on it, test_every_isa… chooses for itself, avx512_vnni has
 # kernels of packed weights alone, avx512_bf16 of products of floats.  ISA_TESTS=tests: the whole suite under each.
-OF_KERNELS := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
-PACKERS := $(foreach format,bit_nested int4 int8 mxfp4 ternary,tests/quant/test_$(format).py)
+OF_KERNELS  := -m "not slow and not gpu and not ranks" -k "not opcheck and not test_compile and not test_every_isa"
+OF_PRODUCTS := $(addprefix tests/,$(addprefix ops/test_,fused_experts.py fused_experts_main_grad.py grouped_gemm.py union_experts.py many_experts.py) test_numerics.py runtime/test_prepack.py)
+OF_PACKED   := $(addprefix tests/ops/test_,fused_experts_quantized.py fused_experts_quantized_groups.py fused_experts_quantized_int8_weights.py)
+PACKERS     := $(patsubst %,tests/quant/test_%.py,bit_nested int4 int8 mxfp4 ternary)
 test-isa: test-cpp
 	set -e; for isa in $(filter-out $(lastword $(ISAS)),$(ISAS)); do export MOERT_ISA=$$isa; echo "MOERT_ISA=$$isa"; \
-	  $(BIN)/ctest --test-dir $(CPP) -Q; files="tests/ops $(PACKERS)"; [ $$isa != avx512_vnni ] || files="tests/ops/test_fused_experts_quantized.py tests/ops/test_fused_experts_quantized_groups.py tests/ops/test_fused_experts_quantized_int8_weights.py"; \
-	  [ $$isa != avx512_bf16 ] || files="tests/ops/test_fused_experts.py tests/ops/test_grouped_gemm.py"; \
+	  $(BIN)/ctest --test-dir $(CPP) -Q; \
+	  case $$isa in avx512_vnni) files="$(OF_PACKED)";; avx512_bf16) files="$(OF_PRODUCTS)";; \
+	    *) files="tests/ops $(PACKERS) tests/test_numerics.py tests/test_determinism.py tests/runtime/test_prepack.py";; esac; \
 	  $(PYTEST) -q -m "not slow and not gpu" $(or $(ISA_TESTS),$$files $(OF_KERNELS)); done
 
 test-slow: $(READY)
@@ -109,9 +112,9 @@ size: $(READY)
 docs: $(READY)
 	$(PYTEST) -q tests/test_docs.py
 
-# Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for the layers.
+# Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for both, other ARGS for the layers.
 bench: $(READY)
-	$(BIN)/python bench/run.py --seconds 0.3
+	$(BIN)/python bench/run.py $(filter --quick --full --smoke --keep-memory,$(ARGS))
 	$(BIN)/python bench/layers.py $(ARGS)
 
 bench-peers: $(READY)

@@ -21,7 +21,7 @@ from gpu_clock import Clock
 from moert import cuda
 from moert.cli.machine import machine_facts
 from moert.testing import row_error
-from run import commit, default_path, save
+from record import commit, default_path, save, say
 
 DECODE, PREFILL = (1, 4, 8, 16, 64), (256, 1024, 8192)
 PERSISTENT = "moert persistent"  # moert with MOERT_PERSISTENT_GEMM=1
@@ -55,6 +55,7 @@ def main() -> None:
         facts = gpu_facts() if options.device == "cuda" else machine_facts(("torch",))
         out = options.out or default_path(facts.get("gpu", "cpu")).with_suffix(".gpu.json")
         save(out, {"machine": {**facts, "commit": commit("HEAD")}, "limits": limits, "rows": rows})
+        say(out, rows, console)
 
 
 def parse() -> argparse.Namespace:

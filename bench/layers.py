@@ -2,10 +2,12 @@
 
 moert and one process per family of peers (bench/peers; environments made by `make bench-peers`, else this one where it
 has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
-Beside every sample the machine's limits are sampled: bytes read per second and the rate of a product, in float32 or,
-where weights are packed, in int8.  A share is the median over the turns of limit over time, a ratio the median of peer
-over moert.  Over packed weights rows are float32 (kt-kernel's bfloat16), a peer rounds the same weights to its own
-formats of those bits, and every share is of the bytes that moert stores.
+Beside every sample the machine's limits are sampled: bytes read per second and the rate of a product, in float32, in
+bfloat16 where rows are and the CPU multiplies it, or, where weights are packed, in int8 or bfloat16.  A share is the
+median over the turns of limit over time, a ratio the median of peer over moert.  Over packed weights rows are float32
+(kt-kernel's bfloat16), a peer rounds the same weights to its own formats of those bits, and every share is of the bytes
+that moert stores.  Rows of a --full run go to bench/results, where it goes on when it was cut off, others to
+build/bench.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -24,12 +26,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from layers_plots import plot_peers, plot_roofline
-from moert.cli.machine import machine_facts, processor_name
-from peers.problem import FLOATS, LIMITS, PRODUCT_FLOP, READ_BYTES, Problem
-from run import ROOT, commit, default_path, save
+from layers_rows import Row, say_limits, show, title
+from peers.problem import FLOATS, LIMITS, Problem
+from record import ROOT, bench_facts, done_before, path_of, save, say
 
 MODELS = {  # H, I, E, k
     "Qwen3-30B-A3B": (2048, 768, 128, 8),
@@ -51,43 +52,6 @@ SLOW = 5  # times as slow as moert: one turn says enough
 FAMILIES = ("transformers", "vllm", "onnxruntime", "ggml", "kt")
 # What moert.runtime.keep_memory sets, for every family alike.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
-
-
-@dataclass
-class Row:
-    """One problem: the seconds of every turn of every provider, and the limits of that turn; of slow ones the first."""
-
-    problem: dict
-    bytes: float = 0.0
-    flop: float = 0.0
-    times: dict[str, list[float]] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    # Of a training step, beyond the weights and their gradients.
-    memory: dict[str, int] = field(default_factory=dict)
-    # Of all outputs of the first routing together, relative to float32 throughout.
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def ideal(self) -> list[float]:
-        """Seconds that the limits of each turn leave: the bytes or the product, whichever takes longer."""
-        bandwidth = (READ_BYTES / t for t in self.times["read"])
-        product = "int8 product" if Problem(**self.problem).packed else "product"
-        rate = (PRODUCT_FLOP / t for t in self.times[product])
-        return [max(self.bytes / b, self.flop / r) for b, r in zip(bandwidth, rate, strict=True)]
-
-    def providers(self) -> list[str]:
-        return [name for name in self.times if name not in LIMITS]
-
-    def share(self, name: str) -> float:
-        times = self.times[name]
-        return statistics.median(i / t for i, t in zip(self.ideal()[: len(times)], times, strict=True))
-
-    def best_peer(self) -> str | None:
-        peers = [name for name in self.providers() if not name.startswith("moert")]
-        return min(peers, key=lambda name: statistics.median(self.times[name]), default=None)
-
-    def ratio(self, name: str) -> float:
-        times = self.times[name]
-        return statistics.median(p / m for p, m in zip(times, self.times["moert"][: len(times)], strict=True))
 
 
 class Family:
@@ -139,13 +103,14 @@ class Family:
 def main() -> None:
     options = parse()
     problems = chosen(options)
-    out = options.out or default_path(processor_name()).with_suffix(".layers.json")
-    settings = {"threads": options.threads, "keep_memory": options.keep_memory}
-    facts = {**machine_facts(("torch",)), **settings, "commit": commit("HEAD")}
-    rows = done_before(out, facts) if options.full else []
-    console = Console(width=150)
+    out = options.out or path_of(options.full, ".layers.json", options.size)
+    console = Console(width=170)
     families, absent = start(options)
+    facts = bench_facts(families=[family.name for family in families], **settings_of(options))
     try:
+        rows = [Row(**row) for row in done_before(out, facts)] if options.full else []
+        limits = limits_of(families[0], options)
+        say_limits(limits, console)
         with Progress(console=console) as progress:
             task = progress.add_task("layers", total=len(problems))
             for problem in problems:
@@ -153,14 +118,15 @@ def main() -> None:
                 if asdict(problem) not in [row.problem for row in rows]:
                     rows.append(measure(problem, families, options))
                     if options.full:
-                        write(out, facts, rows, absent)
+                        write(out, facts, limits, rows, absent)
                 progress.advance(task)
     finally:
         for family in families:
             family.close()
     show(rows, absent, console)
     if not options.smoke:
-        write(out, facts, rows, absent)
+        write(out, facts, limits, rows, absent)
+        say(out, rows, console)
         for plot in (plot_roofline, plot_peers):
             console.print(f"Plot: {plot(rows, title, ROOT / 'build' / 'bench')}")
 
@@ -180,9 +146,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-memory", action="store_true", help="in every family, so that no page is fresh")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.size = next((name for name in ("quick", "full", "smoke") if getattr(options, name)), "usual")
     if options.smoke:
         options.turns, options.seconds = 1, 0.0
     return options
+
+
+def settings_of(options: argparse.Namespace) -> dict:
+    return {name: getattr(options, name) for name in ("threads", "keep_memory", "turns", "seconds")}
 
 
 def chosen(options: argparse.Namespace) -> list[Problem]:
@@ -235,6 +206,14 @@ def start(options: argparse.Namespace) -> tuple[list[Family], dict[str, str]]:
     return families, absent
 
 
+def limits_of(moert: Family, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each of LIMITS that this CPU has, before anything else is in memory."""
+    answer = moert.ask(limits=4 * seconds_of("read", options))
+    if "error" in answer:
+        sys.exit(f"the machine's limits must be measured, got {answer['error']}")
+    return answer["limits"]
+
+
 def measure(problem: Problem, families: list[Family], options: argparse.Namespace) -> Row:
     answers = {family: family.load(asdict(problem)) for family in families}
     missing = {name: why for answer in answers.values() for name, why in answer["missing"].items()}
@@ -263,19 +242,25 @@ def seconds_of(name: str, options: argparse.Namespace) -> float:
 def asked(
     calls: list[tuple[Family, str]], row: Row, request: Callable[[str], dict], without: Iterable[str] = ()
 ) -> Iterator[tuple[str, dict]]:
-    """The answer to every call; a family that dies is named, and its calls and what they gave are taken out."""
+    """The answer to every call; a call that fails is named, as are all of a family that dies, and taken out."""
     for family, name in list(calls):
         if name in without or (family, name) not in calls:
             continue
         try:
-            yield name, family.ask(**request(name))
+            answer = family.ask(**request(name))
         except RuntimeError as error:
-            for gone in family.providers:
-                row.missing[gone] = str(error)
-                for values in (row.times, row.memory, row.errors):
-                    values.pop(gone, None)
-            calls[:] = [call for call in calls if call[0] is not family]
-            require_moert(row)
+            gone, why = family.providers, str(error)
+        else:
+            if "error" not in answer:
+                yield name, answer
+                continue
+            gone, why = [name], answer["error"]
+        for lost in gone:
+            row.missing[lost] = why
+            for values in (row.times, row.memory, row.errors):
+                values.pop(lost, None)
+        calls[:] = [call for call in calls if call[0] is not family or call[1] not in gone]
+        require_moert(row)
 
 
 def check(problem: Problem, calls: list[tuple[Family, str]], row: Row) -> None:
@@ -304,44 +289,8 @@ def require_moert(row: Row) -> None:
         sys.exit(f"{title(row.problem)}: moert must run and be right, got {row.missing['moert']}")
 
 
-def title(problem: dict) -> str:
-    step = " training" if problem["training"] else ""
-    return f"{problem['model']} T={problem['T']} {problem['dtype']} {problem['routing']}{step}"
-
-
-def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
-    table = Table(title="ms of a layer (share of what the machine allows), medians of turns")
-    for column in ("layer", "moert", "prepacked or int8 rows", "best peer", "", "moert is faster by"):
-        table.add_column(column, justify="left" if column in ("layer", "best peer") else "right")
-    for row in rows:
-        peer = row.best_peer()
-        theirs = (peer, cell(row, peer), f"{row.ratio(peer):.2f}x") if peer else ("none", "", "")
-        other = next((cell(row, name) for name in row.providers() if name.startswith("moert ")), "")
-        table.add_row(title(row.problem), cell(row, "moert"), other, *theirs)
-    console.print(table)
-    for row in rows:
-        if row.memory:
-            taken = "; ".join(f"{name} {taken / 2**20:,.0f} MiB" for name, taken in row.memory.items())
-            console.print(f"{title(row.problem)}, memory beyond the weights and their gradients: {taken}")
-    gone = absent | {name: why for row in rows for name, why in row.missing.items()}
-    for name, why in gone.items():
-        console.print(f"{name}: not measured everywhere, {why}", style="yellow")
-
-
-def cell(row: Row, name: str) -> str:
-    return f"{1e3 * statistics.median(row.times[name]):.2f} ({row.share(name):.0%})"
-
-
-def done_before(path: Path, facts: dict) -> list[Row]:
-    """Rows of an earlier run of the same commit that was cut off."""
-    if not path.exists():
-        return []
-    value = json.loads(path.read_text())
-    return [Row(**row) for row in value["rows"]] if value["machine"] == facts else []
-
-
-def write(path: Path, facts: dict, rows: list[Row], absent: dict[str, str]) -> None:
-    save(path, {"machine": facts, "absent": absent, "rows": [asdict(row) for row in rows]})
+def write(path: Path, facts: dict, limits: dict, rows: list[Row], absent: dict[str, str]) -> None:
+    save(path, {"machine": facts, "limits": limits, "absent": absent, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ def plot_roofline(rows: list, title: Callable[[dict], str], folder: Path) -> Pat
     figure, axes = plt.subplots(figsize=(9, 6))
     intensity = sorted(row.flop / row.bytes for row in rows)
     bandwidth = statistics.median(READ_BYTES / t for row in rows for t in row.times["read"])
-    for product, name, color in (("product", "float32 product", "0.4"), ("int8 product", "int8 product", "0.7")):
+    for product, color in (("product", "0.4"), ("bfloat16 product", "0.55"), ("int8 product", "0.7")):
         times = [t for row in rows for t in row.times.get(product, ())]
+        name = "float32 product" if product == "product" else product
         if times:
             rate = statistics.median(PRODUCT_FLOP / t for t in times)
             xs = [intensity[0] / 2, rate / bandwidth, max(2 * intensity[-1], 2 * rate / bandwidth)]

@@ -1,14 +1,13 @@
 """The benches' only entry: tests first, then times.  `bench/run.py --help` says the options.
 
-Rows go to bench/results/<machine>.json (or --out): op, provider, mode, dtype, shape, seconds at p20/p50/p80, roofline
-share (the time that the machine's own limits would need, sampled beside the call, over the time taken: the median),
-threads, commit, date.
+Rows go to bench/results/<machine>.json of a --full run, which goes on where it was cut off, else to build/bench (or
+--out): op, provider, mode, dtype, shape, seconds at p20/p50/p80, roofline share (the time that the machine's own limits
+would need, sampled beside the call, over the time taken: the median), threads, commit, date.
 """
 
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -20,87 +19,146 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from moert.cli.machine import machine_facts
 from moert.info import openmp_runtimes
 from moert.runtime import keep_memory
 from moert.testing import BENCH_SHAPES, Shape, row_error
+from record import ROOT, bench_facts, commit, done_before, path_of, save, say
 from timing import Limits, interleaved, percentile
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "bench" / "python"
 sys.path.append(str(FILES))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "forward_backward")
+SECONDS = {"quick": 0.1, "usual": 0.3, "full": 1.0}  # for each provider of each row
+QUICK_SHAPES = 2
 
 
 def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.smoke:
-        options.dtype, options.shapes = ["float32"], 1
-    elif not options.raw:
-        run_tests(options.op)
+    if not options.smoke and not options.raw:
+        run_tests(options.op, options.quick)
     runtimes = openmp_runtimes()
     if len(runtimes) > 1:
         sys.exit(f"OpenMP must be loaded once, got {', '.join(runtimes)}")
-    facts = {**machine_facts(("torch",)), "threads": torch.get_num_threads(), "commit": commit("HEAD")}
     if options.keep_memory:
         keep_memory()
     limits = Limits([DTYPES[name] for name in options.dtype])
-    rows = beside_base(options) if options.base else [row for op in options.op for row in bench(op, options, limits)]
     if options.raw:
+        rows = [row for case in cases(options) for row in bench(*case, options, limits)]
         options.out.write_text(json.dumps(rows))
         return
-    rows = [{name: value for name, value in row.items() if name not in ("times", "ideals")} for row in rows]
+    console = Console(width=150)
     rates = limits.rates()
-    show(rows, rates)
+    console.print(f"This machine: {said(rates)}")
+    rows = beside_base(options) if options.base else every(options, limits, rates, console)
+    show(rows, rates, console)
     if options.out or not options.smoke:
-        save(options.out or default_path(facts["processor"]), {"machine": facts, "limits": rates, "rows": rows})
+        keep(options, rates, rows)
+        say(place(options), rows, console)
 
 
 def parse() -> argparse.Namespace:
     ops = sorted(path.stem.removeprefix("bench_") for path in FILES.glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help=f"bfloat16 and the first {QUICK_SHAPES} shapes")
+    size.add_argument("--full", action="store_true", help="for longer, and what was measured before is kept")
+    size.add_argument("--smoke", action="store_true", help="smallest shape, one call each, no tests")
     parser.add_argument("--op", nargs="+", default=ops, choices=ops)
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--shapes", type=int, default=99, help="only the first so many")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each provider of each row")
+    parser.add_argument("--shapes", type=int, help="only the first so many")
+    parser.add_argument("--seconds", type=float, help="time for each provider of each row")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--keep-memory", action="store_true", help="so that no page is fresh")
     parser.add_argument("--warm", action="store_true", help="a call right after another, not from cold caches")
     parser.add_argument("--base", metavar="REV", help="also build and time that commit, in turns with this one")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="smallest shape, one call each, no tests")
     parser.add_argument(
         "--raw", action="store_true", help=argparse.SUPPRESS
     )  # one turn of --base: only moert, all times
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.size = next((name for name in ("quick", "full", "smoke") if getattr(options, name)), "usual")
+    few = {"quick": (["bfloat16"], QUICK_SHAPES), "smoke": (["float32"], 1)}.get(options.size, (list(DTYPES), 99))
+    options.dtype, options.shapes = options.dtype or few[0], options.shapes or few[1]
+    options.seconds = SECONDS.get(options.size, 0.0) if options.seconds is None else options.seconds
+    return options
 
 
-def run_tests(ops: list[str]) -> None:
+def place(options: argparse.Namespace) -> Path:
+    return options.out or path_of(options.full and not options.base, ".json", "base" if options.base else options.size)
+
+
+def facts_of(options: argparse.Namespace) -> dict:
+    settings = {name: getattr(options, name) for name in ("seconds", "keep_memory")}
+    return bench_facts(threads=torch.get_num_threads(), **settings)
+
+
+def keep(options: argparse.Namespace, rates: dict, rows: list[dict]) -> None:
+    save(place(options), {"machine": facts_of(options), "limits": rates, "rows": rows})
+
+
+def run_tests(ops: list[str], quick: bool) -> None:
     """No speed of an operator that is wrong."""
     files = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in ops]
-    if subprocess.call([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", *files], cwd=ROOT):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu"]
+    command += ["-k", "test_forward or test_backward"] if quick else []
+    if subprocess.call([*command, *files], cwd=ROOT):
         sys.exit("the operators' tests must pass before they are timed")
 
 
-def bench(op: str, options: argparse.Namespace, limits: Limits) -> list[dict]:
-    """The rows of one operator."""
-    module = import_module(f"bench_{op}")
-    shapes = getattr(module, "SHAPES", BENCH_SHAPES)[: options.shapes]
-    rows = []
-    for dtype, shape, variant in product(options.dtype, shapes, getattr(module, "VARIANTS", (None,))):
-        torch.manual_seed(0)
-        case = module.case(shape, DTYPES[dtype], *([variant] if variant else []))
-        name = f"{op} {variant}" if variant else op
-        check(name, shape, case)
-        for mode in (mode for mode in options.mode if mode in getattr(module, "MODES", MODES)):
-            rows += measure(name, case, mode, dtype, shape, options, limits)
+def cases(options: argparse.Namespace) -> list[tuple]:
+    """op, dtype, shape, variant (or None) and modes of everything that was asked for."""
+    found = []
+    for op in options.op:
+        module = import_module(f"bench_{op}")
+        shapes = getattr(module, "SHAPES", BENCH_SHAPES)[: options.shapes]
+        modes = [mode for mode in options.mode if mode in getattr(module, "MODES", MODES)]
+        found += product([op], options.dtype, shapes, getattr(module, "VARIANTS", (None,)), [modes])
+    return found
+
+
+def every(options: argparse.Namespace, limits: Limits, rates: dict, console: Console) -> list[dict]:
+    """The rows of all cases; a full run keeps each case's at once and leaves out those that it has kept before."""
+    rows = done_before(place(options), facts_of(options)) if options.full else []
+    with Progress(console=console) as progress:
+        task = progress.add_task("operators", total=len(todo := cases(options)))
+        for op, dtype, shape, variant, modes in todo:
+            name = name_of(op, variant)
+            progress.update(task, description=f"{name} {dtype} {shape}")
+            done = [case_of(row) for row in rows]
+            if left := [mode for mode in modes if (name, str(shape), dtype, caches(options), mode) not in done]:
+                rows += map(without_samples, bench(op, dtype, shape, variant, left, options, limits))
+                if options.full:
+                    keep(options, rates, rows)
+            progress.advance(task)
     return rows
+
+
+def bench(op: str, dtype: str, shape: Shape, variant: str | None, modes: list[str], options, limits: Limits):
+    """The rows of one case."""
+    torch.manual_seed(0)
+    case = import_module(f"bench_{op}").case(shape, DTYPES[dtype], *([variant] if variant else []))
+    name = name_of(op, variant)
+    check(name, shape, case)
+    return [row for mode in modes for row in measure(name, case, mode, dtype, shape, options, limits)]
+
+
+def name_of(op: str, variant: str | None) -> str:
+    return f"{op} {variant}" if variant else op
+
+
+def caches(options: argparse.Namespace) -> str:
+    return "warm" if options.warm else "cold"
+
+
+def without_samples(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in ("times", "ideals")}
 
 
 def check(op: str, shape: Shape, case) -> None:
@@ -122,7 +180,7 @@ def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limi
     moved = (work * case.bytes if forward else case.step_bytes) / limits.work[case.like]
     computed = work * case.flop / limits.work[dtype]
     ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], times[dtype], strict=True)]
-    key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape), "caches": "warm" if options.warm else "cold"}
+    key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape), "caches": caches(options)}
     return [row({**key, "provider": name}, times[name], ideals) for name in calls]
 
 
@@ -163,7 +221,7 @@ def beside_base(options: argparse.Namespace) -> list[dict]:
                         samples = (before[name] + got[name] for name in ("times", "ideals"))
                         rows[key] = row({**got, "provider": provider}, *samples)
                         rows[key]["commit"] = revision if path else got["commit"]
-    return list(rows.values())
+    return [without_samples(row) for row in rows.values()]
 
 
 def build(revision: str, folder: Path) -> Path:
@@ -189,11 +247,15 @@ def turn(options: argparse.Namespace, op: str, site: Path | None, out: Path, tur
     return json.loads(out.read_text())
 
 
-def show(rows: list[dict], rates: dict) -> None:
-    """Milliseconds, and how many times as fast as torch (or the base commit) at the median."""
+def said(rates: dict) -> str:
     products = (f"{name} product {rates[name] / 1e9:.0f} GFLOP/s" for name in DTYPES if name in rates)
     moves = (f"{name} {rates[name] / 1e9:.1f} GB/s" for name in ("read", "copy"))
-    table = Table(title="; ".join((*moves, *products)))
+    return "; ".join((*moves, *products))
+
+
+def show(rows: list[dict], rates: dict, console: Console) -> None:
+    """Milliseconds, and how many times as fast as torch (or the base commit) at the median."""
+    table = Table(title=said(rates))
     for column in ("op", "shape", "dtype", "mode", "provider", "ms p50 (p20-p80)", "roofline", "speedup"):
         table.add_column(column, justify="right" if column in ("roofline", "speedup") else "left")
     base = {case_of(r): r["p50"] for r in rows if r["provider"] in ("torch", "base")}
@@ -201,33 +263,11 @@ def show(rows: list[dict], rates: dict) -> None:
         ms = f"{1e3 * r['p50']:.3f} ({1e3 * r['p20']:.3f}-{1e3 * r['p80']:.3f})"
         cells = (f"{r['roofline_share']:.0%}", f"{base[case_of(r)] / r['p50']:.2f}x")
         table.add_row(r["op"], r["shape"], r["dtype"], r["mode"], r["provider"], ms, *cells)
-    Console(width=150).print(table)
+    console.print(table)
 
 
 def case_of(row: dict) -> tuple:
-    return row["op"], row["shape"], row["dtype"], row["mode"]
-
-
-def save(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-    Console().print(f"{len(value['rows'])} rows in {path}")
-
-
-def default_path(processor: str) -> Path:
-    return ROOT / "bench" / "results" / (re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-") + ".json")
-
-
-def commit(revision: str) -> str | None:
-    """The commit's short name; None for HEAD outside a repository."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "--verify", revision], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode and revision != "HEAD":
-        sys.exit(f"base must be a commit, got {revision}")
-    return done.stdout.strip() or None
+    return row["op"], row["shape"], row["dtype"], row["caches"], row["mode"]
 
 
 if __name__ == "__main__":

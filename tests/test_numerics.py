@@ -7,7 +7,7 @@ import torch
 
 import moert
 from moert import ExpertLayout, Routing
-from moert.testing import DTYPES
+from moert.testing import DTYPES, random_routing
 
 BATCHES = (1, 2, 3, 7, 16, 64, 257, 1024)
 H, I, E, K = 72, 40, 4, 2
@@ -48,6 +48,26 @@ def test_a_token_does_not_depend_on_its_batch(dtype, transposed):
         gains = torch.zeros(len(rows), E).scatter(1, ids.long(), weights)
         union = moert.union_experts(x[rows], gains, torch.arange(E), w1, w2, activation="swiglu", layout=layout)
         return weights, ids, moved, h, moert.fused_experts(x[rows], routing, w1, w2, layout=layout), union
+
+    with moert.batch_invariant(True):
+        all_at_once = layer(torch.arange(len(x)))
+        for rows in batches(len(x)):
+            for one, among_all in zip(layer(rows), all_at_once, strict=True):
+                assert torch.equal(one, among_all[rows]), (len(rows), one.shape)
+
+
+@pytest.mark.parametrize("sizes", [(4112, 24), (24, 4112)], ids=["long rows of x", "long rows between the products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sums_of_experts_with_few_and_with_many_rows(dtype, sizes):
+    (H, I), E = sizes, 7
+    x, routing = torch.randn(max(BATCHES), H).to(dtype), random_routing(max(BATCHES), E, K, "zipf")
+    w1, w2 = (torch.randn(E, 2 * I, H) / H**0.5).to(dtype), (torch.randn(E, H, I) / I**0.5).to(dtype)
+
+    def layer(rows):
+        ids, weights = routing.ids[rows], routing.weights[rows]
+        plan = moert.permute_plan(ids, E)
+        h = moert.grouped_gemm(x[rows], w1, plan.offsets, tokens=plan.tokens)
+        return moert.unpermute(h, plan, weights), moert.fused_experts(x[rows], Routing(ids, weights, E), w1, w2)
 
     with moert.batch_invariant(True):
         all_at_once = layer(torch.arange(len(x)))

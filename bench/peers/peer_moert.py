@@ -9,7 +9,7 @@ from problem import PRODUCT_SIZE, READ_BYTES, Problem, kept
 from torch_inputs import inputs, made_weights, routings, tokens, training, weights
 
 import moert
-from moert import GluExperts
+from moert import _C, GluExperts
 from moert.quant.quantize import any_format_of
 from moert.runtime import huge_pages_
 
@@ -17,9 +17,9 @@ from moert.runtime import huge_pages_
 def providers(problem: Problem, threads: int) -> dict:
     torch.set_num_threads(threads)
     if problem.packed:
-        return _over_packed(problem) | _limits(packed=True)
+        return _over_packed(problem) | _beside(problem)
     if problem.training:
-        return _training(problem, threads) | _limits(packed=False)
+        return _training(problem, threads) | _beside(problem)
     x, experts, (prepacked, laid_out) = tokens(problem, threads), _experts(problem), _prepacked(problem)
     routed = [moert.Routing(ids, weights, problem.E) for ids, weights in routings(problem)]
 
@@ -28,7 +28,7 @@ def providers(problem: Problem, threads: int) -> dict:
             return experts(x, routed[turn]).float().numpy()
 
     mine = {"moert": partial(call, experts)} | ({"moert prepacked": partial(call, prepacked)} if laid_out else {})
-    return mine | _limits(packed=False)
+    return mine | _beside(problem)
 
 
 def weight_bytes(problem: Problem) -> int:
@@ -64,14 +64,23 @@ def _over_packed(problem: Problem) -> dict:
     return {"moert": partial(call, "auto")} | faster
 
 
-def _limits(packed: bool) -> dict:
+def limits(threads: int) -> dict:
+    """What the machine is measured by; a product in bfloat16 where the CPU has one, elsewhere it is of float32."""
+    torch.set_num_threads(threads)
     stream = torch.ones(READ_BYTES // 4)
     a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
-    limits = {"read": lambda turn: stream.sum(), "product": lambda turn: a @ b}
-    if packed:
-        c, d = torch.randint(-127, 128, (2, PRODUCT_SIZE, PRODUCT_SIZE), dtype=torch.int8)
-        limits["int8 product"] = lambda turn: torch._int_mm(c, d)
-    return limits
+    c, d = torch.randint(-127, 128, (2, PRODUCT_SIZE, PRODUCT_SIZE), dtype=torch.int8)
+    found = {"read": lambda turn: stream.sum(), "product": lambda turn: a @ b}
+    if _C.cpu_features()["avx512bf16"] or _C.cpu_features()["amx_bf16"]:
+        e, f = a.bfloat16(), b.bfloat16()
+        found["bfloat16 product"] = lambda turn: e @ f
+    return found | {"int8 product": lambda turn: torch._int_mm(c, d)}
+
+
+def _beside(problem: Problem) -> dict:
+    """The limits that hold for rows of this problem."""
+    wanted = ("read", "product", *problem.products)
+    return {name: call for name, call in limits(torch.get_num_threads()).items() if name in wanted}
 
 
 @kept

@@ -13,7 +13,7 @@ import numpy as np
 READ_BYTES = 4 * 2**26
 PRODUCT_SIZE = 1536
 PRODUCT_FLOP = 2 * PRODUCT_SIZE**3
-LIMITS = ("read", "product", "int8 product")
+LIMITS = ("read", "product", "bfloat16 product", "int8 product")
 ROUTINGS = 8  # calls rotate through them: the weights of one call are not left in a cache by the one before
 
 FLOATS = ("bfloat16", "float32")
@@ -45,6 +45,12 @@ class Problem:
         """The name in dtype, and the columns of a scale where it says so."""
         name, _, group = self.dtype.partition(":")
         return name, int(group) if group else None
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The limits of LIMITS that bound it: packed weights are multiplied in int8 or, by some, in bfloat16."""
+        named = {"float32": ("product",), "bfloat16": ("bfloat16 product",)}
+        return named.get(self.dtype, ("int8 product", "bfloat16 product"))
 
     @property
     def tolerance(self) -> float:

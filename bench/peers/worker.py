@@ -3,12 +3,17 @@
 Reads one JSON object a line and answers with one: {"load": problem} -> {"providers": [names], "missing": {name: why}}
 and, of moert, "weight_bytes": of all experts as they are stored,
 {"time": name, "seconds": s} -> {"times": [...]}, {"save": name, "path": file} -> {"saved": file},
-{"memory": name} -> {"bytes": what one call takes beyond what was there before it; null where Linux does not say}.
+{"memory": name} -> {"bytes": what one call takes beyond what was there before it; null where Linux does not say},
+{"limits": seconds} -> {"limits": {name: median seconds}} of moert's process.  A call that raises is answered with
+{"error": why}, and the others go on.
 """
 
+import ctypes
+import gc
 import importlib
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -37,8 +42,7 @@ class Worker:
             return answer | ({"weight_bytes": module.weight_bytes(problem)} if hasattr(module, "weight_bytes") else {})
         except Exception as error:  # whatever keeps a peer from running is what there is to report of it
             forget()  # others may need the memory
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            return {"providers": [], "missing": {self.family: why}}
+            return {"providers": [], "missing": {self.family: _said(error)}}
 
     def time(self, name: str, seconds: float) -> dict:
         """Times of single calls, at least one, for about that long; each call takes the next routing."""
@@ -51,18 +55,45 @@ class Worker:
         return {"times": times}
 
     def memory(self, name: str) -> dict:
-        self.providers[name](0)  # what is kept from call to call
+        """The peak of a call over what there was before it, once malloc has given back what it kept of other calls."""
+        self.providers[name](0)  # what libraries make once: code, tables, threads
+        gc.collect()
         try:
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before = _status("VmRSS")
             self.providers[name](0)
             return {"bytes": _status("VmHWM") - before}
-        except (OSError, LookupError):
+        except (OSError, LookupError, AttributeError):  # no Linux, or another C library
             return {"bytes": None}
+
+    def limits(self, seconds: float) -> dict:
+        self.providers = importlib.import_module(f"peer_{self.family}").limits(self.threads)
+        for call in self.providers.values():  # the first is slower
+            call(0)
+        taken = {name: statistics.median(self.time(name, seconds)["times"]) for name in self.providers}
+        self.providers = {}
+        return {"limits": taken}
+
+    def answer(self, request: dict) -> dict:
+        """To one line; the first name in it says what is asked."""
+        asked = next(iter(request))
+        try:
+            if asked == "save":
+                return self.save(request["save"], request["path"])
+            if asked == "time":
+                return self.time(request["time"], request["seconds"])
+            return {"load": self.load, "memory": self.memory, "limits": self.limits}[asked](request[asked])
+        except Exception as error:  # as in load
+            return {"error": _said(error)}
 
     def save(self, name: str, path: str) -> dict:
         np.save(path, np.asarray(self.providers[name](0), dtype=np.float32))
         return {"saved": path}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _status(field: str) -> int:
@@ -79,16 +110,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else a peer prints goes to stderr
     worker = Worker(sys.argv[1], int(sys.argv[2]))
     for line in sys.stdin:
-        request = json.loads(line)
-        if "load" in request:
-            answer = worker.load(request["load"])
-        elif "time" in request:
-            answer = worker.time(request["time"], request["seconds"])
-        elif "memory" in request:
-            answer = worker.memory(request["memory"])
-        else:
-            answer = worker.save(request["save"], request["path"])
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def test_report_has_every_number(first):
     assert set(report["providers"]) == set(generation["ids"]) == set(PROVIDERS)
     for row in report["providers"].values():
         assert row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0
+        assert row["training"]["tokens_per_second"] > 0
         assert row["peak_bytes"] > row["generation_bytes"] and row["prefill_tokens"] == 512 and row["rounds"] == 3
+    assert "Training, steps of 1,024 tokens, as many rounds, float32" in stdout
     same = len({tuple(ids) for ids in generation["ids"].values()}) == 1
     assert generation["same_tokens"] is same is ("Same tokens: eager = grouped_mm = moert, 6 of 6." in stdout)
     assert report["machine"]["torch"] and str(out / "report.json") in stdout.replace("\n", "")
@@ -75,6 +77,7 @@ def test_second_run_uses_the_checkpoint_and_retrain_does_not(first, tmp_path):
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == before
     report = json.loads((out / "report.json").read_text())
     rows = report["providers"]
+    assert [name for name in rows if "training" in rows[name]] == [*PROVIDERS]
     assert set(rows) == {*PROVIDERS, "moert int4"} and report["generation"]["dtype"] == "bfloat16"
     assert math.log(rows["moert"]["perplexity"]) == pytest.approx(first[2]["training"]["heldout_loss"], rel=2e-3)
     assert rows["moert int4"]["perplexity"] == pytest.approx(rows["moert"]["perplexity"], rel=0.02)

@@ -53,6 +53,16 @@ def test_sampling_follows_the_seed(generator):
     assert sample(1, top_k=1) == greedy == sample(3, top_p=1e-6)
 
 
+def test_training_steps_are_timed_and_the_weights_stay(generator):
+    before = {name: parameter.clone() for name, parameter in generator.model.named_parameters()}
+    ids = generator.generate(Request(PROMPT, 8)).ids
+    batches = [[[1, 2, 3, 4, 5, 6]] * 2, [[6, 5, 4, 3, 2, 1]] * 2]
+    times = generator.train(batches) + generator.train(batches)
+    assert len(times) == 4 and min(times) > 0
+    assert all(torch.equal(before[name], parameter) for name, parameter in generator.model.named_parameters())
+    assert not generator.model.training and generator.generate(Request(PROMPT, 8)).ids == ids
+
+
 def test_empty_prompt(generator):
     with pytest.raises(CommandError, match="prompt must be at least one token, got none"):
         generator.generate(Request("", 4))

@@ -9,7 +9,7 @@ from moert.cli.checkpoint import load_model
 from moert.cli.errors import CommandError
 from moert.cli.generation import Request
 from moert.cli.perplexity import nats
-from moert.cli.provider import Load, Provider, compare, packed_name
+from moert.cli.provider import Load, Provider, compare, packed_name, turns
 
 
 def test_a_process_answers_streams_and_dies_with_a_name(checkpoint):
@@ -38,11 +38,20 @@ def test_a_process_that_cannot_start_says_why(checkpoint):
         provider.wait()
 
 
+def test_another_provider_begins_each_round():
+    assert "".join(turns("abc", 3)) == "abcbcacab" and list(turns("abc", 0)) == []
+
+
 def test_packed_experts_beside_the_others(checkpoint):
     windows = [list(range(40, 60)), list(range(90, 100))]
     load = Load(checkpoint, threads=1, packings=("int4:32",))
-    compared = compare(load, Request("def f(", 3), Request("def f(", 1), 2, windows)
+    batches = [[list(range(40, 56)), list(range(90, 106))]] * 3
+    compared = compare(load, Request("def f(", 3), Request("def f(", 1), 2, windows, batches)
     rows = compared.rows
+    assert [name for name in rows if "training" in rows[name]] == ["eager", "grouped_mm", "moert"]
+    assert all(len(steps) == 2 * 3 for steps in compared.steps.values())
+    speed, times = rows["moert"]["training"].values()
+    assert speed * times["p50"] == pytest.approx(1e3 * 2 * 16) and times["p20"] <= times["p50"] <= times["p80"]
     assert list(rows) == ["eager", "grouped_mm", "moert", *load.packed] and load.packed[0] == packed_name("int4:32")
     for name, packing in (("moert", None), ("moert int4:32", "int4:32")):
         model = load_model(checkpoint, "moert", "auto", packing=packing)

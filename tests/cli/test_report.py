@@ -6,7 +6,15 @@ from rich.console import Console
 
 from moert.cli.errors import CommandError
 from moert.cli.generation import Difference
-from moert.cli.report import sameness, speed_table, waiting, weights_table, write_atomically, write_json
+from moert.cli.report import (
+    sameness,
+    speed_table,
+    training_table,
+    waiting,
+    weights_table,
+    write_atomically,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -81,6 +89,21 @@ def test_table_keeps_its_numbers_in_eighty_columns():
     for piece in ("12,346", "1,250.0", "114 (114-114)", "1,700", "1,234.0"):
         assert text.count(f"{piece} ") == 2, piece
     assert "…" not in text and text.count("MiB") == 2 and all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_training_beside_the_slowest():
+    times = {"p20": 90.0, "p50": 100.0, "p80": 1110.0}
+    rows = {
+        "eager": {"training": {"tokens_per_second": 10240.0, "milliseconds_per_step": times}},
+        "moert": {"training": {"tokens_per_second": 25600.0, "milliseconds_per_step": times}},
+        "moert int4": {},
+    }
+    console = Console(width=80, record=True, quiet=False)
+    console.print(training_table(rows, "title"))
+    text = console.export_text()
+    for piece in ("title", "10,240", "25,600", "1.00 x", "2.50 x", "100 (90.0-1,110)"):
+        assert piece in text, piece
+    assert "int4" not in text and all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_weights_beside_a_reference():

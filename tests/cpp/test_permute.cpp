@@ -1,5 +1,7 @@
 #include "moert/permute.h"
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -8,6 +10,7 @@
 #include <vector>
 
 #include "expect.h"
+#include "moert/dispatch.h"
 
 template <typename T>
 T from_float(float x) {
@@ -229,7 +232,49 @@ void stores_few_rows_of_many_tokens() {
   EXPECT(good);
 }
 
+// Rows that lie more than 2^31 elements and 2^32 bytes apart, in memory of which only the pages of the rows are there.
+void rows_beyond_32_bits() {
+  constexpr int64_t T = 3, S = 3, H = 40, stride = (int64_t(1) << 30) + 64;
+  constexpr auto bf16 = moert::DType::bf16;
+  void* memory =
+      mmap(nullptr, 2 * (2 * stride + H), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  EXPECT(memory != MAP_FAILED);
+  moert::bf16* x = static_cast<moert::bf16*>(memory);
+  const auto value = [](int64_t t, int64_t h) { return float(t < 0 ? 0 : 16 * t + h % 7 + 1); };
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t h = 0; h < H; ++h) x[t * stride + h] = moert::to_bf16(value(t, h));
+
+  const std::vector<int32_t> tokens = {2, -1, 0}, slots = {2, -1, 0};
+  std::vector<moert::bf16> rows(S * H), y(T * H), drows(S * H);
+  const std::vector<float> weights(T, 2);
+  std::vector<float> dweights(T, 7);
+  moert::cpu::permute_rows(x, stride, bf16, tokens.data(), T, S, H, 1, rows.data());
+  moert::cpu::unpermute_rows(x, stride, bf16, slots.data(), nullptr, x, stride, T, 1, S, H, 1, y.data());
+  moert::cpu::unpermute_rows_backward(x, stride, x, stride, bf16, tokens.data(), slots.data(), weights.data(), T, 1, S,
+                                      H, 1, drows.data(), dweights.data());
+  for (int64_t i = 0; i < T; ++i) {
+    double dot = 0;
+    for (int64_t h = 0; h < H; ++h) {
+      EXPECT(moert::to_float(rows[i * H + h]) == value(tokens[i], h));
+      EXPECT(moert::to_float(y[i * H + h]) == value(i, h) + value(slots[i], h));
+      EXPECT(moert::to_float(drows[i * H + h]) == 2 * value(tokens[i], h));
+      dot += value(slots[i], h) * value(i, h);
+    }
+    EXPECT(dweights[i] == float(dot));
+  }
+
+  // The row of slot 0 in a place of its own; those of slots 1 and 2 are rows 0 and 1 of the others.
+  const std::vector<int32_t> returned = {2, -1, 0};
+  moert::cpu::dispatch_combine(
+      {x + stride, stride, x + stride, stride, 0, 1, bf16, returned.data(), x, stride, T, 1, S, H}, 1, y.data());
+  for (int64_t i = 0; i < T; ++i)
+    for (int64_t h = 0; h < H; ++h)
+      EXPECT(moert::to_float(y[i * H + h]) == value(i, h) + value(i == 0 ? 2 : i == 1 ? -1 : 1, h));
+  EXPECT(munmap(memory, 2 * (2 * stride + H)) == 0);
+}
+
 int main() {
+  rows_beyond_32_bits();
   small_plan();
   small_capacity();
   no_tokens();

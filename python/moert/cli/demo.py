@@ -18,12 +18,21 @@ from moert.cli.generation import Request, first_difference
 from moert.cli.machine import machine_facts, where
 from moert.cli.packing import rounding
 from moert.cli.provider import PROVIDERS, Load, compare
-from moert.cli.report import sameness, speed_table, waiting, weights_table, write_atomically, write_json
+from moert.cli.report import (
+    sameness,
+    speed_table,
+    training_table,
+    waiting,
+    weights_table,
+    write_atomically,
+    write_json,
+)
 
 PROMPT = "class Reader:\n    def __init__(self, "
 MARGIN = 0.2  # nats per byte below the bigram model: less, and the model has learned little but pairs
 ROUNDS = 3
 PREFILL_BYTES = 512
+STEPS = 2  # of training in a round
 WINDOWS = 128  # of held-out text, those of the loss that training reports
 _RECORD = "training.json"
 
@@ -48,14 +57,16 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     verdict = _print_loss(record, console)
     prefill = Request(_ascii(corpus, PREFILL_BYTES), 1)
     windows = evenly_spaced(corpus.heldout, settings.sequence, WINDOWS).tolist() if load.packings else None
-    with waiting(console, f"Generating with {', '.join((*PROVIDERS, *load.packed))} …"):
-        compared = compare(load, request, prefill, ROUNDS, windows)
+    with waiting(console, f"Generating and training with {', '.join((*PROVIDERS, *load.packed))} …"):
+        compared = compare(load, request, prefill, ROUNDS, windows, _batches(settings, corpus))
     texts, rows = compared.texts, compared.rows
     differences = [d for name in PROVIDERS[1:] if (d := first_difference(texts["eager"], texts[name], name))]
     console.print(Panel(Text(request.prompt, style="dim").append(texts["moert"].text, style="default"),
                         title="moert, greedy" if request.temperature == 0 else "moert, sampled"))  # fmt: skip
     console.print(sameness(differences, len(texts["eager"].ids), PROVIDERS))
     console.print(speed_table(rows, _table_title(compared.dtype, where(load.device, torch.get_num_threads()))))
+    title = f"Training, steps of {settings.batch * settings.sequence:,} tokens, as many rounds, {compared.dtype}"
+    console.print(training_table(rows, title))
     if load.packings:
         tokens = WINDOWS * (settings.sequence - 1)
         console.print(weights_table(rows, f"Weights, and perplexity on {tokens:,} held-out bytes, {compared.dtype}"))
@@ -156,6 +167,16 @@ def _print_loss(record: dict, console: Console) -> float:
 def _margin(record: dict) -> float:
     """Nats per byte that the model is below the bigram model."""
     return record["bigram_loss"] - record["heldout_loss"]
+
+
+def _batches(settings, corpus: Corpus) -> list[list[list[int]]]:
+    """Windows of text for the steps of a round."""
+    import torch
+
+    from moert.cli.demo_train import random_windows
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    return [random_windows(corpus.train, settings, generator).tolist() for _ in range(STEPS)]
 
 
 def _ascii(corpus: Corpus, length: int) -> str:

@@ -105,7 +105,7 @@ def train(
     model = model.to(device)
     heldout = evenly_spaced(corpus.heldout, settings.sequence, 128)
     record = _new_record(settings, model, corpus, bigram_loss(corpus.train, heldout), device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = make_optimizer(model)
     generator = torch.Generator().manual_seed(settings.seed)
     begun = time.monotonic()
     for step in range(settings.steps):
@@ -114,7 +114,7 @@ def train(
         if progress >= 1:
             break
         _set_learning_rate(optimizer, settings.learning_rate * min(1, (step + 1) / settings.warmup) * (1 - progress))
-        loss, load = _train_step(model, optimizer, _random_windows(corpus.train, settings, generator).to(device))
+        loss, load = train_step(model, optimizer, random_windows(corpus.train, settings, generator).to(device))
         record.losses.append(loss)
         record.tokens_per_second = (step + 1) * settings.batch * settings.sequence / (time.monotonic() - begun)
         if (step + 1) % max(1, settings.steps // 5) == 0 and step + 1 < settings.steps:
@@ -147,7 +147,13 @@ def expert_load(router_logits: tuple[Tensor, ...], config: Qwen3MoeConfig) -> Te
     return torch.stack([torch.bincount(ids, minlength=config.num_experts) for ids in chosen])
 
 
-def _train_step(model, optimizer, ids: Tensor) -> tuple[float, Tensor]:
+def make_optimizer(model) -> torch.optim.Optimizer:
+    """Its learning rate is zero until it is set."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+
+def train_step(model, optimizer, ids: Tensor) -> tuple[float, Tensor]:
+    """ids [windows, sequence] -> nats per byte before the step, and the choices that fell on each expert [L, E]."""
     output = model(input_ids=ids, output_router_logits=True, use_cache=False)
     loss = _next_byte_loss(output.logits, ids)
     (loss + model.config.router_aux_loss_coef * _balance_loss(output.router_logits, model.config)).backward()
@@ -171,7 +177,8 @@ def _balance_loss(router_logits: tuple[Tensor, ...], config: Qwen3MoeConfig) -> 
     return config.num_experts * (shares * chances).sum(1).mean()
 
 
-def _random_windows(data: Tensor, settings: DemoSettings, generator: torch.Generator) -> Tensor:
+def random_windows(data: Tensor, settings: DemoSettings, generator: torch.Generator) -> Tensor:
+    """ids [batch, sequence] of a step."""
     starts = torch.randint(len(data) - settings.sequence + 1, (settings.batch, 1), generator=generator)
     return data[starts + torch.arange(settings.sequence)].long()
 

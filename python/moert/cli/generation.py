@@ -80,7 +80,12 @@ def summarize(prefills: list[Generation], decodes: list[Generation]) -> dict:
         "milliseconds_per_token": None,
     }
     if steps:
-        p20, _, _, p80 = quantiles(steps, n=5, method="inclusive") if len(steps) > 1 else 4 * steps
         row["decode_tokens_per_second"] = 1 / median(steps)
-        row["milliseconds_per_token"] = {"p20": 1e3 * p20, "p50": 1e3 * median(steps), "p80": 1e3 * p80}
+        row["milliseconds_per_token"] = milliseconds(steps)
     return row
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    """The median, and the spread around it."""
+    p20, _, _, p80 = quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else 4 * seconds
+    return {"p20": 1e3 * p20, "p50": 1e3 * median(seconds), "p80": 1e3 * p80}

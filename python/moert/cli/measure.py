@@ -1,7 +1,7 @@
 """One provider in a process of its own, so that its peak memory is its own: `python -m moert.cli.measure`.
 
 Reads Requests from stdin and answers with Generations on stdout, one JSON object a line; windows of tokens are answered
-with their perplexity.  provider.py is the other end.
+with their perplexity, batches of windows with the seconds of a training step of each.  provider.py is the other end.
 """
 
 import argparse
@@ -82,6 +82,7 @@ class Generator:
         self.peak = self.memory.peak()
         self.memory.reset_peak()
         self.loaded = self.memory.now()
+        self.optimizer = None
 
     @property
     def weight_bytes(self) -> int:
@@ -91,6 +92,23 @@ class Generator:
         """Of every token but the first of each window."""
         measured = [nats(self.model, torch.tensor([window], device=self.device)) for window in windows]
         return math.exp(sum(total for total, _ in measured) / sum(count for _, count in measured))
+
+    def train(self, batches: list[list[list[int]]]) -> list[float]:
+        """Seconds of a step of each batch, as demo_train trains; its learning rate is zero, so the weights stay."""
+        from moert.cli.demo_train import make_optimizer, train_step
+
+        batches = [torch.tensor(windows, device=self.device) for windows in batches]
+        self.model.train()
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model)
+            train_step(self.model, self.optimizer, batches[0])  # makes what the optimizer keeps
+        times = []
+        for ids in batches:
+            start = time.perf_counter()
+            train_step(self.model, self.optimizer, ids)
+            times.append(time.perf_counter() - start)
+        self.model.eval()
+        return times
 
     def generate(self, request: Request) -> Generation:
         inputs = self.tokenizer(request.prompt, return_tensors="pt")
@@ -174,6 +192,8 @@ def main() -> None:
             asked = json.loads(line)
             if "windows" in asked:
                 send({"perplexity": generator.perplexity(asked["windows"])})
+            elif "batches" in asked:
+                send({"seconds": generator.train(asked["batches"])})
             else:
                 send(asdict(generator.generate(Request(**asked))))
     except CommandError as error:

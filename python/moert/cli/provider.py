@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from moert.cli.errors import CommandError, first_line
-from moert.cli.generation import Generation, Request, summarize
+from moert.cli.generation import Generation, Request, milliseconds, summarize
 
 STOCK = ("eager", "grouped_mm")
 PROVIDERS = (*STOCK, "moert")
@@ -97,6 +97,11 @@ class Provider:
         self._ask({"windows": windows})
         return self._answer()["perplexity"]
 
+    def train(self, batches: list[list[list[int]]]) -> list[float]:
+        """Seconds of a training step of each batch of windows; the weights stay as they are."""
+        self._ask({"batches": batches})
+        return self._answer()["seconds"]
+
     def _ask(self, question: dict) -> None:
         if not self._ready:
             self.wait()
@@ -128,7 +133,10 @@ class Provider:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What every provider did, by its name: the traced text, prefills and decodes of the rounds, and what it weighs."""
+    """What every provider did, by its name: the traced text, prefills and decodes of the rounds, and what it weighs.
+
+    steps: seconds of training steps of step_tokens, of the providers whose experts are floats.
+    """
 
     texts: dict[str, Generation]
     prefills: dict[str, list[Generation]]
@@ -136,6 +144,8 @@ class Comparison:
     weight_bytes: dict[str, int]
     perplexities: dict[str, float]
     dtype: str
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    step_tokens: int = 0
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -143,8 +153,13 @@ class Comparison:
         return {
             name: {**summarize(self.prefills[name], self.decodes[name]), "weight_bytes": self.weight_bytes[name]}
             | ({"perplexity": self.perplexities[name]} if self.perplexities else {})
+            | ({"training": self._training(name)} if name in self.steps else {})
             for name in self.texts
         }
+
+    def _training(self, name: str) -> dict:
+        times = milliseconds(self.steps[name])
+        return {"tokens_per_second": 1e3 * self.step_tokens / times["p50"], "milliseconds_per_step": times}
 
 
 def compare(
@@ -153,8 +168,10 @@ def compare(
     prefill: Request,
     rounds: int,
     windows: list[list[int]] | None = None,
+    batches: list[list[list[int]]] | None = None,
 ) -> Comparison:
-    """All providers side by side: texts, prefills and decodes in interleaved rounds, perplexities of the windows."""
+    """All providers side by side: texts, prefills and decodes in interleaved rounds, perplexities of the windows, and
+    training steps of the batches, in as many rounds of their own, so that their memory is not a generation's."""
     names = (*PROVIDERS, *load.packed)
     with ExitStack() as stack:
         providers = [stack.enter_context(Provider(name, load)) for name in names]
@@ -163,12 +180,20 @@ def compare(
         texts = {p.experts: p.generate(replace(text, trace=True)) for p in providers}
         prefills: dict[str, list] = {name: [] for name in names}
         decodes: dict[str, list] = {name: [] for name in names}
-        for i in range(rounds):
-            # Another one goes first in each round: whoever follows finds a warmer or a busier machine.
-            first = i % len(providers)
-            for provider in providers[first:] + providers[:first]:
-                prefills[provider.experts].append(provider.generate(prefill))
-                decodes[provider.experts].append(provider.generate(text))
+        for provider in turns(providers, rounds):
+            prefills[provider.experts].append(provider.generate(prefill))
+            decodes[provider.experts].append(provider.generate(text))
         weights = {p.experts: p.weight_bytes for p in providers}
         perplexities = {p.experts: p.perplexity(windows) for p in providers} if windows else {}
-    return Comparison(texts, prefills, decodes, weights, perplexities, providers[0].dtype)
+        steps: dict[str, list[float]] = {}
+        for provider in turns(providers[: len(PROVIDERS)], rounds if batches else 0):
+            steps.setdefault(provider.experts, []).extend(provider.train(batches))
+    tokens = sum(map(len, batches[0])) if batches else 0
+    return Comparison(texts, prefills, decodes, weights, perplexities, providers[0].dtype, steps, tokens)
+
+
+def turns(providers: list[Provider], rounds: int) -> Iterator[Provider]:
+    """All of them in every round, and another one first in each: whoever follows finds a warmer or a busier machine."""
+    for i in range(rounds):
+        first = i % len(providers)
+        yield from providers[first:] + providers[:first]

@@ -72,6 +72,21 @@ def _digits(x: float) -> str:
     return f"{x:,.{2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
+def training_table(rows: dict[str, dict], title: str) -> Table:
+    """Of the rows that have trained: the speed, and how many times as fast as the slowest."""
+    trained = {name: row["training"] for name, row in rows.items() if "training" in row}
+    slowest = min(row["tokens_per_second"] for row in trained.values())
+    table = Table(title=title, title_justify="left", min_width=min(80, len(title)))
+    table.add_column("experts")
+    for heading in ("training\ntokens/s", "a step, ms\np50 (p20-p80)", "faster\nby"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in trained.items():
+        times = row["milliseconds_per_step"]
+        spread = f"{_digits(times['p50'])} ({_digits(times['p20'])}-{_digits(times['p80'])})"
+        table.add_row(name, f"{row['tokens_per_second']:,.0f}", spread, f"{row['tokens_per_second'] / slowest:.2f} x")
+    return table
+
+
 def weights_table(rows: dict[str, dict], title: str, reference: str = "moert") -> Table:
     """What each row weighs and, where it was measured, how well it predicts, beside the reference."""
     table = Table(title=title, title_justify="left", min_width=len(title))  # rich breaks a title that is wider

@@ -1,0 +1,181 @@
+import json
+from argparse import Namespace
+from dataclasses import asdict, replace
+
+import pytest
+from rich.console import Console
+
+import layers
+from layers_plots import plot_peers, plot_roofline
+from layers_rows import Row, cell, say_limits, show, title
+from peers.problem import PRODUCT_FLOP, READ_BYTES, Problem
+
+TINY = Problem("tiny", 64, 32, 8, 2, 5, "float32")
+
+
+def row(problem=TINY, **more):
+    """Reads 1 GB and multiplies 1 GFLOP a second; a byte and an operation cost as much."""
+    limits = {"read": [READ_BYTES / 1e9] * 3, "product": [PRODUCT_FLOP / 1e9] * 3}
+    times = {"moert": [2.0, 4.0, 1.0], "moert prepacked": [1.0, 1.0, 1.0], "torch loop": [4.0, 4.0, 4.0], "slow": [9.0]}
+    return Row(asdict(problem), bytes=1e9, flop=5e8, times=limits | times, **more)
+
+
+def test_a_share_is_the_median_of_limit_over_time():
+    assert row().share("moert") == pytest.approx(0.5)
+    assert row().share("slow") == pytest.approx(1 / 9)  # of the turns that it has
+    more = row()
+    more.flop = 4e9
+    assert more.share("torch loop") == pytest.approx(1)
+
+
+def test_a_ratio_is_of_the_same_turns():
+    assert row().ratio("torch loop") == pytest.approx(2)
+    assert row().ratio("slow") == pytest.approx(4.5)
+    assert row().best_peer() == "torch loop"
+    assert replace(row(), times={"moert": [1.0]}).best_peer() is None
+
+
+@pytest.mark.parametrize(
+    "dtype, product", [("float32", "product"), ("bfloat16", "bfloat16 product"), ("int4:32", "int8 product")]
+)
+def test_rows_are_held_to_the_product_of_their_type(dtype, product):
+    held = row(replace(TINY, dtype=dtype))
+    assert held.products() == ["product"]  # of a run without the other
+    held.times |= {name: [PRODUCT_FLOP / 1e8] * 3 for name in ("bfloat16 product", "int8 product")}
+    held.times[product] = [PRODUCT_FLOP / 1e10] * 3
+    held.flop = 2e10
+    assert held.ideal() == pytest.approx([2.0] * 3)
+
+
+def test_the_fastest_product_over_packed_weights_counts():
+    held = row(replace(TINY, dtype="int8"))
+    held.times |= {"int8 product": [PRODUCT_FLOP / 1e9] * 3, "bfloat16 product": [PRODUCT_FLOP / 2e9] * 3}
+    held.flop = 2e10
+    assert held.ideal() == pytest.approx([10.0] * 3)
+
+
+def test_the_table_has_share_and_spread():
+    assert cell(row(), "moert") == "2000.00 (1000.00-4000.00; 50%)"
+    console = Console(width=170, record=True)
+    show([row(missing={"vLLM vec": "too large"}, memory={"moert": 2**20})], {"kt": "no environment"}, console)
+    said = console.export_text()
+    for words in ("torch loop", "2.00x", "vLLM vec: not measured everywhere, too large", "kt: ", "moert 1 MiB"):
+        assert words in said
+
+
+def test_limits_are_said():
+    console = Console(width=170, record=True)
+    say_limits(
+        {"read": READ_BYTES / 2e10, "product": PRODUCT_FLOP / 1e11, "int8 product": PRODUCT_FLOP / 8e11}, console
+    )
+    said = console.export_text()
+    assert "read 20.0 GB/s; float32 product 100 GFLOP/s; int8 product 800 GOP/s" in said and "bfloat16" not in said
+
+
+def test_plots(tmp_path):
+    rows = [row(), row(replace(TINY, dtype="bfloat16", training=True))]
+    rows[1].times["bfloat16 product"] = rows[1].times["product"]
+    for plot in (plot_roofline, plot_peers):
+        path = plot(rows, title, tmp_path / "pictures")
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+class Fake:
+    """A family whose calls fail, or that dies of them, as it is told."""
+
+    def __init__(self, name="moert", failing=(), deadly=()):
+        self.name, self.failing, self.deadly = name, failing, deadly
+        self.providers = ["moert"] if name == "moert" else [f"{name} a", f"{name} b"]
+
+    def ask(self, **request):
+        if "limits" in request:
+            return {"limits": {"read": 1.0, "product": 1.0}}
+        if request["time"] in self.deadly:
+            raise RuntimeError("the process must answer, got exit -9")
+        return {"error": "MemoryError: too large"} if request["time"] in self.failing else {"times": [1.0]}
+
+    def close(self):
+        pass
+
+
+def test_a_call_that_fails_costs_itself_and_a_process_that_dies_all_of_its_calls():
+    families = [Fake(), Fake("fails", failing=["fails a"]), Fake("dies", deadly=["dies b"])]
+    calls = [(family, name) for family in families for name in family.providers]
+    held = Row(asdict(TINY), times={"dies a": [1.0]})
+    answered = [name for name, _ in layers.asked(calls, held, lambda name: {"time": name})]
+    assert answered == ["moert", "fails b", "dies a"]
+    assert [name for _, name in calls] == ["moert", "fails b"]
+    assert held.missing == {
+        "fails a": "MemoryError: too large",
+        "dies a": "the process must answer, got exit -9",
+        "dies b": "the process must answer, got exit -9",
+    }
+    assert held.times == {}
+
+
+def run(monkeypatch, out, *arguments, families=("moert",)):
+    """layers.main without processes; the problems that it measured."""
+    measured = []
+
+    def measure(problem, families, options):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(problem)
+        return row(problem)
+
+    monkeypatch.setattr(layers, "start", lambda options: (list(map(Fake, families)), {}))
+    monkeypatch.setattr(layers, "measure", measure)
+    monkeypatch.setattr(layers, "ROOT", out.parent)
+    monkeypatch.setattr("sys.argv", ["layers.py", "--out", str(out), *arguments])
+    try:
+        layers.main()
+    except KeyboardInterrupt:
+        return measured, False
+    return measured, True
+
+
+FULL = ("--full", "--model", "OLMoE", "--dtype", "float32", "--T", "1", "4", "16", "--routing", "uniform")
+
+
+def test_a_full_run_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    first, whole = run(monkeypatch, out, *FULL)
+    assert [problem.T for problem in first] == [1, 4] and not whole
+    then, whole = run(monkeypatch, out, *FULL)
+    assert [problem.T for problem in then] == [16] and whole
+    value = json.loads(out.read_text())
+    assert [kept["problem"]["T"] for kept in value["rows"]] == [1, 4, 16] and value["limits"]["read"] == 1.0
+
+
+@pytest.mark.parametrize("other", [("--turns", "3"), ("--seconds", "0.1"), ("--threads", "1"), ("--keep-memory",)])
+def test_rows_of_other_settings_are_not_mixed(monkeypatch, tmp_path, other):
+    out = tmp_path / "rows.json"
+    run(monkeypatch, out, *FULL)
+    name = other[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(SystemExit, match=f"got rows of another {name}: give --out"):
+        run(monkeypatch, out, *FULL, *other)
+    assert len(json.loads(out.read_text())["rows"]) == 2
+
+
+def test_rows_of_other_families_and_instruction_sets_are_not_mixed(monkeypatch, tmp_path):
+    out = tmp_path / "rows.json"
+    run(monkeypatch, out, *FULL)
+    with pytest.raises(SystemExit, match="got rows of another families: give --out"):
+        run(monkeypatch, out, *FULL, families=("moert", "vllm"))
+    monkeypatch.setattr("record._C.isa", lambda: "generic-er")
+    with pytest.raises(SystemExit, match="got rows of another isa: give --out"):
+        run(monkeypatch, out, *FULL)
+
+
+def test_nothing_is_measured_without_limits(monkeypatch, tmp_path):
+    monkeypatch.setattr(Fake, "ask", lambda self, **request: {"error": "RuntimeError: no memory"})
+    with pytest.raises(SystemExit, match="the machine's limits must be measured, got RuntimeError: no memory"):
+        run(monkeypatch, tmp_path / "rows.json", *FULL)
+
+
+def test_sizes(monkeypatch):
+    for arguments, size in ((["--quick"], "quick"), ([], "usual"), (["--full"], "full"), (["--smoke"], "smoke")):
+        monkeypatch.setattr("sys.argv", ["layers.py", *arguments])
+        assert layers.parse().size == size
+    with pytest.raises(SystemExit, match="must select a row, got none"):
+        layers.chosen(Namespace(smoke=False, full=False, quick=True, model=["OLMoE"], dtype=None, T=None, routing=None))
