@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """Kernels whose mangled name matches; their code for architectures that match must have what `has` matches, and what
-    `most` matches at most so many times.
+    """Kernels whose mangled name matches; their code for architectures that match must have what `has` matches, and at
+    most so often what `most` matches.
     """
 
     kernel: str
