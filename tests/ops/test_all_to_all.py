@@ -79,14 +79,14 @@ def test_errors():
     here = [
         r"rows must have shape [N=3, H], got [4, 2]",
         r"rows must have shape [N=3, H], got [3]",
-        f"facts must be integers or some of {', '.join(WORDS)}, got int4",
+        f"facts must be integers, None or some of {', '.join(WORDS)}, got int4",
         "trying to differentiate twice a function that was marked with @once_differentiable",
     ]
     everywhere = [
         "H must be the same on every rank, got 32 on ranks 0, 2, 16 on rank 1",
         "k must be the same on every rank, got 0 on rank 0, 1 on rank 1, 2 on rank 2",
         "the dtype of x must be the same on every rank, got float32 on ranks 1, 2, bfloat16 on rank 0",
-        "every rank must be able to dispatch, got an error on rank 2 (see there)",
+        "every rank must be able to go on, got an error on rank 2 (see there)",
     ]
     assert told[0] == told[1] == everywhere + here
     assert told[2] == [*everywhere[:3], "", *here]  # the rank that fails raises its own

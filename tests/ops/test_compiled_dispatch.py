@@ -113,7 +113,7 @@ def test_errors():
     text = "the dtype of x must be the same on every rank, got float32 on rank 0, float16 on rank 1"
     told = ranks(2, differs)
     assert all(text in each[0] for each in told)
-    assert "every rank must be able to dispatch, got an error on rank 1 (see there)" in told[0][1]
+    assert "every rank must be able to go on, got an error on rank 1 (see there)" in told[0][1]
     assert f"routing must be to E={E} experts, got {E + 1}" in told[1][1]
 
 

@@ -250,7 +250,7 @@ def test_errors():
         r"ids must have shape \[T=4, k\], got \[3, 2\]",
         "routing must be of type Routing, got tuple",
     ]
-    elsewhere = r"every rank must be able to dispatch, got an error on rank 1 \(see there\)"
+    elsewhere = r"every rank must be able to go on, got an error on rank 1 \(see there\)"
     for rank, texts in enumerate(told):
         *texts, fewer, narrower, rounded = texts
         expected = same + (own if rank == 1 else [elsewhere] * len(own))

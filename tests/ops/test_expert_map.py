@@ -74,3 +74,11 @@ def test_a_rank_holds_what_a_local_id_can_tell_apart():
     assert ExpertMap.of(None, 32767, 1).local_ids[-1] == 32766
     with pytest.raises(ValueError, match="placement must give a rank at most 32767 experts, got 32768"):
         ExpertMap.of(None, 32768, 1)
+
+
+def test_the_checksum_knows_of_which_experts_copies_are():
+    seen = {ExpertMap(torch.zeros(3).int(), torch.arange(3).int(), 1, copies).checksum for copies in ((), (0,), (1,))}
+    assert len(seen) == 3
+    again = ExpertMap(torch.zeros(3).int(), torch.arange(3).int(), 1, (1,))
+    with torch.device("meta"):  # whatever tensors are made on by default
+        assert again.checksum in seen

@@ -96,6 +96,16 @@ def words() -> None:
         with pytest.raises(RuntimeError, match=alone), roll_call.roll_call(None):
             raise RuntimeError("boom")
     dist.barrier()
+    with pytest.raises(torch.OutOfMemoryError, match="^boom$"), roll_call.roll_call(None):
+        raise torch.OutOfMemoryError("boom")
+    if rank == 0:  # as another process would have left it, in a store that outlives both
+        roll(dist.group.WORLD).set("1", "failed")
+    dist.barrier()
+    roll_call._seen.clear()
+    with roll_call.roll_call(None):
+        dist.barrier()
+    assert not roll(dist.group.WORLD).check(["1"])
+    dist.barrier()
     roll_call.store_of = gone
     ended = "every rank must take part in the exchange, the process that keeps the store ended: boom"
     with pytest.raises(RuntimeError, match=ended), roll_call.roll_call(None):

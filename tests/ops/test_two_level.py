@@ -186,5 +186,5 @@ def refused() -> list[str]:
 def test_errors():
     for rank, told in enumerate(ranks(4, refused)):
         assert told[0] == "H must be the same on every rank, got 4 on ranks 0, 2, 3, 3 on rank 1"
-        elsewhere = "every rank must be able to dispatch, got an error on rank 0 (see there)"
+        elsewhere = "every rank must be able to go on, got an error on rank 0 (see there)"
         assert told[1] == (elsewhere if rank else "routing must be of type Routing, got NoneType")

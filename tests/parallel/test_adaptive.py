@@ -291,14 +291,36 @@ def test_errors():
         for T in TOKENS[:2]
     ]
     assert told[1][13] == "rows added to experts (shared_experts) must have shape [0, 8], got [1, 1]"
-    assert told[0][13] == "every rank must be able to dispatch, got an error on rank 1 (see there)"
+    assert told[0][13] == "every rank must be able to go on, got an error on rank 1 (see there)"
     both = [
         "r must be the same on every rank, got 1 on rank 0, 0 on rank 1",
         "degree must be the same on every rank, got 1 on rank 0, 2 on rank 1",
         'r == "auto" must be the same on every rank, got no on rank 0, yes on rank 1',
     ]
     assert told[0][14:17] == told[1][14:17] == both
-    assert told[0][17] == "every rank must be able to dispatch, got an error on rank 1 (see there)"
+    assert told[0][17] == "every rank must be able to go on, got an error on rank 1 (see there)"
     assert told[1][17] == 'r must be "auto" or one of 0, 1, 2, got 5'
     needs = "the need for gradients must be the same on every rank, got no on rank 0, yes on rank 1"
     assert told[0][18] == told[1][18] == needs
+
+
+def one_rank_cannot() -> list[str]:
+    """What is wrong on one rank alone: the others do not wait for it."""
+    odd, told = dist.get_rank() == 1, []
+    for options in ({"r": 3}, {"window": 0}, {"local_size": 2.0}, {"local_size": 1}):
+        told.append(error_of(lambda options=options: AdaptiveExperts(experts_of(1), **(options if odd else {}))))
+    told.append(error_of(lambda: AdaptiveExperts(experts_of(3 if odd else 2))))
+    return told
+
+
+def test_an_error_of_one_rank():
+    own = [
+        'r must be "auto" or one of 0, 1, 2, got 3',
+        "window must be a whole number of at least 1, got 0",
+        "local_size must be of type int or None, got float",
+        "local_size must be the same on every rank, got None on rank 0, 1 on rank 1",
+        "experts must be a multiple or a divisor of the R=2 ranks, got 3",
+    ]
+    elsewhere = "every rank must be able to go on, got an error on rank 1 (see there)"
+    told = ranks(2, one_rank_cannot, timeout=60)
+    assert told[1] == own and told[0] == [elsewhere] * 3 + [own[3], elsewhere]

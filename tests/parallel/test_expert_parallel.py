@@ -411,7 +411,7 @@ def test_under_autocast():
 def one_rank_is_refused() -> None:
     """Rows to add that do not fit are an error on every rank, before anybody waits."""
     x = mine(tokens(2)[0], 2).contiguous()
-    odd, told = dist.get_rank() == 0, "every rank must be able to dispatch, got an error on rank 0"
+    odd, told = dist.get_rank() == 0, "every rank must be able to go on, got an error on rank 0"
     for degree in (1, 2):
         model = shard_experts_(layer(shared=False), degree=degree)
         with pytest.raises(ValueError if odd else RuntimeError, match="rows added to experts" if odd else told):
@@ -453,6 +453,9 @@ def options_differ() -> list[str]:
         {"local_size": 2 if odd else None},
         {"local_size": 1 if odd else 2},
         {"gradients": "mean" if odd else "sum"},
+        {"capacity": Capacity(5) if odd else None},
+        {"replicas": dist.group.WORLD if odd else None},
+        {"local_size": "2" if odd else 2},
         {"placement": [0] * E if odd else None},
     ):
         told.append(error_of(lambda call=call: ExpertParallel(GluExperts(E, H, I), **call)))
@@ -463,12 +466,15 @@ def options_differ() -> list[str]:
 
 def test_ranks_with_other_options_are_refused():
     told = ranks(4, options_differ)
-    elsewhere = "every rank must be able to dispatch, got an error on rank 1 (see there)"
+    elsewhere = "every rank must be able to go on, got an error on rank 1 (see there)"
     for rank, texts in enumerate(told):
         assert texts == [
-            "local_size must be the same on every rank, got 0 on ranks 0, 2, 3, 2 on rank 1",
+            "local_size must be the same on every rank, got None on ranks 0, 2, 3, 2 on rank 1",
             "local_size must be the same on every rank, got 2 on ranks 0, 2, 3, 1 on rank 1",
             "gradients must be the same on every rank, got sum on ranks 0, 2, 3, mean on rank 1",
+            "capacity must be the same on every rank, got None on ranks 0, 2, 3, 5 on rank 1",
+            "the number of replicas must be the same on every rank, got None on ranks 0, 2, 3, 4 on rank 1",
+            "local_size must be of type int or None, got str" if rank == 1 else elsewhere,
             "placement must give every rank an expert, got none for rank 1" if rank == 1 else elsewhere,
         ]
 

@@ -220,6 +220,6 @@ def _seeing(recorder: RoutingRecorder, name: str, second: str):
         else:
             # Where transformers spreads experts over ranks this is of all of them, and num_experts of this one alone.
             spread = getattr(module, "_is_expert_parallel", False)
-            recorder.see(name, routed, module.down_proj.shape[0] if spread else module.num_experts)
+            recorder.see(name, routed, next(module.parameters()).shape[0] if spread else module.num_experts)
 
     return see

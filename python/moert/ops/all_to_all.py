@@ -20,6 +20,8 @@ from moert.ops.two_level import TwoSteps, send_numbers
 from moert.pages import in_large_pages
 
 FAILED = -1  # as a rank's number of rows: it raised an error of its own instead
+NOTHING = -1  # as a fact that a rank does not have
+Fact = int | str | None
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,13 @@ class Counting:
     are None, which says by this that it is about to raise an error of its own.
     """
 
-    def __init__(self, counts: Tensor | list[int] | None, facts: dict[str, int | str], ranks: Ranks):
+    def __init__(self, counts: Tensor | list[int] | None, facts: dict[str, Fact], ranks: Ranks):
         self._ranks, self._facts = ranks, facts
         self._numbers = [_number(value) for value in facts.values()]
         self._failed = counts is None
         counts = [FAILED] * ranks.size if counts is None else counts.tolist() if isinstance(counts, Tensor) else counts
         self._counts = counts
-        self._said = torch.tensor([[count, *self._numbers] for count in counts], device=ranks.device)
+        self._said = torch.tensor([[n, *self._numbers] for n in counts], dtype=torch.int64, device=ranks.device)
         self._heard, self._between = torch.empty_like(self._said), None
         with ranks.guarded():
             if ranks.levels is None:
@@ -139,14 +141,21 @@ class Counting:
 
 def exchange_counts(
     counts: Tensor | list[int] | None,
-    facts: dict[str, int | str] | None = None,
+    facts: dict[str, Fact] | None = None,
     group: dist.ProcessGroup | Ranks | None = None,
 ) -> Splits:
-    """Counting, waited for: the Splits that all_to_all takes, which must be as the other ranks have them."""
-    return Counting(counts, facts or {}, Ranks.of(group)).wait()
+    """Counting, waited for: the Splits that all_to_all takes, which must be as the other ranks have them.
+
+    The names of the facts must be those of the others, in their order.
+    """
+    facts, ranks = facts or {}, Ranks.of(group)
+    with refusing(ranks, facts):
+        for value in facts.values():
+            _number(value)
+    return Counting(counts, facts, ranks).wait()
 
 
-def agree(facts: dict[str, int | str], ranks: Ranks) -> None:
+def agree(facts: dict[str, Fact], ranks: Ranks) -> None:
     """Every rank of the group must call it; where the facts differ all raise an error that says on which ranks."""
     exchange_counts([0] * ranks.size, facts, ranks)
 
@@ -275,16 +284,23 @@ WORDS = ("no", "yes", "none", "sum", "mean", "int8", "float8_e4m3", *(str(dtype)
 )))  # fmt: skip
 
 
-def _number(value: int | str) -> int:
+def _number(value: Fact) -> int:
+    if value is None:
+        return NOTHING
     if isinstance(value, str) and value not in WORDS:
-        raise ValueError(f"facts must be integers or some of {', '.join(WORDS)}, got {value}")
+        raise ValueError(f"facts must be integers, None or some of {', '.join(WORDS)}, got {value}")
     return WORDS.index(value) if isinstance(value, str) else value
 
 
-def _raise_difference(heard: list[list[int]], facts: dict[str, int | str], group: dist.ProcessGroup | None) -> None:
+def _told(number: int, own: Fact) -> Fact:
+    """What a number stands for, of a fact that is this on this rank."""
+    return WORDS[number] if isinstance(own, str) else None if number == NOTHING else number
+
+
+def _raise_difference(heard: list[list[int]], facts: dict[str, Fact], group: dist.ProcessGroup | None) -> None:
     failed = [rank for rank, (count, *_) in enumerate(heard) if count == FAILED]
     if failed:
-        raise RuntimeError(f"every rank must be able to dispatch, got an error on {named(failed, group)} (see there)")
+        raise RuntimeError(f"every rank must be able to go on, got an error on {named(failed, group)} (see there)")
     for column, (name, own) in enumerate(facts.items(), 1):
         holders: dict[int, list[int]] = {}
         for rank, row in enumerate(heard):
@@ -292,5 +308,5 @@ def _raise_difference(heard: list[list[int]], facts: dict[str, int | str], group
         if len(holders) > 1:
             # What most ranks say comes first, so that the odd one out is the last word.
             told = sorted(holders.items(), key=lambda item: -len(item[1]))
-            got = ", ".join(f"{WORDS[v] if isinstance(own, str) else v} on {named(ranks, group)}" for v, ranks in told)
+            got = ", ".join(f"{_told(v, own)} on {named(ranks, group)}" for v, ranks in told)
             raise RuntimeError(f"{name} must be the same on every rank, got {got}")

@@ -77,7 +77,7 @@ class ExpertMap:
     @cached_property
     def checksum(self) -> int:
         """A number that two different maps hardly share: ranks compare it before they exchange anything."""
-        copies = torch.tensor(self.copy_of, dtype=torch.int32)
+        copies = torch.tensor(self.copy_of, dtype=torch.int32, device="cpu")
         parts = (part.numpy().tobytes() for part in (self.expert_to_rank, self.local_ids, copies))
         return reduce(lambda sum_so_far, part: zlib.crc32(part, sum_so_far), parts, 0)
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 PATIENCE = 10.0  # seconds for the others to come to the exchange that failed, and to fail in it
-LAST = 0.75  # of these for the last one: it may be the cause, or only slower than its peers
+LAST = 0.75  # seconds for the last of them alone: it may be the cause, or only slower than its peers
 PAUSE = 0.05  # between two looks into the store
 
+_seen: WeakSet[dist.ProcessGroup] = WeakSet()
 _failed: WeakSet[dist.ProcessGroup] = WeakSet()  # on which this rank's last exchange did
 
 
@@ -26,12 +28,22 @@ def roll_call(group: dist.ProcessGroup | None) -> Iterator[None]:
     They have ended, hang, or are late: the others are given PATIENCE to fail as well.
     """
     group = group or dist.group.WORLD
+    if group not in _seen:  # the store may be older than this process, which another may have been before
+        _seen.add(group)
+        _take_back(group)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of this rank alone
     except RuntimeError as error:
         raise RuntimeError(_told(str(error), group)) from error
     if group in _failed:  # it goes on: what it said before is no word on a later failure
         _failed.discard(group)
+        _take_back(group)
+
+
+def _take_back(group: dist.ProcessGroup) -> None:
+    if group in _world.pg_map and dist.get_world_size(group) > 1:
         roll(group).delete_key(str(dist.get_rank(group)))
 
 

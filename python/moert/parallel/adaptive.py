@@ -16,6 +16,7 @@ from moert.experts.glu import GluExperts
 from moert.ops.all_to_all import agree, exchange_counts, refusing
 from moert.ops.kinds import expect
 from moert.ops.ranks import Ranks
+from moert.parallel.expert_parallel import check_local_size
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.parallel.settings import DEGREES, Setting, SettingsCache, check_window
 from moert.parallel.slices import SlicedExperts, divisors
@@ -65,27 +66,23 @@ class AdaptiveExperts(Experts):
         pulse: Pulse | None = None,
     ):
         super().__init__()
-        expect(GluExperts, experts=experts)
         self.group = process_group(group)
-        check_window(window)
-        E, R = experts.num_experts, dist.get_world_size(self.group)
-        if E % R and R % E:
-            raise ValueError(f"experts must be a multiple or a divisor of the R={R} ranks, got {E}")
-        s = max(1, R // E)
-        if experts.intermediate % s:
-            raise ValueError(f"experts must have an intermediate size that {s} divides, got {experts.intermediate}")
-        if experts.down_proj_bias is not None and experts.hidden % s:
-            raise ValueError(f"experts with bias must have a hidden size that {s} divides, got {experts.hidden}")
-        self.num_experts, self.hidden, self.s, self.window = E, experts.hidden, s, window
-        self.slices = SlicedExperts(experts, s, self.group, gradients=gradients, replicas=replicas, pulse=pulse)
+        ranks = Ranks(self.group, None if pulse is None else pulse.exchanging)
+        self.r, self.degree, self.levels, self.window = r, degree, levels, window
+        with refusing(ranks, ("local_size",)):
+            self.s = _slices_of_each(experts, ranks.size)
+            check_window(window)
+            check_local_size(local_size, ranks.size)
+            near = local_size is not None and 1 < local_size < ranks.size
+            self.allowed = {"r": (0, *divisors(self.s)), "degree": DEGREES, "levels": (1, 2)[: 1 + near]}
+            self._check_settings()
+        agree({"local_size": local_size}, ranks)
+        self.num_experts, self.hidden = experts.num_experts, experts.hidden
+        self.slices = SlicedExperts(experts, self.s, self.group, gradients=gradients, replicas=replicas, pulse=pulse)
         self._ways = [self.slices.ranks]
-        agree({"local_size": local_size or 0}, self.slices.ranks)
-        in_nodes = local_size and Ranks.in_nodes(local_size, self.group, self.slices.ranks.guard)
-        if in_nodes and in_nodes.levels is not None:
-            self._ways.append(in_nodes)
-        self.allowed = {"r": (0, *divisors(s)), "degree": DEGREES, "levels": (1, 2)[: len(self._ways)]}
-        self.r, self.degree, self.levels = r, degree, levels
-        self._check_settings()
+        if local_size is not None:
+            in_nodes = Ranks.in_nodes(local_size, self.group, self.slices.ranks.guard)
+            self._ways += [in_nodes] if near else []
         self.caches: dict[tuple, SettingsCache] = {}  # by r, degree, levels and whether gradients flow
         self._clocks: dict[tuple, _Clock] = {}
 
@@ -186,6 +183,19 @@ class AdaptiveExperts(Experts):
     def extra_repr(self) -> str:
         asked = ", ".join(f"{name}={getattr(self, name)}" for name in NAMES)
         return f"num_experts={self.num_experts}, slices_of_each={self.s}, {asked}"
+
+
+def _slices_of_each(experts: GluExperts, num_ranks: int) -> int:
+    expect(GluExperts, experts=experts)
+    E, R = experts.num_experts, num_ranks
+    if E % R and R % E:
+        raise ValueError(f"experts must be a multiple or a divisor of the R={R} ranks, got {E}")
+    s = max(1, R // E)
+    if experts.intermediate % s:
+        raise ValueError(f"experts must have an intermediate size that {s} divides, got {experts.intermediate}")
+    if experts.down_proj_bias is not None and experts.hidden % s:
+        raise ValueError(f"experts with bias must have a hidden size that {s} divides, got {experts.hidden}")
+    return s
 
 
 def _yes(true: bool) -> str:

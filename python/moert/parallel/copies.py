@@ -32,6 +32,15 @@ class Copies:
     num_shared: int  # S
 
     @classmethod
+    def placed(cls, placement, num_experts: int, num_ranks: int, rank: int, local_size: int | None) -> "Copies":
+        """placement: expert_to_rank, any sequence of integers, a PlacedLayer, or None: contiguous blocks."""
+        where = ExpertMap.of(getattr(placement, "expert_to_rank", placement), num_experts, num_ranks)
+        copies = cls.of(where, getattr(placement, "replicas", ()), rank, local_size)
+        if 0 in copies.map.held:
+            raise ValueError(f"placement must give every rank an expert, got none for rank {copies.map.held.index(0)}")
+        return copies
+
+    @classmethod
     def of(cls, experts: ExpertMap, replicas: Sequence[tuple[int, int]], rank: int, local_size: int | None) -> "Copies":
         """replicas: further (expert, rank); every pair is another one."""
         E, R = experts.num_experts, experts.num_ranks
@@ -42,8 +51,7 @@ class Copies:
                 raise ValueError(f"replicas of a placement must be {asked}, got ({expert}, {holder})")
             holders[expert][holder] = number
         ranks = [*experts.expert_to_rank.tolist(), *(holder for _, holder in replicas)]
-        placed = ExpertMap.of(ranks, len(ranks), R)
-        everywhere = replace(placed, copy_of=tuple(expert for expert, _ in replicas))
+        everywhere = replace(ExpertMap.of(ranks, len(ranks), R), copy_of=tuple(expert for expert, _ in replicas))
         nearest = [_nearest(each, rank, local_size) for each in holders]
         expert_of = [*range(E), *(expert for expert, _ in replicas)]
         expert_ids = [expert_of[number] for number in everywhere.experts_of(rank)]

@@ -17,7 +17,6 @@ from moert.experts.glu import GluExperts
 from moert.ops.all_to_all import Splits, agree, refusing
 from moert.ops.autocast import autocast
 from moert.ops.dispatch import FACTS, Dispatched, dispatch, start_combine
-from moert.ops.expert_map import ExpertMap
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
 from moert.ops.rank_capacity import Capacity
@@ -32,7 +31,9 @@ if TYPE_CHECKING:
     from moert.placement import ExpertPlacement
 
 GRADIENTS = ("sum", "mean")
-OPTIONS = ("local_size", "gradients")  # that ranks compare when a layer is made; all else at each call
+# What ranks compare when a layer is made: those that differ would wait in exchanges that the others do not make.
+# Degree, payload, placement and more are compared at each call.
+OPTIONS = ("local_size", "gradients", "capacity", "the number of replicas")
 
 
 class Traffic(NamedTuple):
@@ -81,17 +82,21 @@ class ExpertParallel(Experts):
         self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
         self.ranks = Ranks(self.group, None if pulse is None else pulse.exchanging)
         with refusing(self.ranks, OPTIONS):
-            _check(experts, gradients, degree, payload, capacity, local_size)
-            where = getattr(placement, "expert_to_rank", placement)
-            places = ExpertMap.of(where, experts.num_experts, self.ranks.size)
-            self.copies = Copies.of(places, getattr(placement, "replicas", ()), self.ranks.rank, local_size)
-            self.map = self.copies.map
-            if 0 in self.map.held:
-                raise ValueError(
-                    f"placement must give every rank an expert, got none for rank {self.map.held.index(0)}"
-                )
-        # Ranks that differ in these would wait for each other in groups and sums that the others do not make.
-        agree(dict(zip(OPTIONS, (local_size or 0, gradients), strict=True)), self.ranks)
+            _check(experts, gradients, degree, payload, capacity)
+            check_local_size(local_size, self.ranks.size)
+            at = experts.num_experts, self.ranks.size, self.ranks.rank, local_size
+            self.copies = Copies.placed(placement, *at)
+        self.map = self.copies.map
+        holders = None if self.replicas is None else dist.get_world_size(self.replicas)
+        agree(
+            {
+                "local_size": local_size,
+                "gradients": gradients,
+                "capacity": capacity and capacity.rows,
+                "the number of replicas": holders,
+            },
+            self.ranks,
+        )
         if local_size is not None:
             self.ranks = Ranks.in_nodes(local_size, self.group, self.ranks.guard)
         self.num_experts, self.gradients, self.degree = experts.num_experts, gradients, degree
@@ -100,8 +105,7 @@ class ExpertParallel(Experts):
         self.traffic: Traffic | None = None
         self.expert_ids = self.copies.expert_ids
         self.local = _part(experts, self.expert_ids)
-        holders = 1 if self.replicas is None else dist.get_world_size(self.replicas)
-        self.parts = holders * self.map.num_ranks if gradients == "mean" else 1
+        self.parts = (holders or 1) * self.map.num_ranks if gradients == "mean" else 1
 
     def forward(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None = None) -> Tensor:
         """Plus what an Onto adds, or what shared experts make of x, which compute while the tokens travel."""
@@ -180,7 +184,7 @@ class ExpertParallel(Experts):
         return f"{ranks}, copies={copies}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
 
 
-def _check(experts, gradients, degree, payload, capacity, local_size) -> None:
+def _check(experts, gradients, degree, payload, capacity) -> None:
     expect(GluExperts, experts=experts)
     if gradients not in GRADIENTS:
         raise ValueError(f"gradients must be one of {', '.join(GRADIENTS)}, got {gradients}")
@@ -189,7 +193,12 @@ def _check(experts, gradients, degree, payload, capacity, local_size) -> None:
         raise ValueError(f"degree must be at least 1, got {degree}")
     check_payload(payload)
     expect((Capacity, type(None)), capacity=capacity)
+
+
+def check_local_size(local_size: int | None, num_ranks: int) -> None:
     expect((int, type(None)), local_size=local_size)
+    if local_size is not None and (local_size < 1 or num_ranks % local_size):
+        raise ValueError(f"local_size must divide the R={num_ranks} ranks, got {local_size}")
 
 
 def _added(before: Traffic | None, part: Traffic) -> Traffic:
@@ -221,6 +230,25 @@ def shard_experts_(
     the model stays one, and placement has one of them.  Every rank of the group must call this: where a placement does
     not fit on one rank, or is another one there, all raise an error.
     """
+    names: dict[GluExperts, list[str]] = {}
+
+    def sizes() -> dict[tuple[str, ...], int]:
+        names.update(_to_shard(model))
+        return {tuple(each): module.num_experts for module, each in names.items()}
+
+    pulse = options.get("pulse")
+    ranks = Ranks(process_group(group), None if pulse is None else pulse.exchanging)
+    where = placed(placement, sizes, ranks)
+    for module, (first, *others) in names.items():
+        spread = ExpertParallel(module, group, where.get(first), **options)
+        for name in (first, *others):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, spread)
+    return model
+
+
+def _to_shard(model: nn.Module) -> dict[GluExperts, list[str]]:
+    """Each of the model's experts with its names."""
     modules = list(model.named_modules(remove_duplicate=False))
     found = {name: module for name, module in modules if isinstance(module, GluExperts)}
     sharded = tuple(f"{name}." if name else "" for name, module in modules if isinstance(module, ExpertParallel))
@@ -231,16 +259,7 @@ def shard_experts_(
         raise ValueError(f"model must hold GluExperts, got none in {type(model).__name__}")
     if "" in found:
         raise ValueError("model must hold GluExperts, got GluExperts themselves (ExpertParallel(experts, group))")
-    names = {module: [name for name in found if found[name] is module] for module in found.values()}
-    placed_at = placed(
-        placement, {tuple(each): module.num_experts for module, each in names.items()}, process_group(group)
-    )
-    for module, (first, *others) in names.items():
-        spread = ExpertParallel(module, group, placed_at.get(first), **options)
-        for name in (first, *others):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, spread)
-    return model
+    return {module: [name for name in found if found[name] is module] for module in found.values()}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,8 +5,7 @@ from os import PathLike, fspath
 
 import torch.distributed as dist
 
-from moert.ops.expert_map import ExpertMap
-from moert.ops.ranks import named
+from moert.ops.ranks import Ranks, named
 from moert.parallel.copies import Copies
 
 Names = tuple[str, ...]  # of one module: the first is its own
@@ -14,29 +13,31 @@ Names = tuple[str, ...]  # of one module: the first is its own
 
 def placed(
     given,
-    experts: Mapping[Names, int],
-    group: dist.ProcessGroup | None,
-    prepare: Callable[[dict[str, object]], object] = lambda own: own,
+    sizes: Callable[[], Mapping[Names, int]],
+    ranks: Ranks,
+    prepare: Callable[[dict[str, object]], dict[str, int]] | None = None,
 ) -> dict[str, object]:
     """Name of each experts module -> expert_to_rank or a PlacedLayer; without those that given leaves out.
 
-    given: such a mapping, by any of a module's names, an ExpertPlacement, the path of its file, or None.  experts: how
-    many each module has.  Every rank of the group must call it: where one fails, also in prepare(what is returned), or
-    has another placement, all raise an error.
+    given: such a mapping, by any of a module's names, an ExpertPlacement, the path of its file, or None.  sizes() says
+    how many experts each module has, prepare(what is returned) more that must be the same on every rank.  Every rank of
+    the group must call it: where one fails, also in those two, or has another placement, all raise an error.
     """
-    own, said, failed, R = {}, "", None, dist.get_world_size(group)
+    own, said, failed = {}, "", None
     try:
-        own = _by_first_name(_read(given, R), list(experts))
-        said = {names[0]: _checksum(own.get(names[0]), E, R) for names, E in experts.items()}
-        prepare(own)
+        experts = sizes()
+        own = _by_first_name(_read(given, ranks.size), list(experts))
+        said = {names[0]: _checksum(own.get(names[0]), E, ranks.size) for names, E in experts.items()}
+        said |= prepare(own) if prepare else {}
     except Exception as error:  # of any kind: the others must not wait for this rank
         failed, said = error, str(error)
-    heard = [said] * R
-    if R > 1:
-        dist.all_gather_object(heard, said, group)
+    heard = [said] * ranks.size
+    if ranks.size > 1:
+        with ranks.guarded():
+            dist.all_gather_object(heard, said, ranks.group)
     if failed is not None:
         raise failed
-    _raise_difference(heard, group)
+    _raise_difference(heard, ranks.group)
     return own
 
 
@@ -70,12 +71,7 @@ def _by_first_name(placement: Mapping[str, object], names: list[Names]) -> dict[
 
 
 def _checksum(placement, num_experts: int, num_ranks: int) -> int:
-    """Of what fits."""
-    experts = ExpertMap.of(getattr(placement, "expert_to_rank", placement), num_experts, num_ranks)
-    experts = Copies.of(experts, getattr(placement, "replicas", ()), 0, None).map
-    if 0 in experts.held:
-        raise ValueError(f"placement must give every rank an expert, got none for rank {experts.held.index(0)}")
-    return experts.checksum
+    return Copies.placed(placement, num_experts, num_ranks, 0, None).map.checksum
 
 
 def _raise_difference(heard: list[str | dict[str, int]], group: dist.ProcessGroup | None) -> None:

@@ -147,6 +147,13 @@ def misplaced(folder: str) -> list[str]:
         model.zero_grad()
     told.append(error_of(place_experts_, model, {name: [0, 1, 0, 1, 0, 1]}))
     told.append(error_of(place_experts_, load("Qwen3Moe", folder, torch.float32)))
+    model.zero_grad()
+    experts = model.get_submodule(name)
+    experts.register_buffer("codes", torch.zeros(3, 2))  # as of packed experts: not moved, but an expert's
+    told.append(error_of(place_experts_, model))
+    del experts.codes
+    experts.moert_exchange.moving = dist.get_rank() == 1
+    told.append(error_of(place_experts_, model))
     return told
 
 
@@ -163,5 +170,9 @@ def test_errors(tmp_path):
         unknown,
         "gradients of experts must be None while they move, got one of model.layers.0.mlp.experts.gate_up_proj",
         'model must be spread with ep_implementation="moert", got Qwen3MoeForCausalLM',
+        "experts must be parameters that transformers has spread, got model.layers.1.mlp.experts.codes",
+        "placement must fit on every rank, got an error on rank 1: experts must lie where their map says, got a "
+        "place_experts_ that failed halfway",
     ]
     assert second[3:5] == [f"placement must fit on every rank, got an error on rank 0: {text}" for text in first[3:5]]
+    assert second[6] == first[6] and first[7].endswith(second[7])

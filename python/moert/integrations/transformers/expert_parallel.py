@@ -29,16 +29,23 @@ class MoertEP(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.blocks = ExpertMap.of(None, self.num_local_experts * ep_mesh.size(), ep_mesh.size())
         self.map = self.blocks
+        self.moving = False
         experts.moert_exchange = self
 
         def in_blocks(*_) -> None:
+            self._check_whole()
             if self.map is not self.blocks:
                 raise RuntimeError("experts must lie in blocks to be saved or loaded: call place_experts_(model) first")
 
         experts.register_state_dict_pre_hook(in_blocks)
         experts.register_load_state_dict_pre_hook(in_blocks)
 
+    def _check_whole(self) -> None:
+        if self.moving:
+            raise RuntimeError("experts must lie where their map says, got a place_experts_ that failed halfway")
+
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self._check_whole()
         T, parts = len(hidden_states), (hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() == 1:
             return self._own_tokens(*parts)
@@ -83,21 +90,25 @@ def place_experts_(
         raise ValueError(f'model must be spread with ep_implementation="moert", got {type(model).__name__}')
     group = next(iter(layers.values())).moert_exchange.ep_mesh.get_group()
     sizes = {(name,): module.moert_exchange.map.num_experts for name, module in layers.items()}
-    moves = {}
+    ranks, moves = Ranks(group), {}
 
-    def prepare(where: dict[str, object]) -> None:
+    def prepare(where: dict[str, object]) -> dict[str, int]:
+        """How experts lie now: rows leave by this map on one rank, and come by it on another."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what a forward has left whole is a copy
         for name, module in layers.items():
             exchange = module.moert_exchange
+            exchange._check_whole()
             moves[name] = exchange, _even_map(name, where.get(name), exchange), _stacks(name, module)
+        return {f"{name} as it lies": module.moert_exchange.map.checksum for name, module in layers.items()}
 
-    placed(placement, sizes, group, prepare)
+    placed(placement, lambda: sizes, ranks, prepare)
     for exchange, following, stacks in moves.values():
+        exchange.moving = True
         for rows in stacks:
-            rows.copy_(_moved(rows, exchange.map, following, Ranks(group)))
-        exchange.map = following
+            rows.copy_(_moved(rows, exchange.map, following, ranks))
+        exchange.map, exchange.moving = following, False
     return model
 
 
@@ -116,15 +127,21 @@ def _even_map(name: str, given, exchange: MoertEP) -> ExpertMap:
 
 
 def _stacks(name: str, experts: nn.Module) -> list[Tensor]:
-    """This rank's rows of each parameter that has one for each expert."""
-    stacks = []
-    for key, parameter in experts.named_parameters():
-        if isinstance(parameter, DTensor) and parameter.shape[0] == experts.moert_exchange.map.num_experts:
-            if parameter.grad is not None:
-                raise ValueError(f"gradients of experts must be None while they move, got one of {name}.{key}")
-            stacks.append(parameter.detach().to_local())
-            if len(stacks[-1]) != experts.moert_exchange.num_local_experts:
-                raise ValueError(f"experts must lie whole on each rank of ep, got {name}.{key} cut by FSDP2 as well")
+    """This rank's rows of each parameter, all of which have one for each expert."""
+    exchange, stacks = experts.moert_exchange, []
+    counts = exchange.map.num_experts, exchange.num_local_experts
+    for key, parameter in (*experts.named_parameters(), *experts.named_buffers()):
+        if not parameter.dim() or parameter.shape[0] not in counts:
+            continue
+        if not isinstance(parameter, DTensor):
+            raise ValueError(f"experts must be parameters that transformers has spread, got {name}.{key}")
+        if parameter.grad is not None:
+            raise ValueError(f"gradients of experts must be None while they move, got one of {name}.{key}")
+        stacks.append(parameter.detach().to_local())
+        if len(stacks[-1]) != exchange.num_local_experts:
+            raise ValueError(f"experts must lie whole on each rank of ep, got {name}.{key} cut by FSDP2 as well")
+    if not stacks:
+        raise ValueError(f"experts must be parameters that transformers has spread, got none in {name}")
     return stacks
 
 
@@ -134,6 +151,6 @@ def _moved(rows: Tensor, old: ExpertMap, new: ExpertMap, ranks: Ranks) -> Tensor
     comes = old.expert_to_rank[new.experts_of(ranks.rank)]
     counts = (torch.bincount(each, minlength=ranks.size).tolist() for each in (goes, comes))
     # Both sides know the others' experts in the order of their ids.
-    sent = rows.flatten(1)[goes.argsort(stable=True).to(rows.device)]
+    sent = rows.reshape(len(rows), -1)[goes.argsort(stable=True).to(rows.device)]
     came = all_to_all(sent, Splits(*counts, ranks))
     return came[comes.argsort(stable=True).argsort().to(rows.device)].view_as(rows)
