@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import product
@@ -84,8 +85,9 @@ class Family:
 
     def ask(self, **request) -> dict:
         if self.process.poll() is None:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
+            with suppress(BrokenPipeError):  # it died since: then it does not answer
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
@@ -94,7 +96,8 @@ class Family:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # of what it died before reading
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.log.close()

@@ -1,6 +1,7 @@
 import json
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -111,6 +112,15 @@ def test_a_call_that_fails_costs_itself_and_a_process_that_dies_all_of_its_calls
         "dies b": "the process must answer, got exit -9",
     }
     assert held.times == {}
+
+
+def test_a_process_that_dies_before_it_is_asked_does_not_answer():
+    family = layers.Family("ended", Path("/bin/true"), 1, False)
+    family.process.wait()
+    family.process.poll = lambda: None  # as it was when it was asked
+    with pytest.raises(RuntimeError, match="the ended process must answer, got exit 0: no output"):
+        family.ask(time="ended")
+    family.close()
 
 
 def run(monkeypatch, out, *arguments, families=("moert",)):
