@@ -113,8 +113,9 @@ docs: $(READY)
 	$(PYTEST) -q tests/test_docs.py
 
 # Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for both, other ARGS for the layers.
+# ARGS that choose among the layers ask for no operators.
 bench: $(READY)
-	$(BIN)/python bench/run.py $(filter --quick --full --smoke --keep-memory,$(ARGS))
+	$(if $(filter --model% --dtype% --T% --routing%,$(ARGS)),,$(BIN)/python bench/run.py $(filter --quick --full --smoke --keep-memory,$(ARGS)))
 	$(BIN)/python bench/layers.py $(ARGS)
 
 bench-peers: $(READY)

@@ -6,8 +6,8 @@ Beside every sample the machine's limits are sampled: bytes read per second and 
 bfloat16 where rows are and the CPU multiplies it, or, where weights are packed, in int8 or bfloat16.  A share is the
 median over the turns of limit over time, a ratio the median of peer over moert.  Over packed weights rows are float32
 (kt-kernel's bfloat16), a peer rounds the same weights to its own formats of those bits, and every share is of the bytes
-that moert stores.  Rows of a --full run go to bench/results, where it goes on when it was cut off, others to
-build/bench.
+that moert stores.  Rows go to build/bench (or --out), those of a --full run by commit and one by one: it goes on where
+it was cut off, and what is to be committed is copied from there to bench/results.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import product
@@ -84,8 +85,9 @@ class Family:
 
     def ask(self, **request) -> dict:
         if self.process.poll() is None:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
+            with suppress(BrokenPipeError):  # it died since: then it does not answer
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
@@ -94,7 +96,8 @@ class Family:
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # of what it died before reading
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.log.close()
@@ -103,12 +106,16 @@ class Family:
 def main() -> None:
     options = parse()
     problems = chosen(options)
-    out = options.out or path_of(options.full, ".layers.json", options.size)
     console = Console(width=170)
-    families, absent = start(options)
-    facts = bench_facts(families=[family.name for family in families], **settings_of(options))
-    try:
-        rows = [Row(**row) for row in done_before(out, facts)] if options.full else []
+    pythons, absent = found()
+    facts = bench_facts(families=list(pythons), **settings_of(options))
+    out = options.out or path_of(options.size, ".layers.json", facts)
+    rows = [Row(**row) for row in done_before(out, facts)] if options.full else []
+    with ExitStack() as stack:
+        families = []
+        for name, python in pythons.items():
+            families.append(Family(name, python, options.threads, options.keep_memory))
+            stack.callback(families[-1].close)
         limits = limits_of(families[0], options)
         say_limits(limits, console)
         with Progress(console=console) as progress:
@@ -120,9 +127,6 @@ def main() -> None:
                     if options.full:
                         write(out, facts, limits, rows, absent)
                 progress.advance(task)
-    finally:
-        for family in families:
-            family.close()
     show(rows, absent, console)
     if not options.smoke:
         write(out, facts, limits, rows, absent)
@@ -192,18 +196,18 @@ def usual(quick: bool) -> list[Problem]:
     ]
 
 
-def start(options: argparse.Namespace) -> tuple[list[Family], dict[str, str]]:
-    """moert's process and those of the families that have an environment; why the others are absent."""
-    families, absent = [Family("moert", Path(sys.executable), options.threads, options.keep_memory)], {}
+def found() -> tuple[dict[str, Path], dict[str, str]]:
+    """The Python of moert, first, and of the families that have an environment; why the others are absent."""
+    pythons, absent = {"moert": Path(sys.executable)}, {}
     for name in FAMILIES:
         python = ROOT / "build" / "peers" / name / "bin" / "python"
         if not python.exists() and find_spec(name):
             python = Path(sys.executable)
         if python.exists():
-            families.append(Family(name, python, options.threads, options.keep_memory))
+            pythons[name] = python
         else:
             absent[name] = "no environment (make bench-peers)"
-    return families, absent
+    return pythons, absent
 
 
 def limits_of(moert: Family, options: argparse.Namespace) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moert import _C
-from moert.cli.machine import machine_facts, processor_name
+from moert.cli.machine import machine_facts
 
 ROOT = Path(__file__).resolve().parents[1]
 _SCHEDULERS = {0: "other", 1: "fifo", 2: "rr", 3: "batch", 5: "idle", 6: "deadline"}
@@ -23,11 +23,10 @@ def bench_facts(**settings) -> dict:
     return {**facts, "huge_pages": huge, "priority": _priority(), **settings, "commit": commit("HEAD")}
 
 
-def path_of(full: bool, kind: str, mode: str) -> Path:
-    """A full run's rows are there to be committed; a shorter one's lie beside its pictures and do not touch them."""
-    if full:
-        return default_path(processor_name()).with_suffix(kind)
-    return ROOT / "build" / "bench" / f"{mode}{kind}"
+def path_of(mode: str, kind: str, facts: dict) -> Path:
+    """Beside the pictures; a full run's by commit, so that it finds its own rows and none of other commits."""
+    of = f"-{facts['commit']}" if mode == "full" else ""
+    return ROOT / "build" / "bench" / f"{mode}{of}{kind}"
 
 
 def done_before(path: Path, facts: dict) -> list[dict]:

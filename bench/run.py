@@ -1,8 +1,9 @@
 """The benches' only entry: tests first, then times.  `bench/run.py --help` says the options.
 
-Rows go to bench/results/<machine>.json of a --full run, which goes on where it was cut off, else to build/bench (or
---out): op, provider, mode, dtype, shape, seconds at p20/p50/p80, roofline share (the time that the machine's own limits
-would need, sampled beside the call, over the time taken: the median), threads, commit, date.
+Rows go to build/bench (or --out), those of a --full run by commit and case by case: it goes on where it was cut off,
+and what is to be committed is copied from there to bench/results.  A row: op, provider, mode, dtype, shape, seconds at
+p20/p50/p80, roofline share (the time that the machine's own limits would need, sampled beside the call, over the time
+taken: the median), threads, commit, date.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -40,6 +43,9 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
+    facts = facts_of(options)
+    out = options.out or path_of("base" if options.base else options.size, ".json", facts)
+    done = done_before(out, facts) if options.full and not options.base else []
     if not options.smoke and not options.raw:
         run_tests(options.op, options.quick)
     runtimes = openmp_runtimes()
@@ -50,16 +56,17 @@ def main() -> None:
     limits = Limits([DTYPES[name] for name in options.dtype])
     if options.raw:
         rows = [row for case in cases(options) for row in bench(*case, options, limits)]
-        options.out.write_text(json.dumps(rows))
+        out.write_text(json.dumps(rows))
         return
     console = Console(width=150)
     rates = limits.rates()
     console.print(f"This machine: {said(rates)}")
-    rows = beside_base(options) if options.base else every(options, limits, rates, console)
+    keep = partial(write, out, facts, rates)
+    rows = beside_base(options) if options.base else every(options, done, limits, keep, console)
     show(rows, rates, console)
     if options.out or not options.smoke:
-        keep(options, rates, rows)
-        say(place(options), rows, console)
+        keep(rows)
+        say(out, rows, console)
 
 
 def parse() -> argparse.Namespace:
@@ -86,21 +93,18 @@ def parse() -> argparse.Namespace:
     options.size = next((name for name in ("quick", "full", "smoke") if getattr(options, name)), "usual")
     few = {"quick": (["bfloat16"], QUICK_SHAPES), "smoke": (["float32"], 1)}.get(options.size, (list(DTYPES), 99))
     options.dtype, options.shapes = options.dtype or few[0], options.shapes or few[1]
+    options.commit = commit("HEAD")  # whatever is committed during the run
     options.seconds = SECONDS.get(options.size, 0.0) if options.seconds is None else options.seconds
     return options
 
 
-def place(options: argparse.Namespace) -> Path:
-    return options.out or path_of(options.full and not options.base, ".json", "base" if options.base else options.size)
-
-
 def facts_of(options: argparse.Namespace) -> dict:
     settings = {name: getattr(options, name) for name in ("seconds", "keep_memory")}
-    return bench_facts(threads=torch.get_num_threads(), **settings)
+    return bench_facts(threads=torch.get_num_threads(), **settings) | {"commit": options.commit}
 
 
-def keep(options: argparse.Namespace, rates: dict, rows: list[dict]) -> None:
-    save(place(options), {"machine": facts_of(options), "limits": rates, "rows": rows})
+def write(path: Path, facts: dict, limits: dict, rows: list[dict]) -> None:
+    save(path, {"machine": facts, "limits": limits, "rows": rows})
 
 
 def run_tests(ops: list[str], quick: bool) -> None:
@@ -123,9 +127,10 @@ def cases(options: argparse.Namespace) -> list[tuple]:
     return found
 
 
-def every(options: argparse.Namespace, limits: Limits, rates: dict, console: Console) -> list[dict]:
-    """The rows of all cases; a full run keeps each case's at once and leaves out those that it has kept before."""
-    rows = done_before(place(options), facts_of(options)) if options.full else []
+def every(
+    options: argparse.Namespace, rows: list[dict], limits: Limits, keep: Callable[[list[dict]], None], console: Console
+) -> list[dict]:
+    """The rows of all cases, those that were measured before among them; a full run keeps each case's at once."""
     with Progress(console=console) as progress:
         task = progress.add_task("operators", total=len(todo := cases(options)))
         for op, dtype, shape, variant, modes in todo:
@@ -135,7 +140,7 @@ def every(options: argparse.Namespace, limits: Limits, rates: dict, console: Con
             if left := [mode for mode in modes if (name, str(shape), dtype, caches(options), mode) not in done]:
                 rows += map(without_samples, bench(op, dtype, shape, variant, left, options, limits))
                 if options.full:
-                    keep(options, rates, rows)
+                    keep(rows)
             progress.advance(task)
     return rows
 
@@ -181,6 +186,7 @@ def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limi
     computed = work * case.flop / limits.work[dtype]
     ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], times[dtype], strict=True)]
     key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape), "caches": caches(options)}
+    key["commit"] = options.commit
     return [row({**key, "provider": name}, times[name], ideals) for name in calls]
 
 
@@ -188,7 +194,7 @@ def row(key: dict, times: list[float], ideals: list[float]) -> dict:
     p20, p50, p80 = (percentile(times, share) for share in (0.2, 0.5, 0.8))
     share = statistics.median(ideal / t for ideal, t in zip(ideals, times, strict=True))
     today = datetime.now(timezone.utc).date().isoformat()
-    facts = {"threads": torch.get_num_threads(), "commit": commit("HEAD"), "date": today}
+    facts = {"threads": torch.get_num_threads(), "date": today}
     measured = {"metric": "seconds", "p20": p20, "p50": p50, "p80": p80, "samples": len(times), "times": times}
     return {**key, **measured, "ideals": ideals, "roofline_share": share, **facts}
 

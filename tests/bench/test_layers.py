@@ -1,6 +1,7 @@
 import json
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -113,6 +114,15 @@ def test_a_call_that_fails_costs_itself_and_a_process_that_dies_all_of_its_calls
     assert held.times == {}
 
 
+def test_a_process_that_dies_before_it_is_asked_does_not_answer():
+    family = layers.Family("ended", Path("/bin/true"), 1, False)
+    family.process.wait()
+    family.process.poll = lambda: None  # as it was when it was asked
+    with pytest.raises(RuntimeError, match="the ended process must answer, got exit 0: no output"):
+        family.ask(time="ended")
+    family.close()
+
+
 def run(monkeypatch, out, *arguments, families=("moert",)):
     """layers.main without processes; the problems that it measured."""
     measured = []
@@ -123,7 +133,9 @@ def run(monkeypatch, out, *arguments, families=("moert",)):
         measured.append(problem)
         return row(problem)
 
-    monkeypatch.setattr(layers, "start", lambda options: (list(map(Fake, families)), {}))
+    monkeypatch.setattr(layers, "found", lambda: (dict.fromkeys(families), {}))
+    monkeypatch.setattr(layers, "Family", lambda name, *_: Fake(name))
+    monkeypatch.setattr("record.commit", lambda revision: f"commit of {revision}")
     monkeypatch.setattr(layers, "measure", measure)
     monkeypatch.setattr(layers, "ROOT", out.parent)
     monkeypatch.setattr("sys.argv", ["layers.py", "--out", str(out), *arguments])
@@ -165,6 +177,21 @@ def test_rows_of_other_families_and_instruction_sets_are_not_mixed(monkeypatch, 
     monkeypatch.setattr("record._C.isa", lambda: "generic-er")
     with pytest.raises(SystemExit, match="got rows of another isa: give --out"):
         run(monkeypatch, out, *FULL)
+
+
+def test_processes_end_where_another_does_not_start(monkeypatch, tmp_path):
+    begin, closed = Fake.__init__, []
+
+    def begin_or_not(self, name):
+        if name == "vllm":
+            raise PermissionError("its python")
+        begin(self, name)
+
+    monkeypatch.setattr(Fake, "__init__", begin_or_not)
+    monkeypatch.setattr(Fake, "close", lambda self: closed.append(self.name))
+    with pytest.raises(PermissionError, match="its python"):
+        run(monkeypatch, tmp_path / "rows.json", "--quick", families=("moert", "vllm"))
+    assert closed == ["moert"]
 
 
 def test_nothing_is_measured_without_limits(monkeypatch, tmp_path):

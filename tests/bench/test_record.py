@@ -23,15 +23,15 @@ def test_rows_of_other_facts_are_neither_taken_nor_lost(tmp_path):
     assert json.loads(path.read_text())["rows"] == [{"p50": 1.0}]
 
 
-def test_only_a_full_run_writes_where_results_are_committed():
-    full = record.path_of(True, ".layers.json", "full")
-    shorter = [record.path_of(False, ".layers.json", mode) for mode in ("usual", "quick")]
-    assert full.parent.name == "results" and full.name.endswith(".layers.json")
-    assert {path.parent for path in shorter} == {record.ROOT / "build" / "bench"}
-    assert len({full, *shorter}) == 3
+def test_a_full_run_finds_its_own_commit_alone():
+    full, other = (record.path_of("full", ".layers.json", {"commit": commit}) for commit in ("1234567", "89abcde"))
+    shorter = [record.path_of(mode, ".layers.json", {"commit": "1234567"}) for mode in ("usual", "quick")]
+    assert full.name == "full-1234567.layers.json" and len({full, other, *shorter}) == 4
+    assert {path.parent for path in (full, *shorter)} == {record.ROOT / "build" / "bench"}
 
 
 def test_facts_of_the_machine(monkeypatch):
+    monkeypatch.setattr(record, "commit", lambda revision: f"commit of {revision}")
     facts = record.bench_facts(threads=2, turns=7)
     assert {"processor", "isa", "caches", "memory_gib", "huge_pages", "priority", "commit"} <= facts.keys()
     assert facts["turns"] == 7 and facts == json.loads(json.dumps(record.bench_facts(threads=2, turns=7)))

@@ -4,7 +4,6 @@ import sys
 from argparse import Namespace
 
 import pytest
-from rich.console import Console
 
 import record
 import run
@@ -21,14 +20,11 @@ def test_sizes(monkeypatch):
     assert quick.seconds < usual.seconds < full.seconds
     assert len(run.cases(quick)) < len(run.cases(usual)) == len(run.cases(full))
     assert options(monkeypatch, "--quick", "--seconds", "2", "--dtype", "float32").seconds == 2
-    assert (
-        len({run.place(size) for size in (usual, quick, full, options(monkeypatch, "--full", "--base", "HEAD"))}) == 4
-    )
 
 
 def test_a_full_run_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
-    asked = options(monkeypatch, "--full", "--op", "gating", "--shapes", "1", "--out", str(tmp_path / "rows.json"))
-    timed = []
+    timed, out = [], tmp_path / "rows.json"
+    arguments = ["run.py", "--full", "--op", "gating", "--shapes", "1", "--out", str(out)]
 
     def bench(op, dtype, shape, variant, modes, *_):
         if len(timed) == 2:
@@ -38,17 +34,24 @@ def test_a_full_run_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
         return [{**key, "mode": mode, "times": [1.0], "ideals": [1.0]} for mode in modes]
 
     monkeypatch.setattr(run, "bench", bench)
+    monkeypatch.setattr(run, "Limits", lambda dtypes: Namespace(rates=lambda: {"read": 1.0, "copy": 1.0}))
+    monkeypatch.setattr(run, "openmp_runtimes", lambda: ["one"])
+    monkeypatch.setattr(run, "run_tests", lambda ops, quick: None)
+    monkeypatch.setattr(run, "commit", lambda revision: f"commit of {revision}")
+    monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(KeyboardInterrupt):
-        run.every(asked, None, {"read": 1.0}, Console())
+        run.main()
     before, timed[:] = list(timed), []
     with pytest.raises(KeyboardInterrupt):
-        run.every(asked, None, {"read": 1.0}, Console())
+        run.main()
     assert not set(before) & set(timed) and len(before) == len(timed) == 2
-    rows = json.loads(asked.out.read_text())["rows"]
-    assert len(rows) == 8 and "times" not in rows[0]
-    asked.seconds = 2.0
+    value = json.loads(out.read_text())
+    assert len(value["rows"]) == 8 and "times" not in value["rows"][0]
+    assert value["machine"]["commit"] == "commit of HEAD"
+    monkeypatch.setattr(run, "run_tests", lambda ops, quick: pytest.fail("must stop before anything runs"))
+    monkeypatch.setattr("sys.argv", [*arguments, "--seconds", "2"])
     with pytest.raises(SystemExit, match="got rows of another seconds"):
-        run.every(asked, None, {"read": 1.0}, Console())
+        run.main()
 
 
 def test_a_row_has_spread_and_share():

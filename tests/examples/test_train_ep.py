@@ -37,7 +37,8 @@ def torchrun(out: Path, ranks: int, steps: int, *options: str, **environment: st
         finally:
             if run.poll() is None:
                 for process in [*psutil.Process(run.pid).children(recursive=True), run]:
-                    process.kill()
+                    with suppress(psutil.Error):  # a worker that has just ended
+                        process.kill()
 
 
 def printed(run: subprocess.Popen, out: Path) -> str:
