@@ -126,6 +126,7 @@ bench-smoke: $(READY)
 	$(BIN)/python bench/layers.py --smoke
 	$(BIN)/python bench/links.py --smoke
 	$(BIN)/python bench/simulate.py --smoke
+	$(BIN)/python bench/packing.py --smoke
 	$(BIN)/python bench/router_parts.py --smoke
 	$(BIN)/torchrun --nproc-per-node 2 bench/exchange.py --smoke
 	$(BIN)/python bench/gpu.py --smoke --device cpu

@@ -1,7 +1,12 @@
+import inspect
+import re
+
 import pytest
 
 from moert.cli.errors import CommandError
-from moert.cli.packing import ALL, packing_format, packings, rounding
+from moert.cli.packing import ALL, NAMES, packing_format, packings, rounding
+from moert.cli.quantize import quantize
+from moert.cli.run import run
 from moert.quant import BitNested, Fp8, Int4, Int8, Mxfp4, SubOneBit
 from moert.quant.quantize import FORMATS
 
@@ -34,8 +39,15 @@ def test_what_is_refused(name, message):
         packings([name])
 
 
+def help_of(command, parameter):
+    return inspect.signature(command).parameters[parameter].annotation.__metadata__[0].help
+
+
 def test_every_format_has_a_name():
     assert {packing_format(name).name for name in ALL} == {*FORMATS, "sub1"}
+    assert list(dict.fromkeys(name.partition(":")[0] for name in ALL)) == list(NAMES)
+    assert f"all: {', '.join(NAMES)}." in help_of(run, "quantize")
+    assert re.sub(r" \(. bits\)", "", help_of(quantize, "format")).replace(" or ", ", ") == f"{', '.join(NAMES)}."
     assert packing_format("sub1") == SubOneBit() and packing_format("fp8") == Fp8()
     assert packing_format("bit_nested_5_4:64") == BitNested(5, 4, 64) and packing_format("int8:64") == Int8(64)
 

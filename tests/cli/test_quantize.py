@@ -1,4 +1,3 @@
-import inspect
 import io
 import re
 import shutil
@@ -11,8 +10,6 @@ from typer.testing import CliRunner
 
 from moert.cli.app import app
 from moert.cli.quantize import _bar
-from moert.cli.quantize import quantize as command_of_quantize
-from moert.quant.quantize import FORMATS
 
 
 def quantize(*arguments):
@@ -116,8 +113,3 @@ def test_the_bar_has_bytes_rate_and_remaining_time():
     console.print(bar.get_renderable())
     line = " ".join(console.file.getvalue().split())
     assert line.startswith("model.layers.0.mlp.experts ") and line.endswith("3.0/8.0 MB 1.0 MB/s 0:00:05"), line
-
-
-def test_help_names_every_format():
-    (option,) = inspect.signature(command_of_quantize).parameters["format"].annotation.__metadata__
-    assert all(re.search(rf"\b{name}\b", option.help) for name in (*FORMATS, "bit_nested_5_4", "sub1"))

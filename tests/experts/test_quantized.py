@@ -136,3 +136,43 @@ def test_a_state_dict_that_names_no_formats_is_checked_too():
         packed.load_state_dict({"down_proj_scales": scales}, strict=False)
     with pytest.raises(ValueError, match="gate_up_proj_codes must be torch.uint8, got torch.float32"):
         packed.load_state_dict({"gate_up_proj_codes": packed.gate_up_proj_codes.float()}, strict=False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_refused_state_dict_leaves_the_experts_as_they_were(assign):
+    packed = QuantizedExperts.pack(GluExperts(2, 64, 32), (Ternary2(), Int8()))
+    before = copy.deepcopy(packed.state_dict())
+    state = QuantizedExperts.pack(GluExperts(2, 64, 32), (Ternary2(), Int8())).state_dict()
+    scales, codes = state["down_proj_scales"], state["gate_up_proj_codes"]
+    other = torch.tensor(list(b"int8 group row, int8 group row"), dtype=torch.uint8)
+    for name, value, message in [
+        ("gate_up_proj_codes", codes.int(), "gate_up_proj_codes must be torch.uint8, got torch.int32"),
+        ("down_proj_scales", scales.double(), "down_proj_scales must be torch.float16, got torch.float64"),
+        ("down_proj_scales", torch.full_like(scales, torch.nan), "scales must be finite for Int8"),
+        ("gate_up_proj_codes", torch.full_like(codes, 255), "codes must be those of Ternary2"),
+        ("_extra_state", other, "state_dict must hold experts in ternary2 .*, got int8 group row"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            packed.load_state_dict(state | {name: value}, assign=assign)
+        assert all(torch.equal(value, before[name]) for name, value in packed.state_dict().items())
+    packed.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, state[name]) for name, value in packed.state_dict().items())
+
+
+def test_a_state_dict_without_packed_parts_checks_none(monkeypatch):
+    packed = QuantizedExperts.pack(GluExperts(2, 64, 32, bias=True), (Int8(), Int8()))
+    monkeypatch.setattr(Int8, "check_values", lambda self, packed: pytest.fail("values were checked"))
+    packed.load_state_dict({"down_proj_bias": torch.ones(2, 64)}, strict=False)
+    assert packed.down_proj_bias.eq(1).all()
+
+
+def test_experts_on_the_meta_device_take_a_checked_state_dict():
+    state = QuantizedExperts.pack(GluExperts(2, 64, 32), (Ternary2(), Int8())).state_dict()
+    with torch.device("meta"):
+        packed = QuantizedExperts(2, 64, 32, (Ternary2(), Int8()))
+    with pytest.raises(ValueError, match="codes must be those of Ternary2"):
+        packed.load_state_dict(
+            state | {"gate_up_proj_codes": torch.full_like(state["gate_up_proj_codes"], 255)}, assign=True
+        )
+    packed.load_state_dict(state, assign=True)
+    assert torch.equal(packed.gate_up_proj_codes, state["gate_up_proj_codes"])

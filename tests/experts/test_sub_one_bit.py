@@ -119,3 +119,21 @@ def test_errors():
     del state["_extra_state"]
     with pytest.raises(ValueError, match=rf"codes must hold {H} columns a row, got others in row 0 of 0"):
         mine.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_refused_state_dict_leaves_the_experts_as_they_were(assign):
+    (_, mine), (_, other) = packed(), packed()
+    before, state = copy.deepcopy(mine.state_dict()), other.state_dict()
+    ptr, codes = state["down_proj_row_ptr"], state["gate_up_proj_codes"]
+    for name, value, message in [
+        ("down_proj_row_ptr", ptr.long(), "down_proj_row_ptr must be torch.int32, got torch.int64"),
+        ("gate_up_proj_codes", codes.int(), "gate_up_proj_codes must be torch.uint16, got torch.int32"),
+        ("gate_up_proj_codes", codes[1:], "codes must hold .* codewords, got"),
+        ("_extra_state", torch.tensor(list(b"another"), dtype=torch.uint8), "dictionary .*, got another"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mine.load_state_dict(state | {name: value}, assign=assign)
+        assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
+    mine.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, state[name]) for name, value in mine.state_dict().items())

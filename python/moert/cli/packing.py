@@ -4,24 +4,13 @@ from collections.abc import Iterable
 
 from moert.cli.errors import CommandError, first_line
 from moert.quant.format import Format
-from moert.quant.quantize import any_format_of
+from moert.quant.quantize import FORMATS, any_format_of
 from moert.quant.sub1 import SubOneBit
 
+NAMES = (*FORMATS, "bit_nested_5_4", "sub1")  # what moert.quantize_ calls them
 # Every format, in the groups that its error depends on most; others are asked for by name.
-ALL = (
-    "int8",
-    "int4:32",
-    "int4:128",
-    "int4_asymmetric:32",
-    "int4_asymmetric:128",
-    "mxfp4",
-    "ternary2",
-    "ternary5",
-    "fp8",
-    "bit_nested",
-    "bit_nested_5_4",
-    "sub1",
-)
+_GROUPS = {"int4": ("int4:32", "int4:128"), "int4_asymmetric": ("int4_asymmetric:32", "int4_asymmetric:128")}
+ALL = tuple(packing for name in NAMES for packing in _GROUPS.get(name, (name,)))
 
 
 def packings(wanted: list[str]) -> list[str]:

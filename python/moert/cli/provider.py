@@ -171,7 +171,8 @@ def compare(
     batches: list[list[list[int]]] | None = None,
 ) -> Comparison:
     """All providers side by side: texts, prefills and decodes in interleaved rounds, perplexities of the windows, and
-    training steps of the batches, in as many rounds of their own, so that their memory is not a generation's."""
+    training steps of the batches, in as many rounds of their own, so that their memory is not a generation's.
+    """
     names = (*PROVIDERS, *load.packed)
     with ExitStack() as stack:
         providers = [stack.enter_context(Provider(name, load)) for name in names]

@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from moert.cli.errors import CommandError, first_line
+from moert.cli.packing import NAMES
 
-FORMATS = ("int8", "int4", "int4_asymmetric", "mxfp4", "ternary2", "ternary5", "fp8")
-FORMATS += ("bit_nested (4 bits)", "bit_nested_5_4 (8 bits)", "sub1")
+_BITS = {"bit_nested": " (4 bits)", "bit_nested_5_4": " (8 bits)"}
+_NAMED = [name + _BITS.get(name, "") for name in NAMES]
 
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Local Hugging Face MoE checkpoint (safetensors).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
-    format: Annotated[str, typer.Option(help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")] = "int4",
+    format: Annotated[str, typer.Option(help=f"{', '.join(_NAMED[:-1])} or {_NAMED[-1]}.")] = "int4",
     group: Annotated[int | None, typer.Option(help="Columns that share a scale; default: the format's own.")] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Module that stays float, e.g. 'model.layers.0'; * and ? as in file names.")

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from moert.cli.errors import CommandError, check_directory, check_writable
+from moert.cli.packing import NAMES, packings
 
 
 class Dtype(str, Enum):
@@ -31,8 +32,7 @@ _OWN = {
     "": {"steps", "retrain", *_SAMPLING},
 }
 
-_PACKED = "Also with packed experts, e.g. int4:128; all: int8, int4, int4_asymmetric, mxfp4, ternary2, ternary5, fp8, "
-_PACKED += "bit_nested, bit_nested_5_4, sub1."
+_PACKED = f"Also with packed experts, e.g. int4:128; all: {', '.join(NAMES)}."
 
 
 def run(
@@ -76,7 +76,7 @@ def run(
     from moert.cli.provider import Load
 
     _check_options(context)
-    console, formats = Console(highlight=False), _formats(quantize)
+    console, formats = Console(highlight=False), tuple(packings(quantize or []))
     if dtype is Dtype.auto and (formats or shape is not None):
         dtype = Dtype.bfloat16
     request = Request(prompt, max_new_tokens, temperature, top_p, top_k, seed)
@@ -102,14 +102,6 @@ def _demo(request, load, out: Path, steps: int | None, retrain: bool, console: C
     settings = DemoSettings() if steps is None else DemoSettings(steps=steps)
     request = request if request.prompt is not None else replace(request, prompt=PROMPT)
     demo(settings, request, out, replace(load, directory=out / "model"), retrain, console)
-
-
-def _formats(quantize: list[str] | None) -> tuple[str, ...]:
-    if not quantize:
-        return ()
-    from moert.cli.packing import packings
-
-    return tuple(packings(quantize))
 
 
 def _check_options(context: typer.Context) -> None:

@@ -1,6 +1,6 @@
 """Feed-forward experts over packed weights (moert.quant, docs/quantized.md)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from moert.quant.format import PARTS, Format, PackedTensor
 from moert.types import Activation, Routing
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+Parts = Mapping[str, Tensor | None]  # gate_up_proj_codes and so on
 
 
 class QuantizedExperts(PackedWeights, Experts):
@@ -78,9 +79,12 @@ class QuantizedExperts(PackedWeights, Experts):
         return self.packed()
 
     def packed(self) -> tuple[PackedTensor, PackedTensor]:
+        return self._packed_of(parts_of(self, PARTS))
+
+    def _packed_of(self, parts: Parts) -> tuple[PackedTensor, PackedTensor]:
         columns = self.hidden, self.intermediate
         return tuple(
-            PackedTensor(fmt, K, *(getattr(self, f"{name}_{part}") for part in PARTS))
+            PackedTensor(fmt, K, *(parts[f"{name}_{part}"] for part in PARTS))
             for name, fmt, K in zip(PROJECTIONS, self.formats, columns, strict=True)
         )
 
@@ -104,18 +108,14 @@ class QuantizedExperts(PackedWeights, Experts):
             raise ValueError(f"state_dict must hold experts in {self._format_text()}, got {text}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        check_state(self, parts_of(self, PARTS), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        check_dtypes(self, state_dict, prefix, [f"{name}_{part}" for name in PROJECTIONS for part in PARTS])
-        for packed in self.packed():  # whether or not the state dict names its formats
-            if not packed.codes.is_meta:
-                packed.format.check_values(packed)
 
     def _format_text(self) -> str:
         return ", ".join(map(_format_text, self.formats))
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        names = [f"{name}_{part}" for name in PROJECTIONS for part in PARTS]
-        before = {name: t for name in names if (t := self._buffers[name]) is not None}
+        before = {name: t for name, t in parts_of(self, PARTS).items() if t is not None}
         super()._apply(fn, recurse)
         for name, packed in before.items():
             if (moved := self._buffers[name]).dtype != packed.dtype:  # bits are not numbers to convert
@@ -130,12 +130,31 @@ class QuantizedExperts(PackedWeights, Experts):
         )
 
 
-def check_dtypes(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, names: Sequence[str]) -> None:
-    """Copying into a buffer would round or wrap what is of another type."""
-    for name in names:
-        value, own = state_dict.get(prefix + name), getattr(module, name)
-        if value is not None and own is not None and value.dtype != own.dtype:
-            raise ValueError(f"{prefix}{name} must be {own.dtype}, got {value.dtype}")
+def parts_of(module: nn.Module, parts: tuple[str, ...]) -> Parts:
+    return {name: getattr(module, name) for name in (f"{name}_{part}" for name in PROJECTIONS for part in parts)}
+
+
+def check_state(module: nn.Module, own: Parts, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Before any of it is loaded: formats, types and values, whether or not the state dict names its formats.
+
+    own: the module's parts; copying into one would round or wrap what is of another type.
+    """
+    if f"{prefix}_extra_state" in state_dict:
+        module.set_extra_state(state_dict[f"{prefix}_extra_state"])
+    loaded = {}
+    for name, part in own.items():
+        value = state_dict.get(prefix + name)
+        if part is None or not isinstance(value, Tensor):
+            continue
+        if value.dtype != part.dtype:
+            raise ValueError(f"{prefix}{name} must be {part.dtype}, got {value.dtype}")
+        if value.shape == part.shape:  # any other torch refuses and does not load
+            loaded[name] = value
+    after = {**own, **loaded}
+    if not loaded or any(part is not None and part.is_meta for part in after.values()):
+        return
+    for packed in module._packed_of(after):
+        packed.format.check_values(packed)
 
 
 def _format_text(fmt: Format) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from moert.experts.base import Experts
 from moert.experts.glu import GluExperts
 from moert.experts.lora import PackedWeights
-from moert.experts.quantized import PROJECTIONS, activated, bias_of, check_dtypes
+from moert.experts.quantized import PROJECTIONS, Parts, activated, bias_of, check_state, parts_of
 from moert.ops.fused_experts_quantized import fused_experts_quantized
 from moert.quant.sub1 import PARTS, SubOneBitTensor, dictionary_hash
 from moert.types import Activation, Routing
@@ -58,8 +58,14 @@ class SubOneBitExperts(PackedWeights, Experts):
         return out.train(experts.training)
 
     def packed_pair(self) -> tuple[SubOneBitTensor, SubOneBitTensor]:
-        columns = self.hidden, self.intermediate
-        return tuple(self._packed(name, K) for name, K in zip(PROJECTIONS, columns, strict=True))
+        return self._packed_of(parts_of(self, PARTS))
+
+    def _packed_of(self, parts: Parts) -> tuple[SubOneBitTensor, SubOneBitTensor]:
+        packed = []
+        for name, K in zip(PROJECTIONS, (self.hidden, self.intermediate), strict=True):
+            *others, minmax = (parts[f"{name}_{part}"] for part in PARTS)
+            packed.append(SubOneBitTensor(K, *others, minmax.view(torch.bfloat16)))
+        return tuple(packed)
 
     @property
     def nbytes(self) -> int:
@@ -83,20 +89,15 @@ class SubOneBitExperts(PackedWeights, Experts):
             raise ValueError(f"state_dict must be coded with dictionary {dictionary_hash()}, got {text}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        for name in PROJECTIONS:  # as many codewords as there are
-            codes = state_dict.get(f"{prefix}{name}_codes")
-            if codes is not None and codes.dim() == 1 and codes.dtype == torch.uint16:
-                setattr(self, f"{name}_codes", torch.zeros_like(codes))
+        own = parts_of(self, PARTS)
+        room = {}  # for as many codewords as there are
+        for name in (f"{name}_codes" for name in PROJECTIONS):
+            codes = state_dict.get(prefix + name)
+            if isinstance(codes, Tensor) and codes.dim() == 1:
+                room[name] = own[name].new_zeros(codes.shape)
+        check_state(self, {**own, **room}, state_dict, prefix)
+        self._buffers.update(room)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        check_dtypes(self, state_dict, prefix, [f"{name}_{part}" for name in PROJECTIONS for part in PARTS])
-        if any(f"{prefix}{name}_{part}" in state_dict for name in PROJECTIONS for part in PARTS):
-            for packed in self.packed_pair():
-                if not packed.codes.is_meta:
-                    packed.format.check_values(packed)
-
-    def _packed(self, name: str, columns: int) -> SubOneBitTensor:
-        *parts, minmax = (getattr(self, f"{name}_{part}") for part in PARTS)
-        return SubOneBitTensor(columns, *parts, minmax.view(torch.bfloat16))
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden}, intermediate={self.intermediate}"

@@ -95,6 +95,7 @@ class SubOneBit:
 
     def check_values(self, packed: SubOneBitTensor) -> None:
         """What the kernels take for granted, of bytes that come from a file."""
+        packed = SubOneBitTensor(packed.columns, *(getattr(packed, name).cpu() for name in PARTS))
         _check(packed)
         if not packed.minmax.isfinite().all():
             raise ValueError("minmax must be finite, got inf or nan")

@@ -30,9 +30,8 @@ def load_quantized(
     `convert`, with an InexactWarning.  All else is unpacked to the model's dtype.  options are from_pretrained's;
     weights that are pickled (.bin) are not read.
     """
-    if (
-        options.setdefault("use_safetensors", True) is not True
-    ):  # None too takes pickled files where there are no others
+    # None too takes pickled files where there are no others.
+    if options.setdefault("use_safetensors", True) is not True:
         got = options["use_safetensors"]
         raise ValueError(f"use_safetensors must be True, as pickled files can run code, got {got}")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=options.get("trust_remote_code", False))
