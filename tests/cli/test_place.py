@@ -32,6 +32,7 @@ def test_command(tmp_path):
         str(out),
     ):
         assert part in done.stdout
+    assert "assignment" in done.stderr and "4/4" in done.stderr  # the bar: three layers and their ranks
     table = [line for line in done.stdout.splitlines() if "│" in line]
     assert len(table) == 6 and all("…" not in line for line in table)  # two lines a placement, nothing cut
     assert sorted(each.name for each in out.parent.iterdir()) == ["p.json", "p.png"]

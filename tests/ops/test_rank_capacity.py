@@ -10,6 +10,7 @@ from moert.ops.dispatch import combine, combine_ref, dispatch
 from moert.ops.expert_map import ExpertMap
 from moert.ops.payload import rounded_ref
 from moert.ops.rank_capacity import DROPS, Capacity, plan_within, plan_within_ref
+from moert.routers import CapacityPolicy
 from moert.testing import ID_DTYPES, assert_rows_close, random_routing
 from ranks import ranks
 
@@ -121,7 +122,8 @@ def unread() -> None:
         with Unread():
             for payload in (None, "int8"):
                 for drop in DROPS:
-                    got = dispatch(x, routing, experts, capacity=Capacity(2, drop), payload=payload)
+                    room = CapacityPolicy(1.0)(routing)
+                    got = dispatch(x, room, experts, capacity=Capacity(2, drop), payload=payload)
                     y = got.x * got.routing.weights.sum(1, keepdim=True)
                     combine(y, got).sum().backward()
     finally:
@@ -132,6 +134,26 @@ def unread() -> None:
 
 def test_nothing_is_read_on_the_host():
     assert ranks(2, unread) == [None] * 2
+
+
+def as_gshard_has_it(factor: float) -> tuple[int, int]:
+    """Room for C tokens of each expert: what CapacityPolicy keeps, n * C rows hold for the n experts of each rank."""
+    rank, R = dist.get_rank(), dist.get_world_size()
+    generator, experts = torch.Generator().manual_seed(rank), ExpertMap.of(None, 6, R)
+    x, routing = torch.randn(24, 5, generator=generator), random_routing(24, 6, 2, generator=generator)
+    policy = CapacityPolicy(factor)
+    kept, C = policy(routing), policy.capacity(routing)
+    got, plain = dispatch(x, kept, experts, capacity=Capacity(6 // R * C)), dispatch(x, kept, experts)
+    used = (got.routing.ids >= 0).any(-1)
+    assert got.dropped == 0 and torch.equal(got.x[used], plain.x) and got.x.shape[0] == 6 * C  # [E, C] of GShard
+    assert torch.equal(combine(got.x, got), combine(plain.x, plain))
+    return int((kept.ids < 0).sum()), int((routing.ids < 0).sum())
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 8.0])
+def test_capacity_of_each_expert(factor):
+    for dropped, before in ranks(2, as_gshard_has_it, factor):
+        assert before == 0 and (dropped > 0) == (factor < 8)
 
 
 def test_errors():

@@ -62,7 +62,7 @@ class CapacityPolicy:
             raise ValueError(f"align must be a whole number of at least 1, got {self.align}")
 
     def __call__(self, routing: Routing, group: dist.ProcessGroup | None = None) -> Routing:
-        """The routing with -1 (int32) for choices that are dropped; as capacity reads the host and asks the group."""
+        """The routing with -1 (int32) for choices that are dropped; where capacity does, reads on the host."""
         ids, E = routing.ids.int(), routing.num_experts
         room = ids.new_full((E,), self.capacity(routing, group))
         order = torch.arange(len(ids), device=ids.device)
@@ -75,13 +75,18 @@ class CapacityPolicy:
         return replace(routing, ids=torch.empty_like(kept).index_copy_(0, order, kept), plan=None)
 
     def capacity(self, routing: Routing, group: dist.ProcessGroup | None = None) -> int:
-        """C; with a group, every rank of which must call it, T and the most tokens of an expert are its largest."""
+        """C; with a group, every rank of which must call it, T and the most tokens of an expert are its largest.
+
+        Nothing is read on the host for a factor above 0 without a group.
+        """
         (T, k), E = routing.ids.shape, routing.num_experts
-        most = torch.bincount(routing._columns().flatten(), minlength=E + 1)[:E].max()
-        largest = torch.stack([torch.full_like(most, T), most])
-        if group is not None:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        T, most = largest.tolist()
+        most = 0
+        if self.factor <= 0 or group is not None:
+            counted = torch.bincount(routing._columns().flatten(), minlength=E + 1)[:E].max()
+            largest = torch.stack([torch.full_like(counted, T), counted])
+            if group is not None:
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            T, most = largest.tolist()
         room = k * int(abs(self.factor) * -(-T // E))
         C = room if self.factor > 0 else most if self.factor == 0 else min(most, room)
         align = -(-self.align // 128) * 128 if self.align > 256 else self.align
