@@ -26,11 +26,20 @@ def one_rank():
 
 
 @pytest.mark.parametrize(
-    "options", ({}, {"payload": "int8"}, {"capacity": Capacity(40)}, {"asynchronous": True}), ids=str
+    "options",
+    (
+        {},
+        {"payload": "int8"},
+        {"payload": "float8_e4m3"},
+        {"capacity": Capacity(40)},
+        {"capacity": Capacity(9, "weight")},
+        {"asynchronous": True},
+    ),
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dispatch(dtype, options, one_rank):
-    """Rows there and back, and gradients: the bits of the CPU's."""
+    """What arrives: the bits of the CPU's; what comes back, and gradients, within the rounding of their sums."""
     for shape in PERMUTE_SHAPES:
         routing, experts = shape.routing(), ExpertMap.of(None, shape.E, 1)
         leaves, dy = (torch.randn(shape.T, shape.H).to(dtype), routing.weights.float()), torch.randn(shape.T, shape.H)

@@ -123,7 +123,7 @@ def checked() -> None:
         x, ids, weights = problem(T)
         for rows in (None, 4):
             args = x, weights, ids, experts.expert_to_rank, experts.local_ids, E, 1, [], "", None, rows, "position", 1
-            opcheck(torch.ops.moert.dispatch_rows.default, (*args, [True, True]))
+            opcheck(torch.ops.moert.dispatch_rows.default, (*args, [True, True], 3))
         sizes = torch.tensor([T]), torch.tensor([T]), torch.empty(0, 0, dtype=torch.int64)
         opcheck(torch.ops.moert.dispatch_exchange.default, (x, *sizes, "", False, T))
         plan = dispatch_plan_ref(ids, experts.expert_to_rank, 1)

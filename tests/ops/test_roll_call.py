@@ -17,6 +17,9 @@ from moert.parallel import shard_experts_
 from ranks import ranks
 
 
+HANGS = ("is stopped", "sleeps")
+
+
 class Calls:
     """A guard as a Pulse has it."""
 
@@ -26,7 +29,7 @@ class Calls:
 
 def exchanges(how: str, folder: str, at: int, options: dict, compiled: bool = False) -> tuple[str, float]:
     """Layers forward and backward until one rank is lost; what the others are told, and when."""
-    group = dist.new_group(timeout=timedelta(seconds=5 if how == "sleeps" else 60))
+    group = dist.new_group(timeout=timedelta(seconds=5 if how in HANGS else 60))
     fault = Fault(how, folder)
     torch.manual_seed(0)
     layers = [MoELayer(TopKRouter(8, 6, 2), GluExperts(6, 8, 8)) for _ in range(2)]
@@ -53,11 +56,11 @@ def assert_named(told, within: float) -> None:
         assert seconds < within, seconds
 
 
-@pytest.mark.parametrize("how", ["is killed", "raises", "sleeps"])
+@pytest.mark.parametrize("how", ["is killed", "is stopped", "raises", "sleeps"])
 def test_a_rank_is_lost(tmp_path, how):
-    # A kill is seen at once; who sleeps is missed after the group's five seconds.
+    # A kill is seen at once; who stops or sleeps is missed after the group's five seconds.
     told = ranks(3, exchanges, how, str(tmp_path), 7, {}, may_end=(LOST,))
-    assert_named(told, 20 if how == "sleeps" else 10)
+    assert_named(told, 20 if how in HANGS else 15)
 
 
 @pytest.mark.parametrize("at", [3, 12, 21])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tests.parallel.test_expert_parallel import E, block, layer, mine, one_process, step, tokens
 
 from moert import GluExperts, Routing, batch_invariant
-from moert.ops import ExpertMap
+from moert.ops import ExpertMap, dispatch
 from moert.parallel import ExpertParallel, load_checkpoint, save_checkpoint, shard_experts_
 from moert.parallel.copies import Copies
 from moert.placement import PlacedLayer, Topology
@@ -140,12 +140,15 @@ def differ() -> list[str]:
     ):
         placed, x = other if odd else usual, torch.randn(4, 12)
         experts = GluExperts(len(placed.expert_to_rank), 12, 10)
-        spread = ExpertParallel(experts, placement=placed)
-        told.append(error_of(spread, x, random_routing(4, experts.num_experts, 2)))
+        told.append(error_of(lambda experts=experts, placed=placed: ExpertParallel(experts, placement=placed)))
+        copies = Copies.placed(placed, experts.num_experts, 3, dist.get_rank(), None)
+        routing = copies.routed(random_routing(4, experts.num_experts, 2))
+        told.append(error_of(dispatch, x, routing, copies.map))
     return told
 
 
 def test_ranks_with_other_copies_are_refused():
     text = r"the checksum of placement must be the same on every rank, got \d+ on ranks 0, 1, \d+ on rank 2"
     for told in ranks(3, differ):
-        assert len(told) == 3 and all(re.fullmatch(text, each) for each in told), told
+        assert told.pop(4) == "E must be the same on every rank, got 7 on ranks 0, 1, 8 on rank 2"
+        assert len(told) == 5 and all(re.fullmatch(text, each) for each in told), told

@@ -128,10 +128,10 @@ class Counting:
                 self._heard, self._between = send_numbers(self._said, ranks.levels)
 
     def wait(self) -> Splits:
-        if self._ranks.levels is None:
-            with self._ranks.guarded():
+        with self._ranks.guarded():
+            if self._ranks.levels is None:
                 self._work.wait()
-        heard = self._heard.tolist()
+            heard = self._heard.tolist()  # of a GPU's numbers: here the host waits for them
         received = [count for count, *_ in heard]
         if not self._failed and (FAILED in received or any(numbers != self._numbers for _, *numbers in heard)):
             _raise_difference(heard, self._facts, self._ranks.group)

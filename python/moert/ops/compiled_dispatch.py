@@ -58,6 +58,7 @@ def dispatch_rows(
     drop: str,
     parts: int,
     needs_gradient: list[bool],
+    layer: int,
 ) -> Arrived:
     """dispatch, in plain tensors.  num_experts: the routing's; num_ranks and copy_of: of the maps; rows and drop: of
     the capacity; needs_gradient: of x and of the weights.
@@ -68,7 +69,7 @@ def dispatch_rows(
     experts = ExpertMap(expert_to_rank, local_ids, num_ranks, tuple(copy_of))
     routing = Routing(ids, weights, num_experts)
     capacity = None if rows is None else Capacity(rows, drop)
-    flight = exchange(x, routing, experts, way, payload, capacity, parts, tuple(needs_gradient))
+    flight = exchange(x, routing, experts, way, payload, capacity, parts, tuple(needs_gradient), layer=layer)
     here, there = flight.arrive(), flight.splits
     sizes = (torch.tensor(each, dtype=torch.int64) for each in (there.sent, there.received))
     between = torch.empty(0, 0, dtype=torch.int64) if there.between is None else there.between.clone()
@@ -83,7 +84,7 @@ order_dispatch = register_exchange(torch.ops.moert.dispatch_rows.default)
 
 
 @dispatch_rows.register_fake
-def _(x, weights, ids, to_rank, local_ids, num_experts, num_ranks, copy_of, ranks, payload, rows, drop, parts, needs):
+def _(x, weights, ids, to_rank, local_ids, E, num_ranks, copy_of, ranks, payload, rows, drop, parts, needs, layer):
     order_dispatch()
     way, (T, k) = ranks_of(ranks), ids.shape
     R, ctx = way.size, torch.library.get_ctx()
@@ -127,7 +128,7 @@ sent_rows.register_autograd(_send_back, setup_context=_keep_send)
 
 
 def _keep_dispatch(ctx, inputs, output):
-    *_, ctx.ranks, _, _, _, _, ctx.needs = inputs
+    *_, ctx.ranks, _, _, _, _, ctx.needs, _ = inputs
     _, _, ids, _, tokens, slots, sent, received, between, _ = output
     ctx.save_for_backward(ids, tokens, slots, sent, received, between)
     ctx.mark_non_differentiable(*output[2:])
@@ -135,7 +136,7 @@ def _keep_dispatch(ctx, inputs, output):
 
 def _dispatch_back(ctx, drows, dweights, *_):
     grads = torch.ops.moert.dispatch_gradients(drows, dweights, *ctx.saved_tensors, ctx.ranks, ctx.needs)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *[None] * 12
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs, strict=True)), *[None] * 13
 
 
 dispatch_rows.register_autograd(_dispatch_back, setup_context=_keep_dispatch)

@@ -88,15 +88,18 @@ def dispatch(
     return there if asynchronous else there.wait()
 
 
-def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynchronous=False) -> "_Flight":
-    """dispatch without its part in the graph; needs: whether x and the weights need gradients (None: they say it)."""
+def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynchronous=False, layer=None) -> "_Flight":
+    """dispatch without its part in the graph; needs: whether x and the weights need gradients (None: they say it);
+    layer: None, that of ranks.
+    """
     dropped = None
     if capacity is None:
         with refusing(ranks, FACTS):
             plan, needs = _plan(x, routing, experts, ranks, payload), needs or _needs(x, routing)
             ends = plan.offsets.tolist()
             counts = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
-        counting = Counting(counts, _facts(x, routing, experts, payload, parts, needs), ranks)
+        layer = ranks.layer if layer is None else layer
+        counting = Counting(counts, _facts(x, routing, experts, payload, parts, needs, layer), ranks)
         plan = DispatchPlan(plan.offsets, plan.tokens[: sum(counts)], plan.slots)
     else:
         _plan(x, routing, experts, ranks, payload)
@@ -118,7 +121,7 @@ def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
 def _compiled(x, routing, experts, ranks, payload, capacity, parts) -> Dispatched:
     rows, drop = (None, "") if capacity is None else (capacity.rows, capacity.drop)
     maps = experts.expert_to_rank, experts.local_ids, routing.num_experts, experts.num_ranks, list(experts.copy_of)
-    options = ranks.name, payload, rows, drop, parts, list(_needs(x, routing))
+    options = ranks.name, payload, rows, drop, parts, list(_needs(x, routing)), ranks.layer
     x, weights, ids, offsets, tokens, slots, *splits, dropped = torch.ops.moert.dispatch_rows(
         x, routing.weights, routing.ids, *maps, *options
     )
@@ -256,15 +259,16 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
 
 
 FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload", "the number of parts",
-         "the checksum of placement", "x.requires_grad", "weights.requires_grad")  # fmt: skip
+         "the checksum of placement", "x.requires_grad", "weights.requires_grad",
+         "the number of the layer")  # fmt: skip
 
 
-def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload, parts: int, needs) -> dict[str, int | str]:
+def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload, parts: int, needs, layer) -> dict[str, int | str]:
     """What all ranks must agree on: sizes and types of what travels, and whether gradients will travel back."""
     types = [str(t.dtype).removeprefix("torch.") for t in (x, routing.weights)]
     words = ["yes" if needed else "no" for needed in needs]
     sizes = (x.shape[1], routing.ids.shape[1], experts.num_experts)
-    return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *words), strict=True))
+    return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *words, layer), strict=True))
 
 
 def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> DispatchPlan:

@@ -21,6 +21,7 @@ Guard = Callable[[], AbstractContextManager]  # inside it a rank waits for other
 
 HANDLES: "WeakValueDictionary[str, Ranks]" = WeakValueDictionary()
 _NUMBERS = count()
+_LAYERS: "WeakKeyDictionary[dist.ProcessGroup, count]" = WeakKeyDictionary()
 _SUBGROUPS: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]" = WeakKeyDictionary()
 
 
@@ -41,12 +42,14 @@ class Levels:
 class Ranks:
     """A group (None: all), and the way to its ranks: straight, or within nodes first.
 
-    Waits happen inside guard(); None: roll_call's, which names the ranks that are silent when an exchange fails.
+    Waits happen inside guard(); None: roll_call's, which names the ranks that are silent when an exchange fails.  layer
+    is compared in every dispatch: two layers that one rank calls in another order would take each other's rows.
     """
 
     group: dist.ProcessGroup | None = None
     guard: Guard | None = None
     levels: Levels | None = None
+    layer: int = 0
 
     handle: ClassVar[str | None] = None  # of an object that says more than its group does
 
@@ -65,7 +68,9 @@ class Ranks:
         return group if isinstance(group, Ranks) else cls(group)
 
     @classmethod
-    def in_nodes(cls, local_size: int, group: dist.ProcessGroup | None = None, guard: Guard | None = None) -> "Ranks":
+    def in_nodes(
+        cls, local_size: int, group: dist.ProcessGroup | None = None, guard: Guard | None = None, layer: int = 0
+    ) -> "Ranks":
         """Ranks r of node r // local_size: what goes to another node goes to one rank of each node (Tutel's 2DH).
 
         Every rank of the group must call it: the first call makes two groups.  A single node, or nodes of a single
@@ -76,11 +81,11 @@ class Ranks:
         if local_size < 1 or R % local_size:
             raise ValueError(f"local_size must divide the R={R} ranks, got {local_size}")
         if local_size in (1, R):
-            return cls(group, guard)
+            return cls(group, guard, None, layer)
         ranks = torch.tensor(dist.get_process_group_ranks(group or dist.group.WORLD)).view(-1, local_size)
         node, index = divmod(dist.get_rank(group), local_size)
         groups = (subgroup(members.tolist(), group) for members in (ranks[node], ranks[:, index]))
-        return cls(group, guard, Levels(*groups))
+        return cls(group, guard, Levels(*groups), layer)
 
     def guarded(self) -> AbstractContextManager:
         """Inside it this rank waits for the others."""
@@ -99,6 +104,11 @@ class Ranks:
         """Where numbers for the host travel from: the CPU, or the device of a backend that knows no other."""
         kinds = (self.group or dist.group.WORLD)._device_types
         return torch.device("cpu") if torch.device("cpu") in kinds else torch.empty(0, device=kinds[0]).device
+
+
+def next_layer(group: dist.ProcessGroup | None) -> int:
+    """The number of a layer among those of the group, which every rank of it makes: 1, 2 and so on."""
+    return next(_LAYERS.setdefault(group or dist.group.WORLD, count(1)))
 
 
 def named(ranks: list[int], group: dist.ProcessGroup | None) -> str:

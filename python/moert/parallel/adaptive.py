@@ -81,7 +81,7 @@ class AdaptiveExperts(Experts):
         self.slices = SlicedExperts(experts, self.s, self.group, gradients=gradients, replicas=replicas, pulse=pulse)
         self._ways = [self.slices.ranks]
         if local_size is not None:
-            in_nodes = Ranks.in_nodes(local_size, self.group, self.slices.ranks.guard)
+            in_nodes = Ranks.in_nodes(local_size, self.group, pulse and pulse.exchanging, self.slices.ranks.layer)
             self._ways += [in_nodes] if near else []
         self.caches: dict[tuple, SettingsCache] = {}  # by r, degree, levels and whether gradients flow
         self._clocks: dict[tuple, _Clock] = {}

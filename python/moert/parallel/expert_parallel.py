@@ -20,7 +20,7 @@ from moert.ops.dispatch import FACTS, Dispatched, dispatch, start_combine
 from moert.ops.kinds import expect
 from moert.ops.payload import check_payload
 from moert.ops.rank_capacity import Capacity
-from moert.ops.ranks import Ranks
+from moert.ops.ranks import Ranks, next_layer
 from moert.ops.roll_call import roll_call
 from moert.parallel.copies import Copies
 from moert.parallel.placed import placed
@@ -31,9 +31,19 @@ if TYPE_CHECKING:
     from moert.placement import ExpertPlacement
 
 GRADIENTS = ("sum", "mean")
-# What ranks compare when a layer is made: those that differ would wait in exchanges that the others do not make.
-# Degree, payload, placement and more are compared at each call.
-OPTIONS = ("local_size", "gradients", "capacity", "the number of replicas")
+# What ranks compare when a layer is made: those that differ would wait in exchanges that the others do not make, and
+# with a capacity nothing is compared later.
+OPTIONS = (
+    "local_size",
+    "gradients",
+    "the number of replicas",
+    "capacity",
+    "degree",
+    "payload",
+    "E",
+    "H",
+    "the checksum of placement",
+)
 
 
 class Traffic(NamedTuple):
@@ -88,17 +98,14 @@ class ExpertParallel(Experts):
             self.copies = Copies.placed(placement, *at)
         self.map = self.copies.map
         holders = None if self.replicas is None else dist.get_world_size(self.replicas)
-        agree(
-            {
-                "local_size": local_size,
-                "gradients": gradients,
-                "capacity": capacity and capacity.rows,
-                "the number of replicas": holders,
-            },
-            self.ranks,
-        )
+        room, payload_name = capacity and capacity.rows, payload or "none"
+        sizes = experts.num_experts, experts.hidden, self.map.checksum
+        facts = local_size, gradients, holders, room, degree, payload_name, *sizes
+        agree(dict(zip(OPTIONS, facts, strict=True)), self.ranks)
+        layer = next_layer(self.group)
+        self.ranks = replace(self.ranks, layer=layer)
         if local_size is not None:
-            self.ranks = Ranks.in_nodes(local_size, self.group, self.ranks.guard)
+            self.ranks = Ranks.in_nodes(local_size, self.group, self.ranks.guard, layer)
         self.num_experts, self.gradients, self.degree = experts.num_experts, gradients, degree
         self.payload, self.capacity = payload, capacity
         self.dropped: Tensor | None = None

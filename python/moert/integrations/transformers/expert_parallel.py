@@ -12,7 +12,7 @@ from transformers.distributed.expert_parallel import EPImplementation
 from moert.ops.all_to_all import Splits, all_to_all
 from moert.ops.dispatch import combine, dispatch
 from moert.ops.expert_map import ExpertMap
-from moert.ops.ranks import Ranks
+from moert.ops.ranks import Ranks, next_layer
 from moert.parallel.placed import placed
 from moert.placement.expert_placement import ExpertPlacement, PlacedLayer
 from moert.types import Routing
@@ -29,6 +29,8 @@ class MoertEP(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.blocks = ExpertMap.of(None, self.num_local_experts * ep_mesh.size(), ep_mesh.size())
         self.map = self.blocks
+        group = ep_mesh.get_group()
+        self.ranks = Ranks(group, layer=next_layer(group))
         self.moving = False
         experts.moert_exchange = self
 
@@ -61,7 +63,7 @@ class MoertEP(EPImplementation):
     def _own_tokens(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if weights.dtype != x.dtype:  # as the operators take them beside rows of x's dtype
             weights = weights.to(torch.promote_types(x.dtype, torch.float32))
-        there = dispatch(x, Routing(ids, weights, self.map.num_experts), self.map, self.ep_mesh.get_group())
+        there = dispatch(x, Routing(ids, weights, self.map.num_experts), self.map, self.ranks)
         # What has to be computed elsewhere, in the words of transformers' experts: the id after the last.
         ids = there.routing.ids.long()
         ids = torch.where(ids < 0, self.num_local_experts, ids)
