@@ -16,7 +16,6 @@ from moert.ops.roll_call import PATIENCE, roll
 from moert.parallel import shard_experts_
 from ranks import ranks
 
-
 HANGS = ("is stopped", "sleeps")
 
 

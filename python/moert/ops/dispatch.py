@@ -89,9 +89,7 @@ def dispatch(
 
 
 def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynchronous=False, layer=None) -> "_Flight":
-    """dispatch without its part in the graph; needs: whether x and the weights need gradients (None: they say it);
-    layer: None, that of ranks.
-    """
+    """dispatch without its part in the graph; needs: gradients of x, of weights; None: what they and ranks say."""
     dropped = None
     if capacity is None:
         with refusing(ranks, FACTS):
