@@ -36,7 +36,7 @@ def exchanges(how: str, folder: str, at: int, options: dict, compiled: bool = Fa
     if dist.get_rank() == LOST:
         for each in model:
             ways = each.experts.ranks
-            each.experts.ranks = Ranks(group, counted(at, fault, Calls(group)), ways.levels)
+            each.experts.ranks = Ranks(group, counted(at, fault, Calls(group)), ways.levels, ways.layer)
     run = torch.compile(model, backend="aot_eager") if compiled else model
     x = torch.randn(9, 8)
     try:

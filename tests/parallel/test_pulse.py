@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moert import GluExperts, MoELayer, TopKRouter
-from moert.ops import Ranks
 from moert.parallel import Pulse, shard_experts_
 from ranks import ranks
 
@@ -52,9 +52,9 @@ def exchanges(how: str, folder: str, seed: int) -> tuple[str, float]:
     shard_experts_(model, group, pulse=pulse)
     at = random.Random(seed).randrange(20, 120)  # a step has 21 guarded calls: three a layer forward, four backward
     if lost:
-        guarded = Ranks(group, counted(at, fault, pulse))
+        guard = counted(at, fault, pulse)
         for each in model:
-            each.experts.ranks = guarded
+            each.experts.ranks = replace(each.experts.ranks, guard=guard)
     x = torch.randn(9, 8)
     try:
         for _ in range(100):
