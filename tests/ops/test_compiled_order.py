@@ -24,7 +24,7 @@ def exchanges(sizes: tuple[int, int], grad: bool) -> list[str]:
         return layers[H](wide)[: len(x)].square().sum() + layers[2 * H](z.exp()).square().sum()
 
     compiled_dispatch.send_rows = lambda rows, *args: (seen.append(f"{rows.shape[1]} back"), send(rows, *args))[1]
-    dispatched.exchange = lambda x, *args: (seen.append(f"{x.shape[1]} there"), begin(x, *args))[1]
+    dispatched.exchange = lambda x, *args, **more: (seen.append(f"{x.shape[1]} there"), begin(x, *args, **more))[1]
     torch._dynamo.reset()
     with torch.set_grad_enabled(grad):
         loss = torch.compile(step, backend="inductor", fullgraph=True, dynamic=True)(*xs)
@@ -44,6 +44,6 @@ def test_exchanges_stay_and_keep_their_order():
     few, many, none, one = ranks(1, orders, ((2, 9000), True), ((9000, 2), True), ((0, 0), True), ((0, 1), False))[0]
     assert few == many == none and few[:4] == forward
     # Of each layer: its results' gradient, and those of its rows and weights in one record.
-    both = [f"{record_bytes(torch.float32, torch.float32, h, k)} back" for h in (H, 2 * H)]
+    both = [f"{record_bytes(torch.float32, torch.float32, h, k, ids=False)} back" for h in (H, 2 * H)]
     assert sorted(few[4:]) == sorted([f"{H} back", f"{2 * H} back", *both])
     assert sorted(one) == sorted(forward)
