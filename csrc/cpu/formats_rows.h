@@ -62,32 +62,29 @@ int64_t unpack_row_of(const uint8_t* packed, int64_t columns, int64_t bytes, uin
   return -1;
 }
 
-int64_t pack_row(const Packing& p, const uint8_t* codes, uint8_t* packed) {
-  const int64_t columns = p.columns, bytes = row_bytes(p);
-  switch (p.format) {
+// f(the unit of the format's rows), such as OneAByte{}.
+template <typename F>
+int64_t with_byte(Format format, const F& f) {
+  switch (format) {
     case Format::int8:
-      return pack_row_of<OneAByte>(codes, columns, bytes, packed);
+      return f(OneAByte{});
     case Format::ternary2:
-      return pack_row_of<FourTritsAByte>(codes, columns, bytes, packed);
+      return f(FourTritsAByte{});
     case Format::ternary5:
-      return pack_row_of<FiveTritsAByte>(codes, columns, bytes, packed);
+      return f(FiveTritsAByte{});
     default:
-      return pack_row_of<TwoAByte>(codes, columns, bytes, packed);
+      return f(TwoAByte{});
   }
 }
 
+int64_t pack_row(const Packing& p, const uint8_t* codes, uint8_t* packed) {
+  return with_byte(p.format,
+                   [&](auto byte) { return pack_row_of<decltype(byte)>(codes, p.columns, row_bytes(p), packed); });
+}
+
 int64_t unpack_row(const Packing& p, const uint8_t* packed, uint8_t* codes) {
-  const int64_t columns = p.columns, bytes = row_bytes(p);
-  switch (p.format) {
-    case Format::int8:
-      return unpack_row_of<OneAByte>(packed, columns, bytes, codes);
-    case Format::ternary2:
-      return unpack_row_of<FourTritsAByte>(packed, columns, bytes, codes);
-    case Format::ternary5:
-      return unpack_row_of<FiveTritsAByte>(packed, columns, bytes, codes);
-    default:
-      return unpack_row_of<TwoAByte>(packed, columns, bytes, codes);
-  }
+  return with_byte(p.format,
+                   [&](auto byte) { return unpack_row_of<decltype(byte)>(packed, p.columns, row_bytes(p), codes); });
 }
 
 void quantize_row(const Packing& p, const float* w, uint8_t* scratch, uint32_t* numbers, uint8_t* packed, void* scales,

@@ -21,7 +21,6 @@ for _ in range(2):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
 def test_memory_that_malloc_kept_counts():
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(peer_moert.__file__)}
     environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "OMP_NUM_THREADS": "1"}
