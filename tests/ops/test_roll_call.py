@@ -93,6 +93,7 @@ def words() -> None:
         dist.barrier()
     dist.barrier()
     assert not roll(dist.group.WORLD).check(["0"]) and not roll(dist.group.WORLD).check(["1"])
+    dist.barrier()  # both have looked before one writes again
     if rank == 0:
         alone = "got no word from rank 1: boom"
         with pytest.raises(RuntimeError, match=alone), roll_call.roll_call(None):
