@@ -1,55 +1,32 @@
-"""Trains a byte-level language model on the standard library's source, its experts spread over the ranks of torchrun.
+"""Trains the model of `moert run` on the standard library's source, its experts spread over the ranks of torchrun.
 
     torchrun --nproc-per-node 2 --max-restarts 3 examples/train_ep.py OUT [--steps 200]
 
 Goes on from the last checkpoint in OUT, on any number of ranks; a step that was printed as saved is never made again.
+When all are made OUT/model is a Hugging Face checkpoint: `moert run --model OUT/model` generates with it.
 """
 
 import argparse
 import os
 import shutil
+from logging import getLogger
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from transformers import Qwen3MoeForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
 
-from moert import GluExperts, MoELayer, TopKRouter
+from moert.cli.checkpoint import byte_tokenizer
 from moert.cli.corpus import load_corpus
-from moert.parallel import Pulse, expert_parameters, load_checkpoint, save_checkpoint, shard_experts_
+from moert.cli.demo_train import DemoSettings
+from moert.parallel import load_checkpoint, save_checkpoint
 
-HIDDEN, HEADS, EXPERTS, K, LAYERS, SEQUENCE = 128, 4, 16, 2, 2, 128
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(2))
-        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
-        self.moe = MoELayer(TopKRouter(HIDDEN, EXPERTS, K, renormalize=True), GluExperts(EXPERTS, HIDDEN, 2 * HIDDEN))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.moe(self.norms[1](x))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.places = nn.Embedding(256, HIDDEN), nn.Embedding(SEQUENCE, HIDDEN)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.head = nn.Sequential(nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 256))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The mean loss in nats of each byte but the first of each window, ids [B, SEQUENCE]."""
-        x = self.bytes(ids) + self.places(torch.arange(ids.shape[1]))
-        return F.cross_entropy(self.head(self.blocks(x))[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+DEMO = DemoSettings()
 
 
 def main() -> None:
@@ -62,13 +39,11 @@ def main() -> None:
     if options.batch < 1 or options.batch % ranks:
         parser.error(f"--batch must be a multiple of the {ranks} ranks, got {options.batch}")
     init_process_group()
-    torch.manual_seed(0)  # the same weights on every rank, before each keeps its part
-    with Pulse() as pulse:
-        model = shard_experts_(Model(), gradients="mean", pulse=pulse)
-        model._ddp_params_and_buffers_to_ignore = list(expert_parameters(model))
-        wrapped = DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
-        train(wrapped, optimizer, load_corpus().train, options)
+    logging.disable_progress_bar()
+    model = spread(options.out / "untrained", ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)  # foreach wants one mesh
+    train(model, optimizer, load_corpus().train, options)
+    write(options.out / "model", model)
     dist.destroy_process_group()
 
 
@@ -79,7 +54,18 @@ def init_process_group() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, options) -> None:
+def spread(untrained: Path, ranks: int) -> Qwen3MoeForCausalLM:
+    """Each rank has its block of every layer's experts, and of everything else what FSDP2 leaves it."""
+    if dist.get_rank() == 0 and not untrained.exists():
+        torch.manual_seed(DEMO.seed)
+        Qwen3MoeForCausalLM(DEMO.config()).save_pretrained(untrained.with_suffix(".new"))
+        untrained.with_suffix(".new").rename(untrained)
+    dist.barrier()
+    layout = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="moert") if ranks > 1 else None
+    return Qwen3MoeForCausalLM.from_pretrained(untrained, distributed_config=layout, experts_implementation="moert")
+
+
+def train(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, text: Tensor, options) -> None:
     done, console = last_step(options.out), Console(quiet=dist.get_rank() != 0)
     if done:
         load_checkpoint(options.out / f"step-{done}", model, optimizer)
@@ -89,20 +75,22 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, opti
         task = progress.add_task("", total=options.steps, completed=done, loss="")
         for step in range(done + 1, options.steps + 1):
             optimizer.zero_grad()
-            loss = model(windows(text, step, options.batch))
-            loss.backward()
+            ids = windows(text, step, options.batch)
+            output = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=True)
+            output.loss.backward()
             optimizer.step()
+            loss = (output.loss - DEMO.balance * output.aux_loss).detach()  # of the text alone
             progress.update(task, completed=step, loss=f"loss {loss.item():.3f} nats a byte")
             if step % options.save_every == 0 or step == options.steps:
                 save(options.out, step, model, optimizer)
-                dist.all_reduce(total := loss.detach().clone())
-                console.print(f"saved step {step}, loss {total.item() / dist.get_world_size():.6f}")
+                dist.all_reduce(loss)
+                console.print(f"saved step {step}, loss {loss.item() / dist.get_world_size():.6f}")
 
 
 def windows(text: Tensor, step: int, batch: int) -> Tensor:
     """This rank's part of the windows of a step, which are the same however many ranks there are."""
-    starts = torch.randint(len(text) - SEQUENCE, (batch, 1), generator=torch.Generator().manual_seed(step))
-    return text[starts + torch.arange(SEQUENCE)].long().chunk(dist.get_world_size())[dist.get_rank()]
+    starts = torch.randint(len(text) - DEMO.sequence, (batch, 1), generator=torch.Generator().manual_seed(step))
+    return text[starts + torch.arange(DEMO.sequence)].long().chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def last_step(out: Path) -> int:
@@ -111,7 +99,7 @@ def last_step(out: Path) -> int:
     return int(latest.read_text()) if latest.exists() else 0
 
 
-def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save(out: Path, step: int, model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     """The checkpoint first, then the file that names it, then others go."""
     save_checkpoint(out / f"step-{step}", model, optimizer)
     dist.barrier()
@@ -122,6 +110,18 @@ def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
             if other.name != f"step-{step}":
                 shutil.rmtree(other)
     dist.barrier()
+
+
+def write(folder: Path, model: Qwen3MoeForCausalLM) -> None:
+    """In a folder beside, which takes the name when all is in it."""
+    # Two gathers one after the other, of FSDP2 and of experts, are no cause for a warning on every rank here.
+    getLogger("torch.distributed.tensor._redistribute").setLevel("ERROR")
+    model.save_pretrained(folder.with_suffix(".new"))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        byte_tokenizer().save_pretrained(folder.with_suffix(".new"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".new").rename(folder)
 
 
 if __name__ == "__main__":

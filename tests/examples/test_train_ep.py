@@ -1,4 +1,4 @@
-"""examples/train_ep.py under torchrun: workers that are killed, a later call on another number of ranks, its bar."""
+"""examples/train_ep.py under torchrun: workers that are killed, another number of ranks, what it writes, its bar."""
 
 import functools
 import os
@@ -14,6 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeForCausalLM
+
+from moert.cli.demo_train import DemoSettings
+from moert.parallel import load_checkpoint
 
 ENVIRONMENT = {"PYTHONFAULTHANDLER": "1", "FORCE_COLOR": ""}  # with rich's colours lines would not be found
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ep.py"
@@ -26,7 +32,7 @@ def torchrun(out: Path, ranks: int, steps: int, *options: str, **environment: st
     # The address is named because torchrun waits without end for a worker that cannot resolve the machine's name.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1"]
-    command += [str(SCRIPT), str(out), "--steps", str(steps), "--save-every", "1", "--batch", "4"]
+    command += [str(SCRIPT), str(out), "--steps", str(steps), "--save-every", "1", "--batch", "2"]
     environment = os.environ | ENVIRONMENT | environment
     with (
         open(out.with_suffix(".log"), "w") as log,
@@ -41,10 +47,10 @@ def torchrun(out: Path, ranks: int, steps: int, *options: str, **environment: st
                         process.kill()
 
 
-def printed(run: subprocess.Popen, out: Path) -> str:
+def printed(run: subprocess.Popen, out: Path, steps: int) -> str:
     """All that a run printed, which must come to a good end; where it does not, also what its workers were at."""
     try:
-        run.wait(120)
+        run.wait(100 + 5 * steps)
     except subprocess.TimeoutExpired:
         for worker in psutil.Process(run.pid).children(recursive=True):
             worker.send_signal(signal.SIGABRT)
@@ -70,7 +76,7 @@ def starts(text: str) -> list[tuple[int, dict[int, str]]]:
 
 def whole(out: Path, ranks: int, steps: int) -> str:
     with torchrun(out, ranks, steps) as run:
-        return printed(run, out)
+        return printed(run, out, steps)
 
 
 class Killer:
@@ -126,9 +132,15 @@ class Killer:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Callable[[int], str]:
-    """What two ranks print that nobody disturbs."""
-    return functools.cache(lambda steps: whole(tmp_path_factory.mktemp("undisturbed") / "out", 2, steps))
+def undisturbed(tmp_path_factory) -> Callable[[int], tuple[str, Path]]:
+    """What two ranks print and write that nobody disturbs."""
+
+    @functools.cache
+    def run(steps: int) -> tuple[str, Path]:
+        out = tmp_path_factory.mktemp("undisturbed") / "out"
+        return whole(out, 2, steps), out
+
+    return run
 
 
 def killed(out: Path, steps: int, kills: int, seed: int) -> str:
@@ -137,7 +149,7 @@ def killed(out: Path, steps: int, kills: int, seed: int) -> str:
         killer = Killer(run, out, seed)
         for number in range(kills):
             killer.kill_one(where[number % 3])
-        return printed(run, out)
+        return printed(run, out, steps)
 
 
 SLOW = pytest.mark.slow, pytest.mark.timeout(1800)
@@ -147,7 +159,7 @@ SLOW = pytest.mark.slow, pytest.mark.timeout(1800)
 def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
     # A start that trains makes five steps at most before it is killed, one that saves or begins one or two.
     out, steps = tmp_path / "killed", 4 * kills + 3
-    expected = losses(undisturbed(steps))
+    expected = losses(undisturbed(steps)[0])
     assert list(expected) == [*range(1, steps + 1)] and float(expected[steps]) < float(expected[1])
     text = killed(out, steps, kills, seed)
     last = 0
@@ -157,16 +169,54 @@ def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
         assert list(saved) == [*range(after + 1, after + 1 + len(saved))], text
         assert saved == {step: expected[step] for step in saved}
         last = max(saved, default=after)
-    assert last == steps and sorted(p.name for p in out.iterdir()) == ["latest", f"step-{steps}"]
+    assert last == steps and sorted(p.name for p in out.iterdir()) == ["latest", "model", f"step-{steps}", "untrained"]
     (after, saved), *none = starts(whole(out, 1, steps + 2))  # on another number of ranks
     assert not none and after == steps and [*saved] == [steps + 1, steps + 2]
+
+
+# Neither moert nor a group of ranks: what anybody does with a checkpoint.
+STOCK = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+model, ids, logits = sys.argv[1:]
+with torch.no_grad():
+    save_file({"logits": AutoModelForCausalLM.from_pretrained(model)(**load_file(ids), use_cache=False).logits}, logits)
+assert "moert" not in sys.modules
+"""
+
+
+def test_one_process_makes_a_plain_checkpoint_of_a_spread_one(tmp_path, undisturbed):
+    """As the ranks themselves do after the last step, bit for bit; stock transformers loads it."""
+    _, out = undisturbed(15)
+    model = Qwen3MoeForCausalLM(DemoSettings().config())
+    model.set_experts_implementation("moert")
+    load_checkpoint(out / "step-15", model)
+    model.save_pretrained(tmp_path / "plain")
+    plain, written, untrained = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "plain", out / "model", out / "untrained")
+    )
+    # What is tied transformers writes once, but of a spread model under both names.
+    assert torch.equal(written.pop("lm_head.weight"), written["model.embed_tokens.weight"])
+    assert plain.keys() == written.keys() == untrained.keys()
+    for name, weight in plain.items():
+        assert torch.equal(weight, written[name]) and not torch.equal(weight, untrained[name]), name
+    ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, tmp_path / "ids")
+    paths = tmp_path / "plain", tmp_path / "ids", tmp_path / "logits"
+    subprocess.run([sys.executable, "-c", STOCK, *map(str, paths)], check=True, timeout=200)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    got = load_file(tmp_path / "logits")["logits"]
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_its_bar_is_on_the_first_rank_alone(tmp_path):
     out, logs = tmp_path / "out", tmp_path / "logs"
     redirected = "--redirects", "3", "--log-dir", str(logs)
     with torchrun(out, 2, 2, *redirected, FORCE_COLOR="1") as run:  # as if each rank had a terminal of its own
-        printed(run, out)
+        printed(run, out, 2)
     first, second = (b"".join(p.read_bytes() for p in logs.glob(f"*/attempt_0/{rank}/std*.log")) for rank in "01")
     assert all(b"\r\x1b[2Kstep %d/2 " % step in first for step in (1, 2)), first  # drawn anew where it stands
     assert b"saved step 2, loss" in re.sub(rb"\x1b\[[\d;]*m", b"", first) and second == b""
