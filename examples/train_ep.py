@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 --max-restarts 3 examples/train_ep.py OUT [--steps 200]
 
 Goes on from the last checkpoint in OUT, on any number of ranks; a step that was printed as saved is never made again.
-When all are made OUT/model is a Hugging Face checkpoint: `moert run --model OUT/model` generates with it.
+When all are made OUT/model is a Hugging Face checkpoint: `moert run --model OUT/model --prompt "def read("`.
 """
 
 import argparse

@@ -180,9 +180,12 @@ import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-model, ids, logits = sys.argv[1:]
-with torch.no_grad():
-    save_file({"logits": AutoModelForCausalLM.from_pretrained(model)(**load_file(ids), use_cache=False).logits}, logits)
+ids, *checkpoints = sys.argv[1:]
+for checkpoint in checkpoints:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        logits = model(**load_file(ids), use_cache=False).logits
+    save_file({"logits": logits}, checkpoint + "/logits")
 assert "moert" not in sys.modules
 """
 
@@ -204,12 +207,13 @@ def test_one_process_makes_a_plain_checkpoint_of_a_spread_one(tmp_path, undistur
         assert torch.equal(weight, written[name]) and not torch.equal(weight, untrained[name]), name
     ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": ids}, tmp_path / "ids")
-    paths = tmp_path / "plain", tmp_path / "ids", tmp_path / "logits"
+    paths = tmp_path / "ids", tmp_path / "plain", out / "model"
     subprocess.run([sys.executable, "-c", STOCK, *map(str, paths)], check=True, timeout=200)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-    got = load_file(tmp_path / "logits")["logits"]
-    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    for checkpoint in paths[1:]:
+        logits = load_file(checkpoint / "logits")["logits"]
+        assert (logits - expected).norm() <= 1e-5 * expected.norm(), checkpoint
 
 
 def test_its_bar_is_on_the_first_rank_alone(tmp_path):
