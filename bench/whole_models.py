@@ -8,6 +8,7 @@ Before anything is timed the logits of llama.cpp and of float experts must be th
 """
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -112,7 +113,10 @@ def random_model(sizes: dict) -> nn.Module:
     """In float32, of numbers that bfloat16 has."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**sizes, norm_topk_prob=True, tie_word_embeddings=False)
-    return AutoModelForCausalLM.from_config(config).bfloat16().float().eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():  # not .bfloat16(), which would round the frequencies of rotary positions too
+        weight.data = weight.data.bfloat16().float()
+    return model
 
 
 def logits(model: nn.Module, ids: list[int]) -> np.ndarray:
@@ -127,8 +131,7 @@ def sources(
     """Writes the checkpoint or the file of each row when its turn comes; the model's experts end as others."""
     spec = {"path": str(folder / "bfloat16"), "dtype": "bfloat16"}
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
-    model.bfloat16().save_pretrained(spec["path"])
-    model.float()
+    copy.deepcopy(model).bfloat16().save_pretrained(spec["path"])
     for name in wanted:
         runtime, _, kind = name.partition(" ")
         if runtime == "transformers":
