@@ -1,4 +1,4 @@
-"""A random Qwen3-MoE of 111 M parameters in every format, beside transformers and llama.cpp; `--help` says the options.
+"""A random Qwen3-MoE of 108 M parameters in every format, beside transformers and llama.cpp; `--help` says the options.
 
 Every row is a process that has loaded its model from a checkpoint, or a GGUF file, of its format; they take turns, and
 one computes at a time.  A turn reads a prompt and generates greedily after a short one, batch 1: transformers' generate
@@ -91,11 +91,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt that is timed")
     parser.add_argument("--tokens", type=int, default=64, help="that are generated")
+    parser.add_argument("--rows", nargs="+", help="these alone, as the table names them")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one turn, three formats, writes nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not 0 < options.prompt <= 512:
         sys.exit(f"prompt must be in [1, 512], got {options.prompt}")  # one batch of llama.cpp's
+    if unknown := sorted(set(options.rows or ()) - set(names(argparse.Namespace(rows=None, smoke=options.smoke)))):
+        sys.exit(f"rows must be of the table, got {', '.join(unknown)}")
     if options.smoke:
         options.turns, options.prompt, options.tokens = 1, 8, 3
     return options
@@ -106,7 +109,8 @@ def names(options: argparse.Namespace) -> list[str]:
     packings = ("int8:32", "int4:32") if options.smoke else PACKINGS
     kinds = ("llama.cpp BF16", "llama.cpp Q4_0") if options.smoke else tuple(PAIRS)
     moert = ("moert bfloat16", *(f"moert {packing}" for packing in packings))
-    return [*(f"transformers {way}" for way in STOCK), *moert, *(kinds if LLAMA.exists() else ())]
+    every = [*(f"transformers {way}" for way in STOCK), *moert, *(kinds if LLAMA.exists() else ())]
+    return [name for name in every if not options.rows or name in options.rows]
 
 
 def random_model(sizes: dict) -> nn.Module:

@@ -4,17 +4,17 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from gguf_models import write_gguf
 from model_worker import ModelWorker
 from rich.console import Console
 
 import whole_models
+from gguf_models import write_gguf
 from moert.integrations.transformers import load_gguf
 from moert.quant.readers import GgufFile
 from moert.testing import row_error
 from whole_models_rows import PAIRS, Row, cells, faster, show
 
-OPTIONS = Namespace(turns=2, prompt=8, tokens=3, threads=1, smoke=False)
+OPTIONS = Namespace(turns=2, prompt=8, tokens=3, threads=1, smoke=False, rows=None)
 IDS = (torch.arange(64) * 37 % 2048).tolist()
 
 
@@ -47,6 +47,11 @@ def test_every_format_has_its_row_and_every_type_its_format(monkeypatch):
     assert len(set(names)) == len(names) and set(PAIRS) | set(PAIRS.values()) <= set(names)
     monkeypatch.setattr(whole_models, "LLAMA", whole_models.ROOT / "none")
     assert whole_models.names(OPTIONS) == [name for name in names if name not in PAIRS]
+    monkeypatch.setattr("sys.argv", ["whole_models.py", "--rows", "moert sub1", "moert bfloat16"])
+    assert whole_models.names(whole_models.parse()) == ["moert bfloat16", "moert sub1"]
+    monkeypatch.setattr("sys.argv", ["whole_models.py", "--rows", "moert int3"])
+    with pytest.raises(SystemExit, match="rows must be of the table, got moert int3"):
+        whole_models.parse()
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0"])
@@ -130,9 +135,9 @@ def test_the_turn_before_the_first_is_not_kept(monkeypatch):
 
 def test_a_worker_of_a_checkpoint(model, tmp_path):
     reference = whole_models.logits(model, IDS)
-    sources = whole_models.sources(model, reference, IDS, tmp_path, ["moert bfloat16", "moert int4:32"])
+    sources = whole_models.sources(model, reference, IDS, tmp_path, ["moert bfloat16", "moert int4:32", "moert sub1"])
     worker = ModelWorker("moert", torch.get_num_threads())
-    for source, bound in zip(sources, (0.02, 0.1), strict=True):
+    for source, bound in zip(sources, (0.02, 0.1, 0.5), strict=True):
         answer = worker.answer({"load": source.spec})
         expected = sum(weight.nbytes for weight in worker.model.model.state_dict().values())
         assert abs(answer["weight_bytes"] - expected) < 4096  # of rotary frequencies, which no checkpoint has
