@@ -128,6 +128,7 @@ bench-smoke: $(READY)
 	$(BIN)/python bench/simulate.py --smoke
 	$(BIN)/python bench/packing.py --smoke
 	$(BIN)/python bench/router_parts.py --smoke
+	$(BIN)/python bench/whole_models.py --smoke
 	$(BIN)/torchrun --nproc-per-node 2 bench/exchange.py --smoke
 	$(BIN)/python bench/gpu.py --smoke --device cpu
 

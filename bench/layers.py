@@ -56,11 +56,11 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 
 
 class Family:
-    """The process of one family."""
+    """The process of one family, of which a program of bench/peers answers."""
 
-    def __init__(self, name: str, python: Path, threads: int, keep_memory: bool):
+    def __init__(self, name: str, python: Path, threads: int, keep_memory: bool, program: str = "worker.py"):
         self.name = name
-        self.command = [str(python), str(ROOT / "bench" / "peers" / "worker.py"), name, str(threads)]
+        self.command = [str(python), str(ROOT / "bench" / "peers" / program), name, str(threads)]
         # A waiting thread must not spin: the next one to compute is in another process.
         self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
         self.environment |= KEEP_MEMORY if keep_memory else {}

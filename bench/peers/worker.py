@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Worker:
             return answer | ({"weight_bytes": module.weight_bytes(problem)} if hasattr(module, "weight_bytes") else {})
         except Exception as error:  # whatever keeps a peer from running is what there is to report of it
             forget()  # others may need the memory
-            return {"providers": [], "missing": {self.family: _said(error)}}
+            return {"providers": [], "missing": {self.family: said(error)}}
 
     def time(self, name: str, seconds: float) -> dict:
         """Times of single calls, at least one, for about that long; each call takes the next routing."""
@@ -61,9 +62,9 @@ class Worker:
         try:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-            before = _status("VmRSS")
+            before = status_bytes("VmRSS")
             self.providers[name](0)
-            return {"bytes": _status("VmHWM") - before}
+            return {"bytes": status_bytes("VmHWM") - before}
         except (OSError, LookupError, AttributeError):  # no Linux, or another C library
             return {"bytes": None}
 
@@ -85,18 +86,18 @@ class Worker:
                 return self.time(request["time"], request["seconds"])
             return {"load": self.load, "memory": self.memory, "limits": self.limits}[asked](request[asked])
         except Exception as error:  # as in load
-            return {"error": _said(error)}
+            return {"error": said(error)}
 
     def save(self, name: str, path: str) -> dict:
         np.save(path, np.asarray(self.providers[name](0), dtype=np.float32))
         return {"saved": path}
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """Bytes of this process, as Linux counts them."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -104,13 +105,17 @@ def _status(field: str) -> int:
     raise LookupError(field)
 
 
-def main() -> None:
-    sys.path.append(str(Path(__file__).parent))
+def serve(answer: Callable[[dict], dict]) -> None:
+    """Answers the requests on stdin, a line each, until it is closed."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else a peer prints goes to stderr
-    worker = Worker(sys.argv[1], int(sys.argv[2]))
     for line in sys.stdin:
-        answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+
+
+def main() -> None:
+    sys.path.append(str(Path(__file__).parent))
+    serve(Worker(sys.argv[1], int(sys.argv[2])).answer)
 
 
 if __name__ == "__main__":

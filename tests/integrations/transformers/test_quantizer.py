@@ -78,6 +78,17 @@ def test_saved_and_reloaded_bit_for_bit(kind, tmp_path):
     assert torch.equal(logits(aligned_(loading)), expected)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_while_it_loads_and_saved(format, tmp_path):
+    model_of("Qwen3Moe").save_pretrained(tmp_path / "float")
+    options = {"quantization_config": MoertConfig(format), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **options).eval()
+    expected = logits(aligned_(model))
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(logits(aligned_(again)), expected)
+
+
 def test_tied_experts_are_packed_in_each_of_their_modules(tmp_path):
     """DiffusionGemma's encoder has the weights of its decoder."""
     model = model_of("DiffusionGemmaText")

@@ -136,6 +136,9 @@ class MoertQuantizer(HfQuantizer):
                 packed = module.packed(place)
                 packed.format.check_values(packed)
             huge_pages_(module)  # the loader's memory is in small ones
+        if not self.pre_quantized:  # now it can say how many codes sub1 has, which a checkpoint of it needs
+            config = config_of(model, self.quantization_config.skip, self.quantization_config.precision)
+            self.quantization_config = model.config.quantization_config = config
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, name = get_module_from_name(model, param_name)
