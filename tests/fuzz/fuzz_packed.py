@@ -23,6 +23,7 @@ from moert.cli import checkpoint
 from moert.cli.errors import CommandError
 from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
 from moert.quant.format import PackedTensor
+from moert.quant.quantize import PRECISIONS
 from moert.quant.readers import layout_of
 from moert.quant.sub1 import SubOneBitTensor
 
@@ -116,7 +117,7 @@ def multiply(source: Source) -> None:
         for shape in ((E, 2 * I, H), (E, H, I))
     )
     routing = Routing(source.tensor(torch.int32, T, 2), torch.ones(T, 2), E)
-    precision = source.pick(["auto", "full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights"])
+    precision = source.pick(list(PRECISIONS))
     y = fused_experts_quantized(torch.ones(T, H), routing, w1, w2, precision=precision)
     assert y.shape == (T, H)
 
