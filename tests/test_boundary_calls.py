@@ -428,7 +428,7 @@ BAD = {
         ("b1", ones(E, I), r"b1 must have shape \[E=4, 2I=10\], got \[4, 5\]"),
         ("b2", ones(E, H).half(), "b2 must have the dtype of x, Float, got Half"),
         ("activation", "swish", "activation must be one of identity, silu, .*, got swish"),
-        ("precision", "", "precision must be one of auto, full, .*, fp8_group128, int8_weights, got "),
+        ("precision", "", "precision must be one of auto, full, .*, int8_weights, int8_group160, got "),
         ("scale_on", "", "scale_on must be output or input, got "),
     ],
     "fused_experts_quantized_backward": [

@@ -36,7 +36,8 @@ Precision auto_precision(const QuantizedExperts& w, const RoutedRows& tokens) {
   if (tokens.x.dtype == DType::f64) return Precision::full;
   const Precision by_format = default_precision(w.w1.packing, w.w2.packing);
   const int64_t rows = std::count_if(tokens.ids, tokens.ids + tokens.T * tokens.k, [](int32_t id) { return id >= 0; });
-  return cpu::auto_precision(by_format, rows, w.floats.E, tokens.batch_invariant);
+  const bool ternary = is_ternary(w.w1.packing.format) && is_ternary(w.w2.packing.format);
+  return cpu::auto_precision(by_format, ternary, rows, w.floats.E, tokens.batch_invariant);
 #endif
 }
 

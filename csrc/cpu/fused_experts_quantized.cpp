@@ -156,14 +156,14 @@ void int8(const RoutedRows& tokens, const QuantizedExperts& w, Precision precisi
 
 }  // namespace
 
-// Measured (docs/quantized.md).  int8 is the default of ternary weights alone, whose products are the fastest.
-int64_t bf16_rows(Precision by_format) {
-  if (isa() < Isa::amx || by_format == Precision::int8) return 0;
-  return by_format == Precision::full ? 8 : 16;
+// Measured (docs/quantized.md).  Products of int8 with ternary weights are the fastest.
+int64_t bf16_rows(Precision by_format, bool ternary) {
+  if (isa() < Isa::amx) return 0;
+  return by_format == Precision::full ? 8 : ternary ? 40 : 16;
 }
 
-Precision auto_precision(Precision by_format, int64_t rows, int64_t E, bool batch_invariant) {
-  const int64_t least = bf16_rows(by_format);
+Precision auto_precision(Precision by_format, bool ternary, int64_t rows, int64_t E, bool batch_invariant) {
+  const int64_t least = bf16_rows(by_format, ternary);
   return least && rows >= least * E && !batch_invariant ? Precision::bfloat16 : by_format;
 }
 

@@ -2,9 +2,9 @@
 //
 // A row is: for each step (a vector of packed bytes) kPlanes vectors of int8, which are the columns of those planes,
 // and a vector of int32 lanes, minus code_bias times the sum of what the lane multiplies; then the lanes of the whole
-// row, the scale of every 32 columns, and minus code_bias times the sum of every 32 columns.
-// Of codes that are kTransposed 4 steps are a block instead: every plane of each of the 4 vectors, transposed, then
-// minus code_bias times the sum of each lane's columns, and their scale; the lanes of the whole row are not used.
+// row, the scale of every 32 columns (the same for all that share one), and minus code_bias times the sum of every 32
+// columns. Of codes that are kTransposed 4 steps are a block instead: every plane of each of the 4 vectors, transposed,
+// then minus code_bias times the sum of each lane's columns, and their scale; the lanes of the whole row are not used.
 #pragma once
 
 #include "cpu/packed_codes.h"
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kGroupShift = 5;
 constexpr int64_t kGroup = 1 << kGroupShift;
+constexpr int64_t kRowGroup = 160;       // of int8_group160: whole groups, and whole lanes of ternary5
 constexpr int64_t kPanelColumns = 1024;  // of a panel at most: with 16 rows it is 16 KiB, half of a level-1 cache
 constexpr int64_t kPanelGroups = kPanelColumns / kGroup;
 
@@ -175,9 +176,13 @@ void quantize_row_of(const float* x, int64_t columns, Precision precision, int b
   const RowLayout layout = row_layout<Code>(columns);
   std::memset(row + layout.whole, 0, size_t(layout.bytes - layout.whole));
   float* scales = reinterpret_cast<float*>(row + layout.scales);
-  const float all = is_int8_row(precision) ? scale_of(x, columns) : 0;
-  for (int64_t i = 0; i < columns; i += kGroup)
-    scales[i / kGroup] = is_int8_row(precision) ? all : scale_of(x + i, smaller(columns - i, kGroup));
+  const int64_t each = precision == Precision::int8_group32    ? kGroup
+                       : precision == Precision::int8_group160 ? kRowGroup
+                                                               : columns;
+  for (int64_t i = 0; i < columns; i += each) {
+    const int64_t end = smaller(columns, i + each);
+    std::fill(scales + i / kGroup, scales + (end + kGroup - 1) / kGroup, scale_of(x + i, end - i));
+  }
   int32_t* sums = reinterpret_cast<int32_t*>(row + layout.sums);
   if constexpr (kTransposed<Code>)
     quantize_blocks<Code>(x, columns, layout.steps, scales, bias, sums, row);

@@ -229,9 +229,9 @@ MOERT_INLINE int code_shift(const Packing& p) {
 template <typename Code>
 constexpr int64_t kStepColumns = int64_t(Code::kPlanes) * kVectorBytes;
 
-// A byte of ternary5 has columns of two groups: for scales within the row its codes are unpacked to int8 first.
+// A byte of ternary5 has columns of two groups (but of 160): for their scales its codes are unpacked to int8 first.
 MOERT_INLINE bool unpacks_first(const Packing& p, Precision precision) {
-  return p.format == Format::ternary5 && (p.group != 0 || !is_int8_row(precision));
+  return p.format == Format::ternary5 && (p.group != 0 || precision == Precision::int8_group32);
 }
 
 // f(Code{}) for the codes that the kernel reads.

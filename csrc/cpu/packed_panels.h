@@ -177,23 +177,29 @@ MOERT_INLINE void panel_lane(const uint8_t* codes, const PanelRow* x, int64_t s,
   }
 }
 
-// c [M, kPanelN] += the panel's columns, scaled every 32 of them.
+// c [M, kPanelN] += the panel's columns, scaled every 32 of them, of ternary5 every kRowGroup.
 template <typename Code, int M>
 void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, int code_shift, float* c) {
-  constexpr int64_t kLanesPerGroup = 8 / Code::kPlanes, kGroupsPerStep = kPanelN / kLanesPerGroup;
+  constexpr int64_t kColumns = Code::kPlanes == 5 ? kRowGroup : kGroup, kGroups = kColumns / kGroup;
+  constexpr int64_t kLanesPerGroup = kColumns / (4 * Code::kPlanes), kGroupsPerStep = kPanelN / kLanesPerGroup;
+  const auto bias = [](const PanelRow& row, int64_t g) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < kGroups; ++i) sum += row.sums[g + i];
+    return sum;
+  };
   VecF total[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) total[m] = load(c + m * kTileColumns);
   for (int64_t s = 0, g = 0; s < steps; ++s)
-    for (int64_t first = 0; first < kGroupsPerStep * kLanesPerGroup; first += kLanesPerGroup, ++g) {
+    for (int64_t first = 0; first < kGroupsPerStep * kLanesPerGroup; first += kLanesPerGroup, g += kGroups) {
       VecI sums[M];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sums[m] = Code::kUnpacked ? VecI{} : splat(x[m].sums[g]);
+      for (int m = 0; m < M; ++m) sums[m] = Code::kUnpacked ? VecI{} : splat(bias(x[m], g));
 #pragma GCC unroll kUnroll
       for (int lane = 0; lane < kLanesPerGroup; ++lane) panel_lane<Code, M>(memory.codes, x, s, first + lane, sums);
       if constexpr (Code::kUnpacked)
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sums[m] = (sums[m] << code_shift) + x[m].sums[g];
+        for (int m = 0; m < M; ++m) sums[m] = (sums[m] << code_shift) + bias(x[m], g);
       const VecF scale = load(memory.scales + g * kPanelN);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) total[m] += to_floats(sums[m]) * (scale * x[m].scales[g]);

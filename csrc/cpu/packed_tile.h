@@ -28,14 +28,14 @@ void packed_gemm(const PackedTile& t) {
     return requantized(t, [](const PackedTile& part) { packed_product<Int8Code, Scales::none>(part); });
   with_code(t.b.packing, t.precision, [&](auto code) {
     using Code = decltype(code);
-    if constexpr (Code::kPlanes == 5 || std::is_same_v<Code, Int8Code>) {
+    if constexpr (std::is_same_v<Code, Int8Code>) {
       packed_product<Code, Scales::none>(t);
-    } else if constexpr (Code::kPlanes != 4) {  // in groups, or one that never ends
+    } else if constexpr (Code::kPlanes < 4 || Code::kUnpacked) {  // in groups, or one that never ends
       packed_product<Code, Scales::both>(t);
     } else {
-      if (t.b.packing.group)
-        packed_product<Code, Scales::both>(t);
-      else if (is_int8_row(t.precision))
+      if constexpr (Code::kPlanes == 4)
+        if (t.b.packing.group) return packed_product<Code, Scales::both>(t);
+      if (is_int8_row(t.precision))
         packed_product<Code, Scales::none>(t);
       else
         packed_product<Code, Scales::activations>(t);

@@ -11,22 +11,28 @@ namespace moert {
 // The type that the rows of both products have.  bfloat16, on a CPU alone: the dequantized weights are rounded to it,
 // too.  int8: a scale a token, max|x| / 127; int8_group32: a scale every 32 columns.  Products of integers are exact;
 // their sums are float32 across scales.  fp8_group128, over fp8 weights alone: e4m3 and a scale every 128 columns,
-// max|x| / 448.  int8_weights, over int8, int4 and mxfp4 on a CPU alone: rows as int8 has them, and weights that have
-// groups become int8 with a scale a row, the largest that its groups can hold / 127, so that sums of whole rows are
-// integers.
-enum class Precision : int32_t { full, bfloat16, int8, int8_group32, fp8_group128, int8_weights };
+// max|x| / 448.  int8_group160, on a CPU alone: a scale every 160 columns, which are whole bytes of ternary5.
+// int8_weights, over int8, int4 and mxfp4 on a CPU alone: rows as int8 has them, and weights that have groups become
+// int8 with a scale a row, the largest that its groups can hold / 127, so that sums of whole rows are integers.
+enum class Precision : int32_t { full, bfloat16, int8, int8_group32, fp8_group128, int8_weights, int8_group160 };
 constexpr Precision kPrecisions[] = {Precision::full,         Precision::bfloat16,     Precision::int8,
-                                     Precision::int8_group32, Precision::fp8_group128, Precision::int8_weights};
+                                     Precision::int8_group32, Precision::fp8_group128, Precision::int8_weights,
+                                     Precision::int8_group160};
 
 constexpr const char* name(Precision precision) {
-  constexpr const char* kNames[] = {"full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights"};
+  constexpr const char* kNames[] = {"full",         "bfloat16",     "int8",         "int8_group32",
+                                    "fp8_group128", "int8_weights", "int8_group160"};
   return kNames[int(precision)];
 }
 
 // One scale a row of x.
 constexpr bool is_int8_row(Precision p) { return p == Precision::int8 || p == Precision::int8_weights; }
-constexpr bool is_int8(Precision p) { return is_int8_row(p) || p == Precision::int8_group32; }
-constexpr bool is_on_cpu_alone(Precision p) { return p == Precision::bfloat16 || p == Precision::int8_weights; }
+constexpr bool is_int8(Precision p) {
+  return is_int8_row(p) || p == Precision::int8_group32 || p == Precision::int8_group160;
+}
+constexpr bool is_on_cpu_alone(Precision p) {
+  return p == Precision::bfloat16 || p == Precision::int8_weights || p == Precision::int8_group160;
+}
 
 // Whether weights of this format can be multiplied by such rows.
 constexpr bool takes(Format format, Precision precision) {
@@ -45,10 +51,13 @@ MOERT_HOST_DEVICE static inline float row_scale(uint32_t bits, float largest) {
 }
 constexpr float kLargestInt8 = 127, kLargestE4m3 = 448;
 
+constexpr bool is_ternary(Format format) { return format == Format::ternary2 || format == Format::ternary5; }
+
 // int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md): weights of
-// 8 bits in small groups are too exact for them.  planes: of bit_nested.
+// 8 bits in small groups are too exact for them.  A byte of ternary5 has columns of two groups of 32, which takes five
+// times as long, but not of 160.  planes: of bit_nested.
 constexpr Precision default_precision(Format format, int64_t group, int64_t planes) {
-  if (format == Format::ternary2 || format == Format::ternary5) return Precision::int8;
+  if (format == Format::ternary5 && group == 0) return Precision::int8_group160;
   if (!takes(format, Precision::int8)) return Precision::full;
   const bool eight_bits = format == Format::int8 || (format == Format::bit_nested && planes == 8);
   return eight_bits && (group == 32 || group == 64) ? Precision::full : Precision::int8_group32;
@@ -58,7 +67,8 @@ constexpr Precision default_precision(const Packing& p) { return default_precisi
 // The finer one of two matrices.
 constexpr Precision default_precision(const Packing& w1, const Packing& w2) {
   const Precision a = default_precision(w1), b = default_precision(w2);
-  return a == Precision::full || b == Precision::full ? Precision::full : a > b ? a : b;
+  if (a == Precision::full || b == Precision::full) return Precision::full;
+  return a == Precision::int8_group32 ? a : b;
 }
 
 // Longer rows could overflow a sum of int8 products.
@@ -84,12 +94,12 @@ struct QuantizedExperts {
 namespace cpu {
 
 // Rows an expert on average from which those of bfloat16 are faster than those of the precision that the format has by
-// default; 0: never, as without tile registers (Isa::amx).
-int64_t bf16_rows(Precision by_format);
+// default; 0: never, as without tile registers (Isa::amx).  ternary: both matrices are.
+int64_t bf16_rows(Precision by_format, bool ternary);
 
 // What "auto" is for `rows` rows of E experts: bfloat16 where that is faster, else what the format says.  Under
 // batch_invariant the choice does not depend on the rows.
-Precision auto_precision(Precision by_format, int64_t rows, int64_t E, bool batch_invariant);
+Precision auto_precision(Precision by_format, bool ternary, int64_t rows, int64_t E, bool batch_invariant);
 
 // As fused_experts.  float64 x has full activations only.
 void fused_experts_quantized(const RoutedRows& tokens, const QuantizedExperts& experts, Precision precision,

@@ -85,9 +85,9 @@ const char* default_precision(const std::string& format, int64_t group, int64_t 
   return moert::name(moert::default_precision(format_of(format), group, planes));
 }
 
-int64_t bf16_rows(const std::string& precision) {
+int64_t bf16_rows(const std::string& precision, bool ternary) {
   for (const moert::Precision p : moert::kPrecisions)
-    if (precision == moert::name(p)) return moert::cpu::bf16_rows(p);
+    if (precision == moert::name(p)) return moert::cpu::bf16_rows(p, ternary);
   throw py::value_error("precision must be a name of one, got " + precision);
 }
 
@@ -121,8 +121,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("panel", &panel, "Columns and depth of the panels in which weights of a dtype are multiplied as they lie.");
   m.def("default_precision", &default_precision, py::arg("format"), py::arg("group"), py::arg("planes") = 0,
         "The precision of activations that \"auto\" is over a format and group; planes: of bit_nested.");
-  m.def("bf16_rows", &bf16_rows, py::arg("precision"),
-        "Rows an expert on average from which \"auto\" is \"bfloat16\" instead of this default; 0: never.");
+  m.def(
+      "bf16_rows", &bf16_rows, py::arg("precision"), py::arg("ternary"),
+      "Rows an expert on average from which \"auto\" is \"bfloat16\" instead of this default; 0: never.  ternary: both "
+      "matrices are.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { moert::cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },

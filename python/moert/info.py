@@ -77,7 +77,7 @@ def _kernel(stem: str) -> str:
 
 def _bfloat16_from(*fmt) -> int:
     """The rows an expert from which on packed weights are multiplied with rows of bfloat16; 0: never, on this CPU."""
-    return _C.bf16_rows(_C.default_precision(*fmt))
+    return _C.bf16_rows(_C.default_precision(*fmt), fmt[0].startswith("ternary"))
 
 
 def _gpu() -> str | None:

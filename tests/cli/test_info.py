@@ -38,13 +38,13 @@ def test_a_wrong_instruction_set_is_one_line(monkeypatch):
 
 def test_a_line_for_the_rows_of_each_format():
     facts = moert.info()
-    facts["quantized_precision"] = {"int4-g32": "int8_group32", "fp8": "full", "ternary2": "int8"}
+    facts["quantized_precision"] = {"int4-g32": "int8_group32", "fp8": "full", "sub1": "full"}
     facts["bfloat16_from_rows"] = {"int4-g32": 16, "fp8": 8}
     rows = [" ".join(line.split()) for line in lines(facts) if line.startswith("quantized rows")]
     assert rows == [
         'quantized rows int4-g32: int8_group32, bfloat16 from 16 rows an expert (precision="auto")',
         'quantized rows fp8: full, bfloat16 from 8 rows an expert (precision="auto")',
-        'quantized rows ternary2: int8 (precision="auto")',
+        'quantized rows sub1: full (precision="auto")',
     ]
     mine = [line for line in lines(moert.info()) if line.startswith("quantized rows")]
     assert len(mine) == len(moert.info()["quantized_precision"]) >= 14

@@ -12,6 +12,7 @@ than was promised is a finding, and its bytes are left in crash-*.  Run it over 
 import sys
 import tempfile
 from pathlib import Path
+from types import FunctionType
 
 import atheris
 import numpy as np
@@ -22,6 +23,7 @@ from moert.cli import checkpoint
 from moert.cli.errors import CommandError
 from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOneBit, Ternary2, Ternary5
 from moert.quant.format import PackedTensor
+from moert.quant.quantize import PRECISIONS
 from moert.quant.readers import layout_of
 from moert.quant.sub1 import SubOneBitTensor
 
@@ -39,6 +41,7 @@ PART_DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int
 PART_DTYPES |= {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}
 ERRORS = (ValueError, TypeError, RuntimeError, CommandError)
 MOST = 40  # of a size: small problems meet every edge, and many fit into a second
+LENGTH = 4096  # of an input: what is missing is read as zeros, and the shortest input of a kind is an empty tensor
 
 
 class Source(atheris.FuzzedDataProvider):
@@ -114,7 +117,7 @@ def multiply(source: Source) -> None:
         for shape in ((E, 2 * I, H), (E, H, I))
     )
     routing = Routing(source.tensor(torch.int32, T, 2), torch.ones(T, 2), E)
-    precision = source.pick(["auto", "full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights"])
+    precision = source.pick(list(PRECISIONS))
     y = fused_experts_quantized(torch.ones(T, H), routing, w1, w2, precision=precision)
     assert y.shape == (T, H)
 
@@ -156,12 +159,29 @@ def test_one_input(data: bytes) -> None:
         assert " must " in str(error), f"an error must say what is wrong: {type(error).__name__}: {error}"
 
 
+def instrument(*modules: str) -> None:
+    """The branches of these modules' functions are what an input reached."""
+    for name in modules:
+        held = list(vars(sys.modules[name]).values())
+        held += [f for kind in held if isinstance(kind, type) and kind.__module__ == name for f in vars(kind).values()]
+        for function in held:
+            if isinstance(function, FunctionType) and function.__module__ == name:
+                atheris.instrument_func(function)
+
+
+def mutate(data: bytes, most: int, seed: int) -> bytes:
+    """As libFuzzer does it, and filled up with random bytes in front: sizes and choices are read from the end."""
+    data = atheris.Mutate(data, len(data) + 8)[-most:]
+    return np.random.default_rng(seed).bytes(max(0, most - len(data))) + data
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    instrument(*(name for name in sys.modules if name.startswith(("moert.quant", "moert.cli.checkpoint"))))
     corpus = Path(sys.argv[1])
     corpus.mkdir(parents=True, exist_ok=True)
     for i in range(64):
-        (corpus / f"random-{i}").write_bytes(np.random.default_rng(i).bytes(4096))
-    # Long inputs from the start: short ones are only sizes.
-    atheris.Setup([sys.argv[0], "-len_control=0", *sys.argv[1:]], test_one_input)
+        (corpus / f"random-{i}").write_bytes(np.random.default_rng(i).bytes(LENGTH))
+    options = ["-len_control=0", "-reduce_inputs=0", f"-max_len={LENGTH}"]
+    atheris.Setup([sys.argv[0], *options, *sys.argv[1:]], test_one_input, custom_mutator=mutate)
     atheris.Fuzz()

@@ -45,7 +45,7 @@ FORMATS = [
 ]
 ONE_OF_EACH = [Int8(), Int4(), Int4Asymmetric(), Mxfp4(), Ternary2(), Ternary5(), BitNested()]
 FULL_ONLY = [Fp8(), SubOneBit()]
-FLOATS, INT8 = ("full", "bfloat16"), ("int8", "int8_group32")
+FLOATS, INT8 = ("full", "bfloat16"), ("int8", "int8_group32", "int8_group160")
 PRECISIONS = FLOATS + INT8
 INT8_WEIGHTS = "int8_weights"  # of the formats below
 HAVE_INT8_WEIGHTS = ("int8", "int4", "int4_asymmetric", "mxfp4")
@@ -262,12 +262,15 @@ def test_default_precision_is_what_auto_runs():
     planes = {fmt: getattr(fmt, "planes", 0) for fmt in FORMATS}
     by_rule = {fmt: _C.default_precision(fmt.name, group, planes[fmt]) for fmt, group in groups.items()}
     assert {fmt for fmt, p in by_rule.items() if p == "full"} == {Int8(32), Int8(64), BitNested(5, 4)}
-    assert {fmt for fmt, p in by_rule.items() if p == "int8"} == {f for f in FORMATS if "ternary" in f.name}
+    assert {fmt for fmt, p in by_rule.items() if p == "int8_group160"} == {Ternary5()}
+    assert {fmt for fmt, p in by_rule.items() if p == "int8_group32"} > {Ternary2(), Ternary2(32), Ternary5(64), Int4()}
     assert {_C.default_precision(fmt.name, fmt.group or 0) for fmt in FULL_ONLY} == {"full"}
-    for first, second in itertools.product((Int8(), Int8(32), Ternary2(), Fp8(), BitNested(2, 4)), repeat=2):
-        args, run = case(ODD, (first, second))
-        w1, w2 = first.pack(torch.ones(ODD.E, 1, 1)), second.pack(torch.ones(ODD.E, 1, 1))
-        expected = run(fused_experts_quantized, *args, precision=default_precision(w1, w2, ODD.T * ODD.k))
+    shape = Shape("no choice is dropped", 61, 7, 3, 37, 21)
+    kinds = Int8(), Int8(32), Ternary2(), Ternary5(), Fp8(), BitNested(2, 4)
+    for first, second in itertools.product(kinds, repeat=2):
+        args, run = case(shape, (first, second))
+        w1, w2 = first.pack(torch.ones(7, 1, 1)), second.pack(torch.ones(7, 1, 1))
+        expected = run(fused_experts_quantized, *args, precision=default_precision(w1, w2, shape.T * shape.k))
         assert torch.equal(run(fused_experts_quantized, *args, precision="auto"), expected)
     x, weights, *_ = case(ODD, Int8(), torch.float64)[0]
     args, run = case(ODD, Int8(), torch.float64)
@@ -454,7 +457,8 @@ def test_errors():
         fused_experts_quantized(x, Routing(routing.ids, routing.weights, 5), w1, w2)
     with pytest.raises(
         RuntimeError,
-        match="precision must be one of auto, full, bfloat16, int8, int8_group32, fp8_group128, int8_weights, got i",
+        match="precision must be one of auto, full, bfloat16, int8, int8_group32, fp8_group128, int8_weights, "
+        "int8_group160, got i",
     ):
         fused_experts_quantized(x, routing, w1, w2, precision="int4")
     with pytest.raises(ValueError, match="x must have H=40 columns, as w1 has, got 41"):

@@ -21,7 +21,7 @@ from tests.ops.test_fused_experts_quantized import (
 
 from moert import _C, batch_invariant
 from moert.ops.fused_experts_quantized import default_precision, fused_experts_quantized, fused_experts_quantized_ref
-from moert.quant import Fp8, Int4, Int8, Ternary2
+from moert.quant import Fp8, Int4, Int8, Ternary2, Ternary5
 from moert.testing import DTYPES, FUSED_EXPERTS_SHAPES, Shape
 
 
@@ -54,17 +54,18 @@ def test_it_is_rounded_but_less_than_int8(fmt):
         assert rounded < error(run(fused_experts_quantized, *args, "int8_group32"), full)
 
 
-@pytest.mark.parametrize("fmt", [Int4(), Fp8(), Ternary2()], ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 15, 16, 100], ids=str)
+@pytest.mark.parametrize("fmt", [Int4(), Fp8(), Ternary2(), Ternary5()], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 15, 16, 39, 40], ids=str)
 def test_auto_takes_it_where_an_expert_has_many_rows(fmt, rows):
     shape = Shape("rows an expert", 4 * rows, 4, 1, 96, 40)
     args, run = case(shape, fmt)
     w1, w2 = fmt.pack(torch.ones(4, 80, 96)), fmt.pack(torch.ones(4, 96, 40))
     by_format = default_precision(w1, w2)
-    least = _C.bf16_rows(by_format)
+    least = _C.bf16_rows(by_format, isinstance(fmt, Ternary2 | Ternary5))
     expected = "bfloat16" if least and rows >= least else by_format
     assert default_precision(w1, w2, shape.T * shape.k) == expected
-    assert (least > 0) == (_C.isa() == "amx" and by_format != "int8")
+    of_format = {Int4(): 16, Fp8(): 8, Ternary2(): 40, Ternary5(): 40}
+    assert least == (of_format[fmt] if _C.isa() == "amx" else 0)
     auto = run(fused_experts_quantized, *args, "auto")
     assert torch.equal(auto, run(fused_experts_quantized, *args, expected))
     assert_rounded_close(auto, run, args, "auto")

@@ -1,11 +1,11 @@
-"""Rows of int8 over weights whose integers belong to 32 columns."""
+"""Rows of int8 over weights whose integers belong to 32 or 160 columns."""
 
 import pytest
 import torch
 
 from moert import Routing
-from moert.ops.fused_experts_quantized import fused_experts_quantized
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary5
+from moert.ops.fused_experts_quantized import GROUPS, fused_experts_quantized, fused_experts_quantized_ref
+from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
 from moert.quant.format import PackedTensor
 
 GROUPED = [
@@ -13,7 +13,7 @@ GROUPED = [
     *(Int4Asymmetric(32), Int4Asymmetric(64), Int4Asymmetric(128)),
 ]
 FORMATS = [Int8(), Ternary5(), *GROUPED]
-PRECISIONS = ("int8", "int8_group32")
+PRECISIONS = ("int8", "int8_group32", "int8_group160")
 
 
 def one_expert(x, w1, w2, precision):
@@ -25,11 +25,12 @@ def one_expert(x, w1, w2, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("H,I", [(200, 544), (2048, 64), (3300, 32)])
 def test_a_token_has_the_same_bits_among_few(fmt, precision, H, I):
-    """Register blocks of any number of rows (and integers of whole rows)."""
-    x = torch.randn(8, H)
+    """Register blocks of any number of rows (and integers of whole rows); ternary5 is in panels from 5 on."""
+    most = 4 if (fmt, precision) == (Ternary5(), "int8_group160") else 8
+    x = torch.randn(most, H)
     w1, w2 = fmt.pack(torch.randn(1, I, H) / H**0.5), fmt.pack(torch.randn(1, H, I) / I**0.5)
     whole = one_expert(x, w1, w2, precision)
-    for n in range(1, 8):
+    for n in range(1, most):
         assert torch.equal(one_expert(x[-n:], w1, w2, precision), whole[-n:])
 
 
@@ -66,3 +67,21 @@ def test_an_infinite_scale_stays_in_its_row(fmt, precision, I, T):
     broken = one_expert(x, w1, PackedTensor(fmt, I, w2.codes, scales, w2.zeros), precision)
     assert not broken[:, row].isfinite().any()
     assert torch.equal(broken[:, others], one_expert(x, w1, w2, precision)[:, others])
+
+
+@pytest.mark.parametrize("fmt", [Ternary2(), Ternary2(128), Ternary5(), Ternary5(64)], ids=str)
+def test_ternary_rows_err_less_than_with_a_scale_every_256_columns(fmt, monkeypatch):
+    """Weights of three values are held as they are, so that all error is of the rows; those of ggml's TQ1_0 and TQ2_0
+    have a scale every 256 columns.
+    """
+    x, routing = torch.randn(16, 2048), Routing(torch.zeros(16, 1).int(), torch.ones(16, 1), 1)
+    w1, w2 = fmt.pack(torch.randn(1, 2 * 768, 2048) / 2048**0.5), fmt.pack(torch.randn(1, 2048, 768) / 768**0.5)
+    exact = fused_experts_quantized(x, routing, w1, w2, precision="full")
+
+    def error(precision, fn=fused_experts_quantized):
+        return ((fn(x, routing, w1, w2, precision=precision) - exact).norm() / exact.norm()).item()
+
+    errors = {precision: error(precision) for precision in ("auto", *PRECISIONS)}
+    monkeypatch.setitem(GROUPS, "int8_group160", 256)
+    others = error("int8_group160", fused_experts_quantized_ref)
+    assert errors["int8_group32"] < errors["int8_group160"] < others < errors["int8"] and errors["auto"] < others

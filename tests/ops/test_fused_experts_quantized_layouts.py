@@ -22,7 +22,7 @@ def test_lower_levels_are_read_where_they_lie(levels):
     copied = [PackedTensor(w.format, w.columns, w.codes.contiguous(), w.scales) for w in lower]
     assert levels == 3 or not lower[0].codes.is_contiguous()
     exact = fused_experts_ref(x, routing, w1, w2)
-    for precision in ("full", "bfloat16", "int8", "int8_group32"):
+    for precision in ("full", "bfloat16", "int8", "int8_group32", "int8_group160"):
         y = fused_experts_quantized(x, routing, *lower, precision=precision)
         assert torch.equal(y, fused_experts_quantized(x, routing, *copied, precision=precision))
         assert (y - exact).norm() / exact.norm() < (0.7, 0.34, 0.17)[levels - 1]
@@ -33,7 +33,7 @@ def test_errors_of_other_layouts():
     shapes = torch.randn(4, 10, 40), torch.randn(4, 40, 5)
     for fmt in (Fp8(), SubOneBit()):
         w1, w2 = map(fmt.pack, shapes)
-        for precision in ("int8", "int8_group32"):
+        for precision in ("int8", "int8_group32", "int8_group160"):
             known = "auto, full, bfloat16" + (", fp8_group128" if fmt.name == "fp8" else "")
             message = f"precision must be one of {known} for {fmt.name}, got {precision}"
             with pytest.raises(RuntimeError, match=message):

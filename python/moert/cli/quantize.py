@@ -27,7 +27,8 @@ def quantize(
     precision: Annotated[
         str,
         typer.Option(
-            help="Rows of the products: auto, full, bfloat16, int8, int8_group32, fp8_group128 or int8_weights."
+            help="Rows of the products: auto, full, bfloat16, int8, int8_group32, int8_group160, fp8_group128, "
+            "or int8_weights."
         ),
     ] = "auto",
     calibrate: Annotated[

@@ -32,12 +32,13 @@ def fused_experts_quantized(
     """y[t] = sum over j of weights[t, j] * FFN_ids[t, j](x[t]), in choice order, as fused_experts.
 
     x [T, H], w1 packed [E, 2I, H] (gate rows, then up rows), w2 packed [E, H, I], bias ([E, 2I], [E, H]) -> y [T, H].
-    precision is that of the rows of both products: "full"; "bfloat16", which the weights are rounded to as well, on a
-    CPU alone; "int8", a scale a token; "int8_weights" over int8, int4 and mxfp4, the same, and weights in groups become
-    int8 with a scale a row, on a CPU alone; "int8_group32", a scale every 32 columns; over fp8 weights "fp8_group128",
-    e4m3 and a scale every 128 columns; "auto", what default_precision says.  Gradients go to x and the routing weights
-    alone, and are those of full precision.  NaN or infinity in a token makes its whole output NaN in all but "full" and
-    "bfloat16".  On a GPU "auto" is "full".
+    precision is that of the rows of both products: "full"; "bfloat16", which the weights are rounded to as well;
+    "int8", a scale a token; "int8_group32" and "int8_group160", a scale every 32 or 160 columns; "int8_weights" over
+    int8, int4 and mxfp4, as "int8", and weights in groups become int8 with a scale a row; over fp8 weights
+    "fp8_group128", e4m3 and a scale every 128 columns; "auto", what default_precision says.  "bfloat16", "int8_weights"
+    and "int8_group160" are on a CPU alone; on a GPU "auto" is "full".  Gradients go to x and the routing weights alone,
+    and are those of full precision.  NaN or infinity in a token makes its whole output NaN in all but "full" and
+    "bfloat16".
     """
     activation = Activation.of(activation)
     expect(Tensor, x=x)
@@ -75,10 +76,10 @@ def default_precision(w1: PackedTensor | SubOneBitTensor, w2: PackedTensor | Sub
     """What "auto" is on a CPU: the finer one of the two matrices (docs/quantized.md says how it was measured), or
     "bfloat16" where the CPU has tile registers and `rows`, the ids that are not dropped, are many for the experts.
     """
-    order = ("int8", "int8_group32", "full")
+    order = ("int8_group160", "int8_group32", "full")
     each = (_C.default_precision(w.format.name, _group(w), getattr(w.format, "planes", 0)) for w in (w1, w2))
     by_format = max(each, key=order.index)
-    least = _C.bf16_rows(by_format)
+    least = _C.bf16_rows(by_format, all(w.format.name.startswith("ternary") for w in (w1, w2)))
     return "bfloat16" if least and rows >= least * w1.shape[0] else by_format
 
 
@@ -112,6 +113,9 @@ def fused_experts_quantized_ref(
     return y
 
 
+GROUPS = {"int8_group32": 32, "int8_group160": 160, "fp8_group128": 128}  # columns that share a scale; int8: all
+
+
 def rounded(x: Tensor, precision: str) -> Tensor:
     """The rows that codes stand for: x [S, K] to the nearest multiple of max|x| / 127 of its row or group, to the
     nearest e4m3 times max|x| / 448, or to the nearest bfloat16.
@@ -121,7 +125,7 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     if precision == "bfloat16":
         return x.bfloat16().to(x.dtype)
     K = x.shape[1]
-    group = {"int8": K, "int8_group32": 32, "fp8_group128": 128}[precision]
+    group = GROUPS.get(precision, K)
     fp8 = precision == "fp8_group128"
     grouped = F.pad(x.float(), (0, -K % group)).unflatten(1, (-1, group))
     scale = grouped.abs().amax(-1, keepdim=True) / (448 if fp8 else 127)

@@ -23,7 +23,7 @@ from moert.quant.mxfp4 import Mxfp4
 from moert.quant.sub1 import SubOneBit
 from moert.quant.ternary import Ternary2, Ternary5
 
-PRECISIONS = ("auto", "full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights")
+PRECISIONS = ("auto", "full", "bfloat16", "int8", "int8_group32", "fp8_group128", "int8_weights", "int8_group160")
 FORMATS = {kind.name: kind for kind in (Int8, Int4, Int4Asymmetric, Mxfp4, Ternary2, Ternary5, Fp8, BitNested)}
 
 
