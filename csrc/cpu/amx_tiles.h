@@ -1,7 +1,7 @@
 // Tile registers: their shapes, and what is read while they multiply.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/ahead.h"
 
 namespace moert::cpu {
 namespace {
@@ -31,22 +31,6 @@ class TileRegisters {
 
 // What is written must be in memory before a tile is loaded: GCC does not know that tiles are read from there.
 MOERT_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
-
-// What comes next in memory, brought to the L2 cache a few lines at a time, row after row: rows of weights lie too far
-// apart for the CPU to foresee them, and memory gives one piece faster than a line of each of many rows.
-struct Ahead {
-  const char* row = nullptr;
-  int64_t pitch = 0, lines = 0;  // of a row
-  int64_t at_once = 0;
-  int64_t line = 0;
-
-  void fetch() {
-    for (int64_t i = 0; i < at_once; ++i) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
-      if (++line == lines) line = 0, row += pitch;
-    }
-  }
-};
 
 // Whose rows of x a thread has laid out last (GemmTile::same_a), and where.
 struct LaidOut {

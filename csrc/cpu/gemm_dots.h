@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cpu/ahead.h"
 #include "cpu/gemm_pairs.h"
 
 namespace moert::cpu {
@@ -57,10 +58,16 @@ MOERT_INLINE Vec<E> operands(const Raw<T>& raw, int v) {
 // are worth the loads of x that several weight rows share.
 constexpr int kLinearRows = 2;
 
-// sums[m][n] = the products of M rows of x with N weight rows, lanes not yet added; K in whole steps.
+// Lines of memory are counted beside every step, which costs too much where a step is a quarter of a line.
+constexpr bool kSpreads = kVectorBytes > 16;
+
+// sums[m][n] = the products of M rows of x with N weight rows, lanes not yet added; K in whole steps.  What is fetched
+// meanwhile: what `ahead` says, or if that is nothing the same column of rows that follow.
 template <typename E, typename T, int M, int N>
-MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, Vec<Acc<T>> (&sums)[M][N]) {
-  const int64_t ahead = whole_blocks_ahead(N * b_stride * int64_t(sizeof(T))) / int64_t(sizeof(T));
+MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, Vec<Acc<T>> (&sums)[M][N],
+                           Ahead& ahead) {
+  const bool spread = kSpreads && M > kLinearRows && ahead.at_once > 0;
+  const int64_t beside = whole_blocks_ahead(N * b_stride * int64_t(sizeof(T))) / int64_t(sizeof(T));
   for (auto& row : sums)
     for (auto& sum : row) sum = Vec<Acc<T>>{};
   for (int64_t k = 0; k < K; k += kDotStep<T>) {
@@ -68,8 +75,9 @@ MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, 
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       w[n] = load_raw(b + n * b_stride + k);
-      __builtin_prefetch(b + n * b_stride + k + ahead, 0, 2);
+      if (!spread) __builtin_prefetch(b + n * b_stride + k + beside, 0, 2);
     }
+    if (spread) ahead.fetch();
 #pragma GCC unroll 2
     for (int v = 0; v < kDotStep<T> / kDepth<E> / kLanes<E>; ++v) {
       Vec<E> y[N];
@@ -87,18 +95,19 @@ MOERT_INLINE void dot_rows(const E* x, const T* b, int64_t b_stride, int64_t K, 
 
 // c[m, n] (+)= dot products of M rows of x, as lay_out_rows leaves them, with N weight rows.
 template <typename E, typename T, int M, int N>
-MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
+MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate,
+                            Ahead& ahead) {
   using A = Acc<T>;
   Vec<A> sums[M][N];
   if constexpr (M <= kLinearRows) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Vec<A> column[M][1];
-      dot_rows<E, T>(x, b + n * b_stride, b_stride, K, column);
+      dot_rows<E, T>(x, b + n * b_stride, b_stride, K, column, ahead);
       for (int m = 0; m < M; ++m) sums[m][n] = column[m][0];
     }
   } else {
-    dot_rows<E, T>(x, b, b_stride, K, sums);
+    dot_rows<E, T>(x, b, b_stride, K, sums, ahead);
   }
   for (int m = 0; m < M; ++m) {
     A* y = c + m * kTileColumns;
@@ -110,11 +119,13 @@ MOERT_INLINE void dot_block(const E* x, const T* b, int64_t b_stride, int64_t K,
 }
 
 template <typename E, typename T>
-using DotBlock = void (*)(const E*, const T*, int64_t, int64_t, Acc<T>*, bool);
+using DotBlock = void (*)(const E*, const T*, int64_t, int64_t, Acc<T>*, bool, Ahead&);
 
 template <typename E, typename T, int M, int N>
-void dot_block_of(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
-  dot_block<E, T, M, N>(x, b, b_stride, K, c, accumulate);
+void dot_block_of(const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate, Ahead& ahead) {
+  Ahead own = ahead;  // in registers
+  dot_block<E, T, M, N>(x, b, b_stride, K, c, accumulate, own);
+  ahead = own;
 }
 
 template <typename E, typename T, int N, int... M>
@@ -151,11 +162,17 @@ void lay_out_rows(const TileMatrix& a, int64_t M, int64_t K, Pair* x) {
 template <typename E, typename T, int N>
 void dot_columns(int64_t rows, const E* x, const T* b, int64_t b_stride, int64_t K, Acc<T>* c, bool accumulate) {
   constexpr int kMost = N > kDotN ? kLinearRows : kDotM;
-  const int64_t blocks = (rows + kMost - 1) / kMost;
+  const int64_t blocks = (rows + kMost - 1) / kMost, pitch = b_stride * int64_t(sizeof(T));
+  // The weight rows after these, at least kAheadBytes away: fetched while several blocks of x are multiplied.
+  Ahead ahead;
+  if (kSpreads && blocks > 1) {
+    const char* next = reinterpret_cast<const char*>(b) + whole_blocks_ahead(N * pitch);
+    ahead = Ahead::over(blocks * (K / kDotStep<T>), next, pitch, K * int64_t(sizeof(T)), N);
+  }
   for (int64_t i = 0, m = 0, M; i < blocks; ++i, m += M) {
     M = (rows - m + blocks - i - 1) / (blocks - i);
     dot_block_for<E, T, N>(M, std::make_integer_sequence<int, kMost>{})(x + m * kDotPitch, b, b_stride, K,
-                                                                        c + m * kTileColumns, accumulate);
+                                                                        c + m * kTileColumns, accumulate, ahead);
   }
 }
 
