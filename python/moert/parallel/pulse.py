@@ -112,11 +112,11 @@ class Pulse:
         self._write()
 
 
-def process_group(group: Group) -> dist.ProcessGroup | None:
-    """Of a mesh of one dimension its group."""
-    expect((dist.ProcessGroup, DeviceMesh, type(None)), group=group)
+def process_group(group: Group, name: str = "group") -> dist.ProcessGroup | None:
+    """Of a mesh of one dimension its group; name: of the argument."""
+    expect((dist.ProcessGroup, DeviceMesh, type(None)), **{name: group})
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group must be a mesh of one dimension (mesh['ep']), got {group.ndim}")
+            raise ValueError(f"{name} must be a mesh of one dimension (mesh['ep']), got {group.ndim}")
         return group.get_group()
     return group
