@@ -42,6 +42,7 @@ class Pulse:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._store = dist.PrefixStore("moert.pulse", store_of(group or dist.group.WORLD))
         self._beats, self._exchanges, self._blamed, self._ended = 0, 0, "", threading.Event()
+        self._writing = threading.Lock()  # what one thread read before the other changed it must not be written after
         self._write()
         self._thread = threading.Thread(target=self._beat, name="moert.pulse", daemon=True)
         self._thread.start()
@@ -74,7 +75,8 @@ class Pulse:
                 return
 
     def _write(self) -> None:
-        self._store.set(str(self.rank), f"{self._beats} {self._exchanges} {self.interval} {self._blamed}")
+        with self._writing:
+            self._store.set(str(self.rank), f"{self._beats} {self._exchanges} {self.interval} {self._blamed}")
 
     def _read(self) -> dict[int, _Sign]:
         """Of every other rank that has given one."""
