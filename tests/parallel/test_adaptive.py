@@ -313,7 +313,7 @@ def test_errors():
 def one_rank_cannot() -> list[str]:
     """What is wrong on one rank alone: the others do not wait for it."""
     odd, told = dist.get_rank() == 1, []
-    for options in ({"r": 3}, {"window": 0}, {"local_size": 2.0}, {"local_size": 1}, {"window": 4}):
+    for options in ({"r": 3}, {"window": 0}, {"local_size": 2.0}, {"replicas": 3}, {"local_size": 1}, {"window": 4}):
         told.append(error_of(lambda options=options: AdaptiveExperts(experts_of(1), **(options if odd else {}))))
     double, of_two = torch.float64 if odd else torch.float32, experts_of(2 if odd else 1)
     for experts in (
@@ -332,6 +332,7 @@ def test_an_error_of_one_rank():
         'r must be "auto" or one of 0, 1, 2, got 3',
         "window must be a whole number of at least 1, got 0",
         "local_size must be of type int or None, got float",
+        "replicas must be of type ProcessGroup or DeviceMesh or None, got int",
         "local_size must be the same on every rank, got None on rank 0, 1 on rank 1",
         "window must be the same on every rank, got 128 on rank 0, 4 on rank 1",
         f"I must be the same on every rank, got {I} on rank 0, {2 * I} on rank 1",
@@ -342,4 +343,4 @@ def test_an_error_of_one_rank():
     ]
     elsewhere = "every rank must be able to go on, got an error on rank 1 (see there)"
     told = ranks(2, one_rank_cannot, timeout=60)
-    assert told[1] == own and told[0] == [elsewhere] * 3 + own[3:9] + [elsewhere]
+    assert told[1] == own and told[0] == [elsewhere] * 4 + own[4:10] + [elsewhere]

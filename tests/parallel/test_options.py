@@ -43,6 +43,8 @@ def options_differ() -> list[str]:
         GluExperts(E, H, I, layout=ExpertLayout(interleaved=odd)),
     ):
         told.append(error_of(lambda experts=experts: ExpertParallel(experts)))
+    model = MoELayer(layer().router, GluExperts(E, H, I))
+    told.append(error_of(lambda: shard_experts_(model, replicas=3 if odd else None)))
     x = torch.randn(3, H)
     ExpertParallel(GluExperts(E, H, I))(x, layer().router(x))  # the group is as it was
     return told
@@ -51,6 +53,7 @@ def options_differ() -> list[str]:
 def test_ranks_with_other_options_are_refused():
     told = ranks(4, options_differ)
     elsewhere = "every rank must be able to go on, got an error on rank 1 (see there)"
+    of_type = "replicas must be of type ProcessGroup or DeviceMesh or None, got int"
     for rank, texts in enumerate(told):
         assert texts == [
             "local_size must be the same on every rank, got None on ranks 0, 2, 3, 2 on rank 1",
@@ -59,7 +62,7 @@ def test_ranks_with_other_options_are_refused():
             "capacity must be the same on every rank, got None on ranks 0, 2, 3, 5 on rank 1",
             "the number of replicas must be the same on every rank, got None on ranks 0, 2, 3, 1 on rank 1",
             "replicas must be ranks outside the group, got ranks 0, 2, 3" if rank == 1 else elsewhere,
-            "replicas must be of type ProcessGroup or DeviceMesh or None, got int" if rank == 1 else elsewhere,
+            of_type if rank == 1 else elsewhere,
             "local_size must be of type int or None, got str" if rank == 1 else elsewhere,
             "placement must give every rank an expert, got none for rank 1" if rank == 1 else elsewhere,
             "degree must be the same on every rank, got 1 on ranks 0, 2, 3, 2 on rank 1",
@@ -70,12 +73,12 @@ def test_ranks_with_other_options_are_refused():
             f"I must be the same on every rank, got {I} on ranks 0, 2, 3, {2 * I} on rank 1",
             "the dtype of weights must be the same on every rank, got float32 on ranks 0, 2, 3, float64 on rank 1",
             "bias must be the same on every rank, got no on ranks 0, 2, 3, yes on rank 1",
-            *texts[17:],
+            *texts[17:19],
+            f"placement must fit on every rank, got an error on rank 1: {of_type}" if rank != 1 else of_type,
         ]
-        assert len(texts) == 19
         numbers = r"must be the same on every rank, got \d+ on ranks 0, 2, 3, \d+ on rank 1"
         assert re.fullmatch(f"the checksum of placement {numbers}", texts[11])
-        for text in texts[17:]:
+        for text in texts[17:19]:
             assert re.fullmatch(f"the checksum of activation, layout and parameters {numbers}", text)
 
 
