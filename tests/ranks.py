@@ -79,8 +79,8 @@ def _run(rank: int, n: int, store: str, timeout: float, writer: Connection, func
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     try:
-        # The time limit of the group ends a rank whose parent was killed.
-        limit = timedelta(seconds=timeout)
+        # Ends a rank whose parent was killed; later than the collector, which is to be the first to miss one.
+        limit = timedelta(seconds=timeout + 30)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=limit)
         message = None, function(*args)
     except Exception:

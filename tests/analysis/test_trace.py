@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.ops.test_rank_capacity import Unread
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -49,6 +50,19 @@ def test_what_the_routers_said_is_recorded():
         members = sum(r.members().sum(0) for r in routings)
         assert torch.equal(torch.from_numpy(recorded.loads()), members)
         assert torch.equal(recorder.loads()[recorded.name], members)
+
+
+def test_nothing_is_read_on_the_host():
+    """Until somebody asks what was recorded."""
+    model, x = Stack(), torch.randn(6, 16)
+    with record_routings(model) as recorder, record_routings(model, keep_ids=False) as loads:
+        for _ in range(2):
+            with Unread():
+                model(x)
+    assert all(torch.equal(loads.loads()[name], load) for name, load in recorder.loads().items())
+    with Unread(), pytest.raises(AssertionError, match="read on the host"):
+        recorder.trace()
+    assert [len(each.ids) for each in recorder.trace().layers] == [12, 12]
 
 
 def test_a_model_compiled_inside():

@@ -88,16 +88,25 @@ class Killer:
 
     def kill_one(self, where: str) -> None:
         workers = self._until(self._workers, "two workers")
-        before, seen = len(re.findall(BEGINS, log_of(self.out), re.M)), time.monotonic()
+        before, seen = self._begun(), time.monotonic()
         if where == "as it starts":
-            time.sleep(self.chance.uniform(0, self.time_to_begin))
+            # The last start may have taken longer than this one will.
+            end = seen + self.chance.uniform(0, self.time_to_begin)
+            self._until(lambda: time.monotonic() >= end or self._begun() > before, "a start")
         else:
-            self._until(lambda: len(re.findall(BEGINS, log_of(self.out), re.M)) > before, "a start")
+            self._until(lambda: self._begun() > before, "a start")
             self.time_to_begin = time.monotonic() - seen
             {"as it trains": self._as_it_trains, "as it saves": self._as_it_saves}[where]()
-        self.chance.choice(workers).kill()
+        try:
+            self.chance.choice(workers).kill()
+        except psutil.NoSuchProcess:  # it has ended: another start, if there is one
+            self.kill_one(where)
+            return
         psutil.wait_procs(workers, timeout=60)  # torchrun ends the other
         self.number += 1
+
+    def _begun(self) -> int:
+        return len(re.findall(BEGINS, log_of(self.out), re.M))
 
     def _as_it_trains(self) -> None:
         """Between a step that is saved and one or two later."""
@@ -106,28 +115,35 @@ class Killer:
         time.sleep(self.chance.uniform(0, 1) * (time.monotonic() - begun) / steps)
 
     def _as_it_saves(self) -> None:
-        self._until(self._unfinished, "a checkpoint that is being written")
+        # It is soon written: who misses one waits for the next step's.
+        self._until(self._unfinished, "a checkpoint that is being written", pause=0.001)
         time.sleep(self.chance.uniform(0, 0.02))
 
-    def _unfinished(self) -> list[Path]:
+    def _unfinished(self) -> list[str]:
         """Folders with files, but not yet the one that is written last."""
-        folders = self.out.glob("step-*") if self.out.exists() else ()
-        return [f for f in folders if not (f / ".metadata").exists() and next(f.glob("*.distcp"), None)]
+        with suppress(FileNotFoundError):  # of a step that is no longer kept
+            written = {f.path: os.listdir(f.path) for f in os.scandir(self.out) if f.name.startswith("step-")}
+            return [
+                path for path, names in written.items()
+                if ".metadata" not in names and any(name.endswith(".distcp") for name in names)
+            ]  # fmt: skip
+        return []
 
     def _workers(self) -> list[psutil.Process]:
         found = []
-        for process in psutil.Process(self.run.pid).children():
-            with suppress(psutil.Error):
-                if process.environ().get("TORCHELASTIC_RESTART_COUNT") == str(self.number):
-                    found.append(process)
+        with suppress(psutil.Error):  # the run has ended
+            for process in psutil.Process(self.run.pid).children():
+                with suppress(psutil.Error):
+                    if process.environ().get("TORCHELASTIC_RESTART_COUNT") == str(self.number):
+                        found.append(process)
         return found if len(found) == 2 else []
 
-    def _until(self, true: Callable, what: str):
+    def _until(self, true: Callable, what: str, pause: float = 0.005):
         deadline = time.monotonic() + 120
         while not (got := true()):
             late = self.run.poll() is not None or time.monotonic() > deadline
             assert not late, f"no {what} in start {self.number}: {log_of(self.out)}"
-            time.sleep(0.005)
+            time.sleep(pause)
         return got
 
 

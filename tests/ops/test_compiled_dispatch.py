@@ -96,7 +96,7 @@ def layers(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_layers(backend):
-    assert ranks(2, layers, backend) == [None] * 2
+    assert ranks(2, layers, backend, timeout=400) == [None] * 2  # two compilers on the same cores
 
 
 def differs() -> list[str]:

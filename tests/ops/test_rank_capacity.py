@@ -95,7 +95,24 @@ def test_dispatch(rows, drop):
 
 
 class Unread(TorchDispatchMode):
-    """Refuses what reads a tensor on the host; by Python's own ways below."""
+    """Refuses what reads a tensor on the host."""
+
+    READ = ("item", "tolist", "numpy", "__bool__", "__int__", "__index__", "__float__")  # Python's own ways
+
+    def __enter__(self):
+        self.real = {name: getattr(torch.Tensor, name) for name in self.READ}
+        for name in self.READ:
+            setattr(torch.Tensor, name, self.refuse)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, method in self.real.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*error)
+
+    @staticmethod
+    def refuse(*_):
+        raise AssertionError("a tensor was read on the host")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
@@ -104,31 +121,20 @@ class Unread(TorchDispatchMode):
 
 def unread() -> None:
     """Sizes are known: nothing is read on the host, forward and backward, nor are counts exchanged."""
-    read, real, exchanges = ("item", "tolist", "numpy", "__bool__", "__int__", "__index__", "__float__"), {}, []
-
-    def refuse(*_):
-        raise AssertionError("a tensor was read on the host")
-
+    exchanges = []
     experts, generator = ExpertMap.of(None, E, dist.get_world_size()), torch.Generator().manual_seed(0)
     x = torch.randn(6, 10, generator=generator).requires_grad_()
     routing = random_routing(6, E, 3, "sentinels", generator)
     routing.weights.requires_grad_()
     send = dist.all_to_all_single
     dist.all_to_all_single = lambda *args, **kwargs: (exchanges.append(len(args[0])), send(*args, **kwargs))[1]
-    for name in read:
-        real[name] = getattr(torch.Tensor, name)
-        setattr(torch.Tensor, name, refuse)
-    try:
-        with Unread():
-            for payload in (None, "int8"):
-                for drop in DROPS:
-                    room = CapacityPolicy(1.0)(routing)
-                    got = dispatch(x, room, experts, capacity=Capacity(2, drop), payload=payload)
-                    y = got.x * got.routing.weights.sum(1, keepdim=True)
-                    combine(y, got).sum().backward()
-    finally:
-        for name, method in real.items():
-            setattr(torch.Tensor, name, method)
+    with Unread():
+        for payload in (None, "int8"):
+            for drop in DROPS:
+                room = CapacityPolicy(1.0)(routing)
+                got = dispatch(x, room, experts, capacity=Capacity(2, drop), payload=payload)
+                y = got.x * got.routing.weights.sum(1, keepdim=True)
+                combine(y, got).sum().backward()
     assert len(exchanges) == 4 * 4  # there and back, and gradients of both
 
 

@@ -1,5 +1,6 @@
 import copy
 import os
+import re
 from itertools import product
 
 import pytest
@@ -209,7 +210,7 @@ def test_on_a_mesh():
 
 def one_ends() -> str:
     """Rank 1 is gone after a forward of r = 0: the others, whose gradients are to be added up, are told."""
-    experts = AdaptiveExperts(experts_of(3), r=0, pulse=Pulse(interval=0.1))
+    experts = AdaptiveExperts(experts_of(3), r=0, pulse=Pulse(interval=0.5))
     x, routing, _ = inputs(3, 1)
     y = experts(mine(x), Routing(mine(routing.ids), mine(routing.weights), 3))
     if dist.get_rank() == 1:
@@ -228,7 +229,7 @@ def test_a_lost_rank_is_named():
 def refused() -> list[str]:
     told, odd = [], dist.get_rank() == 1
     experts = AdaptiveExperts(experts_of(1), r=1, degree=1)
-    x, routing, _ = inputs(1, 1)
+    allowed, (x, routing, _) = experts.allowed, inputs(1, 1)
     routing = Routing(mine(routing.ids), mine(routing.weights), 1)
     x = mine(x)
 
@@ -260,10 +261,12 @@ def refused() -> list[str]:
         at(degree=2),
         at(r="auto"),
         at(r=5),
+        at(window=64),
+        at(allowed={**experts.allowed, "r": (0, 1)}),
         lambda: experts(x.clone().requires_grad_(odd), routing),
     ):
-        experts.r, experts.degree = 1, 1
-        experts.requires_grad_(len(told) < 18)
+        experts.r, experts.degree, experts.window, experts.allowed = 1, 1, 128, allowed
+        experts.requires_grad_(len(told) < 20)
         told.append(error_of(wrong))
     return told
 
@@ -301,15 +304,26 @@ def test_errors():
     assert told[0][17] == "every rank must be able to go on, got an error on rank 1 (see there)"
     assert told[1][17] == 'r must be "auto" or one of 0, 1, 2, got 5'
     needs = "the need for gradients must be the same on every rank, got no on rank 0, yes on rank 1"
-    assert told[0][18] == told[1][18] == needs
+    assert told[0][20] == told[1][20] == needs
+    assert told[0][18] == told[1][18] == "window must be the same on every rank, got 128 on rank 0, 64 on rank 1"
+    allowed = r"the checksum of allowed must be the same on every rank, got \d+ on rank 0, \d+ on rank 1"
+    assert told[0][19] == told[1][19] and re.fullmatch(allowed, told[0][19])
 
 
 def one_rank_cannot() -> list[str]:
     """What is wrong on one rank alone: the others do not wait for it."""
     odd, told = dist.get_rank() == 1, []
-    for options in ({"r": 3}, {"window": 0}, {"local_size": 2.0}, {"local_size": 1}):
+    for options in ({"r": 3}, {"window": 0}, {"local_size": 2.0}, {"replicas": 3}, {"local_size": 1}, {"window": 4}):
         told.append(error_of(lambda options=options: AdaptiveExperts(experts_of(1), **(options if odd else {}))))
-    told.append(error_of(lambda: AdaptiveExperts(experts_of(3 if odd else 2))))
+    double, of_two = torch.float64 if odd else torch.float32, experts_of(2 if odd else 1)
+    for experts in (
+        GluExperts(1, H, 2 * I if odd else I),
+        experts_of(1, double),
+        experts_of(1, bias=odd),
+        of_two,
+        experts_of(3 if odd else 2),
+    ):
+        told.append(error_of(lambda experts=experts: AdaptiveExperts(experts)))
     return told
 
 
@@ -318,9 +332,15 @@ def test_an_error_of_one_rank():
         'r must be "auto" or one of 0, 1, 2, got 3',
         "window must be a whole number of at least 1, got 0",
         "local_size must be of type int or None, got float",
+        "replicas must be of type ProcessGroup or DeviceMesh or None, got int",
         "local_size must be the same on every rank, got None on rank 0, 1 on rank 1",
+        "window must be the same on every rank, got 128 on rank 0, 4 on rank 1",
+        f"I must be the same on every rank, got {I} on rank 0, {2 * I} on rank 1",
+        "the dtype of weights must be the same on every rank, got float32 on rank 0, float64 on rank 1",
+        "bias must be the same on every rank, got no on rank 0, yes on rank 1",
+        "E must be the same on every rank, got 1 on rank 0, 2 on rank 1",
         "experts must be a multiple or a divisor of the R=2 ranks, got 3",
     ]
     elsewhere = "every rank must be able to go on, got an error on rank 1 (see there)"
     told = ranks(2, one_rank_cannot, timeout=60)
-    assert told[1] == own and told[0] == [elsewhere] * 3 + [own[3], elsewhere]
+    assert told[1] == own and told[0] == [elsewhere] * 4 + own[4:10] + [elsewhere]

@@ -16,7 +16,7 @@ from moert.experts.glu import GluExperts
 from moert.ops.all_to_all import agree, exchange_counts, refusing
 from moert.ops.kinds import expect
 from moert.ops.ranks import Ranks
-from moert.parallel.expert_parallel import check_local_size
+from moert.parallel.options import check_local_size, checksum, replicas_of, telling
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.parallel.settings import DEGREES, Setting, SettingsCache, check_window
 from moert.parallel.slices import SlicedExperts, divisors
@@ -24,7 +24,10 @@ from moert.types import Onto, Routing
 
 AUTO = "auto"
 NAMES = Setting._fields
-FACTS = (*(f'{name} == "auto"' for name in NAMES), *NAMES, "the need for gradients")
+MADE = ("window", "local_size", "E", "H", "I")  # with what; the rest is compared by ExpertParallel, and at each call
+FACTS = (
+    *(f'{name} == "auto"' for name in NAMES), *NAMES, "window", "the checksum of allowed", "the need for gradients",
+)  # fmt: skip
 
 
 class AdaptiveExperts(Experts):
@@ -48,8 +51,9 @@ class AdaptiveExperts(Experts):
     may be narrowed, alike on every rank: r copies of each token need memory.
 
     Every rank must call forward, and backward where it called forward, equally often.  gradients, replicas and pulse
-    are those of ExpertParallel; so is `added`.  Where r, degree, levels or the need for gradients differ between
-    ranks, or one has an error of its own, all raise one that names the ranks, before anything else travels.
+    are those of ExpertParallel; so is `added`.  Where r, degree, levels, window, allowed or the need for gradients
+    differ between ranks, or one has an error of its own, all raise one that names the ranks, before anything else
+    travels.
     """
 
     def __init__(
@@ -69,14 +73,18 @@ class AdaptiveExperts(Experts):
         self.group = process_group(group)
         ranks = Ranks(self.group, None if pulse is None else pulse.exchanging)
         self.r, self.degree, self.levels, self.window = r, degree, levels, window
-        with refusing(ranks, ("local_size",)):
-            self.s = _slices_of_each(experts, ranks.size)
-            check_window(window)
-            check_local_size(local_size, ranks.size)
-            near = local_size is not None and 1 < local_size < ranks.size
-            self.allowed = {"r": (0, *divisors(self.s)), "degree": DEGREES, "levels": (1, 2)[: 1 + near]}
-            self._check_settings()
-        agree({"local_size": local_size}, ranks)
+        with refusing(ranks, MADE):
+            others = replicas_of(self.group, replicas)
+        with telling(others):
+            with refusing(ranks, MADE):
+                self.s = _slices_of_each(experts, ranks.size)
+                check_window(window)
+                check_local_size(local_size, ranks.size)
+                near = local_size is not None and 1 < local_size < ranks.size
+                self.allowed = {"r": (0, *divisors(self.s)), "degree": DEGREES, "levels": (1, 2)[: 1 + near]}
+                self._check_settings()
+            made = window, local_size, experts.num_experts, experts.hidden, experts.intermediate
+            agree(dict(zip(MADE, made, strict=True)), ranks)
         self.num_experts, self.hidden = experts.num_experts, experts.hidden
         self.slices = SlicedExperts(experts, self.s, self.group, gradients=gradients, replicas=replicas, pulse=pulse)
         self._ways = [self.slices.ranks]
@@ -127,11 +135,12 @@ class AdaptiveExperts(Experts):
         ranks = self._ways[0]
         with refusing(ranks, FACTS):
             self._check(x, routing, added)
+            learnt = self.window, checksum([tuple(self.allowed[name]) for name in NAMES])
         asked = [getattr(self, name) for name in NAMES]
         inputs = (x, routing.weights, *self.parameters())
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        numbers = (0 if spec == AUTO else spec for spec in asked)
-        facts = zip(FACTS, (*(_yes(spec == AUTO) for spec in asked), *numbers, _yes(needs)), strict=True)
+        autos, numbers = (_yes(spec == AUTO) for spec in asked), (0 if spec == AUTO else spec for spec in asked)
+        facts = zip(FACTS, (*autos, *numbers, *learnt, _yes(needs)), strict=True)
         counts = torch.full((ranks.size,), routing.ids.numel())
         size = max(exchange_counts(counts, dict(facts), ranks).received)
         candidates = [self.allowed[n] if spec == AUTO else (spec,) for n, spec in zip(NAMES, asked, strict=True)]
@@ -166,6 +175,7 @@ class AdaptiveExperts(Experts):
         expect(Tensor, x=x)
         expect(Routing, routing=routing)
         expect((Onto, nn.Module, type(None)), added=added)
+        check_window(self.window)
         self._check_settings()
         if x.dim() != 2 or x.shape[1] != self.hidden:
             raise ValueError(f"x must have shape [T, H={self.hidden}], got {list(x.shape)}")

@@ -1,7 +1,7 @@
 """Expert parallelism: each rank of a group holds some of the experts, and tokens travel to them."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,32 +18,25 @@ from moert.ops.all_to_all import Splits, agree, refusing
 from moert.ops.autocast import autocast
 from moert.ops.dispatch import FACTS, Dispatched, dispatch, start_combine
 from moert.ops.kinds import expect
-from moert.ops.payload import check_payload
 from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import Ranks, next_layer
 from moert.ops.roll_call import roll_call
 from moert.parallel.copies import Copies
+from moert.parallel.options import (
+    OPTIONS,
+    among_replicas,
+    check_local_size,
+    check_options,
+    options_of,
+    replicas_of,
+    telling,
+)
 from moert.parallel.placed import placed
 from moert.parallel.pulse import Group, Pulse, process_group
 from moert.types import Onto, Routing
 
 if TYPE_CHECKING:
     from moert.placement import ExpertPlacement
-
-GRADIENTS = ("sum", "mean")
-# What ranks compare when a layer is made: those that differ would wait in exchanges that the others do not make, and
-# with a capacity nothing is compared later.
-OPTIONS = (
-    "local_size",
-    "gradients",
-    "the number of replicas",
-    "capacity",
-    "degree",
-    "payload",
-    "E",
-    "H",
-    "the checksum of placement",
-)
 
 
 class Traffic(NamedTuple):
@@ -64,9 +57,9 @@ class ExpertParallel(Experts):
 
     The experts' gradients are those of the sum of the ranks' losses, as in one process with everybody's tokens; with
     gradients="mean" of their mean, as DistributedDataParallel and FSDP2 have it for the rest of a model.  replicas is
-    the group of ranks that hold the same experts (the data axis of a mesh), over which gradients are added up too.
-    Where a rank is lost the others raise an error that names the ranks that are silent; pulse, of the same group, tells
-    those that are gone from those that are late.
+    the group of ranks that hold the same experts (the data axis of a mesh), over which gradients are added up too; they
+    make their layers alike.  Where a rank is lost the others raise an error that names the ranks that are silent;
+    pulse, of the same group, tells those that are gone from those that are late.
 
     degree: into how many parts the tokens of a call are cut, the experts at work on one while the next and the last
     travel (Tutel, arXiv 2206.03382).  payload and capacity (of each part) are those of moert.ops.dispatch; dropped is
@@ -89,19 +82,21 @@ class ExpertParallel(Experts):
         local_size: int | None = None,
     ):
         super().__init__()
-        self.group, self.replicas = process_group(group), None if replicas is None else process_group(replicas)
+        self.group = process_group(group)
         self.ranks = Ranks(self.group, None if pulse is None else pulse.exchanging)
         with refusing(self.ranks, OPTIONS):
-            _check(experts, gradients, degree, payload, capacity)
-            check_local_size(local_size, self.ranks.size)
-            at = experts.num_experts, self.ranks.size, self.ranks.rank, local_size
-            self.copies = Copies.placed(placement, *at)
-        self.map = self.copies.map
-        holders = None if self.replicas is None else dist.get_world_size(self.replicas)
-        room, payload_name = capacity and capacity.rows, payload or "none"
-        sizes = experts.num_experts, experts.hidden, self.map.checksum
-        facts = local_size, gradients, holders, room, degree, payload_name, *sizes
-        agree(dict(zip(OPTIONS, facts, strict=True)), self.ranks)
+            others = replicas_of(self.group, replicas)
+            with telling(others):
+                check_options(experts, gradients, degree, payload, capacity)
+                check_local_size(local_size, self.ranks.size)
+                at = experts.num_experts, self.ranks.size, self.ranks.rank, local_size
+                self.copies = Copies.placed(placement, *at)
+                chosen = local_size, gradients, others, capacity, degree, payload, self.copies.map.checksum
+                facts = options_of(experts, *chosen)
+            if others is not None:
+                agree(among_replicas(facts, self.copies.expert_ids), others)
+        agree(facts, self.ranks)
+        self.map, self.replicas = self.copies.map, others and others.group
         layer = next_layer(self.group)
         self.ranks = replace(self.ranks, layer=layer)
         if local_size is not None:
@@ -112,7 +107,7 @@ class ExpertParallel(Experts):
         self.traffic: Traffic | None = None
         self.expert_ids = self.copies.expert_ids
         self.local = _part(experts, self.expert_ids)
-        self.parts = (holders or 1) * self.map.num_ranks if gradients == "mean" else 1
+        self.parts = (others.size if others else 1) * self.map.num_ranks if gradients == "mean" else 1
 
     def forward(self, x: Tensor, routing: Routing, added: Onto | nn.Module | None = None) -> Tensor:
         """Plus what an Onto adds, or what shared experts make of x, which compute while the tokens travel."""
@@ -191,23 +186,6 @@ class ExpertParallel(Experts):
         return f"{ranks}, copies={copies}, degree={self.degree}, payload={self.payload}, capacity={self.capacity}"
 
 
-def _check(experts, gradients, degree, payload, capacity) -> None:
-    expect(GluExperts, experts=experts)
-    if gradients not in GRADIENTS:
-        raise ValueError(f"gradients must be one of {', '.join(GRADIENTS)}, got {gradients}")
-    expect(int, degree=degree)
-    if degree < 1:
-        raise ValueError(f"degree must be at least 1, got {degree}")
-    check_payload(payload)
-    expect((Capacity, type(None)), capacity=capacity)
-
-
-def check_local_size(local_size: int | None, num_ranks: int) -> None:
-    expect((int, type(None)), local_size=local_size)
-    if local_size is not None and (local_size < 1 or num_ranks % local_size):
-        raise ValueError(f"local_size must divide the R={num_ranks} ranks, got {local_size}")
-
-
 def _added(before: Traffic | None, part: Traffic) -> Traffic:
     if before is None:
         return part
@@ -240,12 +218,13 @@ def shard_experts_(
     names: dict[GluExperts, list[str]] = {}
 
     def sizes() -> dict[tuple[str, ...], int]:
+        before.enter_context(telling(replicas_of(group, options.get("replicas"))))  # what it raises the group is told
         names.update(_to_shard(model))
         return {tuple(each): module.num_experts for module, each in names.items()}
 
-    pulse = options.get("pulse")
-    ranks = Ranks(process_group(group), None if pulse is None else pulse.exchanging)
-    where = placed(placement, sizes, ranks)
+    pulse, group = options.get("pulse"), process_group(group)
+    with ExitStack() as before:
+        where = placed(placement, sizes, Ranks(group, None if pulse is None else pulse.exchanging))
     for module, (first, *others) in names.items():
         spread = ExpertParallel(module, group, where.get(first), **options)
         for name in (first, *others):

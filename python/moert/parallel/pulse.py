@@ -42,6 +42,7 @@ class Pulse:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._store = dist.PrefixStore("moert.pulse", store_of(group or dist.group.WORLD))
         self._beats, self._exchanges, self._blamed, self._ended = 0, 0, "", threading.Event()
+        self._writing = threading.Lock()  # what one thread read before the other changed it must not be written after
         self._write()
         self._thread = threading.Thread(target=self._beat, name="moert.pulse", daemon=True)
         self._thread.start()
@@ -74,7 +75,8 @@ class Pulse:
                 return
 
     def _write(self) -> None:
-        self._store.set(str(self.rank), f"{self._beats} {self._exchanges} {self.interval} {self._blamed}")
+        with self._writing:
+            self._store.set(str(self.rank), f"{self._beats} {self._exchanges} {self.interval} {self._blamed}")
 
     def _read(self) -> dict[int, _Sign]:
         """Of every other rank that has given one."""
@@ -112,11 +114,11 @@ class Pulse:
         self._write()
 
 
-def process_group(group: Group) -> dist.ProcessGroup | None:
-    """Of a mesh of one dimension its group."""
-    expect((dist.ProcessGroup, DeviceMesh, type(None)), group=group)
+def process_group(group: Group, name: str = "group") -> dist.ProcessGroup | None:
+    """Of a mesh of one dimension its group; name: of the argument."""
+    expect((dist.ProcessGroup, DeviceMesh, type(None)), **{name: group})
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group must be a mesh of one dimension (mesh['ep']), got {group.ndim}")
+            raise ValueError(f"{name} must be a mesh of one dimension (mesh['ep']), got {group.ndim}")
         return group.get_group()
     return group
