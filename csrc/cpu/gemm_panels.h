@@ -3,6 +3,7 @@
 // values, or pairs of bfloat16, of which one row along K holds two.
 #pragma once
 
+#include "cpu/ahead.h"
 #include "cpu/gemm_pairs.h"
 
 namespace moert::cpu {
@@ -18,13 +19,17 @@ constexpr int64_t kPanelBytes = 2 * kVectorBytes;
 
 template <typename E>
 constexpr int kPanel = 2 * kLanes<E>;
+template <typename E>
+constexpr int64_t kPanelK = kDepth<E> * kTileK;
 
 constexpr int64_t kAhead = 32;  // steps along K, 4 KB of AVX-512 panels
 
-// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel], and prefetched if it comes
-// from memory.
+// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel].  Fetched meanwhile: what
+// `next` says, or if that is nothing and b streams from memory what follows there.
 template <typename E, int M, bool kARows>
-void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate, bool from_memory) {
+void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate, bool streams, Ahead& next) {
+  Ahead ahead = next;  // in registers
+  const bool spread = ahead.at_once > 0;
   using A = Acc<E>;
   Vec<A> acc[M][2];
 #pragma GCC unroll 16
@@ -34,7 +39,9 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate,
   }
   for (int64_t k = 0; k < K; ++k) {
     const Vec<E> b0 = load(b + k * kPanel<E>), b1 = load(b + k * kPanel<E> + kLanes<E>);
-    if (from_memory) {
+    if (spread) {
+      ahead.fetch();
+    } else if (streams) {
       __builtin_prefetch(b + (k + kAhead) * kPanel<E>, 0, 2);
       __builtin_prefetch(b + (k + kAhead) * kPanel<E> + kLanes<E>, 0, 2);
     }
@@ -50,10 +57,11 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate,
     store(c + m * kTileColumns, acc[m][0]);
     store(c + m * kTileColumns + kLanes<A>, acc[m][1]);
   }
+  next = ahead;
 }
 
 template <typename E>
-using MicroKernel = void (*)(int64_t, const E*, const E*, Acc<E>*, bool, bool);
+using MicroKernel = void (*)(int64_t, const E*, const E*, Acc<E>*, bool, bool, Ahead&);
 
 template <typename E, bool kARows, int... M>
 MicroKernel<E> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
@@ -79,11 +87,7 @@ void pack_transposed(const T* b, const TileMatrix& matrix, int64_t row, int64_t 
     for_vectors<A>(K, [&](int64_t k, auto count) {
       Vec<A> rows[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        rows[i] = half + i < N ? load(source(half + i) + k, count) : Vec<A>{};
-        // The next panel's rows: too many streams for the CPU to foresee.
-        if (half + i < N) __builtin_prefetch(source(half + i) + kPanel<A> * matrix.row_stride + k, 0, 2);
-      }
+      for (int i = 0; i < L; ++i) rows[i] = half + i < N ? load(source(half + i) + k, count) : Vec<A>{};
       transpose<L / 2>(rows);
       for (int64_t i = 0; i < count; ++i) store(panel + (k + i) * kPanel<A> + half, rows[i]);
     });
@@ -178,6 +182,27 @@ void finish_part(const StoreTile& whole, int64_t m, int64_t n, int64_t M, int64_
   store_tile(part);
 }
 
+// The panel (n, k) where it lies, over so many steps; nothing where packing fetches the next panel, or its rows are
+// gathered.
+template <typename E>
+Ahead lines_of_panel(const GemmTile& t, const TileOperand& b, int64_t n, int64_t k, int64_t steps) {
+  const TileMatrix& matrix = b.matrix;
+  const int64_t size = size_of(matrix.dtype), pitch = matrix.row_stride * size;
+  const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>, K = t.K - k < kPanelK<E> ? t.K - k : kPanelK<E>;
+  const char* data = static_cast<const char*>(matrix.data);
+  if (b.panels) return Ahead::over(steps, data + n * pitch + k * kPanel<E> * size, 0, K * kPanel<E> * size, 1);
+  if (b.k_rows || matrix.index || matrix.col_stride != 1) return {};
+  return Ahead::over(steps, data + n * pitch + k * size, pitch, K * size, N);
+}
+
+// What is multiplied after the panel (n, k) of b.
+template <typename E>
+Ahead next_panel(const GemmTile& t, const TileOperand& b, int64_t n, int64_t k, int64_t steps) {
+  if (n + kPanel<E> < t.N) return lines_of_panel<E>(t, b, n + kPanel<E>, k, steps);
+  if (&b == &t.b && t.c2) return lines_of_panel<E>(t, t.b2, 0, k, steps);
+  return k + kPanelK<E> < t.K ? lines_of_panel<E>(t, t.b, 0, k + kPanelK<E>, steps) : Ahead{};
+}
+
 // All columns of one K block.
 template <typename E, bool kARows>
 void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, int64_t k, int64_t K, E* panel, Acc<E>* c,
@@ -194,10 +219,12 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
       pack_panel(b, n, k, N, K, panel);
     // Slabs of equal height: a last one of two rows would wait for its sums, not for the multipliers.
     const int64_t slabs = (t.M + kRows - 1) / kRows;
+    // One slab streams its panel; what several multiply again leaves time for the next.
+    Ahead ahead = b.panels && slabs == 1 ? Ahead{} : next_panel<E>(t, b, n, k, slabs * depth);
     for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
       M = (t.M - m + slabs - i - 1) / (slabs - i);
       micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns, c + m * kTileColumns + n,
-                                          accumulate, columns != panel);
+                                          accumulate, columns != panel, ahead);
       if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
     }
   }
@@ -206,11 +233,10 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
 template <typename E>
 void gemm_panels(const GemmTile& t) {
   using A = Acc<E>;
-  constexpr int64_t kBlock = kDepth<E> * kTileK;
   E *block = static_cast<E*>(t.scratch), *panel = block + kTileBlock;
   const auto multiply = t.a.k_rows ? multiply_panels<E, true> : multiply_panels<E, false>;
-  for (int64_t k = 0; k < t.K || k == 0; k += kBlock) {
-    const int64_t K = t.K - k < kBlock ? t.K - k : kBlock;
+  for (int64_t k = 0; k < t.K || k == 0; k += kPanelK<E>) {
+    const int64_t K = t.K - k < kPanelK<E> ? t.K - k : kPanelK<E>;
     lay_out_block<E>(t, k, K, block, t.a.k_rows ? kPitchKM : kPitchMK);
     multiply(t, t.b, block, k, K, panel, static_cast<A*>(t.c), t.accumulate || k > 0);
     if (t.c2) multiply(t, t.b2, block, k, K, panel, static_cast<A*>(t.c2), t.accumulate || k > 0);
