@@ -194,7 +194,7 @@ def take_turns(
     """All in every turn, and another one first in each; the turn before the first is not kept."""
     task = progress.add_task("turns", total=(options.turns + 1) * len(running))
     for turn in range(options.turns + 1):
-        first = turn % len(running)
+        first = turn % max(1, len(running))
         for family, row in running[first:] + running[:first]:
             sample = one_turn(family, row, ids, options)
             if turn:

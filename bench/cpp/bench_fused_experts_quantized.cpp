@@ -50,8 +50,8 @@ void quantized(benchmark::State& state, const Model& model, const NamedFormat& f
 const bool registered = [] {
   for (const Model& model : kModels)
     for (const NamedFormat& format : kNamedFormats)
-      for (const Precision precision :
-           {Precision::full, Precision::bfloat16, Precision::int8, Precision::int8_group32, Precision::int8_weights}) {
+      for (const Precision precision : {Precision::full, Precision::bfloat16, Precision::int8, Precision::int8_group32,
+                                        Precision::int8_group160, Precision::int8_weights}) {
         if (!takes(format.format, precision)) continue;
         for (const char* routing : kRoutings) {
           const std::string name = std::string("fused_experts_quantized/") + model.name + "/" + format.name + "/" +

@@ -51,7 +51,8 @@ class ModelWorker:
     def _memory(self, *_) -> dict:
         if self.imported is None:
             return {"peak": None, "held": None}
-        return {"peak": status_bytes("VmHWM") - self.imported, "held": status_bytes("VmRSS") - self.imported}
+        held = status_bytes("VmRSS")  # first: what is taken between the two is part of the peak
+        return {"peak": status_bytes("VmHWM") - self.imported, "held": held - self.imported}
 
 
 def main() -> None:

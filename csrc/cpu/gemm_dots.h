@@ -165,7 +165,7 @@ void dot_columns(int64_t rows, const E* x, const T* b, int64_t b_stride, int64_t
   const int64_t blocks = (rows + kMost - 1) / kMost, pitch = b_stride * int64_t(sizeof(T));
   // The weight rows after these, at least kAheadBytes away: fetched while several blocks of x are multiplied.
   Ahead ahead;
-  if (kSpreads && blocks > 1) {
+  if (kSpreads && blocks > 1 && K > kDotStep<T>) {
     const char* next = reinterpret_cast<const char*>(b) + whole_blocks_ahead(N * pitch);
     ahead = Ahead::over(blocks * (K / kDotStep<T>), next, pitch, K * int64_t(sizeof(T)), N);
   }

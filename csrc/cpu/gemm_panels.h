@@ -191,7 +191,7 @@ Ahead lines_of_panel(const GemmTile& t, const TileOperand& b, int64_t n, int64_t
   const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>, K = t.K - k < kPanelK<E> ? t.K - k : kPanelK<E>;
   const char* data = static_cast<const char*>(matrix.data);
   if (b.panels) return Ahead::over(steps, data + n * pitch + k * kPanel<E> * size, 0, K * kPanel<E> * size, 1);
-  if (b.k_rows || matrix.index || matrix.col_stride != 1) return {};
+  if (std::is_same_v<E, Pair> || b.k_rows || matrix.index || matrix.col_stride != 1) return {};
   return Ahead::over(steps, data + n * pitch + k * size, pitch, K * size, N);
 }
 

@@ -54,8 +54,8 @@ constexpr float kLargestInt8 = 127, kLargestE4m3 = 448;
 constexpr bool is_ternary(Format format) { return format == Format::ternary2 || format == Format::ternary5; }
 
 // int8 rows where the error of the whole is at most 1.5 times that of the weights alone (docs/quantized.md): weights of
-// 8 bits in small groups are too exact for them.  A byte of ternary5 has columns of two groups of 32, which takes five
-// times as long, but not of 160.  planes: of bit_nested.
+// 8 bits in small groups are too exact for them.  A byte of ternary5 has columns of two groups of 32, which takes
+// longer (docs/quantized.md), but not of 160.  planes: of bit_nested.
 constexpr Precision default_precision(Format format, int64_t group, int64_t planes) {
   if (format == Format::ternary5 && group == 0) return Precision::int8_group160;
   if (!takes(format, Precision::int8)) return Precision::full;

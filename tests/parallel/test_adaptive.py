@@ -226,6 +226,21 @@ def test_a_lost_rank_is_named():
     assert told[0].startswith(named) and told[2].startswith(named)
 
 
+def window_anew() -> list[int]:
+    experts, (x, routing, _) = AdaptiveExperts(experts_of(2)), inputs(2)
+    own = mine(x), Routing(mine(routing.ids), mine(routing.weights), 2)
+    experts.r, windows = "auto", []
+    for window in (128, 3):
+        experts.window = window
+        experts(*own)
+        windows += [cache.window for cache in experts.caches.values()]
+    return windows
+
+
+def test_a_window_that_is_set_anew_is_used():
+    assert ranks(2, window_anew) == [[128, 3]] * 2
+
+
 def refused() -> list[str]:
     told, odd = [], dist.get_rank() == 1
     experts = AdaptiveExperts(experts_of(1), r=1, degree=1)

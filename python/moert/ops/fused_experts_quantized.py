@@ -113,7 +113,7 @@ def fused_experts_quantized_ref(
     return y
 
 
-GROUPS = {"int8_group32": 32, "int8_group160": 160, "fp8_group128": 128}  # columns that share a scale; int8: all
+GROUPS = {"int8": None, "int8_group32": 32, "int8_group160": 160, "fp8_group128": 128}  # columns of a scale; None: all
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
@@ -125,7 +125,7 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     if precision == "bfloat16":
         return x.bfloat16().to(x.dtype)
     K = x.shape[1]
-    group = GROUPS.get(precision, K)
+    group = GROUPS[precision] or K
     fp8 = precision == "fp8_group128"
     grouped = F.pad(x.float(), (0, -K % group)).unflatten(1, (-1, group))
     scale = grouped.abs().amax(-1, keepdim=True) / (448 if fp8 else 127)

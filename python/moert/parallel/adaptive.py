@@ -149,7 +149,7 @@ class AdaptiveExperts(Experts):
         key = *asked, needs
         cache, fresh = self.caches.get(key), SettingsCache(*candidates, self.window)
         clock = self._clocks.pop(key, None)
-        if cache is None or cache.candidates != fresh.candidates:  # allowed is another one
+        if cache is None or (cache.candidates, cache.window) != (fresh.candidates, fresh.window):  # set anew
             cache = self.caches[key] = fresh
             if clock is not None:
                 clock.forget()
