@@ -2,9 +2,10 @@
 
     python bench/two_nodes.py [--rate 100mbit] [--smoke]        (as root, with ip and tc)
 
-Dispatch and combine straight and in two levels (2DH), and the gain of an ExpertParallel's parts (degree), forward and
-with its backward.  Writes bench/results/two_nodes.json.  Each rank is a process with one thread; the link has a queue,
-and no latency beyond this machine's own.  Letters: T tokens of a rank, k choices, E experts, H hidden, I intermediate.
+Dispatch and combine straight, in two levels (2DH), and two exchanges of the same bytes, sizes known; the gain of an
+ExpertParallel's parts (degree), forward and with its backward.  Writes bench/results/two_nodes.json.  Each rank is a
+process with one thread; the link has a queue, and no latency beyond this machine's own.  Letters: T tokens of a rank,
+k choices, E experts, H hidden, I intermediate.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from exchange import figures, interleaved
+from exchange import bytes_alone, figures, interleaved
 from moert import GluExperts
 from moert.cli.machine import machine_facts
 from moert.ops import ExpertMap, Ranks, combine, dispatch
@@ -31,7 +32,7 @@ from moert.testing import random_routing
 
 OUT = Path(__file__).resolve().parent / "results" / "two_nodes.json"
 NODES, LOCAL = 2, 2
-SHAPES = ((1, 16, 4, 1024), (4, 16, 4, 1024), (64, 16, 4, 1024), (256, 16, 4, 1024))  # T, E, k, H
+SHAPES = ((1, 16, 4, 1024), (4, 16, 4, 1024), (64, 16, 4, 1024), (256, 16, 4, 1024), (256, 64, 8, 2048))  # T, E, k, H
 LAYER, DEGREES = (256, 16, 4, 1024, 768), (1, 2, 4, 8)  # T, E, k, H, I
 SMOKE = ((2, 4, 2, 64),), (8, 4, 2, 64, 32)
 
@@ -87,6 +88,7 @@ def bench_ways(T: int, E: int, k: int, H: int, seconds: float) -> list[dict]:
         name: lambda way=way: combine((there := dispatch(x, routing, experts, way)).x, there)
         for name, way in ways.items()
     }
+    calls["bytes alone"] = bytes_alone(x, routing, experts)
     return told("dispatch and combine", f"T{T}-E{E}-k{k}-H{H}", interleaved(calls, seconds))
 
 
