@@ -15,11 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM
 
 from moert.cli.demo_train import DemoSettings
 from moert.parallel import load_checkpoint
+from stock import stock_logits
 
 ENVIRONMENT = {"PYTHONFAULTHANDLER": "1", "FORCE_COLOR": ""}  # with rich's colours lines would not be found
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ep.py"
@@ -190,22 +191,6 @@ def test_workers_are_killed(tmp_path, undisturbed, kills, seed):
     assert not none and after == steps and [*saved] == [steps + 1, steps + 2]
 
 
-# Neither moert nor a group of ranks: what anybody does with a checkpoint.
-STOCK = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-ids, *checkpoints = sys.argv[1:]
-for checkpoint in checkpoints:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    with torch.no_grad():
-        logits = model(**load_file(ids), use_cache=False).logits
-    save_file({"logits": logits}, checkpoint + "/logits")
-assert "moert" not in sys.modules
-"""
-
-
 def test_one_process_makes_a_plain_checkpoint_of_a_spread_one(tmp_path, undisturbed):
     """As the ranks themselves do after the last step, bit for bit; stock transformers loads it."""
     _, out = undisturbed(15)
@@ -222,14 +207,10 @@ def test_one_process_makes_a_plain_checkpoint_of_a_spread_one(tmp_path, undistur
     for name, weight in plain.items():
         assert torch.equal(weight, written[name]) and not torch.equal(weight, untrained[name]), name
     ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": ids}, tmp_path / "ids")
-    paths = tmp_path / "ids", tmp_path / "plain", out / "model"
-    subprocess.run([sys.executable, "-c", STOCK, *map(str, paths)], check=True, timeout=200)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-    for checkpoint in paths[1:]:
-        logits = load_file(checkpoint / "logits")["logits"]
-        assert (logits - expected).norm() <= 1e-5 * expected.norm(), checkpoint
+    for logits in stock_logits(ids, [tmp_path / "plain", out / "model"]):
+        assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_its_bar_is_on_the_first_rank_alone(tmp_path):

@@ -1,8 +1,7 @@
 """What ranks compare when a layer of experts is made: those of its group, and its replicas."""
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 
@@ -66,14 +65,9 @@ def replicas_of(group: dist.ProcessGroup | None, replicas: Group) -> Ranks | Non
     return ranks
 
 
-@contextmanager
-def telling(replicas: Ranks | None) -> Iterator[None]:
+def telling(replicas: Ranks | None) -> AbstractContextManager:
     """Before they compare options: where a rank fails inside, its replicas raise an error too."""
-    if replicas is None:
-        yield
-        return
-    with refusing(replicas, OPTIONS):
-        yield
+    return nullcontext() if replicas is None else refusing(replicas, OPTIONS)
 
 
 def options_of(
