@@ -1,6 +1,9 @@
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moert.ops.all_to_all import WORDS, Splits, all_to_all, all_to_all_ref, exchange_counts, send_rows
 from moert.ops.ranks import Ranks
@@ -46,6 +49,38 @@ def exchanges(R: int) -> None:
 @pytest.mark.parametrize("R", [2, 3, 4])
 def test_forward_and_backward(R):
     assert ranks(R, exchanges, R) == [None] * R
+
+
+def in_graphs() -> list[int]:
+    """Torch's functional collective, forward and backward: results and gradients of eager calls, for all sizes."""
+    R, frames = dist.get_world_size(), []
+
+    def run(rows, splits):
+        return torch.tanh(all_to_all(2 * rows, splits))
+
+    for group in (None, dist.new_group(range(R)), Ranks.in_nodes(2)):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+        for n in range(5):
+            counts = [2 + (dist.get_rank() + 2 * j + n) % 4 for j in range(R)]
+            splits, dtype = exchange_counts(counts, {}, group), torch.bfloat16
+            rows = torch.randn(sum(counts), 5).to(dtype).requires_grad_()
+            expected, got = run(rows, splits), compiled(rows, splits)
+            dy = torch.randn_like(got)
+            grads = [torch.autograd.grad(y, rows, dy)[0] for y in (expected, got)]
+            assert torch.equal(got, expected) and torch.equal(*grads)
+            with pytest.raises(ValueError, match=re.escape(f"rows must have shape [N={sum(counts)}, H], got [1, 5]")):
+                run(rows[:1], splits)
+        nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+        name = "moert.dispatch_exchange" if isinstance(group, Ranks) else "_c10d_functional.all_to_all_single"
+        assert any(name in node for node in nodes), nodes
+        frames.append(counter.frame_count)
+    return frames
+
+
+def test_in_graphs():
+    assert ranks(4, in_graphs) == [[1] * 3] * 4  # one graph for all sizes
 
 
 def disagreements() -> list[str]:

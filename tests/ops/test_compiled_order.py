@@ -4,7 +4,7 @@ import torch
 
 from moert import GluExperts, MoELayer, TopKRouter
 from moert.ops import compiled_dispatch
-from moert.ops.dispatch import record_bytes
+from moert.ops.records import record_bytes
 from moert.parallel import shard_experts_
 from ranks import ranks
 

@@ -3,9 +3,10 @@ import torch
 import torch.distributed as dist
 
 from moert import Routing
-from moert.ops.dispatch import combine, dispatch, dispatch_pack_ref, record_bytes
+from moert.ops.dispatch import combine, dispatch, dispatch_pack_ref
 from moert.ops.expert_map import ExpertMap
 from moert.ops.payload import PAYLOADS, WORD, decode_ref, encode_ref, rounded_ref, rounded_width
+from moert.ops.records import record_bytes
 from moert.testing import DTYPES, random_routing
 from ranks import ranks
 

@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from moert.ops.payload import rounded_ref
 from moert.ops.rank_capacity import DROPS, Capacity, plan_within, plan_within_ref
 from moert.routers import CapacityPolicy
 from moert.testing import ID_DTYPES, assert_rows_close, random_routing
-from ranks import ranks
+from ranks import error_of, ranks
+
+dispatching = importlib.import_module("moert.ops.dispatch")  # moert.ops.dispatch is the function
 
 E = 7
 
@@ -120,8 +123,9 @@ class Unread(TorchDispatchMode):
 
 
 def unread() -> None:
-    """Sizes are known: nothing is read on the host, forward and backward, nor are counts exchanged."""
+    """As on a GPU: sizes are known, nothing is read on the host, forward and backward, nor are counts exchanged."""
     exchanges = []
+    dispatching.compared = lambda x, capacity: capacity is None
     experts, generator = ExpertMap.of(None, E, dist.get_world_size()), torch.Generator().manual_seed(0)
     x = torch.randn(6, 10, generator=generator).requires_grad_()
     routing = random_routing(6, E, 3, "sentinels", generator)
@@ -140,6 +144,45 @@ def unread() -> None:
 
 def test_nothing_is_read_on_the_host():
     assert ranks(2, unread) == [None] * 2
+
+
+def differ() -> list[str]:
+    """On a CPU ranks say what they are about to send, which would end a Gloo process where sizes disagree."""
+    rank, R = dist.get_rank(), dist.get_world_size()
+    experts, told, odd = ExpertMap.of(None, E, R), [], rank == 1
+    plain = {"capacity": Capacity(2)}
+    for H, k, dtype, options in (
+        (5 if odd else 4, 2, torch.float32, plain),
+        (4, 3 if odd else 2, torch.float32, plain),
+        (4, 2, torch.bfloat16 if odd else torch.float32, plain),
+        (4, 2, torch.float32, {"capacity": Capacity(3 if odd else 2)}),
+        (4, 2, torch.float32, {"capacity": None if odd else Capacity(2)}),
+        (4, 2, torch.float32, plain | {"payload": "int8" if odd else None}),
+        (4, 2, torch.float32, plain | {"parts": 2 if odd else 1}),
+        (4, 2, torch.float32, {"capacity": 2 if odd else Capacity(2)}),
+    ):
+        x, routing = torch.randn(3, H).to(dtype), random_routing(3, E, k)
+        told.append(error_of(lambda: dispatch(x, routing, experts, **options)))  # noqa: B023
+    got = dispatch(torch.ones(3, 4), random_routing(3, E, 2), experts, **plain)  # and they can go on
+    assert torch.equal(combine(got.x, got) > 0, (got.plan.slots >= 0).any(-1, keepdim=True).expand(3, 4))
+    return told
+
+
+def test_ranks_that_differ():
+    told = ranks(3, differ)
+    same = "must be the same on every rank, got"
+    expected = [
+        f"H {same} 4 on ranks 0, 2, 5 on rank 1",
+        f"k {same} 2 on ranks 0, 2, 3 on rank 1",
+        f"the dtype of x {same} float32 on ranks 0, 2, bfloat16 on rank 1",
+        f"the capacity {same} 2 on ranks 0, 2, 3 on rank 1",
+        f"the capacity {same} 2 on ranks 0, 2, None on rank 1",
+        f"the payload {same} none on ranks 0, 2, int8 on rank 1",
+        f"the number of parts {same} 1 on ranks 0, 2, 2 on rank 1",
+        "every rank must be able to go on, got an error on rank 1 (see there)",
+    ]
+    assert told[0] == told[2] == expected
+    assert told[1] == [*expected[:-1], "capacity must be of type Capacity or None, got int"]
 
 
 def as_gshard_has_it(factor: float) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -74,9 +75,26 @@ def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
     """Rows [N, H], those for rank 0 first -> rows [M, H], those of rank 0 first.
 
     Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.  splits are those of
-    exchange_counts, which compares the ranks: sizes that disagree end a Gloo process.
+    exchange_counts, which compares the ranks: sizes that disagree end a Gloo process.  In a graph of torch.compile it
+    is torch's functional collective (in two levels an operator), which Inductor knows; it names no lost rank.
     """
+    if torch.compiler.is_compiling():
+        return _in_graph(rows, splits)
     return AllToAll(rows, splits, asynchronous=False).wait()
+
+
+def _in_graph(rows: Tensor, splits: Splits) -> Tensor:
+    _check_rows(rows, splits)
+    ranks, sizes = splits.ranks, (splits.sent, splits.received)
+    if ranks.levels is None:
+        return functional.all_to_all_single(rows, splits.received, splits.sent, ranks.group or dist.group.WORLD)
+    way = *map(torch.tensor, sizes), splits.between, ranks.name, splits.back
+    return torch.ops.moert.dispatch_exchange(rows, *way, sum(splits.received))
+
+
+def _check_rows(rows: Tensor, splits: Splits) -> None:
+    if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
+        raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
 
 
 class AllToAll:
@@ -86,8 +104,7 @@ class AllToAll:
     """
 
     def __init__(self, rows: Tensor, splits: Splits, asynchronous: bool = True):
-        if rows.dim() != 2 or rows.shape[0] != sum(splits.sent):
-            raise ValueError(f"rows must have shape [N={sum(splits.sent)}, H], got {list(rows.shape)}")
+        _check_rows(rows, splits)
         self._flight, self._rows = _Flight(rows, splits, asynchronous), None
         (self._held,) = Hold.apply(self._flight.home, rows)
 

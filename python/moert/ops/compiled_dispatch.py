@@ -15,6 +15,7 @@ from moert.ops.compiled_order import register_exchange
 from moert.ops.expert_map import ExpertMap
 from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import HANDLES, Ranks
+from moert.ops.records import gradient_records, gradients_of
 from moert.types import DispatchPlan, Routing
 
 # rows [M, H], weights [M, k], ids [M, k], offsets [R+1], tokens [N], slots [T, k], sent [R], received [R],
@@ -156,8 +157,6 @@ def sent_gradients(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of dispatch's x [T, H] and weights [T, k] (those not needed: nothing), in one exchange."""
-    from moert.ops.dispatch import gradient_records, gradients_of
-
     home = Splits(received.tolist(), sent.tolist(), ranks_of(ranks), between if between.numel() else None, True)
     back, _ = send_rows(gradient_records(drows, dweights, ids, needs), home)
     shapes, plan = (drows.shape, dweights.shape), DispatchPlan(None, tokens, slots)

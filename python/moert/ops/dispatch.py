@@ -4,6 +4,8 @@ A row travels once to each rank that has any of its experts, its routing with it
 make of the row before it goes back.  Letters: T tokens, k choices, E experts of R ranks, N rows sent, M received.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from moert.ops.payload import WORD, check_payload, encode_ref, rounded_width
 from moert.ops.permute import permute, unpermute
 from moert.ops.rank_capacity import Capacity, plan_within
 from moert.ops.ranks import Ranks
+from moert.ops.records import fields_of, gradient_records, gradients_of, record_bytes
 from moert.ops.same_device import same_device
 from moert.types import DispatchPlan, Routing
 
@@ -69,16 +72,15 @@ def dispatch(
     Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
     nowhere.  float32, bfloat16, float16, float64; rows arrive bit for bit, or with payload "int8" or "float8_e4m3"
     rounded to it, a scale for each row (weights: float32); gradients and combine's rows travel whole.  parts: of how
-    many such calls this is one.  Where H, k, E, the dtypes, payload, parts, the placement or the need for gradients
-    differ between ranks, or one has an error of its own, all raise one that names the ranks.  x and routing.weights get
-    gradients, once, as if nothing were rounded.  group: also Ranks, which may be reached in two levels, for the same
-    bits, or be waited for inside a guard.
+    many such calls this is one.  Where H, k, E, the dtypes, payload, capacity, parts, the placement or the need for
+    gradients differ between ranks, or one has an error of its own, all raise one that names the ranks.  x and
+    routing.weights get gradients, once, as if nothing were rounded.  group: also Ranks, which may be reached in two
+    levels, for the same bits, or be waited for inside a guard.
 
     With a capacity every rank sends as many rows to every other: M = R * capacity.rows, some of them empty (zero,
-    without an expert).  Nothing is read on the host then, and nothing compared: what must be the same on every rank is
-    the caller's business.
+    without an expert).  On a GPU nothing is read on the host then, and nothing compared: what must be the same on every
+    rank is the caller's business there.
     """
-    expect((Capacity, type(None)), capacity=capacity)
     ranks = Ranks.of(group)
     if torch.compiler.is_compiling():
         return _compiled(x, routing, experts, ranks, payload, capacity, parts)
@@ -90,26 +92,30 @@ def dispatch(
 
 def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynchronous=False, layer=None) -> "_Flight":
     """dispatch without its part in the graph; needs: gradients of x, of weights; None: what they and ranks say."""
-    dropped = None
-    if capacity is None:
-        with refusing(ranks, FACTS):
-            plan, needs = _plan(x, routing, experts, ranks, payload), needs or _needs(x, routing)
+    told, dropped = compared(x, capacity), None
+    with refusing(ranks, FACTS) if told else nullcontext():
+        plan, needs = _plan(x, routing, experts, ranks, payload, capacity), needs or _needs(x, routing)
+        if capacity is None:
             ends = plan.offsets.tolist()
             counts = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+            plan = DispatchPlan(plan.offsets, plan.tokens[: sum(counts)], plan.slots)
+        else:
+            plan, dropped = plan_within(routing, experts, capacity)
+            counts = [capacity.rows] * ranks.size
+    if told:
         layer = ranks.layer if layer is None else layer
-        counting = Counting(counts, _facts(x, routing, experts, payload, parts, needs, layer), ranks)
-        plan = DispatchPlan(plan.offsets, plan.tokens[: sum(counts)], plan.slots)
-    else:
-        _plan(x, routing, experts, ranks, payload)
-        needs = needs or _needs(x, routing)
-        plan, dropped = plan_within(routing, experts, capacity)
-        counts = [capacity.rows] * ranks.size
+        counting = Counting(counts, _facts(x, routing, experts, payload, capacity, parts, needs, layer), ranks)
     flight = _Flight(x, routing, experts, (plan, dropped), payload, needs)
     flight.pack(counts, ranks)  # while the counts travel
-    flight.start(counting.wait() if capacity is None else _even(capacity.rows, ranks))
+    flight.start(counting.wait() if told else _even(capacity.rows, ranks))
     if not asynchronous:
         flight.wait()
     return flight
+
+
+def compared(x: Tensor, capacity: Capacity | None) -> bool:
+    """Whether the ranks say what they are about to send: on a GPU the host must not wait for sizes that are known."""
+    return capacity is None or not isinstance(x, Tensor) or x.device.type == "cpu"
 
 
 def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
@@ -117,6 +123,7 @@ def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
 
 
 def _compiled(x, routing, experts, ranks, payload, capacity, parts) -> Dispatched:
+    expect((Capacity, type(None)), capacity=capacity)
     rows, drop = (None, "") if capacity is None else (capacity.rows, capacity.drop)
     maps = experts.expert_to_rank, experts.local_ids, routing.num_experts, experts.num_ranks, list(experts.copy_of)
     options = ranks.name, payload, rows, drop, parts, list(_needs(x, routing)), ranks.layer
@@ -237,12 +244,12 @@ def dispatch_plan_ref(ids: Tensor, expert_to_rank: Tensor, num_ranks: int) -> Di
 
 
 def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, tokens, payload="none") -> Tensor:
-    """Of the operator dispatch_pack: records [N, bytes], uint8; each a row, its weights and its ids (_fields)."""
+    """Of the operator dispatch_pack: records [N, bytes], uint8; each a row, its weights and its ids (fields_of)."""
     if payload != "none":
         x = encode_ref(x, payload)
     (_, H), k = x.shape, ids.shape[1]
     records = torch.zeros(len(tokens), record_bytes(x.dtype, weights.dtype, H, k), dtype=torch.uint8)
-    to_rows, to_weights, to_ids = _fields(records, x.dtype, weights.dtype, H, k)
+    to_rows, to_weights, to_ids = fields_of(records, x.dtype, weights.dtype, H, k)
     tokens = tokens[: offsets[-1]]
     to_rows, to_weights, used_ids = (field[: len(tokens)] for field in (to_rows, to_weights, to_ids.fill_(-1)))
     rank = torch.arange(len(offsets) - 1).repeat_interleave(offsets.long().diff())[:, None]
@@ -256,24 +263,28 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
     return records
 
 
-FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload", "the number of parts",
-         "the checksum of placement", "x.requires_grad", "weights.requires_grad",
+FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload", "the capacity",
+         "the number of parts", "the checksum of placement", "x.requires_grad", "weights.requires_grad",
          "the number of the layer")  # fmt: skip
 
 
-def _facts(x: Tensor, routing: Routing, experts: ExpertMap, payload, parts: int, needs, layer) -> dict[str, int | str]:
+def _facts(
+    x: Tensor, routing: Routing, experts: ExpertMap, payload, capacity, parts: int, needs, layer
+) -> dict[str, int | str]:
     """What all ranks must agree on: sizes and types of what travels, and whether gradients will travel back."""
     types = [str(t.dtype).removeprefix("torch.") for t in (x, routing.weights)]
     words = ["yes" if needed else "no" for needed in needs]
     sizes = (x.shape[1], routing.ids.shape[1], experts.num_experts)
-    return dict(zip(FACTS, (*sizes, *types, payload or "none", parts, experts.checksum, *words, layer), strict=True))
+    options = payload or "none", capacity and capacity.rows, parts
+    return dict(zip(FACTS, (*sizes, *types, *options, experts.checksum, *words, layer), strict=True))
 
 
-def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload: str | None) -> DispatchPlan:
+def _plan(x: Tensor, routing: Routing, experts: ExpertMap, ranks: Ranks, payload, capacity) -> DispatchPlan:
     """Where each token goes; with the checks of all that dispatch is given."""
     expect(Tensor, x=x)
     expect(Routing, routing=routing)
     expect(ExpertMap, experts=experts)
+    expect((Capacity, type(None)), capacity=capacity)
     if experts.num_ranks != ranks.size:
         raise ValueError(f"experts must lie on the R={ranks.size} ranks, got {experts.num_ranks}")
     if routing.num_experts != experts.num_experts:
@@ -337,7 +348,7 @@ class _Flight:
         self.wait()
         (_, H), (_, k) = self.shapes
         records, self._arrived, self._there = self._arrived, None, None  # the graph holds this object
-        rows, weights, self.ids = _fields(records, *self._word(), k)
+        rows, weights, self.ids = fields_of(records, *self._word(), k)
         if self._payload:
             rows = records.new_empty(len(records), H, dtype=self._types[0])
             torch.ops.moert.dispatch_unpack_(rows, records, self._payload)
@@ -356,26 +367,6 @@ class _Flight:
         """The gradients of x and of the weights, added up over the ranks."""
         back, self._back = self._back, None
         return gradients_of(back.wait(), self._types, self.shapes, self.plan, self.needs)
-
-
-def gradient_records(drows: Tensor, dweights: Tensor, ids: Tensor, needs) -> Tensor:
-    """Gradients of rows [M, H] and, where they are needed, of their weights [M, k], as they travel home."""
-    (M, H), k = drows.shape, dweights.shape[1] if needs[1] else 0
-    kind = drows.dtype, dweights.dtype, H, k
-    records = drows.new_empty(M, record_bytes(*kind, ids=False), dtype=torch.uint8)
-    to_rows, to_weights = _numbers(records, *kind)
-    to_rows.copy_(drows)
-    # Each choice has its gradient from the one copy that came for it.
-    to_weights.copy_(torch.where(ids >= 0, dweights, 0)[:, :k])
-    return records
-
-
-def gradients_of(records: Tensor, types, shapes, plan: DispatchPlan, needs) -> tuple[Tensor | None, Tensor | None]:
-    """What arrives home of x [T, H] and of the weights [T, k], added up."""
-    (_, H), (_, k) = shapes
-    drows, dweights = _numbers(records, *types, H, k if needs[1] else 0)
-    pairs = zip((drows, dweights), needs, strict=True)
-    return tuple(unpermute(rows, plan) if needed else None for rows, needed in pairs)
 
 
 class _WayBack:
@@ -432,34 +423,6 @@ class _Arrive(torch.autograd.Function):
         flight = ctx.flight
         flight.send_back(drows, dweights)
         return *map(stand_in, flight.shapes, (drows, dweights)), None
-
-
-def record_bytes(dtype: torch.dtype, weight_dtype: torch.dtype, H: int, k: int, ids: bool = True) -> int:
-    """The size of a row as it travels, with its ids or (gradients) without: csrc/moert/dispatch.h."""
-    return max(1, _ids_at(dtype, weight_dtype, H, k) + 2 * k * ids) + 15 & ~15
-
-
-def _ids_at(dtype, weight_dtype, H, k):
-    return _weights_at(dtype, weight_dtype, H) + k * weight_dtype.itemsize
-
-
-def _weights_at(dtype, weight_dtype, H):
-    return -(-H * dtype.itemsize // weight_dtype.itemsize) * weight_dtype.itemsize
-
-
-def _fields(records: Tensor, dtype, weight_dtype, H: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [N, H], weights [N, k] and ids [N, k] where they lie in the records."""
-    ids = _ids_at(dtype, weight_dtype, H, k)
-    return *_numbers(records, dtype, weight_dtype, H, k), records[:, ids : ids + 2 * k].view(torch.int16)
-
-
-def _numbers(records: Tensor, dtype, weight_dtype, H: int, k: int) -> tuple[Tensor, Tensor]:
-    """Rows and weights, or their gradients, where they lie in the records."""
-    weights = _weights_at(dtype, weight_dtype, H)
-    return (
-        records[:, : H * dtype.itemsize].view(dtype),
-        records[:, weights : weights + k * weight_dtype.itemsize].view(weight_dtype),
-    )
 
 
 @torch.library.register_fake("moert::dispatch_plan")

@@ -15,7 +15,7 @@ from moert.parallel.pulse import Group, process_group
 
 GRADIENTS = ("sum", "mean")
 # Ranks that differ in these would wait in exchanges that the others do not make, end in one whose sizes disagree, or
-# add up what does not belong together; and with a capacity nothing is compared later.
+# add up what does not belong together; and with a capacity nothing is compared later on a GPU.
 OPTIONS = (
     "local_size",
     "gradients",
