@@ -103,6 +103,13 @@ def test_a_rank_is_lost_otherwise(tmp_path, how):
     assert_named(ranks(3, exchanges, how, str(tmp_path), 0, may_end=(LOST,)), how, 25)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("how", ["raises", "is stopped", "sleeps"])
+def test_a_rank_is_lost_otherwise_at_many_points(tmp_path, how, seed):
+    assert_named(ranks(3, exchanges, how, str(tmp_path), seed, may_end=(LOST,)), how, 25)
+
+
 def alive() -> None:
     """Nobody is missing: the error is the exchange's own.  A pulse that was stopped is gone to the others."""
     pulse = Pulse(interval=0.5)
