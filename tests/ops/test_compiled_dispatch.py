@@ -106,7 +106,16 @@ def differs() -> list[str]:
         run(x.half() if dist.get_rank() else x, *routed)
     with pytest.raises((ValueError, RuntimeError)) as other:
         run(x, routed[0], routed[1], E + dist.get_rank())
-    return [str(error.value), str(other.value)]
+    told = []
+    for capacity in (Capacity(3 if dist.get_rank() else 2), Capacity(2) if dist.get_rank() else None):
+        experts = ExpertMap.of(None, E, 2)
+        run = torch.compile(
+            there_and_back(experts, capacity=capacity), backend="aot_eager", fullgraph=True, dynamic=True
+        )
+        with pytest.raises(RuntimeError) as fewer:
+            run(x, *routed)
+        told.append(str(fewer.value))
+    return [str(error.value), str(other.value), *told]
 
 
 def test_errors():
@@ -115,6 +124,9 @@ def test_errors():
     assert all(text in each[0] for each in told)
     assert "every rank must be able to go on, got an error on rank 1 (see there)" in told[0][1]
     assert f"routing must be to E={E} experts, got {E + 1}" in told[1][1]
+    for each in told:
+        assert "capacity.rows must be the same on every rank, got 2 on rank 0, 3 on rank 1" in each[2]
+        assert "capacity.rows must be the same on every rank, got None on rank 0, 2 on rank 1" in each[3]
 
 
 def checked() -> None:

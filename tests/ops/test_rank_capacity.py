@@ -1,5 +1,6 @@
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ class Unread(TorchDispatchMode):
 def unread() -> None:
     """As on a GPU: sizes are known, nothing is read on the host, forward and backward, nor are counts exchanged."""
     exchanges = []
-    dispatching.compared = lambda x, capacity: capacity is None
+    dispatching.ranks_compare = lambda x, capacity, ranks: capacity is None  # in this process alone
     experts, generator = ExpertMap.of(None, E, dist.get_world_size()), torch.Generator().manual_seed(0)
     x = torch.randn(6, 10, generator=generator).requires_grad_()
     routing = random_routing(6, E, 3, "sentinels", generator)
@@ -163,8 +164,9 @@ def differ() -> list[str]:
     ):
         x, routing = torch.randn(3, H).to(dtype), random_routing(3, E, k)
         told.append(error_of(lambda: dispatch(x, routing, experts, **options)))  # noqa: B023
-    got = dispatch(torch.ones(3, 4), random_routing(3, E, 2), experts, **plain)  # and they can go on
-    assert torch.equal(combine(got.x, got) > 0, (got.plan.slots >= 0).any(-1, keepdim=True).expand(3, 4))
+    routing = Routing(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), E)
+    got = dispatch(torch.ones(3, 4), routing, experts, **plain)  # and they can go on
+    assert combine(got.x, got).sum(-1).tolist() == [4, 4, 0]
     return told
 
 
@@ -175,14 +177,23 @@ def test_ranks_that_differ():
         f"H {same} 4 on ranks 0, 2, 5 on rank 1",
         f"k {same} 2 on ranks 0, 2, 3 on rank 1",
         f"the dtype of x {same} float32 on ranks 0, 2, bfloat16 on rank 1",
-        f"the capacity {same} 2 on ranks 0, 2, 3 on rank 1",
-        f"the capacity {same} 2 on ranks 0, 2, None on rank 1",
+        f"capacity.rows {same} 2 on ranks 0, 2, 3 on rank 1",
+        f"capacity.rows {same} 2 on ranks 0, 2, None on rank 1",
         f"the payload {same} none on ranks 0, 2, int8 on rank 1",
         f"the number of parts {same} 1 on ranks 0, 2, 2 on rank 1",
         "every rank must be able to go on, got an error on rank 1 (see there)",
     ]
     assert told[0] == told[2] == expected
     assert told[1] == [*expected[:-1], "capacity must be of type Capacity or None, got int"]
+
+
+def test_who_compares():
+    """Never for rows of a GPU, whose sizes are known; for what is no tensor where only Gloo sends."""
+    gpu, on_gpu = torch.empty(0, device="meta"), SimpleNamespace(through_host=False)
+    for x, ways, expected in ((torch.zeros(1), on_gpu, True), (gpu, on_gpu, False), (None, on_gpu, False)):
+        assert dispatching.ranks_compare(x, Capacity(1), ways) == expected
+        assert dispatching.ranks_compare(x, None, ways)
+    assert dispatching.ranks_compare(None, Capacity(1), SimpleNamespace(through_host=True))
 
 
 def as_gshard_has_it(factor: float) -> tuple[int, int]:

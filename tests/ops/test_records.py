@@ -6,29 +6,30 @@ from moert.types import DispatchPlan
 
 
 @pytest.mark.parametrize(
-    "kind, size",
+    "kind, there, back",
     [
-        ((torch.bfloat16, torch.float32, 2048, 8), 4096 + 32 + 16),
-        ((torch.bfloat16, torch.float32, 3, 1), 16),  # 6 bytes, 2 until weights are aligned, 4, 2, and 2 at the end
-        ((torch.float64, torch.float64, 1, 3), 48),
-        ((torch.float32, torch.float32, 0, 0), 16),  # a group moves no rows of no bytes
+        ((torch.bfloat16, torch.float32, 2048, 8), 4096 + 32 + 16, 4096 + 32),
+        ((torch.bfloat16, torch.float32, 3, 1), 16, 16),  # 6 bytes, 2 until weights are aligned, 4, 2, and 2 at the end
+        ((torch.float64, torch.float64, 1, 3), 48, 32),
+        ((torch.float32, torch.float32, 0, 0), 16, 16),  # a group moves no rows of no bytes
     ],
 )
-def test_sizes(kind, size):
-    assert record_bytes(*kind) == size
-    assert record_bytes(*kind, ids=False) == max(16, size - 16 if kind[2] == 2048 else size)
+def test_sizes(kind, there, back):
+    assert record_bytes(*kind) == there and record_bytes(*kind, ids=False) == back
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("H, k", [(1, 1), (5, 3), (16, 2)])
-def test_fields_do_not_overlap(H, k, dtype):
-    records = torch.zeros(4, record_bytes(dtype, torch.float32, H, k), dtype=torch.uint8)
-    rows, weights, ids = fields_of(records, dtype, torch.float32, H, k)
+def test_fields_do_not_overlap(H, k, dtype, weight_dtype):
+    records = torch.zeros(4, record_bytes(dtype, weight_dtype, H, k), dtype=torch.uint8)
+    rows, weights, ids = fields_of(records, dtype, weight_dtype, H, k)
     for field, shape, value in ((rows, (4, H), 1), (weights, (4, k), 2), (ids, (4, k), 3)):
         assert field.shape == shape
         field.fill_(value)
     assert (rows == 1).all() and (weights == 2).all() and (ids == 3).all()
-    same = numbers_of(records, dtype, torch.float32, H, k)
+    assert (records != 0).any(0).sum() <= H * dtype.itemsize + k * weight_dtype.itemsize + 2 * k  # the rest is padding
+    same = numbers_of(records, dtype, weight_dtype, H, k)
     assert torch.equal(same[0], rows) and torch.equal(same[1], weights)
 
 

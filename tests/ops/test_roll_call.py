@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 import torch.distributed as dist
 from tests.parallel.test_pulse import LOST, Fault, counted
 
-from moert import GluExperts, MoELayer, TopKRouter
-from moert.ops import ExpertMap, Ranks, combine, dispatch, roll_call
+from moert import GluExperts, MoELayer, Routing, TopKRouter
+from moert.ops import Capacity, ExpertMap, Ranks, all_to_all, combine, dispatch, exchange_counts, roll_call
 from moert.ops.dispatch import combine_ref
 from moert.ops.roll_call import PATIENCE, roll
 from moert.parallel import shard_experts_
@@ -84,36 +85,82 @@ def test_a_rank_is_killed_in_two_levels(tmp_path):
         assert seconds < 2 * PATIENCE + 5
 
 
-def killed_amid_bytes() -> tuple[str, str]:
-    """Rank 1 ends while megabytes travel; the others go on in a group of their own."""
-    group, experts = dist.new_group(timeout=timedelta(seconds=60)), ExpertMap.of(None, 6, 3)
-    x, routing = torch.randn(6000, 2048), random_routing(6000, 6, 2)
-    send = dist.all_to_all_single
+def killed_amid_bytes(at: int, options: dict, compiled: bool) -> tuple[str, str]:
+    """Rank 1 ends while the megabytes number `at` travel; the others go on in a group of their own."""
+    two_levels, R = options.pop("two levels", False), dist.get_world_size()
+    group = dist.new_group(timeout=timedelta(seconds=10 if two_levels else 60))
+    if two_levels:
+        group = Ranks.in_nodes(2, group)
+    experts, count, send = ExpertMap.of(None, 6, R), iter(range(99)), dist.all_to_all_single
+    x, routing = torch.randn(4000, 2048, requires_grad=True), random_routing(4000, 6, 2)
 
     def begun(output, *args, **options):
         """Of the rows: on their way, and this rank ends."""
         sent = send(output, *args, **options)
-        if output.numel() > 2**20:
+        if output.numel() > 2**20 and next(count) == at:
             os.kill(os.getpid(), signal.SIGKILL)
         return sent
 
+    def there_and_back(x, ids, weights):
+        there = dispatch(x, Routing(ids, weights, 6), experts, group, **options)
+        return combine(torch.tanh(there.x), there)
+
     if dist.get_rank() == LOST:
         dist.all_to_all_single = begun
+    run = torch.compile(there_and_back, backend="aot_eager") if compiled else there_and_back
     with pytest.raises(RuntimeError) as error:
-        dispatch(x, routing, experts, group)
-    left = dist.new_group([0, 2], use_local_synchronization=True, timeout=timedelta(seconds=60))
-    x, routing = x[:5], random_routing(5, 6, 2, generator=torch.Generator().manual_seed(dist.get_rank()))
-    there = dispatch(x, routing, ExpertMap.of(None, 6, 2), left)
-    expected = combine_ref(there.x, routing, ExpertMap.of(None, 6, 2), left)
+        run(x, routing.ids, routing.weights).sum().backward()
+    others = [rank for rank in range(R) if rank != LOST]
+    left = dist.new_group(others, use_local_synchronization=True, timeout=timedelta(seconds=60))
+    x, routing = x[:5].detach(), random_routing(5, 6, 2, generator=torch.Generator().manual_seed(dist.get_rank()))
+    there = dispatch(x, routing, ExpertMap.of(None, 6, R - 1), left)
+    expected = combine_ref(there.x, routing, ExpertMap.of(None, 6, R - 1), left)
     return str(error.value), str(torch.allclose(combine(there.x, there), expected))
 
 
-def test_a_rank_is_killed_amid_bytes():
-    told = ranks(3, killed_amid_bytes, may_end=(LOST,))
+@pytest.mark.parametrize(
+    "at, options, compiled",
+    [
+        *((at, {}, False) for at in range(4)),  # there, back, and the gradients of both
+        (2, {}, True),
+        (1, {"payload": "int8"}, False),
+        (3, {"capacity": Capacity(2000)}, False),
+        (0, {"asynchronous": True}, False),
+    ],
+)
+def test_a_rank_is_killed_amid_bytes(at, options, compiled):
+    told = ranks(3, killed_amid_bytes, at, options, compiled, may_end=(LOST,))
     for rank in (0, 2):
         error, same = told[rank]
         assert error.startswith("every rank must take part in the exchange, got no word from rank 1: "), error
         assert same == "True"
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_rank_is_killed_amid_bytes_in_two_levels(at):
+    """Who waits for ranks that wait for the lost one does so for the group's time, and may be named too."""
+    told = ranks(4, killed_amid_bytes, at, {"two levels": True}, False, may_end=(LOST,))
+    for rank in (0, 2, 3):
+        error, same = told[rank]
+        assert re.search(r"got no word from ranks? (\d, )*1(, \d)*: ", error), error
+        assert same == "True"
+
+
+def raw_exchanges(folder: str) -> str:
+    """all_to_all itself, forward and backward, until one rank is lost."""
+    splits = exchange_counts([2] * 3)
+    if dist.get_rank() == LOST:
+        splits = replace(splits, ranks=Ranks(None, counted(5, Fault("is killed", folder), Calls(None))))
+    with pytest.raises(RuntimeError) as error:
+        for _ in range(100):
+            all_to_all(torch.ones(6, 4, requires_grad=True), splits).sum().backward()
+    return str(error.value)
+
+
+def test_a_rank_is_killed_in_all_to_all(tmp_path):
+    told = ranks(3, raw_exchanges, str(tmp_path), may_end=(LOST,))
+    for rank in (0, 2):
+        assert "every rank must take part in the exchange, got no word from rank 1: " in told[rank], told
 
 
 def words() -> None:

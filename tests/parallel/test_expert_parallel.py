@@ -412,12 +412,14 @@ def one_rank_is_refused() -> None:
     """Rows to add that do not fit are an error on every rank, before anybody waits."""
     x = mine(tokens(2)[0], 2).contiguous()
     odd, told = dist.get_rank() == 0, "every rank must be able to go on, got an error on rank 0"
-    for degree in (1, 2):
-        model = shard_experts_(layer(shared=False), degree=degree)
+    for options in ({}, {"degree": 2}, {"capacity": Capacity(9)}, {"capacity": Capacity(9), "degree": 2}):
+        model = shard_experts_(layer(shared=False), **options)
         with pytest.raises(ValueError if odd else RuntimeError, match="rows added to experts" if odd else told):
             model.experts.onto(x, model.router(x), Onto(x[1:] if odd else x))
         with pytest.raises(TypeError if odd else RuntimeError, match="routing must be of type" if odd else told):
             model.experts(x, None if odd else model.router(x))
+        with pytest.raises(TypeError if odd else RuntimeError, match="x must be of type" if odd else told):
+            model.experts(None if odd else x, model.router(x))
 
 
 def test_one_rank_is_refused():

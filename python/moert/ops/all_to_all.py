@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -76,7 +75,8 @@ def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
 
     Any dtype; bytes travel, so nothing is rounded.  The gradient goes back the same way.  splits are those of
     exchange_counts, which compares the ranks: sizes that disagree end a Gloo process.  In a graph of torch.compile it
-    is torch's functional collective (in two levels an operator), which Inductor knows; it names no lost rank.
+    is torch's functional collective (in two levels an operator), which Inductor knows.  That names no lost rank, calls
+    no guard, and has no order beside a dispatch or combine of the same graph that neither waits for.
     """
     if torch.compiler.is_compiling():
         return _in_graph(rows, splits)
@@ -84,12 +84,17 @@ def all_to_all(rows: Tensor, splits: Splits) -> Tensor:
 
 
 def _in_graph(rows: Tensor, splits: Splits) -> Tensor:
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
     _check_rows(rows, splits)
-    ranks, sizes = splits.ranks, (splits.sent, splits.received)
-    if ranks.levels is None:
-        return functional.all_to_all_single(rows, splits.received, splits.sent, ranks.group or dist.group.WORLD)
-    way = *map(torch.tensor, sizes), splits.between, ranks.name, splits.back
-    return torch.ops.moert.dispatch_exchange(rows, *way, sum(splits.received))
+    ranks, M = splits.ranks, sum(splits.received)
+    if ranks.levels is not None:  # of compiled_dispatch, which imports this module
+        way = torch.tensor(splits.sent), torch.tensor(splits.received), splits.between, ranks.name, splits.back
+        return torch.ops.moert.dispatch_exchange(rows.contiguous(), *way, M)
+    # Of what has gradients the numbers travel, for a view as bytes would end them; a backend need not know others.
+    sent = rows.contiguous() if rows.requires_grad else rows.contiguous().view(torch.uint8)
+    got = all_to_all_single_autograd(sent, splits.received, splits.sent, ranks.group or dist.group.WORLD)
+    return got if rows.requires_grad else got.view(rows.dtype)
 
 
 def _check_rows(rows: Tensor, splits: Splits) -> None:

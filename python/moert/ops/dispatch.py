@@ -72,8 +72,8 @@ def dispatch(
     Every rank of the group must call it, with any T.  Ids outside [0, E) are dropped; a row without others goes
     nowhere.  float32, bfloat16, float16, float64; rows arrive bit for bit, or with payload "int8" or "float8_e4m3"
     rounded to it, a scale for each row (weights: float32); gradients and combine's rows travel whole.  parts: of how
-    many such calls this is one.  Where H, k, E, the dtypes, payload, capacity, parts, the placement or the need for
-    gradients differ between ranks, or one has an error of its own, all raise one that names the ranks.  x and
+    many such calls this is one.  Where H, k, E, the dtypes, payload, capacity.rows, parts, the placement or the need
+    for gradients differ between ranks, or one has an error of its own, all raise one that names the ranks.  x and
     routing.weights get gradients, once, as if nothing were rounded.  group: also Ranks, which may be reached in two
     levels, for the same bits, or be waited for inside a guard.
 
@@ -92,8 +92,8 @@ def dispatch(
 
 def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynchronous=False, layer=None) -> "_Flight":
     """dispatch without its part in the graph; needs: gradients of x, of weights; None: what they and ranks say."""
-    told, dropped = compared(x, capacity), None
-    with refusing(ranks, FACTS) if told else nullcontext():
+    compare, dropped = ranks_compare(x, capacity, ranks), None
+    with refusing(ranks, FACTS) if compare else nullcontext():
         plan, needs = _plan(x, routing, experts, ranks, payload, capacity), needs or _needs(x, routing)
         if capacity is None:
             ends = plan.offsets.tolist()
@@ -102,20 +102,20 @@ def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynch
         else:
             plan, dropped = plan_within(routing, experts, capacity)
             counts = [capacity.rows] * ranks.size
-    if told:
+    if compare:
         layer = ranks.layer if layer is None else layer
         counting = Counting(counts, _facts(x, routing, experts, payload, capacity, parts, needs, layer), ranks)
     flight = _Flight(x, routing, experts, (plan, dropped), payload, needs)
     flight.pack(counts, ranks)  # while the counts travel
-    flight.start(counting.wait() if told else _even(capacity.rows, ranks))
+    flight.start(counting.wait() if compare else _even(capacity.rows, ranks))
     if not asynchronous:
         flight.wait()
     return flight
 
 
-def compared(x: Tensor, capacity: Capacity | None) -> bool:
-    """Whether the ranks say what they are about to send: on a GPU the host must not wait for sizes that are known."""
-    return capacity is None or not isinstance(x, Tensor) or x.device.type == "cpu"
+def ranks_compare(x: Tensor, capacity: Capacity | None, ranks: Ranks) -> bool:
+    """Whether they say what they are about to send: for rows of a GPU the host must not wait if sizes are known."""
+    return capacity is None or ranks.through_host or isinstance(x, Tensor) and x.device.type == "cpu"
 
 
 def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
@@ -263,7 +263,7 @@ def dispatch_pack_ref(x, weights, ids, expert_to_rank, local_ids, offsets, token
     return records
 
 
-FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload", "the capacity",
+FACTS = ("H", "k", "E", "the dtype of x", "the dtype of weights", "the payload", "capacity.rows",
          "the number of parts", "the checksum of placement", "x.requires_grad", "weights.requires_grad",
          "the number of the layer")  # fmt: skip
 

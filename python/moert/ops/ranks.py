@@ -105,6 +105,12 @@ class Ranks:
         kinds = (self.group or dist.group.WORLD)._device_types
         return torch.device("cpu") if torch.device("cpu") in kinds else torch.empty(0, device=kinds[0]).device
 
+    @property
+    def through_host(self) -> bool:
+        """Whether all that travels waits for the host: the same on every rank, whatever each of them holds."""
+        backends = dist.get_backend_config(self.group).split(",")  # such as cpu:gloo,cuda:nccl
+        return {name.partition(":")[2] for name in backends} == {"gloo"}
+
 
 def next_layer(group: dist.ProcessGroup | None) -> int:
     """The number of a layer among those of the group, which every rank of it makes: 1, 2 and so on."""

@@ -16,7 +16,7 @@ from moert.experts.base import Experts, check_added
 from moert.experts.glu import GluExperts
 from moert.ops.all_to_all import Splits, agree, refusing
 from moert.ops.autocast import autocast
-from moert.ops.dispatch import FACTS, Dispatched, compared, dispatch, start_combine
+from moert.ops.dispatch import FACTS, Dispatched, dispatch, ranks_compare, start_combine
 from moert.ops.kinds import expect
 from moert.ops.rank_capacity import Capacity
 from moert.ops.ranks import Ranks, next_layer
@@ -124,7 +124,7 @@ class ExpertParallel(Experts):
         shared, given = isinstance(added, nn.Module), x
         onto = added if isinstance(added, Onto) else Onto()
         # Where nothing is compared nobody listens to what goes wrong here.
-        with refusing(self.ranks, FACTS) if compared(x, self.capacity) else nullcontext():
+        with refusing(self.ranks, FACTS) if ranks_compare(x, self.capacity, self.ranks) else nullcontext():
             expect(Tensor, x=x)
             expect(Routing, routing=routing)
             expect((Onto, nn.Module, type(None)), added=added)

@@ -1,5 +1,8 @@
 """The exchange itself beside one process; whole models, their gradients and training steps are in test_parallel."""
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,6 +78,32 @@ def one_module(folder: str) -> None:
 def test_forward_and_backward(tmp_path):
     save("Qwen3Moe", tmp_path)
     assert ranks(2, one_module, str(tmp_path), timeout=300) == [None] * 2
+
+
+def until_one_is_lost(folder: str) -> str:
+    """Rank 1 ends in the middle of its exchanges; what the other one is told."""
+    logging.disable_progress_bar()
+    spread = load("Qwen3Moe", folder, torch.float32, distributed_config=DistributedConfig(**LAYOUT))
+    experts, send, count = spread.model.layers[0].mlp.experts, dist.all_to_all_single, iter(range(99))
+
+    def begun(*args, **options):
+        if next(count) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return send(*args, **options)
+
+    if dist.get_rank() == 1:
+        dist.all_to_all_single = begun
+    with pytest.raises(RuntimeError) as error:
+        for _ in range(20):
+            x = torch.randn(7, 32, requires_grad=True)
+            experts(x, torch.randint(0, 6, (7, 2)), torch.rand(7, 2)).sum().backward()
+    return str(error.value)
+
+
+def test_a_lost_rank_is_named(tmp_path):
+    save("Qwen3Moe", tmp_path)
+    (told, _) = ranks(2, until_one_is_lost, str(tmp_path), timeout=300, may_end=(1,))
+    assert told.startswith("every rank must take part in the exchange, got no word from rank 1: "), told
 
 
 def a_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
