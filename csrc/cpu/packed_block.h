@@ -8,6 +8,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kBlock = 4, kBlockM = 4;
+#elif defined(__AVX2__)
+constexpr int kBlock = 4, kBlockM = 2;
 #else
 constexpr int kBlock = 2, kBlockM = 2;
 #endif

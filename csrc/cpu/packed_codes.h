@@ -4,7 +4,7 @@
 // A vector of packed bytes holds kPlanes codes a byte: plane p has those of columns kPlanes * byte + p.  (Bit-nested
 // weights are unpacked before: kVectors vectors, a plane each.)  A plane is unsigned, as the dot product of bytes wants
 // it, its value 2^code_shift * code - code_bias; what the bias adds is taken off through the sums of the activations.
-// kMaxCode bounds a plane.
+// kMaxCode bounds a plane; of kSigned codes, int8 as they lie, there is no bias.
 #pragma once
 
 #include "cpu/packed_gemm_isa.h"
@@ -71,6 +71,31 @@ MOERT_INLINE Vec<T> pick(const T* table, const VecI& index) {
 #endif
 }
 
+// Of int8 as it lies.  AVX2 alone has the instruction that gives x the signs of the codes, which then are multiplied
+// without them.
+constexpr int kSigned = -1;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kOnlyAvx2 = true;
+using VecH = Vec<int16_t>;
+
+// The products of two bytes each, added up: exact for codes up to 129, and for signed ones.
+template <int kMaxCode>
+MOERT_INLINE VecH dot2(const VecB& codes, const VecS& x) {
+  const __m256i c = bit_cast_vector<__m256i>(codes), y = bit_cast_vector<__m256i>(x);
+  if constexpr (kMaxCode == kSigned)
+    return bit_cast_vector<VecH>(_mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(y, c)));
+  else
+    return bit_cast_vector<VecH>(_mm256_maddubs_epi16(c, y));
+}
+
+// sums[i] += x[2i] + x[2i + 1]
+MOERT_INLINE VecI add_pairs(const VecI& sums, const VecH& x) {
+  return sums + bit_cast_vector<VecI>(_mm256_madd_epi16(bit_cast_vector<__m256i>(x), _mm256_set1_epi16(1)));
+}
+#else
+constexpr bool kOnlyAvx2 = false;
+#endif
+
 // sums[i] += the products of bytes 4i .. 4i+3; exact.  Without VNNI codes up to 129 go through 16-bit sums of two
 // products, which hold 2 * 129 * 127; larger ones are widened first.
 template <int kMaxCode>
@@ -110,6 +135,47 @@ MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
 #endif
 }
 
+// dot4 of as many vectors as share a sum.
+template <int kMaxCode>
+struct ByteDots {
+  VecI sums;
+  MOERT_INLINE void add(const VecB& codes, const VecS& x, int) { sums = dot4<kMaxCode>(sums, codes, x); }
+  MOERT_INLINE VecI total(int) const { return sums; }
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Not in 32 bits before 16 hold no more.  What adds to a sum stays in the order of the program: the compiler would make
+// all products first, and spill them.
+template <int kMaxCode>
+  requires(kMaxCode > 0 && kMaxCode <= 64)
+struct ByteDots<kMaxCode> {
+  static constexpr int kShort = 32767 / (2 * 127 * kMaxCode);
+  VecI sums;
+  VecH shorts;
+
+  // The i-th of them.
+  MOERT_INLINE void add(const VecB& codes, const VecS& x, int i) {
+    const VecH two = dot2<kMaxCode>(codes, x);
+    shorts = i % kShort ? shorts + two : two;
+    asm("" : "+x"(shorts));
+    if (i % kShort == kShort - 1) sums = add_pairs(sums, shorts);
+  }
+
+  // Of all n.
+  MOERT_INLINE VecI total(int n) const { return n % kShort ? add_pairs(sums, shorts) : sums; }
+};
+
+template <>
+struct ByteDots<kSigned> {
+  VecI sums;
+  MOERT_INLINE void add(const VecB& codes, const VecS& x, int) {
+    sums = add_pairs(sums, dot2<kSigned>(codes, x));
+    asm("" : "+x"(sums));
+  }
+  MOERT_INLINE VecI total(int) const { return sums; }
+};
+#endif
+
 // Of most formats.
 struct BytesOfCodes {
   static constexpr int kVectors = 1;
@@ -117,8 +183,10 @@ struct BytesOfCodes {
 };
 
 struct Int8Code : BytesOfCodes {
-  static constexpr int kPlanes = 1, kBias = 128, kMaxCode = 255;
-  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) { planes[0] = bytes[0] ^ uint8_t(128); }
+  static constexpr int kPlanes = 1, kBias = kOnlyAvx2 ? 0 : 128, kMaxCode = kOnlyAvx2 ? kSigned : 255;
+  MOERT_INLINE static void unpack(const VecB* bytes, const VecB&, VecB* planes) {
+    planes[0] = bytes[0] ^ uint8_t(kBias);
+  }
 };
 
 // The same where an integer belongs to 32 columns, not to a row.

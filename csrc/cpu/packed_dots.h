@@ -45,17 +45,22 @@ struct Dots {
       }
       sum += other;
     } else {
+      ByteDots<Code::kMaxCode> dots;
+      dots.sums = sum;
 #pragma GCC unroll 5
-      for (int p = 0; p < P; ++p) sum = dot4<Code::kMaxCode>(sum, w.planes[p], load_vector<VecS>(x + p * V));
+      for (int p = 0; p < P; ++p) dots.add(w.planes[p], load_vector<VecS>(x + p * V), p);
+      sum = dots.total(P);
     }
     return Code::kUnpacked ? (sum << code_shift) + bias : sum;
   }
 
   MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int code_shift, int m, int r) {
     if constexpr (kScales == Scales::none) {
+      ByteDots<Code::kMaxCode> dots;
+      dots.sums = sums[m][r];
 #pragma GCC unroll 5
-      for (int p = 0; p < P; ++p)
-        sums[m][r] = dot4<Code::kMaxCode>(sums[m][r], w.planes[p], load_vector<VecS>(x + p * V));
+      for (int p = 0; p < P; ++p) dots.add(w.planes[p], load_vector<VecS>(x + p * V), p);
+      sums[m][r] = dots.total(P);
     } else {
       const VecI sum = integers(w, x, code_shift);
       sums[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);

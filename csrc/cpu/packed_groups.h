@@ -16,7 +16,7 @@ struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int64_t kColumns = kBlockSteps * kStepColumns<Code>;
   // Weight rows at a time, whose sums stay in registers.
-  static constexpr int R = M <= kBlockM ? kBlock : kBlock / 2;
+  static constexpr int R = kBlock == 4 && (V < 64 || M > kBlockM) ? 2 : kBlock;
   VecF sums[M][kBlock];
 
   // The words of a block of a weight row, of which `left` bytes are the row's.
@@ -36,12 +36,13 @@ struct GroupDots {
   MOERT_INLINE void multiply(const DotBlock& b, const uint8_t* bytes, const DotRow* x, int64_t s, int row,
                              const VecI& lanes, VecF (&part)[M][R], int r) {
     const int64_t at = s * kBlockBytes<Code>, group = row * b.pitch + (s * kColumns >> b.shift);
-    VecI words[kBlockSteps], integers[M];
+    VecI words[kBlockSteps];
+    ByteDots<Code::kMaxCode> dots[M];
     load_words<kLast>(bytes, b.last, words);
     VecB zeros{};
     if constexpr (Code::kZeros) zeros = bit_cast_vector<VecB>(pick(b.zeros + group, lanes));
 #pragma GCC unroll kUnrolled
-    for (int m = 0; m < M; ++m) integers[m] = load_vector<VecI>(x[m].data + at + kBlockSteps * P * V);
+    for (int m = 0; m < M; ++m) dots[m].sums = load_vector<VecI>(x[m].data + at + kBlockSteps * P * V);
 #pragma GCC unroll kUnrolled
     for (int64_t i = 0; i < kBlockSteps; ++i) {
       VecB planes[P];
@@ -51,8 +52,7 @@ struct GroupDots {
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll kUnrolled
         for (int m = 0; m < M; ++m)
-          integers[m] =
-              dot4<Code::kMaxCode>(integers[m], planes[p], load_vector<VecS>(x[m].data + at + (i * P + p) * V));
+          dots[m].add(planes[p], load_vector<VecS>(x[m].data + at + (i * P + p) * V), int(i * P + p));
     }
     VecF scale = pick(b.scales + group, lanes);
     if constexpr (kLast) {  // those behind the row are of the next one, and may be infinite
@@ -61,7 +61,8 @@ struct GroupDots {
     }
 #pragma GCC unroll kUnrolled
     for (int m = 0; m < M; ++m)
-      part[m][r] += to_floats(integers[m]) * (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
+      part[m][r] += to_floats(dots[m].total(kBlockSteps * P)) *
+                    (scale * load_vector<VecF>(x[m].data + at + (kBlockSteps * P + 1) * V));
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {

@@ -28,8 +28,12 @@ struct PanelCode {
   static constexpr int kPlanes = kCodePlanes, kMaxCode = kCodeMax;
   static constexpr bool kUnpacked = kCodeUnpacked;
 };
+constexpr int panel_max(int code) {
+  if (!kOnlyAvx2 || code > 30) return code <= 129 ? 129 : 255;
+  return code > 15 ? 30 : code > 3 ? 15 : code > 0 ? 3 : kSigned;  // of fewer bits 16 hold more sums
+}
 template <typename Code>
-using PanelOf = PanelCode<Code::kPlanes, (Code::kMaxCode <= 129 ? 129 : 255), Code::kUnpacked>;
+using PanelOf = PanelCode<Code::kPlanes, panel_max(Code::kMaxCode), Code::kUnpacked>;
 
 // One row of x for the columns of a panel.
 struct PanelRow {
@@ -164,16 +168,17 @@ MOERT_INLINE VecS broadcast4(const int8_t* x) {
   return bit_cast_vector<VecS>(splat(four));
 }
 
-// Four columns of every plane, of lane `lane` of step s, times those of M rows of x.
+// Four columns of every plane, of lane `lane` of step s, times those of M rows of x; the first of these sums is the
+// i-th.
 template <typename Code, int M>
-MOERT_INLINE void panel_lane(const uint8_t* codes, const PanelRow* x, int64_t s, int64_t lane, VecI* sums) {
+MOERT_INLINE void panel_lane(const uint8_t* codes, const PanelRow* x, int64_t s, int64_t lane,
+                             ByteDots<Code::kMaxCode>* dots, int i) {
   constexpr int64_t P = Code::kPlanes, V = kVectorBytes;
 #pragma GCC unroll kUnroll
   for (int p = 0; p < P; ++p) {
     const VecB code = load_vector<VecB>(codes + ((s * kPanelN + lane) * P + p) * V);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-      sums[m] = dot4<Code::kMaxCode>(sums[m], code, broadcast4(x[m].x + (s * P + p) * V + 4 * lane));
+    for (int m = 0; m < M; ++m) dots[m].add(code, broadcast4(x[m].x + (s * P + p) * V + 4 * lane), i + p);
   }
 }
 
@@ -192,14 +197,18 @@ void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, i
   for (int m = 0; m < M; ++m) total[m] = load(c + m * kTileColumns);
   for (int64_t s = 0, g = 0; s < steps; ++s)
     for (int64_t first = 0; first < kGroupsPerStep * kLanesPerGroup; first += kLanesPerGroup, g += kGroups) {
+      ByteDots<Code::kMaxCode> dots[M];
       VecI sums[M];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sums[m] = Code::kUnpacked ? VecI{} : splat(bias(x[m], g));
+      for (int m = 0; m < M; ++m) dots[m].sums = Code::kUnpacked ? VecI{} : splat(bias(x[m], g));
 #pragma GCC unroll kUnroll
-      for (int lane = 0; lane < kLanesPerGroup; ++lane) panel_lane<Code, M>(memory.codes, x, s, first + lane, sums);
-      if constexpr (Code::kUnpacked)
+      for (int lane = 0; lane < kLanesPerGroup; ++lane)
+        panel_lane<Code, M>(memory.codes, x, s, first + lane, dots, lane * Code::kPlanes);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sums[m] = (sums[m] << code_shift) + bias(x[m], g);
+      for (int m = 0; m < M; ++m) {
+        sums[m] = dots[m].total(kLanesPerGroup * Code::kPlanes);
+        if constexpr (Code::kUnpacked) sums[m] = (sums[m] << code_shift) + bias(x[m], g);
+      }
       const VecF scale = load(memory.scales + g * kPanelN);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) total[m] += to_floats(sums[m]) * (scale * x[m].scales[g]);
@@ -211,13 +220,17 @@ void panel_groups(const PanelMemory& memory, const PanelRow* x, int64_t steps, i
 // c as int32: sums of integers along the whole row.
 template <typename Code, int M>
 void panel_integers(const PanelMemory& memory, const PanelRow* x, int64_t steps, float* c) {
-  VecI sums[M];
+  ByteDots<Code::kMaxCode> dots[M];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sums[m] = load_vector<VecI>(c + m * kTileColumns);
+  for (int m = 0; m < M; ++m) dots[m].sums = load_vector<VecI>(c + m * kTileColumns);
   for (int64_t s = 0; s < steps; ++s)
-    for (int64_t lane = 0; lane < kPanelN; ++lane) panel_lane<Code, M>(memory.codes, x, s, lane, sums);
+    for (int64_t lane = 0; lane < kPanelN; ++lane) {
+      panel_lane<Code, M>(memory.codes, x, s, lane, dots, 0);
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) store_vector(c + m * kTileColumns, sums[m]);
+      for (int m = 0; m < M; ++m) dots[m].sums = dots[m].total(Code::kPlanes);
+    }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) store_vector(c + m * kTileColumns, dots[m].sums);
 }
 
 template <typename Code, Scales kScales, int M>
