@@ -4,10 +4,11 @@ moert and one process per family of peers (bench/peers; environments made by `ma
 has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
 Beside every sample the machine's limits are sampled: bytes read per second and the rate of a product, in float32, in
 bfloat16 where rows are and the CPU multiplies it, or, where weights are packed, in int8 or bfloat16 if the CPU has
-either.  A share is the median over the turns of limit over time, a ratio the median of peer over moert.  Over packed
-weights rows are float32 (kt-kernel's bfloat16), a peer rounds the same weights to its own formats of those bits, and
-every share is of the bytes that moert stores.  Rows go to build/bench (or --out), those of a --full run by commit and
-one by one: it goes on where it was cut off, and what is to be committed is copied from there to bench/results.
+either, else in float32, which moert exceeds.  A share is the median over the turns of limit over time, a ratio the
+median of peer over moert.  Over packed weights rows are float32 (kt-kernel's bfloat16), a peer rounds the same weights
+to its own formats of those bits, and every share is of the bytes that moert stores.  Rows go to build/bench (or --out),
+those of a --full run by commit and one by one: it goes on where it was cut off, and what is to be committed is copied
+from there to bench/results.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 //
 // A vector of packed bytes holds kPlanes codes a byte: plane p has those of columns kPlanes * byte + p.  (Bit-nested
 // weights are unpacked before: kVectors vectors, a plane each.)  A plane is unsigned, as the dot product of bytes wants
-// it, its value 2^code_shift * code - code_bias; what the bias adds is taken off through the sums of the activations.
-// kMaxCode bounds a plane; of kSigned codes, int8 as they lie, there is no bias.
+// it (but kSigned ones), its value 2^code_shift * code - code_bias; what the bias adds is taken off through the sums of
+// the activations. kMaxCode bounds a plane.
 #pragma once
 
 #include "cpu/packed_gemm_isa.h"
@@ -71,8 +71,8 @@ MOERT_INLINE Vec<T> pick(const T* table, const VecI& index) {
 #endif
 }
 
-// Of int8 as it lies.  AVX2 alone has the instruction that gives x the signs of the codes, which then are multiplied
-// without them.
+// The kMaxCode of int8 that stays signed.  VPSIGNB, which AVX-512 has not, gives x the signs of the codes, which then
+// are multiplied without them.
 constexpr int kSigned = -1;
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kOnlyAvx2 = true;
@@ -100,6 +100,7 @@ constexpr bool kOnlyAvx2 = false;
 // products, which hold 2 * 129 * 127; larger ones are widened first.
 template <int kMaxCode>
 MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
+  static_assert(kMaxCode > 0);
 #if defined(__AVX512VNNI__)
   return bit_cast_vector<VecI>(_mm512_dpbusd_epi32(bit_cast_vector<__m512i>(sums), bit_cast_vector<__m512i>(codes),
                                                    bit_cast_vector<__m512i>(x)));
@@ -135,7 +136,8 @@ MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
 #endif
 }
 
-// dot4 of as many vectors as share a sum.
+// dot4 of as many vectors as share a sum: add() of the 0th to the (n - 1)-th, then total(n), which sums may begin with
+// again.
 template <int kMaxCode>
 struct ByteDots {
   VecI sums;
@@ -144,8 +146,8 @@ struct ByteDots {
 };
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// Not in 32 bits before 16 hold no more.  What adds to a sum stays in the order of the program: the compiler would make
-// all products first, and spill them.
+// Small codes: kShort products are added up in 16 bits, then in 32.  Each addition is hidden from the compiler, which
+// would add in a tree: all products first, and spill them.
 template <int kMaxCode>
   requires(kMaxCode > 0 && kMaxCode <= 64)
 struct ByteDots<kMaxCode> {
@@ -153,15 +155,12 @@ struct ByteDots<kMaxCode> {
   VecI sums;
   VecH shorts;
 
-  // The i-th of them.
   MOERT_INLINE void add(const VecB& codes, const VecS& x, int i) {
     const VecH two = dot2<kMaxCode>(codes, x);
     shorts = i % kShort ? shorts + two : two;
     asm("" : "+x"(shorts));
     if (i % kShort == kShort - 1) sums = add_pairs(sums, shorts);
   }
-
-  // Of all n.
   MOERT_INLINE VecI total(int n) const { return n % kShort ? add_pairs(sums, shorts) : sums; }
 };
 

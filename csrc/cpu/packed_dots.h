@@ -76,7 +76,7 @@ struct Dots {
   MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
                          const VecI& x_lanes) {
     const int64_t at = s * b.layout.step_bytes;
-    if constexpr (P == 1) {  // int8 with one scale a row; all of the block stays in registers
+    if constexpr (P == 1) {  // int8 with one scale a row; the weights of the block stay in registers
       static_assert(kScales == Scales::none);
       Weights w[kBlock];
 #pragma GCC unroll 4

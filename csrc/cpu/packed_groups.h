@@ -15,8 +15,8 @@ template <typename Code, int M>
 struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int64_t kColumns = kBlockSteps * kStepColumns<Code>;
-  // Weight rows at a time, whose sums stay in registers.
-  static constexpr int R = kBlock == 4 && (V < 64 || M > kBlockM) ? 2 : kBlock;
+  // Weight rows at a time, whose sums stay in registers: AVX-512 has 32 of these.
+  static constexpr int R = kVectorBytes == 64 && M <= kBlockM ? kBlock : 2;
   VecF sums[M][kBlock];
 
   // The words of a block of a weight row, of which `left` bytes are the row's.

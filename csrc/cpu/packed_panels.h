@@ -29,8 +29,11 @@ struct PanelCode {
   static constexpr bool kUnpacked = kCodeUnpacked;
 };
 constexpr int panel_max(int code) {
-  if (!kOnlyAvx2 || code > 30) return code <= 129 ? 129 : 255;
-  return code > 15 ? 30 : code > 3 ? 15 : code > 0 ? 3 : kSigned;  // of fewer bits 16 hold more sums
+  if (code == kSigned) return code;
+  if (kOnlyAvx2)  // whose 16 bits hold more sums of smaller codes
+    for (int most : {3, 15, 30})
+      if (code <= most) return most;
+  return code <= 129 ? 129 : 255;
 }
 template <typename Code>
 using PanelOf = PanelCode<Code::kPlanes, panel_max(Code::kMaxCode), Code::kUnpacked>;

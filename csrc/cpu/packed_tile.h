@@ -8,11 +8,10 @@ namespace moert::cpu {
 namespace {
 
 // From so many rows on a panel pays: it costs what about three rows cost, more where each packed byte becomes four, and
-// most beside rows of x that share what was unpacked (with AVX-512: there are registers for it).
+// most where 8 rows of x share what was unpacked (VNNI).
 template <typename Code, Scales kScales>
 MOERT_INLINE int64_t rows_for_panels(const Packing& p) {
-  if constexpr (kTransposed<Code>)
-    return !kOnlyAvx2 && rows_at_a_time<Code>(row_layout<Code>(p.columns)) > kBlockM ? 25 : 9;
+  if constexpr (kTransposed<Code>) return rows_at_a_time<Code>(row_layout<Code>(p.columns)) == 8 ? 25 : 9;
   return Code::kPlanes == 4 && kScales == Scales::none ? 17 : 5;
 }
 

@@ -73,7 +73,13 @@ def layers(backend: str) -> None:
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     copied = {"placement": {"experts": PlacedLayer("experts", np.array([0, 1] * 3 + [0]), ((0, 1), (3, 0)))}}
     with Pulse() as pulse:
-        for options in ({}, {"degree": 2, "gradients": "mean", "replicas": alone}, {"pulse": pulse}, copied):
+        for options in (
+            {},
+            {"degree": 2, "gradients": "mean", "replicas": alone},
+            {"pulse": pulse},
+            {"capacity": Capacity(9), "degree": 2},
+            copied,
+        ):
             torch.manual_seed(0)
             model = MoELayer(TopKRouter(H, E, k), GluExperts(E, H, 10), FeedForward(H, 10))
             model.load_state_dict(plain.state_dict())

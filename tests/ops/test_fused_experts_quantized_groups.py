@@ -5,7 +5,7 @@ import torch
 
 from moert import Routing
 from moert.ops.fused_experts_quantized import GROUPS, fused_experts_quantized, fused_experts_quantized_ref
-from moert.quant import Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
+from moert.quant import BitNested, Int4, Int4Asymmetric, Int8, Mxfp4, Ternary2, Ternary5
 from moert.quant.format import PackedTensor
 
 GROUPED = [
@@ -51,6 +51,29 @@ def test_every_group_has_its_scale_and_its_zero(fmt, precision, K, T):
     w2 = PackedTensor(fmt, K, w2.codes, scales, zeros)
     expected = (x.double() @ fmt.unpack(w2)[0].double().T).float()
     assert torch.equal(one_expert(x, eye, w2, precision), expected)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, Ternary2(), Ternary2(128), BitNested(), BitNested(5)], ids=str)
+@pytest.mark.parametrize("byte", [0x00, 0x77, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("T", [2, 3, 10, 40])
+def test_sums_at_their_ends(fmt, byte, T):
+    """Nothing but the largest products, of either sign: no sum of 16 bits is too small for them."""
+    K = 1152
+    x = torch.full((T, K), 127.0)
+    x[1::2] = -127
+    x[-1] = 127 - 254 * (torch.arange(K) % 2)
+    eye = Int8().pack(torch.eye(K)[None] * 127)  # code 127, scale 1
+    eye = PackedTensor(eye.format, K, (eye.codes == 127).byte(), eye.scales)
+    w2 = fmt.pack(torch.ones(1, K, K) if byte else -torch.ones(1, K, K))
+    codes = w2.codes if isinstance(fmt, Ternary2 | Ternary5) else torch.full_like(w2.codes, byte)
+    scales = torch.full_like(w2.scales, 128 if isinstance(fmt, Mxfp4) else 32)
+    zeros = None if w2.zeros is None else torch.full_like(w2.zeros, 0 if byte else 15)
+    w2 = PackedTensor(fmt, K, codes, scales, zeros)
+    expected = x.double() @ fmt.unpack(w2)[0].double().T
+    assert byte in (0x00, 0x80) or expected.abs().max() > 0
+    for precision in PRECISIONS:
+        got = one_expert(x, eye, w2, precision)
+        assert ((got - expected).abs() <= 1e-6 * expected.abs()).all()  # sums of up to 24 bits, each rounded once
 
 
 @pytest.mark.parametrize("fmt", GROUPED, ids=str)

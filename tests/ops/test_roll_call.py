@@ -85,14 +85,14 @@ def test_a_rank_is_killed_in_two_levels(tmp_path):
         assert seconds < 2 * PATIENCE + 5
 
 
-def killed_amid_bytes(at: int, options: dict, compiled: bool) -> tuple[str, str]:
+def killed_amid_bytes(at: int, options: dict, compiled: bool, two_levels: bool = False) -> tuple[str, str]:
     """Rank 1 ends while the megabytes number `at` travel; the others go on in a group of their own."""
-    two_levels, R = options.pop("two levels", False), dist.get_world_size()
+    R = dist.get_world_size()
     group = dist.new_group(timeout=timedelta(seconds=10 if two_levels else 60))
     if two_levels:
         group = Ranks.in_nodes(2, group)
     experts, count, send = ExpertMap.of(None, 6, R), iter(range(99)), dist.all_to_all_single
-    x, routing = torch.randn(4000, 2048, requires_grad=True), random_routing(4000, 6, 2)
+    x, routing = torch.randn(1000, 2048, requires_grad=True), random_routing(1000, 6, 2)
 
     def begun(output, *args, **options):
         """Of the rows: on their way, and this rank ends."""
@@ -121,11 +121,12 @@ def killed_amid_bytes(at: int, options: dict, compiled: bool) -> tuple[str, str]
 @pytest.mark.parametrize(
     "at, options, compiled",
     [
-        *((at, {}, False) for at in range(4)),  # there, back, and the gradients of both
-        (2, {}, True),
-        (1, {"payload": "int8"}, False),
-        (3, {"capacity": Capacity(2000)}, False),
-        (0, {"asynchronous": True}, False),
+        (0, {}, False),  # there, then back, and the gradients of both
+        *(pytest.param(at, {}, False, marks=pytest.mark.slow) for at in (1, 2, 3)),
+        pytest.param(2, {}, True, marks=pytest.mark.slow),
+        pytest.param(1, {"payload": "int8"}, False, marks=pytest.mark.slow),
+        pytest.param(3, {"capacity": Capacity(500)}, False, marks=pytest.mark.slow),
+        pytest.param(0, {"asynchronous": True}, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_is_killed_amid_bytes(at, options, compiled):
@@ -136,10 +137,11 @@ def test_a_rank_is_killed_amid_bytes(at, options, compiled):
         assert same == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_rank_is_killed_amid_bytes_in_two_levels(at):
     """Who waits for ranks that wait for the lost one does so for the group's time, and may be named too."""
-    told = ranks(4, killed_amid_bytes, at, {"two levels": True}, False, may_end=(LOST,))
+    told = ranks(4, killed_amid_bytes, at, {}, False, True, may_end=(LOST,))
     for rank in (0, 2, 3):
         error, same = told[rank]
         assert re.search(r"got no word from ranks? (\d, )*1(, \d)*: ", error), error

@@ -92,7 +92,7 @@ def _in_graph(rows: Tensor, splits: Splits) -> Tensor:
         way = torch.tensor(splits.sent), torch.tensor(splits.received), splits.between, ranks.name, splits.back
         return torch.ops.moert.dispatch_exchange(rows.contiguous(), *way, M)
     # Of what has gradients the numbers travel, for a view as bytes would end them; a backend need not know others.
-    sent = rows.contiguous() if rows.requires_grad else rows.contiguous().view(torch.uint8)
+    sent = rows.contiguous() if rows.requires_grad else _in_one_piece(rows).view(torch.uint8)
     got = all_to_all_single_autograd(sent, splits.received, splits.sent, ranks.group or dist.group.WORLD)
     return got if rows.requires_grad else got.view(rows.dtype)
 
@@ -204,8 +204,7 @@ def send_rows(
 
     rows must live until then.
     """
-    # Without rows any strides are contiguous, but not all can be seen as bytes.
-    rows = rows.contiguous() if len(rows) else rows.new_empty(rows.shape)
+    rows = _in_one_piece(rows)
     received, ranks = fresh_rows(rows, sum(splits.received)) if into is None else into, splits.ranks
     given, taken = rows.view(torch.uint8), received.view(torch.uint8)
     with ranks.guarded():
@@ -230,6 +229,11 @@ def _send_straight(given: Tensor, taken: Tensor, splits: Splits) -> dist.Work:
     )
     taken[came.own] = given[mine.own]  # while the others travel
     return work
+
+
+def _in_one_piece(rows: Tensor) -> Tensor:
+    """Without rows any strides are contiguous, but not all can be seen as bytes."""
+    return rows.contiguous() if len(rows) else rows.new_empty(rows.shape)
 
 
 class Sending:

@@ -114,8 +114,12 @@ def exchange(x, routing, experts, ranks, payload, capacity, parts, needs, asynch
 
 
 def ranks_compare(x: Tensor, capacity: Capacity | None, ranks: Ranks) -> bool:
-    """Whether they say what they are about to send: for rows of a GPU the host must not wait if sizes are known."""
-    return capacity is None or ranks.through_host or isinstance(x, Tensor) and x.device.type == "cpu"
+    """Whether they say what they are about to send: for rows of a GPU the host must not wait if sizes are known.
+
+    In a group with NCCL beside Gloo a rank whose rows are no tensor, or lie elsewhere than those of others, is on its
+    own with a capacity.
+    """
+    return capacity is None or isinstance(x, Tensor) and x.device.type == "cpu" or ranks.through_host
 
 
 def _needs(x: Tensor, routing: Routing) -> tuple[bool, ...]:
