@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from families import text_config, tiny_inputs
@@ -49,23 +50,21 @@ def worst(mine: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Te
     return _first(got, {name: 2 * allowed[name] + FLOOR for name in exact})
 
 
-def worst_of_model(mine: dict[str, Tensor], eagers: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> str:
+def worst_of_model(got: dict[str, float], allowed: dict[str, float], exact: dict[str, Tensor], low: bool) -> str:
     """The same for a whole model, where a gate that clamps or a few numbers may come out right or wrong by luck.
 
-    Eager's own distance is the larger of its runs': that of a gate's gradient may change by 3.4 times with the threads.
+    got and allowed: the distances of moert and of eager from the float64 results; low: in bfloat16.
 
     float32: a gradient may be as far off as twice eager's, or twice the median gradient's (one of under 8 numbers: the
     worst one's), and 1e-5.  bfloat16: the
     tokens are held to three times eager's worst token, the gradients together (root mean square of their errors) to
     twice eager's.  A loss is exact by luck only and is held to the worst token.
     """
-    got, runs = _errors(mine, exact), [_errors(eager, exact) for eager in eagers]
-    allowed = {name: max(run[name] for run in runs) for name in exact}
     gradients = [name for name in exact if _is_gradient(name, exact[name])]
     tokens = max(allowed[name] for name in exact if name not in gradients and exact[name].dim())
-    low = any(mine[name].dtype == torch.bfloat16 for name in gradients)
     limits = {name: (3 if low else 2) * tokens + FLOOR for name in exact if name not in gradients}
     if low:
+        got = dict(got)
         got["gradients"], all_allowed = (_rms([errors[name] for name in gradients]) for errors in (got, allowed))
         limits["gradients"] = 2 * all_allowed
     else:
@@ -238,9 +237,13 @@ def with_one_thread(call: Callable):
 
 
 def compare_model(model: nn.Module, dtype: torch.dtype, seeds: int = 12) -> str:
-    """The whole model, eager against moert, on the first inputs where rounding moves no token to another expert."""
+    """The whole model, eager against moert, on the first inputs where rounding moves no token to another expert.
+
+    Eager's own distance is the larger of two runs': that of a gate's gradient may change by 3.4 times with the threads.
+    With the input it may by 13 times, moert's too: where the first is off, the medians of five inputs decide.
+    """
     model = to_dtype(model, dtype)
-    double = to_dtype(model, torch.float64)
+    double, tried = to_dtype(model, torch.float64), []
     for seed in range(1, seeds + 1):
         with InDouble():
             exact, ids64 = run_model(double, "eager", tiny_inputs(double, seed))
@@ -249,7 +252,13 @@ def compare_model(model: nn.Module, dtype: torch.dtype, seeds: int = 12) -> str:
         mine, my_ids = run_model(model, "moert", tiny_inputs(model, seed))
         others = my_ids, ids64, alone[1]
         if all(torch.equal(a, b) for other in others for a, b in zip(ids, other, strict=True)):
-            return worst_of_model(mine, [eager, alone[0]], exact)
+            runs = [_errors(each, exact) for each in (eager, alone[0])]
+            tried.append((_errors(mine, exact), {name: max(run[name] for run in runs) for name in exact}))
+            if len(tried) == 5 or not worst_of_model(*tried[0], exact, dtype == torch.bfloat16):
+                break
+    if tried:
+        usual = ({name: median(each[name] for each in errors) for name in exact} for errors in zip(*tried, strict=True))
+        return worst_of_model(*usual, exact, dtype == torch.bfloat16)
     return f"rounding moves a token in each of {seeds} inputs"
 
 
