@@ -76,57 +76,54 @@ MOERT_INLINE Vec<T> pick(const T* table, const VecI& index) {
 constexpr int kSigned = -1;
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kOnlyAvx2 = true;
+#else
+constexpr bool kOnlyAvx2 = false;
+#endif
+
+#if defined(__AVX2__)
 using VecH = Vec<int16_t>;
 
 // The products of two bytes each, added up: exact for codes up to 129, and for signed ones.
 template <int kMaxCode>
 MOERT_INLINE VecH dot2(const VecB& codes, const VecS& x) {
+#if defined(__AVX512F__)
+  return bit_cast_vector<VecH>(_mm512_maddubs_epi16(bit_cast_vector<__m512i>(codes), bit_cast_vector<__m512i>(x)));
+#else
   const __m256i c = bit_cast_vector<__m256i>(codes), y = bit_cast_vector<__m256i>(x);
   if constexpr (kMaxCode == kSigned)
     return bit_cast_vector<VecH>(_mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(y, c)));
   else
     return bit_cast_vector<VecH>(_mm256_maddubs_epi16(c, y));
+#endif
 }
 
-// sums[i] += x[2i] + x[2i + 1]
-MOERT_INLINE VecI add_pairs(const VecI& sums, const VecH& x) {
-  return sums + bit_cast_vector<VecI>(_mm256_madd_epi16(bit_cast_vector<__m256i>(x), _mm256_set1_epi16(1)));
-}
+// sums[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
+MOERT_INLINE VecI add_pairs(const VecI& sums, const VecH& a, const VecH& b = splat(int16_t(1))) {
+#if defined(__AVX512F__)
+  return sums + bit_cast_vector<VecI>(_mm512_madd_epi16(bit_cast_vector<__m512i>(a), bit_cast_vector<__m512i>(b)));
 #else
-constexpr bool kOnlyAvx2 = false;
+  return sums + bit_cast_vector<VecI>(_mm256_madd_epi16(bit_cast_vector<__m256i>(a), bit_cast_vector<__m256i>(b)));
+#endif
+}
 #endif
 
 // sums[i] += the products of bytes 4i .. 4i+3; exact.  Without VNNI codes up to 129 go through 16-bit sums of two
 // products, which hold 2 * 129 * 127; larger ones are widened first.
 template <int kMaxCode>
 MOERT_INLINE VecI dot4(const VecI& sums, const VecB& codes, const VecS& x) {
-  static_assert(kMaxCode > 0);
+  static_assert(kMaxCode > 0 || kOnlyAvx2);
 #if defined(__AVX512VNNI__)
   return bit_cast_vector<VecI>(_mm512_dpbusd_epi32(bit_cast_vector<__m512i>(sums), bit_cast_vector<__m512i>(codes),
                                                    bit_cast_vector<__m512i>(x)));
 #elif defined(__AVX2__)
-#if defined(__AVX512F__)
-  using Register = __m512i;
-  const auto madd = [](Register a, Register b) { return _mm512_madd_epi16(a, b); };
-  const auto maddubs = [](Register a, Register b) { return _mm512_maddubs_epi16(a, b); };
-#else
-  using Register = __m256i;
-  const auto madd = [](Register a, Register b) { return _mm256_madd_epi16(a, b); };
-  const auto maddubs = [](Register a, Register b) { return _mm256_maddubs_epi16(a, b); };
-#endif
-  const auto add = [](const VecI& a, Register b) { return a + bit_cast_vector<VecI>(b); };
-  const Register c = bit_cast_vector<Register>(codes), y = bit_cast_vector<Register>(x);
   if constexpr (kMaxCode <= 129) {
-    return add(sums, madd(maddubs(c, y), bit_cast_vector<Register>(splat(int16_t(1)))));
+    return add_pairs(sums, dot2<kMaxCode>(codes, x));
   } else {
     using VecW = Vec<uint16_t>;
-    using VecH = Vec<int16_t>;
     const VecW wide = bit_cast_vector<VecW>(codes);
-    const VecH odd = bit_cast_vector<VecH>(x);
-    const VecH even_codes = bit_cast_vector<VecH>(wide & uint16_t(255)), odd_codes = bit_cast_vector<VecH>(wide >> 8);
     const VecH even_x = bit_cast_vector<VecH>(bit_cast_vector<VecW>(x) << 8) >> 8;
-    const VecI half = add(sums, madd(bit_cast_vector<Register>(even_codes), bit_cast_vector<Register>(even_x)));
-    return add(half, madd(bit_cast_vector<Register>(odd_codes), bit_cast_vector<Register>(VecH(odd >> 8))));
+    const VecI half = add_pairs(sums, bit_cast_vector<VecH>(wide & uint16_t(255)), even_x);
+    return add_pairs(half, bit_cast_vector<VecH>(wide >> 8), bit_cast_vector<VecH>(x) >> 8);
   }
 #else
   VecI y = sums;
@@ -168,7 +165,7 @@ template <>
 struct ByteDots<kSigned> {
   VecI sums;
   MOERT_INLINE void add(const VecB& codes, const VecS& x, int) {
-    sums = add_pairs(sums, dot2<kSigned>(codes, x));
+    sums = dot4<kSigned>(sums, codes, x);
     asm("" : "+x"(sums));
   }
   MOERT_INLINE VecI total(int) const { return sums; }

@@ -97,6 +97,12 @@ def _is_gradient(name: str, x: Tensor) -> bool:
     return name.startswith("d") and name != "dx"
 
 
+def _is_rounding(name: str, exact: dict[str, Tensor]) -> bool:
+    """Whether it is a gradient that would be zero but for rounding, as that of a gate whose weights are normalized."""
+    largest = max(x.norm().item() for each, x in exact.items() if _is_gradient(each, x))
+    return _is_gradient(name, exact[name]) and exact[name].norm().item() < 1e-12 * largest
+
+
 def _error(name: str, x: Tensor, exact: Tensor, least: float) -> float:
     if name == "dweights":  # a token has only k of them, and a dot product of either may cancel
         x, exact = x.flatten(), exact.flatten()
@@ -240,9 +246,10 @@ def compare_model(model: nn.Module, dtype: torch.dtype, seeds: int = 12) -> str:
     """The whole model, eager against moert, on the first inputs where rounding moves no token to another expert.
 
     Eager's own distance is the larger of two runs': that of a gate's gradient may change by 3.4 times with the threads.
-    With the input it may by 13 times, moert's too: where the first is off, the medians of five inputs decide.
+    With the input it may by 13 times, moert's too: where in float32 the first thing that is off is a gradient that is
+    zero but for rounding, the medians of five inputs decide; all else is held on each of them.
     """
-    model = to_dtype(model, dtype)
+    model, low = to_dtype(model, dtype), dtype == torch.bfloat16
     double, tried = to_dtype(model, torch.float64), []
     for seed in range(1, seeds + 1):
         with InDouble():
@@ -254,11 +261,14 @@ def compare_model(model: nn.Module, dtype: torch.dtype, seeds: int = 12) -> str:
         if all(torch.equal(a, b) for other in others for a, b in zip(ids, other, strict=True)):
             runs = [_errors(each, exact) for each in (eager, alone[0])]
             tried.append((_errors(mine, exact), {name: max(run[name] for run in runs) for name in exact}))
-            if len(tried) == 5 or not worst_of_model(*tried[0], exact, dtype == torch.bfloat16):
+            wrong = worst_of_model(*tried[-1], exact, low)
+            if low or (wrong and not _is_rounding(wrong.split()[0], exact)) or not (wrong or tried[1:]):
+                return wrong
+            if len(tried) == 5:
                 break
     if tried:
         usual = ({name: median(each[name] for each in errors) for name in exact} for errors in zip(*tried, strict=True))
-        return worst_of_model(*usual, exact, dtype == torch.bfloat16)
+        return worst_of_model(*usual, exact, low)
     return f"rounding moves a token in each of {seeds} inputs"
 
 
