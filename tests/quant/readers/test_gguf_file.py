@@ -132,3 +132,27 @@ def test_errors(file, tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"must hold tensors blk.\*.ffn_\*_exps.weight, got none"):
         dict(gguf_experts(file))
+
+
+def test_sizes_of_zero(file):
+    """Rows without columns cost a file nothing, and a reader without end."""
+    whole = file.read_bytes()
+    at = whole.index(b"half.weight") + len("half.weight") + 4
+    for sizes in ([0, 2**40], [3, 0]):
+        file.write_bytes(whole[:at] + np.array(sizes, np.uint64).tobytes() + whole[at + 16 :])
+        with pytest.raises(ValueError, match=r"half.weight must have sizes from 1 on .* got sizes \["):
+            GgufFile(file)
+
+
+def test_a_name_for_two_values(file):
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_uint32("number1", 1)
+    writer.add_uint32("number2", 2)
+    writer.add_tensor("x", np.zeros((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.write_bytes(file.read_bytes().replace(b"number2", b"number1"))
+    with pytest.raises(ValueError, match="must name every value once, got 2 names of 3"):
+        GgufFile(file)

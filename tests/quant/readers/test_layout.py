@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moert.quant import Int4, Int4Asymmetric, Int8
-from moert.quant.readers import Awq, CompressedInt, Fp8Blocks, Gptq, Mxfp4Blocks, layout_of
+from moert.quant.readers import Awq, CompressedInt, Fp8Blocks, Ggml, Gptq, Mxfp4Blocks, layout_of
 from moert.quant.readers.layout import cat_rows, float16, our_group, part, spread, stack
 
 
@@ -67,3 +67,19 @@ def test_errors():
         cat_rows([Int8().pack(torch.ones(2, 32)), Int8(32).pack(torch.ones(2, 32))])
     with pytest.raises(ValueError, match="matrices must all be .* got others"):
         stack([Int8().pack(torch.ones(2, 32)), Int8().pack(torch.ones(3, 32))])
+
+
+def test_sizes_of_zero():
+    """The other size costs a file nothing: 2^40 columns or rows would be allocated, or gone through."""
+    huge = 2**40
+    for layout, parts in [
+        (Gptq(32), {"qweight": torch.empty(0, huge, dtype=torch.int32)}),
+        (Awq(32), {"qweight": torch.empty(huge, 0, dtype=torch.int32)}),
+        (Fp8Blocks(), {"weight": torch.empty(huge, 0, dtype=torch.float8_e4m3fn)}),
+        (CompressedInt(8, False, "channel"), {"weight": torch.empty(huge, 0, dtype=torch.int8)}),
+        (Mxfp4Blocks(), {"blocks": torch.empty(2, huge, 0, 16, dtype=torch.uint8)}),
+        (Ggml("Q5_0"), {"blocks": torch.empty(huge, 0, dtype=torch.uint8)}),
+        (Ggml("Q8_0"), {"blocks": torch.empty(huge, 0, dtype=torch.uint8)}),
+    ]:
+        with pytest.raises(ValueError, match=r"(qweight|weight|blocks) must have sizes of at least 1, got \[.*1099511"):
+            layout.read(parts, Int8(128))

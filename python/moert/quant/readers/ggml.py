@@ -54,10 +54,8 @@ class Ggml(Layout):
             return packed.format.unpack(packed)
         quants = gguf().quants
         kind = _type(self.type)
-        columns, size = quants.GGML_QUANT_SIZES[kind]
+        _, size = quants.GGML_QUANT_SIZES[kind]
         stored = _rows(parts, size, self.type)
-        if not stored.numel():  # the package takes none
-            return torch.zeros(*stored.shape[:-1], stored.shape[-1] // size * columns)
         try:
             with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is an error below
                 w = torch.from_numpy(quants.dequantize(stored.numpy(), kind)).float()
@@ -126,6 +124,8 @@ def _rows(parts: Parts, size: int, kind: str) -> Tensor:
     if stored.dtype != torch.uint8 or stored.dim() < 2 or stored.shape[-1] % size:
         got = f"{stored.dtype} {list(stored.shape)}"
         raise ValueError(f"blocks must be uint8 [..., rows, multiple of {size}] for {kind}, got {got}")
+    if 0 in stored.shape:
+        raise ValueError(f"blocks must have sizes of at least 1, got {list(stored.shape)}")
     return stored.contiguous()
 
 

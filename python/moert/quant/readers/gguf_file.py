@@ -51,6 +51,8 @@ class GgufFile:
             raise ValueError(f"{path} must be GGUF of version 2 or 3, got {version}")
         num_tensors, num_values = self._count(24), self._count(13)
         self.metadata = dict(self._entry() for _ in range(num_values))
+        if len(self.metadata) < num_values:
+            raise ValueError(f"{path} must name every value once, got {len(self.metadata)} names of {num_values}")
         infos = [self._info() for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -64,8 +66,7 @@ class GgufFile:
         """uint8 [..., rows, bytes], mapped from the file."""
         tensor = self._named(name)
         octets = torch.from_numpy(self._octets[tensor.start : tensor.start + tensor.nbytes])
-        rows = tensor.shape[:-1]
-        return octets.view(*rows, tensor.nbytes // prod(rows) if prod(rows) else 0)
+        return octets.view(*tensor.shape[:-1], -1)
 
     def layout(self, name: str) -> Ggml:
         return Ggml(self._named(name).type)
@@ -132,8 +133,9 @@ class GgufFile:
         if not 1 <= dims <= 4:
             raise ValueError(f"{name} must have 1 to 4 dimensions, got {dims}")
         sizes = [self._number("Q") for _ in range(dims)]
-        if prod(max(size, 1) for size in sizes) >= 2**63:
-            raise ValueError(f"{name} must have fewer than 2^63 numbers, got sizes {sizes}")
+        # With a size of 0 the others cost the file nothing: rows without columns would be gone through, to no end.
+        if min(sizes) < 1 or prod(sizes) >= 2**63:
+            raise ValueError(f"{name} must have sizes from 1 on and fewer than 2^63 numbers, got sizes {sizes}")
         return name, tuple(reversed(sizes)), self._number("I"), self._number("Q")
 
     def _tensor(self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:

@@ -55,7 +55,7 @@ class Layout(ABC):
 
 
 def part(parts: Parts, name: str, dtypes: Iterable[torch.dtype], shape: tuple[int | None, ...]) -> Tensor:
-    """The tensor of that name, contiguous; None in shape: any size."""
+    """The tensor of that name, contiguous; None in shape: any size from 1 on."""
     if name not in parts:
         raise ValueError(f"parts must hold {name}, got {', '.join(parts)}")
     tensor = parts[name]
@@ -67,6 +67,8 @@ def part(parts: Parts, name: str, dtypes: Iterable[torch.dtype], shape: tuple[in
     if not fits:
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if 0 in tensor.shape:  # the other sizes, which cost a file nothing then, would be allocated or gone through
+        raise ValueError(f"{name} must have sizes of at least 1, got {list(tensor.shape)}")
     return tensor.contiguous()
 
 
