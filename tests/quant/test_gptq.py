@@ -147,7 +147,8 @@ def test_inverse_factor():
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="damp must be above 0, got 0"):
-        GPTQ(damp=0)
+    for damp in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"damp must be above 0 and finite, got {damp}"):
+            GPTQ(damp=damp)
     with pytest.raises(ValueError, match="block must be at least 1, got 0"):
         GPTQ(block=0)

@@ -3,6 +3,7 @@
 G matrices of R rows and C columns; H their Hessians, sums of x xᵀ over the rows x that a matrix multiplies.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class GPTQ:
     memory: int = 2**30
 
     def __post_init__(self):
-        if not self.damp > 0:
-            raise ValueError(f"damp must be above 0, got {self.damp}")
+        if not 0 < self.damp < math.inf:
+            raise ValueError(f"damp must be above 0 and finite, got {self.damp}")
         for name in ("block", "min_rows", "memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
