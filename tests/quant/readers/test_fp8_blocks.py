@@ -4,6 +4,7 @@ import pytest
 import torch
 from foreign import fp8
 from readers_contract import CONVERT, check_broken, check_exact
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from moert.quant import Fp8
 from moert.quant.readers import Fp8Blocks, layout_of
@@ -12,6 +13,15 @@ from moert.quant.readers import Fp8Blocks, layout_of
 @pytest.mark.parametrize("rows,columns", [(128, 256), (130, 200), (1, 17)])
 def test_exact(rows, columns):
     parts, expected = fp8(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)))
+    check_exact(Fp8Blocks(), parts, expected, Fp8())
+
+
+@pytest.mark.parametrize("rows,columns", [(128, 256), (384, 128), (40, 72)])
+def test_exact_by_the_library(rows, columns):
+    """transformers' own dequantization; it takes whole blocks, or one for a whole matrix."""
+    parts, _ = fp8(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)))
+    expected = Fp8Dequantize(None)._dequantize_one(parts["weight"], parts["weight_scale_inv"])
+    assert expected.dtype == torch.float32
     check_exact(Fp8Blocks(), parts, expected, Fp8())
 
 
