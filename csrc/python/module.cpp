@@ -77,12 +77,22 @@ py::dict threads() {
   return facts;
 }
 
+// Those without rows of groups too.
+moert::Format any_format_of(const std::string& format) {
+  for (int i = moert::kRowFormats; i < moert::kFormats; ++i)
+    if (format == moert::cpu::name(moert::Format(i))) return moert::Format(i);
+  return format_of(format);
+}
+
 const char* default_precision(const std::string& format, int64_t group, int64_t planes) {
-  for (int i = moert::kRowFormats; i < moert::kFormats; ++i) {
-    const moert::Format other{i};
-    if (format == moert::cpu::name(other)) return moert::name(moert::default_precision(other, group, planes));
-  }
-  return moert::name(moert::default_precision(format_of(format), group, planes));
+  return moert::name(moert::default_precision(any_format_of(format), group, planes));
+}
+
+std::vector<std::string> precisions(const std::string& format) {
+  std::vector<std::string> names = {"auto"};
+  for (const moert::Precision p : moert::kPrecisions)
+    if (moert::takes(any_format_of(format), p)) names.emplace_back(moert::name(p));
+  return names;
 }
 
 int64_t bf16_rows(const std::string& precision, bool ternary) {
@@ -121,6 +131,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("panel", &panel, "Columns and depth of the panels in which weights of a dtype are multiplied as they lie.");
   m.def("default_precision", &default_precision, py::arg("format"), py::arg("group"), py::arg("planes") = 0,
         "The precision of activations that \"auto\" is over a format and group; planes: of bit_nested.");
+  m.def("precisions", &precisions, py::arg("format"), "The precisions of activations that a format takes on a CPU.");
   m.def(
       "bf16_rows", &bf16_rows, py::arg("precision"), py::arg("ternary"),
       "Rows an expert on average from which \"auto\" is \"bfloat16\" instead of this default; 0: never.  ternary: both "

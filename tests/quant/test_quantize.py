@@ -74,3 +74,23 @@ def test_prepacked_weights_are_refused():
             ValueError, match=r"0.experts must have weights of 3 dimensions \(unprepack_ first\), got 5"
         ):
             quantize_(net, "int8", **options)
+
+
+def test_precisions_that_a_format_does_not_take():
+    for fmt, precision, taken in [
+        ("sub1", "int8", "auto, full, bfloat16 for sub1"),
+        ("fp8", "int8_group32", "auto, full, bfloat16, fp8_group128 for fp8"),
+        ("int4", "fp8_group128", "auto, full, .*, int8_weights, int8_group160 for int4"),
+        ("ternary5", "int8_weights", "auto, .* for ternary5"),
+    ]:
+        net = model()
+        with pytest.raises(ValueError, match=f"precision must be one of {taken}, got {precision}"):
+            quantize_(net, fmt, precision=precision)
+        assert isinstance(net[0].experts, GluExperts)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "bit_nested", "sub1"])
+def test_precision_is_that_of_the_packed_experts(fmt):
+    net = model()
+    quantize_(net, fmt, precision="full")
+    assert [net[0].experts.precision, net[3].experts.ffn.precision] == ["full", "full"]

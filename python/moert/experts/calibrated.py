@@ -31,7 +31,7 @@ class FloatGluExperts(FloatExperts):
 
     def replace(self, packed: tuple[Packed, Packed]) -> None:
         if isinstance(packed[0], SubOneBitTensor):
-            experts = SubOneBitExperts.holding(self.module, packed)
+            experts = SubOneBitExperts.holding(self.module, packed, self.precision)
         else:
             experts = QuantizedExperts.holding(self.module, packed, self.precision)
         setattr(self.owner, self.attribute, experts)

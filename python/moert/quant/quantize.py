@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moert import _C
 from moert.experts.calibrated import FloatGluExperts
 from moert.experts.glu import GluExperts
 from moert.experts.quantized import QuantizedExperts
@@ -58,11 +59,12 @@ def quantize_(
     few rows is rounded: a warning and the result's `layers` say which.
 
     "fp8" and "bit_nested" are rounded to nearest only; "bit_nested_5_4" is BitNested(5, 4).  "sub1" is QMoE's code of
-    under one bit (SubOneBitExperts).  Rows are "full" in these three.
+    under one bit (SubOneBitExperts).  Precision "auto" is "full" rows over fp8, sub1, and bit_nested of 8 bits in
+    groups of 32 or 64; over any other bit_nested it is "int8_group32".
     """
     expect(nn.Module, model=model)
     fmt = any_format_of(format, group)
-    check_options(skip, precision)
+    check_options(skip, precision, [fmt])
     check_skip(model, skip)
     settings = method_of(method)
     if calibration is not None and not isinstance(fmt, RowFormat | SubOneBit):
@@ -145,11 +147,14 @@ def format_of(format: str | Format, group: int | None = None, names: Iterable[st
     return FORMATS[format](**options)
 
 
-def check_options(skip: Sequence[str], precision: str) -> None:
+def check_options(skip: Sequence[str], precision: str, formats: Iterable[Format | SubOneBit]) -> None:
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of names, got {skip!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+    for fmt in formats:
+        if precision not in (taken := _C.precisions(fmt.name)):
+            raise ValueError(f"precision must be one of {', '.join(taken)} for {fmt.name}, got {precision}")
 
 
 def check_skip(model: nn.Module, skip: Sequence[str]) -> None:

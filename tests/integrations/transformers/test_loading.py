@@ -218,6 +218,8 @@ def test_what_is_refused(tmp_path):
         load_quantized(foreign, convert="int3")
     with pytest.raises(ValueError, match="precision must be one of .*, got int3"):
         load_quantized(foreign, precision="int3")
+    with pytest.raises(ValueError, match="precision must be one of auto, .* for int4, got fp8_group128"):
+        load_quantized(foreign, precision="fp8_group128")
     for choice in (False, None):
         with pytest.raises(ValueError, match=f"use_safetensors must be True, as pickled .* run code, got {choice}"):
             load_quantized(foreign, use_safetensors=choice)

@@ -190,6 +190,11 @@ def test_what_is_refused(tmp_path):
         match="precision must be one of auto, full, .*, fp8_group128, int8_weights, int8_group160, got int9",
     ):
         MoertConfig("int4", precision="int9")
+    with pytest.raises(ValueError, match="precision must be one of auto, full, bfloat16 for sub1, got int8"):
+        MoertConfig("sub1", precision="int8")
+    mixed = {"a": [["int8", None, None], ["fp8", None, None]]}
+    with pytest.raises(ValueError, match="precision must be one of auto, full, .* for fp8, got int8"):
+        MoertConfig("int8", precision="int8", experts=mixed)
     with pytest.raises(
         ValueError, match="group must be None for fp8, whose scales belong to blocks of 128 x 128, got 32"
     ):

@@ -31,9 +31,9 @@ class ForeignConfig(QuantizationConfigMixin):
     ):
         self.quant_method, self.source = quant_method, source
         self.format, self.group, self.precision = format, group, precision
-        format_of(format, group)
-        check_options((), precision)
-        layout_of(source)
+        convert, layout = format_of(format, group), layout_of(source)
+        # What a GGUF file's experts become is told by each tensor: config_of asks once they are read.
+        check_options((), precision, [] if layout.format is None and layout.of_experts else [layout.format or convert])
 
 
 @register_quantizer("moert-foreign")

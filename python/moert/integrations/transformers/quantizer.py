@@ -52,8 +52,10 @@ class MoertConfig(QuantizationConfigMixin):
             self.made_of = made_of
         if calibrated is not None:
             self.calibrated = calibrated
-        any_format_of(format, group)
-        check_options(skip or (), precision)
+        formats = [any_format_of(format, group)]
+        if experts is not None:
+            formats = [fmt for name in experts for fmt, _ in self.formats_of(name)]
+        check_options(skip or (), precision, formats)
 
     def formats_of(self, name: str) -> list[tuple[Format | SubOneBit, int | None]]:
         """Format and codewords of the two weights of a module."""
