@@ -200,10 +200,13 @@ def test_goes_on_after_a_kill(at, tmp_path, monkeypatch):
             convert(source, out, MoertConfig("int8"))
         damaged = partial / "model-00002-of-00003.safetensors"
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    told = []
-    Conversion(source, out, OPTIONS).run(lambda title, nbytes: told.append(nbytes))
+    told, before = [], []
+    Conversion(source, out, OPTIONS).run(
+        lambda title, nbytes: told.append(nbytes), lambda title, nbytes: before.append(nbytes)
+    )
+    assert len(before) == min(at, 2) - 1
     assert written == [f"model-{i:05}-of-00003.safetensors" for i in range(min(at, 2), 4)]
-    assert sum(told) == Conversion(source, tmp_path / "never", OPTIONS).nbytes
+    assert sum(told) + sum(before) == Conversion(source, tmp_path / "never", OPTIONS).nbytes
     assert not partial.exists()
     convert(source, tmp_path / "fresh")
     assert {p.name: sha256(p) for p in out.iterdir()} == {p.name: sha256(p) for p in (tmp_path / "fresh").iterdir()}
@@ -362,3 +365,14 @@ def test_experts_that_are_broken(tmp_path):
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(CommandError, match="nan"):
         convert(source, tmp_path / "other")
+
+
+def test_every_file_is_on_the_disk_before_out_has_its_name(tmp_path, monkeypatch):
+    source, synced = floats("qwen3", tmp_path / "in"), set()
+    (source / "tokenizer.json").write_text("{}")
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.readlink(f"/proc/self/fd/{file}")) or sync(file))
+    convert(source, tmp_path / "out")
+    names = {os.path.basename(path).removesuffix(".unfinished") for path in synced}
+    left = {path.name for path in (tmp_path / "out").iterdir()} - names
+    assert not {name for name in left if name.removesuffix(".safetensors") not in names}

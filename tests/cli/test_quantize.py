@@ -9,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moert.cli.app import app
-from moert.cli.quantize import _bar
+from moert.cli.quantize import _bar, _tellers
 
 
 def quantize(*arguments):
@@ -36,6 +36,10 @@ def test_packs_and_says_how_large(checkpoint, tmp_path):
         (["--format", "int3"], "format must be one of int8, .*, got int3"),
         (["--group", "7"], "group must be one of 32, 64, 128 for int4, got 7"),
         (["--precision", "int9"], "precision must be one of auto, .*, got int9"),
+        (
+            ["--format", "sub1", "--precision", "int8"],
+            "precision must be one of auto, full, bfloat16 for sub1, got int8",
+        ),
         (["--report-tokens", "9"], "report-tokens must be left out without --report"),
         (["--calibrate-tokens", "9"], "calibrate-tokens must be left out without --calibrate"),
         (["--format", "fp8", "--calibrate", "text"], "calibrate must be left out for fp8, which is rounded to nearest"),
@@ -113,3 +117,15 @@ def test_the_bar_has_bytes_rate_and_remaining_time():
     console.print(bar.get_renderable())
     line = " ".join(console.file.getvalue().split())
     assert line.startswith("model.layers.0.mlp.experts ") and line.endswith("3.0/8.0 MB 1.0 MB/s 0:00:05"), line
+
+
+def test_what_was_done_before_says_nothing_about_the_rate():
+    bar, seconds = _bar(), [0.0]
+    bar.get_time = lambda: seconds[0]
+    task = bar.add_task("", total=8_000_000)
+    advance, taken = _tellers(bar, task)
+    for tell in (taken, taken, advance, advance, advance):
+        tell("experts", 1_000_000)
+        seconds[0] += 1
+    (state,) = bar.tasks
+    assert (state.completed, state.total, state.speed, state.time_remaining) == (5_000_000, 8_000_000, 1e6, 3)

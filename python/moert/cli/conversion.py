@@ -101,8 +101,11 @@ class Conversion:
             prod(self.files.stored[name].shape) for part in packed for name in part.sources
         )  # fmt: skip
 
-    def run(self, advance: Callable[[str, int], None]) -> None:
-        """Writes OUT; advance is told what is worked on, and how many bytes of the input are done since."""
+    def run(self, advance: Callable[[str, int], None], taken: Callable[[str, int], None] | None = None) -> None:
+        """Writes OUT; advance is told what is worked on, and how many bytes of the input are done since.
+
+        taken (else advance) is told the same of what an earlier call has done.
+        """
         if (self.partial.exists() or self.partial.is_symlink()) and not self.partial.is_dir():
             raise CommandError(f"{self.partial} must come from moert quantize, got a file")
         self.partial.mkdir(exist_ok=True)
@@ -113,7 +116,7 @@ class Conversion:
             for part in self.parts:
                 if part.file in whole:
                     self._take(part)
-                    advance(part.title, self.files.nbytes(part.sources))
+                    (taken or advance)(part.title, self.files.nbytes(part.sources))
                     continue
                 done[part.file] = self._write(part, lambda nbytes, title=part.title: advance(title, nbytes))
                 self._write_json(RECORD, self._record(done))
@@ -228,7 +231,7 @@ class Conversion:
         """The small files, then the name; OUT without the record's is complete as well."""
         for path in sorted(self.source.iterdir()):
             if path.suffix in COPIED and path.is_file() and path.name not in ("config.json", INDEX, RECORD):
-                shutil.copyfile(path, self.partial / path.name)
+                _on_disk(shutil.copyfile(path, self.partial / path.name))
         dtype = str(self.dtype).removeprefix("torch.")
         packed = {**self.options.to_dict(), **self._sizes(), "made_of": self.files.fingerprint()}
         self._write_json("config.json", {"dtype": dtype, **self.config, "quantization_config": packed})

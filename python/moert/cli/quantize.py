@@ -1,6 +1,7 @@
 """`moert quantize`: a float checkpoint to a packed one, about one layer's experts in memory at a time."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -105,7 +106,7 @@ def _convert(source: Path, target: Path, options, calibration) -> None:
         with _bar() as bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".* experts of .* had fewer than min_rows", UserWarning)  # said below
             task = bar.add_task("", total=conversion.work)
-            conversion.run(lambda title, nbytes: bar.update(task, description=title, advance=nbytes))
+            conversion.run(*_tellers(bar, task))
     except OSError as error:
         raise CommandError(f"OUT must be writable: {first_line(error)}") from error
     after = sum(part.nbytes for part in conversion.parts)
@@ -135,6 +136,19 @@ def _check_made_with(source: Path, target: Path, options) -> None:
     check_files(source)
     if made_of != (wanted := TensorFiles(source).fingerprint()):
         raise CommandError(f"OUT must not exist or be packed from IN, whose fingerprint is {wanted}, got {made_of}")
+
+
+def _tellers(bar: progress.Progress, task: progress.TaskID) -> tuple[Callable, Callable]:
+    """What tells the bar of bytes that are done, and of those that were before: these say nothing about the rate."""
+
+    def advance(title: str, nbytes: int) -> None:
+        bar.update(task, description=title, advance=nbytes)
+
+    def taken(title: str, nbytes: int) -> None:
+        (state,) = (each for each in bar.tasks if each.id == task)
+        bar.reset(task, description=title, completed=int(state.completed) + nbytes)
+
+    return advance, taken
 
 
 def _bar() -> progress.Progress:
