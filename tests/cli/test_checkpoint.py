@@ -5,7 +5,7 @@ import pytest
 import torch
 from outside import operators_of, outside_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
 from moert import quantize_
 from moert.cli.checkpoint import byte_tokenizer, check_files, load_model, load_tokenizer
@@ -176,3 +176,32 @@ def test_a_config_that_would_take_for_ever(checkpoint, tmp_path):
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     with pytest.raises(CommandError, match="num_hidden_layers must be at most 10000, got 1000000000"):
         load_model(directory, "eager", "auto")
+
+
+def test_sizes_are_checked_before_the_loader_sees_them(checkpoint, tmp_path, monkeypatch):
+    """It allocates what does not fit, or is missing, at the size that the config says."""
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("allocates"))
+    for i, (change, message) in enumerate(
+        [
+            ({"moe_intermediate_size": 2**20}, r"experts.down_proj must have shape .*1048576.* by the config, got"),
+            ({"num_experts": 2**20, "num_local_experts": 2**20}, r"must have shape \[1048576, .*\] by the config, got"),
+            ({"vocab_size": 2**40}, r"must have shape \[1099511627776, 32\] by the config, got \[256, 32\]"),
+            ({"num_hidden_layers": 40}, "checkpoint must hold every weight, got none for model.layers.10"),
+        ]
+    ):
+        model = copy(checkpoint, tmp_path / str(i))
+        edit_config(model, **change)
+        with pytest.raises(CommandError, match=message):
+            load_model(model, "eager", "auto")
+
+
+@pytest.mark.parametrize("format", ["int4", "fp8", "sub1"])
+def test_sizes_of_packed_experts_are_checked_too(format, checkpoint, tmp_path, monkeypatch):
+    model = load_model(checkpoint, "moert", "auto")
+    quantize_(model, format)
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path, "moert", "auto").config.quantization_config.format == format
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("allocates"))
+    edit_config(tmp_path, moe_intermediate_size=2**20)
+    with pytest.raises(CommandError, match=r"experts.w._\w+ must have shape .* by the config, got"):
+        load_model(tmp_path, "moert", "auto")

@@ -46,7 +46,8 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False, 
     """
     config = load_config(directory)
     model_class = class_of(config)
-    named = has_interface(skeleton(config, model_class))
+    empty = skeleton(config, model_class)
+    named = has_interface(empty)
     if experts == "moert":
         import moert.integrations.transformers  # noqa: F401  registers the name
     if packing and not named:
@@ -55,6 +56,7 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False, 
         return _random_model(model_class, config, experts, dtype, packing)
     if packing and getattr(config, "quantization_config", None):
         raise CommandError("model must have float weights to be packed, got quantized ones")
+    _check_shapes(directory, empty, config)
     try:
         model, report = model_class.from_pretrained(
             directory,
@@ -77,6 +79,27 @@ def load_model(directory: Path, experts: str, dtype: str, random: bool = False, 
     if missing:
         raise CommandError(f"model must have every weight, got none for {missing[0]} and {len(missing) - 1} more")
     return served(model, experts).eval()
+
+
+def _check_shapes(directory: Path, empty, config) -> None:
+    """A CommandError where the config's sizes are not those of the files; of other libraries' packed ones they may be.
+
+    Before anything of the config's sizes is allocated.
+    """
+    from moert.cli.tensor_files import TensorFiles
+    from moert.integrations.transformers.quantizer import MoertConfig, MoertQuantizer
+    from moert.integrations.transformers.streaming import check_shapes
+
+    packed = getattr(config, "quantization_config", None)
+    if packed and not packed_by_moert(config):
+        return
+    try:
+        if packed:
+            options = packed if isinstance(packed, MoertConfig) else MoertConfig.from_dict(packed)
+            MoertQuantizer(options, pre_quantized=True).preprocess_model(empty)
+        check_shapes(empty, {name: stored.shape for name, stored in TensorFiles(directory).stored.items()})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CommandError(first_line(error)) from error
 
 
 def served(model, experts: str):

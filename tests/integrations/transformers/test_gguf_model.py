@@ -1,5 +1,6 @@
 """GGUF files of whole models, written by the gguf package, against the float model of the dequantised weights."""
 
+import math
 import warnings
 
 import gguf
@@ -8,7 +9,7 @@ import pytest
 import torch
 from foreign_checkpoint import CONFIGS, SIZES
 from k_quants import K_QUANTS, k_quantize
-from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moert.integrations.transformers import InexactWarning, load_gguf
 from moert.integrations.transformers.quantized import PackedExperts
@@ -58,17 +59,22 @@ def numbers(config, arch):
     }
 
 
-def written(path, arch, kinds, skip=(), **change):
+def written(path, arch, kinds, skip=(), extra=None, **change):
     """A file whose gate, up, down and attention are of these types; the float model of what is in it."""
     config, arch = FAMILIES[arch](), "qwen3moe" if arch == "wide" else arch
     if arch == "qwen3moe":
         config.norm_topk_prob = True
     model = AutoModelForCausalLM.from_config(config).float().eval()
     writer = gguf.GGUFWriter(path, arch)
-    for key, value in (numbers(config, arch) | change).items():
-        writer.add_uint32(f"{arch}.{key}", value)
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32(f"{arch}.rope.freq_base", config.rope_parameters["rope_theta"])
+    values = numbers(config, arch) | {
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    for key, value in (values | change).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{arch}.{key}", value)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
 
     def put(name, tensor, kind):
         name_of_kind, kind = kind, gguf.GGMLQuantizationType[kind]
@@ -197,8 +203,8 @@ def test_errors(tmp_path):
     path, kinds = tmp_path / "m.gguf", ("Q8_0",) * 4
     for change, skip, message in [
         ({"expert_count": 0}, (), "must be one of qwen3moe, olmoe, llama with experts, got qwen3moe of 0 experts"),
-        ({"block_count": 0}, (), "qwen3moe.block_count must be a positive number, got 0"),
-        ({"expert_count": 5}, (), r"must have shape \[5, 64, 32\] by the config, got \[4, 64, 32\]"),
+        ({"block_count": 0}, (), "qwen3moe.block_count must be a positive integer, got 0"),
+        ({"expert_count": 5}, (), r"mlp.gate.weight must have shape \[5, 64\] by the config, got \[4, 64\]"),
         ({}, ("token_embd.weight",), "must hold token_embd.weight, got none"),
         ({}, ("blk.1.ffn_up_exps.weight",), "parts must hold gate and up, or down, got gate, gate_type"),
         ({}, ("blk.1.attn_q.weight",), "checkpoint must hold every weight, got no model.layers.1.self_attn.q_proj"),
@@ -224,7 +230,22 @@ def test_errors(tmp_path):
         ({"block_count": 1}, "block_count must be that of the tensors, 2 in a row, got 1"),
         ({"block_count": 2_000_000_000}, "block_count must be that of the tensors"),
         ({"expert_used_count": 9}, "expert_used_count must be at most expert_count=4, got 9"),
+        ({"block_count": 2.0}, "qwen3moe.block_count must be a positive integer, got 2.0"),
+        ({"context_length": math.nan}, "context_length must be a positive integer, got nan"),
+        ({"expert_used_count": True}, "expert_used_count must be a positive integer, got True"),
+        ({"attention.layer_norm_rms_epsilon": math.nan}, "rms_epsilon must be a positive finite number, got nan"),
+        ({"rope.freq_base": math.inf}, "qwen3moe.rope.freq_base must be a positive finite number, got inf"),
+        ({"expert_feed_forward_length": 2**20}, r"must have shape \[4, 1048576, 64\] by the config, got \[4, 32, 64\]"),
+        ({"embedding_length": 2**31}, "must have shape .*2147483648.* by the config, got"),
+        ({"attention.head_count_kv": 2**30}, "k_proj.weight must have shape .* by the config, got"),
         ({"rope.scale_linear": 4}, "qwen3moe.rope.scale_linear must be 1, the only one read, got 4"),
+        ({"rope.scaling.factor": 4.0}, "qwen3moe.rope.scaling.factor must be 1, the only one read, got 4.0"),
+        ({"expert_weights_scale": 2.5}, "qwen3moe.expert_weights_scale must be 1, the only one read, got 2.5"),
+        ({"expert_weights_norm": False}, "qwen3moe.expert_weights_norm must be True, the only one read, got False"),
+        ({"expert_gating_func": 2}, "qwen3moe.expert_gating_func must be 1, the only one read, got 2"),
+        ({"attention.value_length": 8}, "qwen3moe.attention.value_length must be 16, the only one read, got 8"),
+        ({"attention.scale": 0.5}, "qwen3moe.attention.scale must be 0.25, the only one read, got 0.5"),
+        ({"attention.clamp_kqv": 8.0}, "qwen3moe.attention.clamp_kqv must be 0, the only one read, got 8.0"),
         ({"rope.dimension_count": 8}, "rope.dimension_count must be"),
         ({"attention.sliding_window": 4}, "attention.sliding_window must be 0"),
     ],
@@ -241,3 +262,47 @@ def test_a_tensor_that_the_model_has_not(tmp_path, monkeypatch):
     written(tmp_path / "m.gguf", "llama", ("Q8_0",) * 4)
     with pytest.raises(ValueError, match="must hold tensors of MixtralForCausalLM alone, got .*q_norm"):
         load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "arch,change",
+    [
+        ("qwen3moe", {"expert_weights_norm": True, "expert_weights_scale": 1.0, "attention.value_length": 16}),
+        ("llama", {"expert_weights_norm": True, "expert_gating_func": 1, "attention.scale": 0.0}),
+        ("olmoe", {"expert_weights_norm": False, "expert_weights_scale": 0.0, "attention.clamp_kqv": 0.0}),
+    ],
+)
+def test_metadata_that_say_what_is_computed(arch, change, tmp_path):
+    change |= {"attention.scale": 0.25}  # 1 / sqrt of 16
+    reference = written(tmp_path / "m.gguf", arch, ("Q8_0",) * 4, **change)
+    assert row_error(logits(load_gguf(tmp_path / "m.gguf", precision="full")), logits(reference)) < 5e-6
+
+
+def test_other_routers_than_the_family_has(tmp_path):
+    for arch, norm in (("llama", False), ("olmoe", True)):
+        written(tmp_path / "m.gguf", arch, ("Q8_0",) * 4, expert_weights_norm=norm)
+        with pytest.raises(ValueError, match=f"{arch}.expert_weights_norm must be {not norm}, the only one read"):
+            load_gguf(tmp_path / "m.gguf")
+
+
+def test_rotary_factors(tmp_path):
+    """llama.cpp divides the frequencies by them, whatever the metadata say of scaling."""
+    path, kinds = tmp_path / "m.gguf", ("Q8_0",) * 4
+    reference = written(path, "llama", kinds, extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    assert row_error(logits(load_gguf(path, precision="full")), logits(reference)) < 5e-6
+    written(path, "llama", kinds, extra={"rope_freqs.weight": np.array([1] * 7 + [8], np.float32)})
+    with pytest.raises(ValueError, match="rope_freqs.weight must be 1 everywhere, .*, got 8.0"):
+        load_gguf(path)
+
+
+def test_sizes_are_checked_before_the_loader_sees_them(tmp_path, monkeypatch):
+    """It allocates what does not fit, or is missing, at the size that the metadata say."""
+    monkeypatch.setattr(Qwen3MoeForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("allocates"))
+    for change, skip in [
+        ({"expert_feed_forward_length": 2**20}, ()),
+        ({"embedding_length": 2**20}, ()),
+        ({}, ("blk.1.attn_q.weight",)),
+    ]:
+        written(tmp_path / "m.gguf", "qwen3moe", ("Q8_0",) * 4, skip, **change)
+        with pytest.raises(ValueError, match="by the config, got|must hold every weight, got no"):
+            load_gguf(tmp_path / "m.gguf")

@@ -12,12 +12,19 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moert import quantize_
 from moert.cli.conversion import Conversion
 from moert.integrations.transformers import MoertConfig
-from moert.integrations.transformers.streaming import layers
+from moert.integrations.transformers.quantizer import MoertQuantizer
+from moert.integrations.transformers.streaming import check_shapes, layers
 
 
 def skeleton(model):
     with torch.device("meta"):
         return type(model)(model.config)
+
+
+def skeleton_of_packed(model):
+    empty = skeleton(model)
+    MoertQuantizer(MoertConfig("int4", 32), pre_quantized=True).preprocess_model(empty)
+    return empty
 
 
 def saved(model, folder):
@@ -32,6 +39,8 @@ def test_every_family_bit_for_bit(family, tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "float", dtype=torch.bfloat16)
     quantize_(loaded, "int4", 32)
     expected = saved(loaded, tmp_path / "packed")
+    check_shapes(skeleton(model), {name: tensor.shape for name, tensor in tensors.items()})
+    check_shapes(skeleton_of_packed(model), {name: tensor.shape for name, tensor in expected.items()})
     made, used = {}, set()
     for layer in layers(skeleton(model), MoertConfig("int4", 32), tensors):
         packed = layer.pack(torch.bfloat16, tensors.__getitem__)
@@ -132,3 +141,19 @@ def test_whole_weights_of_another_shape(tmp_path):
     (layer, _) = layers(skeleton(model), MoertConfig("int8"), tensors)
     with pytest.raises(ValueError, match=rf"{name} must have shape \[6, 24, 32\] by the config, got \[6, 32, 24\]"):
         layer.pack(torch.float32, (tensors | {name: tensors[name].mT}).__getitem__)
+
+
+def test_shapes(tmp_path):
+    model, tensors = mixtral(tmp_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(skeleton(model), shapes)
+    w2 = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    wider = shapes | {w2.format(i): (32, 48) for i in range(4)}
+    with pytest.raises(ValueError, match=r"down_proj must have shape \[4, 32, 24\] by the config, got \[4, 32, 48\]"):
+        check_shapes(skeleton(model), wider)
+    without = {name: shape for name, shape in shapes.items() if "norm" in name}
+    with pytest.raises(ValueError, match="checkpoint must hold every weight, got none for lm_head.weight and"):
+        check_shapes(skeleton(model), without)
+    del shapes[w2.format(3)]
+    with pytest.raises(ValueError, match=r"down_proj must have shape \[4, .* by the config, got \[3, "):
+        check_shapes(skeleton(model), shapes)

@@ -4,6 +4,7 @@ transformers' own GGUF loading unpacks all experts, knows neither OLMoE nor Mixt
 Qwen3-MoE from its defaults; so names and sizes of these three are here.
 """
 
+import math
 import re
 from os import PathLike
 
@@ -52,6 +53,8 @@ NAMES = {
     "ffn_up_exps": "mlp.experts.gate_up_proj_up",
     "ffn_down_exps": "mlp.experts.down_proj_down",
 }
+ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by: Llama 3's scaling
+SOFTMAX = 1  # llama.cpp's number of it, over all experts
 OUTER = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight", "output": "lm_head.weight"}
 
 
@@ -64,14 +67,12 @@ def load_gguf(
     """
     file = GgufFile(path)
     config = config_of(file)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    _check_shapes(file, model_class, config)
     foreign_(config, {"quant_method": "gguf"}, convert, precision)
     options = {"dtype": torch.float32} | options
     tensors = dict(pair for name in file.tensors for pair in _tensors(file, name, config, options["dtype"]))
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **TOLD, **options)
-    if unread := info["unexpected_keys"]:
-        raise ValueError(f"{path} must hold tensors of {model_class.__name__} alone, got {min(unread)}")
-    return loaded(path, model, info)
+    return loaded(path, *model_class.from_pretrained(None, config=config, state_dict=tensors, **TOLD, **options))
 
 
 def config_of(file: GgufFile) -> PretrainedConfig:
@@ -85,22 +86,30 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     kind, own, fixed = FAMILIES[architecture]
     sizes = {}
     for key, name in (SIZES | own).items():
-        sizes[name] = file.metadata.get(f"{architecture}.{key}")
-        if not isinstance(sizes[name], int | float) or sizes[name] <= 0:
-            raise ValueError(f"{architecture}.{key} must be a positive number, got {sizes[name]}")
+        sizes[name] = _positive(file, f"{architecture}.{key}", float if name == "rms_norm_eps" else int)
     _check(file, architecture, sizes)
+    _check_experts(file, architecture)
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} must hold token_embd.weight, got none")
     return kind(
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": file.metadata.get(f"{architecture}.rope.freq_base", 1e4),
+            "rope_theta": _positive(file, f"{architecture}.rope.freq_base", float, 1e4),
         },
         tie_word_embeddings="output.weight" not in file.tensors,
         **sizes,
         **fixed,
     )
+
+
+def _positive(file: GgufFile, key: str, kind: type, default: float | None = None) -> float:
+    """A value of the metadata, an int where kind is int; 0, negative numbers, infinity and NaN are errors."""
+    value = file.metadata.get(key, default)
+    if type(value) not in (int, kind) or not 0 < value < math.inf:
+        number = "integer" if kind is int else "finite number"
+        raise ValueError(f"{key} must be a positive {number}, got {value}")
+    return value
 
 
 def _check(file: GgufFile, architecture: str, sizes: dict) -> None:
@@ -114,27 +123,84 @@ def _check(file: GgufFile, architecture: str, sizes: dict) -> None:
             f"expert_used_count must be at most expert_count={get('expert_count')}, got {get('expert_used_count')}"
         )
     head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
-    for key, plain in (("rope.scale_linear", 1), ("rope.dimension_count", head), ("attention.sliding_window", 0)):
-        if get(key) not in (None, plain):
-            raise ValueError(f"{architecture}.{key} must be {plain}, the only one read, got {get(key)}")
+    if head < 1:
+        raise ValueError(
+            f"attention.head_count must be at most {sizes['hidden_size']}, got {get('attention.head_count')}"
+        )
+    plain = dict.fromkeys(("rope.dimension_count", "attention.key_length", "attention.value_length"), head)
+    plain |= {"rope.scale_linear": 1, "rope.scaling.factor": 1, "attention.sliding_window": 0, "attention.clamp_kqv": 0}
+    for key, value in plain.items():
+        if get(key) not in (None, value):
+            raise ValueError(f"{architecture}.{key} must be {value}, the only one read, got {get(key)}")
+    scale = get("attention.scale")
+    if scale not in (None, 0) and not (type(scale) is float and math.isclose(scale, head**-0.5, rel_tol=1e-6)):
+        raise ValueError(f"{architecture}.attention.scale must be {head**-0.5}, the only one read, got {scale}")
+
+
+def _check_experts(file: GgufFile, architecture: str) -> None:
+    """Of what llama.cpp's router can do, that which the classes of transformers compute."""
+    kind, _, fixed = FAMILIES[architecture]
+    normed = fixed.get("norm_topk_prob", kind is MixtralConfig)
+    read = {
+        "expert_gating_func": (SOFTMAX,),
+        "expert_weights_norm": (normed,),
+        "expert_weights_scale": (1, 0),  # llama.cpp takes 0 for 1
+    }
+    for key, values in read.items():
+        if (got := file.metadata.get(f"{architecture}.{key}")) not in (None, *values):
+            raise ValueError(f"{architecture}.{key} must be {values[0]}, the only one read, got {got}")
+
+
+def _check_shapes(file: GgufFile, model_class: type, config: PretrainedConfig) -> None:
+    """Before memory is taken for sizes that only the metadata have."""
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # whatever sizes can provoke
+        raise ValueError(f"{file.path} must have sizes that fit {model_class.__name__}, got {error}") from error
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    found = set(model.all_tied_weights_keys)
+    for name, tensor in file.tensors.items():
+        if name == ROPE_FACTORS:
+            continue
+        whole = _name_in_model(file, name, config)
+        weight, half = re.fullmatch(r"(.*?)(_gate|_up|_down)?", whole).groups()
+        if weight not in wanted:
+            raise ValueError(f"{file.path} must hold tensors of {model_class.__name__} alone, got {whole}")
+        shape = list(wanted[weight])
+        if half in ("_gate", "_up"):
+            shape[1] //= 2
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{whole} must have shape {shape} by the config, got {list(tensor.shape)}")
+        found.add(weight)
+    if missing := wanted.keys() - found:
+        raise ValueError(f"checkpoint must hold every weight, got no {min(missing)}")
 
 
 def _tensors(file: GgufFile, name: str, config: PretrainedConfig, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     """What a tensor of the file is in the state dict; experts stay as they are, with the number of their type."""
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    inner = NAMES.get(block[2]) if block else OUTER.get(name.removesuffix(".weight"))
-    if inner is None:
-        if name == "rope_freqs.weight":  # what llama.cpp computes from the configuration
-            return []
-        raise ValueError(f"{file.path} must hold tensors of {type(config).__name__} alone, got {name}")
-    whole = f"model.layers.{block[1]}.{inner}" if block else inner
+    if name == ROPE_FACTORS:
+        if (other := file.unpack(name).flatten()).ne(1).any():
+            got = float(other[other.ne(1)][0])
+            raise ValueError(f"{name} must be 1 everywhere, as scaled rotary frequencies are not read, got {got}")
+        return []
+    whole = _name_in_model(file, name, config)
     if ".experts." in whole:
         kind = gguf().GGMLQuantizationType[file.tensors[name].type]
         return [(whole, file.blocks(name)), (f"{whole}_type", torch.tensor(int(kind)))]
     value = file.unpack(name).to(dtype)
-    if isinstance(config, MixtralConfig) and block and block[2] in ("attn_q", "attn_k"):
-        value = _half_by_half(value, config.num_attention_heads if block[2] == "attn_q" else config.num_key_value_heads)
+    if isinstance(config, MixtralConfig) and name.endswith((".attn_q.weight", ".attn_k.weight")):
+        heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
+        value = _half_by_half(value, heads)
     return [(whole, value)]
+
+
+def _name_in_model(file: GgufFile, name: str, config: PretrainedConfig) -> str:
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    inner = NAMES.get(block[2]) if block else OUTER.get(name.removesuffix(".weight"))
+    if inner is None:
+        raise ValueError(f"{file.path} must hold tensors of {type(config).__name__} alone, got {name}")
+    return f"model.layers.{block[1]}.{inner}" if block else inner
 
 
 def _half_by_half(rows: Tensor, heads: int) -> Tensor:

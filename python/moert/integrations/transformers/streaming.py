@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -188,6 +189,30 @@ def weights_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Weight
         found[renamed].sources.setdefault(pattern or name, []).append(name)
     model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # what save_pretrained will undo
     return {weight.name: weight for each in found.values() for weight in _dealt_out(each)}
+
+
+def check_shapes(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """An error where tensors of these shapes make no weights of the model's, which is on the meta device.
+
+    Before it is loaded: the loader allocates what is missing or of another shape at the size that the config says.
+    """
+
+    def read(name: str) -> Tensor:
+        return torch.empty(stored[name], device="meta")
+
+    left = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for weight in list(weights_of(model, stored).values()):
+        try:
+            made = weight.made(model, read)
+        except Exception:  # whatever operations of transformers raise: the loader will say it of the tensors
+            made = {}
+        for name, tensor in made.items():
+            if (wanted := left.pop(name, None)) is not None:
+                _check_shape(name, tensor.shape, wanted)
+    missing = sorted(left.keys() - model.all_tied_weights_keys.keys())
+    held = sum(prod(shape) for shape in stored.values())
+    if sum(prod(left[name]) for name in missing) > held:  # else they cost little, and the loader says it
+        raise ValueError(f"checkpoint must hold every weight, got none for {missing[0]} and {len(missing) - 1} more")
 
 
 def _dealt_out(weight: Weight) -> list[Weight]:
