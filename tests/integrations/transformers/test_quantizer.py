@@ -158,21 +158,50 @@ print(peak_bytes() - before, resident_bytes() - before)
 """
 
 
-def test_memory_of_one_packed_layer_beside_the_model(tmp_path):
-    """The float model is there when quantize_ begins; each layer's experts go as their packed ones come."""
-    H, E, layers = 512, 16, 6
+def measured(script, H, E, layers, tmp_path):
+    """What the script prints of a model of these sizes: peak and rest in bytes."""
     sizes = {"hidden_size": H, "moe_intermediate_size": H, "num_experts_per_tok": 2, "vocab_size": 64, "head_dim": 8}
     for name, num_experts, num_layers in (("first", 2, 1), ("model", E, layers)):
         config = Qwen3MoeConfig(num_experts=num_experts, num_hidden_layers=num_layers, **sizes)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", MEASURED, tmp_path]
+    command = [sys.executable, "-c", script, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | settings)
     assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
+
+
+def test_memory_of_one_packed_layer_beside_the_model(tmp_path):
+    """The float model is there when quantize_ begins; each layer's experts go as their packed ones come."""
+    H, E, layers = 512, 16, 6
     layer, packed = 3 * E * H * H * 2, 3 * E * H * H * 4.5 / 8
-    peak, left = map(int, done.stdout.split())
+    peak, left = measured(MEASURED, H, E, layers, tmp_path)
     assert peak < packed + 0.25 * layer  # an expert in float32, twice: 0.25
     assert left < 0.9 * layers * (packed - layer)
+
+
+LOADED = """
+import sys, torch
+from moert.cli.machine import peak_bytes, reset_peak, resident_bytes
+from moert.integrations.transformers import MoertConfig
+from transformers import AutoModelForCausalLM
+for name in ("first", "model"):
+    reset_peak()
+    before, config = resident_bytes(), MoertConfig("int4")
+    model = AutoModelForCausalLM.from_pretrained(
+        f"{sys.argv[1]}/{name}", dtype=torch.bfloat16, quantization_config=config
+    )
+print(peak_bytes() - before, resident_bytes() - before)
+"""
+
+
+def test_memory_of_one_layer_while_it_is_packed_as_it_loads(tmp_path):
+    """The loader collects a layer's experts, which are packed and go; measured 1.31 layers above what is left."""
+    H, E, layers = 512, 16, 6
+    layer, packed = 3 * E * H * H * 2, 3 * E * H * H * 4.5 / 8
+    peak, left = measured(LOADED, H, E, layers, tmp_path)
+    assert peak - left < 1.4 * layer
+    assert left < layers * (layer + 1.1 * packed)  # pages of the file count while it is mapped
 
 
 def test_what_is_refused(tmp_path):
