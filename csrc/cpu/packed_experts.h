@@ -37,6 +37,10 @@ inline char* thread_scratch(int64_t bytes) {
 // Dequantized rows that stay in the level-2 cache while they are multiplied.
 constexpr int64_t kDequantizedValues = 64 << 10;
 
+// Of a tile's columns, so many are dequantized and multiplied at once: whole panels of every instruction set, for
+// gemm() stores whole ones, and what lies behind the last column of a row of the tile is the next row.
+inline int64_t rows_at_once(int64_t fit) { return std::clamp<int64_t>(fit / 32 * 32, 32, kTileColumns); }
+
 // As full_product, for few rows; false where the format has no kernel for them.
 inline bool few_product(const PackedMatrix& w, const TileTask& task, int64_t row, const TileOperand& x, float* c) {
   const int64_t K = w.packing.columns, stride = (K + 15) / 16 * 16 + kFewPadding;
@@ -57,7 +61,7 @@ void full_product(const PackedMatrix& w, const TileTask& task, int64_t row, cons
   if constexpr (sizeof(A) == 4)
     if (task.M <= kFewRows && !batch_invariant && few_product(w, task, row, x, c)) return;
   const int64_t K = w.packing.columns;
-  const int64_t rows = std::clamp<int64_t>(kDequantizedValues / std::max<int64_t>(K, 1) / 4 * 4, 4, task.N + 3);
+  const int64_t rows = rows_at_once(kDequantizedValues / std::max<int64_t>(K, 1));
   // The doubles first: behind an odd number of floats they would not be aligned.
   A* values = reinterpret_cast<A*>(thread_scratch(rows * K * int64_t(sizeof(float) + sizeof(A))));
   float* floats = reinterpret_cast<float*>(values + (sizeof(A) == 8 ? rows * K : 0));
@@ -84,8 +88,7 @@ inline void bf16_product(const PackedMatrix& w, const TileTask& task, int64_t up
   const int64_t stride = (K + kBf16Step - 1) / kBf16Step * kBf16Step + kBf16Step;
   // Where x does not fit at once, it is laid out again for every product: then of all weights of the tile.
   const bool fits = task.M * K <= kTileRows * kPairK;
-  const int64_t near = std::clamp<int64_t>(kBf16Values / halves / stride / 32 * 32, 32, kTileColumns);
-  const int64_t rows = fits ? near : kTileColumns / halves;
+  const int64_t rows = fits ? rows_at_once(kBf16Values / halves / stride) : kTileColumns / halves;
   bf16* values = reinterpret_cast<bf16*>(
       thread_scratch(halves * rows * stride * int64_t(sizeof(bf16)) + K * int64_t(sizeof(float))));
   bf16* second = values + rows * stride;
