@@ -64,7 +64,7 @@ class RightBlock {
       pack_steps(b_, n, k_, std::min(kSumsEdge, N_ - n), K_, memory_);
       return {memory_};
     }
-    const Pair* ready = ready_panel(b_, n, k_, K_, memory_);
+    const Pair* ready = lying_pairs(b_, n, k_);
     if (K_ % kStepK == 0) return {ready};
     std::copy_n(ready, pairs() * kSumsEdge, memory_);
     std::fill(memory_ + pairs() * kSumsEdge, memory_ + all_pairs() * kSumsEdge, Pair(0));

@@ -22,12 +22,12 @@ constexpr int kPanel = 2 * kLanes<E>;
 template <typename E>
 constexpr int64_t kPanelK = kDepth<E> * kTileK;
 
-constexpr int64_t kAhead = 32;  // steps along K, 4 KB of AVX-512 panels
+constexpr int64_t kStepsAhead = 32;  // along K, 4 KB of AVX-512 panels of float32
 
-// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel].  Fetched meanwhile: what
-// `next` says, or if that is nothing and b streams from memory what follows there.
-template <typename E, int M, bool kARows>
-void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate, bool streams, Ahead& next) {
+// c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel], widened as it is read where T
+// is not E.  Fetched meanwhile: what `next` says, or if that is nothing and b streams from memory what follows there.
+template <typename E, typename T, int M, bool kARows>
+void micro_kernel(int64_t K, const E* a, const T* b, Acc<E>* c, bool accumulate, bool streams, Ahead& next) {
   Ahead ahead = next;  // in registers
   const bool spread = ahead.at_once > 0;
   using A = Acc<E>;
@@ -42,8 +42,8 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate,
     if (spread) {
       ahead.fetch();
     } else if (streams) {
-      __builtin_prefetch(b + (k + kAhead) * kPanel<E>, 0, 2);
-      __builtin_prefetch(b + (k + kAhead) * kPanel<E> + kLanes<E>, 0, 2);
+      __builtin_prefetch(b + (k + kStepsAhead) * kPanel<E>, 0, 2);
+      if constexpr (sizeof(T) == sizeof(E)) __builtin_prefetch(b + (k + kStepsAhead) * kPanel<E> + kLanes<E>, 0, 2);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -60,12 +60,12 @@ void micro_kernel(int64_t K, const E* a, const E* b, Acc<E>* c, bool accumulate,
   next = ahead;
 }
 
-template <typename E>
-using MicroKernel = void (*)(int64_t, const E*, const E*, Acc<E>*, bool, bool, Ahead&);
+template <typename E, typename T>
+using MicroKernel = void (*)(int64_t, const E*, const T*, Acc<E>*, bool, bool, Ahead&);
 
-template <typename E, bool kARows, int... M>
-MicroKernel<E> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
-  static constexpr MicroKernel<E> table[] = {micro_kernel<E, M + 1, kARows>...};
+template <typename E, typename T, bool kARows, int... M>
+MicroKernel<E, T> micro_kernel_of(int64_t m, std::integer_sequence<int, M...>) {
+  static constexpr MicroKernel<E, T> table[] = {micro_kernel<E, T, M + 1, kARows>...};
   return table[m - 1];
 }
 
@@ -135,22 +135,15 @@ void pack_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t N, int
   });
 }
 
-// The panel of N = kPanel columns of weights that lie in panels: where it lies, or widened.
-template <typename E>
-const E* ready_panel(const TileOperand& operand, int64_t n, int64_t k, int64_t K, E* panel) {
-  const int64_t first = n * operand.matrix.row_stride + k * kPanel<E>;
-  const E* found = nullptr;
-  with_dtype(operand.matrix.dtype, [&](auto x) {
-    using T = decltype(x);
-    const T* lying = static_cast<const T*>(operand.matrix.data) + first;
-    if constexpr (std::is_same_v<E, Pair> || std::is_same_v<E, T>) {
-      found = reinterpret_cast<const E*>(lying);
-    } else if constexpr (std::is_same_v<Acc<T>, E>) {
-      for (int64_t i = 0; i < K * kPanel<E>; i += kLanes<E>) store(panel + i, load(lying + i));
-      found = panel;
-    }
-  });
-  return found;
+// Where the panel of columns from n on lies, of weights that lie in panels of T.
+template <typename E, typename T>
+const T* lying_panel(const TileOperand& operand, int64_t n, int64_t k) {
+  return static_cast<const T*>(operand.matrix.data) + n * operand.matrix.row_stride + k * kPanel<E>;
+}
+
+// Pairs of bfloat16, [K / 2, kPanel].
+const Pair* lying_pairs(const TileOperand& operand, int64_t n, int64_t k) {
+  return reinterpret_cast<const Pair*>(lying_panel<Pair, bf16>(operand, n, k));
 }
 
 // The block of A from k on, rows `pitch` apart: [M, K], or [K, M].
@@ -210,23 +203,40 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
   const StoreTile* finish = k + K >= t.K && c == t.c ? t.finish : nullptr;
   constexpr auto rows = std::make_integer_sequence<int, kRows>{};
   const int64_t depth = (K + kDepth<E> - 1) / kDepth<E>;
+  // Slabs of equal height: a last one of two rows would wait for its sums, not for the multipliers.
+  const int64_t slabs = (t.M + kRows - 1) / kRows;
   for (int64_t n = 0; n < t.N; n += kPanel<E>) {
     const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>;
-    const E* columns = panel;
-    if (b.panels)
-      columns = ready_panel(b, n, k, K, panel);  // as it lies, or widened
-    else
+    const auto multiply = [&](const auto* columns, bool streams) {
+      using T = std::remove_cv_t<std::remove_pointer_t<decltype(columns)>>;
+      // One slab streams its panel where it lies; what several multiply again leaves time for the next.
+      Ahead ahead = streams && slabs == 1 ? Ahead{} : next_panel<E>(t, b, n, k, slabs * depth);
+      for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
+        M = (t.M - m + slabs - i - 1) / (slabs - i);
+        micro_kernel_of<E, T, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns,
+                                               c + m * kTileColumns + n, accumulate, streams, ahead);
+        if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
+      }
+    };
+    if (!b.panels) {
       pack_panel(b, n, k, N, K, panel);
-    // Slabs of equal height: a last one of two rows would wait for its sums, not for the multipliers.
-    const int64_t slabs = (t.M + kRows - 1) / kRows;
-    // One slab streams its panel; what several multiply again leaves time for the next.
-    Ahead ahead = b.panels && slabs == 1 ? Ahead{} : next_panel<E>(t, b, n, k, slabs * depth);
-    for (int64_t i = 0, m = 0, M; i < slabs; ++i, m += M) {
-      M = (t.M - m + slabs - i - 1) / (slabs - i);
-      micro_kernel_of<E, kARows>(M, rows)(depth, block + (kARows ? m : m * kPitchMK), columns, c + m * kTileColumns + n,
-                                          accumulate, columns != panel, ahead);
-      if (finish) finish_part<Acc<E>>(*finish, m, n, M, N);
+      multiply(panel, false);
+      continue;
     }
+    if constexpr (std::is_same_v<E, Pair>) {
+      multiply(lying_pairs(b, n, k), true);
+      continue;
+    }
+    with_dtype(b.matrix.dtype, [&](auto x) {
+      using T = decltype(x);
+      if constexpr (std::is_same_v<Acc<T>, E>) {
+        const T* lying = lying_panel<E, T>(b, n, k);
+        if constexpr (std::is_same_v<T, E> || !kARows)
+          if (std::is_same_v<T, E> || slabs == 1) return multiply(lying, true);
+        for (int64_t i = 0; i < K * kPanel<E>; i += kLanes<E>) store(panel + i, load(lying + i));
+        multiply(panel, false);
+      }
+    });
   }
 }
 

@@ -7,15 +7,24 @@
 namespace moert::cpu {
 namespace {
 
+// From how many rows on packing panels costs less than to read all rows of x from the L2 cache for every block of
+// weight rows, which are half as many on AVX2.
+#if defined(__AVX512F__)
+constexpr int64_t kMostDotRows = kDotRows;
+#else
+constexpr int64_t kMostDotRows = 40;
+#endif
+static_assert(kMostDotRows <= kDotRows);
+
 bool is_dots(const GemmTile& t) {
   const bool along_k = !t.a.k_rows && !t.b.k_rows && !t.b.panels && t.b.matrix.col_stride == 1;
-  return along_k && (t.M <= kDotRows || t.batch_invariant);
+  return along_k && (t.M <= kMostDotRows || t.batch_invariant);
 }
 
-// gemm_dots in equal parts of at most kDotRows rows.
+// gemm_dots in equal parts of at most kMostDotRows rows.
 template <typename E, typename T>
 void gemm_dots_in_parts(const GemmTile& t) {
-  const int64_t parts = t.M > kDotRows ? (t.M + kDotRows - 1) / kDotRows : 1;
+  const int64_t parts = t.M > kMostDotRows ? (t.M + kMostDotRows - 1) / kMostDotRows : 1;
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t m = t.M * i / parts;
     GemmTile part = t;

@@ -53,6 +53,17 @@ struct DotBlock {
   RowLayout layout;
 };
 
+// Up to two rows of x are multiplied by one weight row after the other, where four beside one another are read more
+// slowly: with AVX2 they were (Zen 3), by a fifth.
+template <int M>
+constexpr bool kInOrder = kVectorBytes == 32 && M <= 2;
+
+// Bytes to what is prefetched while R weight rows are read: those that follow, or of so many rows the same columns.
+template <int R>
+MOERT_INLINE int64_t bytes_ahead(const DotBlock& b) {
+  return R == 1 ? kAheadBytes / 2 : b.ahead;
+}
+
 // c[m, r], m < M, at most `rows` of the latter, from lanes that were scaled so far.
 template <typename V>
 void store_block(const DotBlock& b, const DotRow* x, int64_t M, const V (*sums)[kBlock], Scales scaled, float* c) {

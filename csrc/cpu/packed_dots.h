@@ -12,7 +12,8 @@ template <typename Code, Scales kScales, int M>
 struct Dots {
   using Sum = std::conditional_t<kScales == Scales::none, int32_t, float>;
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
-  Vec<Sum> sums[M][kBlock];
+  static constexpr int R = P == 1 && kInOrder<M> ? 1 : kBlock;  // weight rows at a time
+  Vec<Sum> sums[M][kBlock], part[M][R];
 
   // Group of the first lane of step s.
   MOERT_INLINE static int64_t first_group(int64_t s, int shift) { return s * kStepColumns<Code> >> shift; }
@@ -57,13 +58,13 @@ struct Dots {
   MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int code_shift, int m, int r) {
     if constexpr (kScales == Scales::none) {
       ByteDots<Code::kMaxCode> dots;
-      dots.sums = sums[m][r];
+      dots.sums = part[m][r];
 #pragma GCC unroll 5
       for (int p = 0; p < P; ++p) dots.add(w.planes[p], load_vector<VecS>(x + p * V), p);
-      sums[m][r] = dots.total(P);
+      part[m][r] = dots.total(P);
     } else {
       const VecI sum = integers(w, x, code_shift);
-      sums[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
+      part[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
     }
   }
 
@@ -73,22 +74,22 @@ struct Dots {
   }
 
   template <bool kLast>
-  MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, const VecI& lanes,
-                         const VecI& x_lanes) {
+  MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, int first,
+                         const VecI& lanes, const VecI& x_lanes) {
     const int64_t at = s * b.layout.step_bytes;
     if constexpr (P == 1) {  // int8 with one scale a row; the weights of the block stay in registers
       static_assert(kScales == Scales::none);
-      Weights w[kBlock];
+      Weights w[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlock; ++r) w[r] = unpack<kLast>(b, bytes[r], r, s, lanes);
+      for (int r = 0; r < R; ++r) w[r] = unpack<kLast>(b, bytes[r], first + r, s, lanes);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlock; ++r) multiply(w[r], x[m].data + at, VecF{}, b.code_shift, m, r);
+        for (int r = 0; r < R; ++r) multiply(w[r], x[m].data + at, VecF{}, b.code_shift, m, r);
     } else {
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlock; ++r) {
-        const Weights w = unpack<kLast>(b, bytes[r], r, s, lanes);
+      for (int r = 0; r < R; ++r) {
+        const Weights w = unpack<kLast>(b, bytes[r], first + r, s, lanes);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m)
           multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), b.code_shift, m, r);
@@ -97,27 +98,34 @@ struct Dots {
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
+    for (int first = 0; first < kBlock; first += R) run(b, x, first);
+  }
+
+  // The weight rows [first, first + R).
+  MOERT_INLINE void run(const DotBlock& b, const DotRow* x, int first) {
     const VecI lanes = group_of_lane<Code>(b.shift), x_lanes = group_of_lane<Code>(kGroupShift);
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < kBlock; ++r) {
+      for (int r = 0; r < R; ++r) {
         if constexpr (kScales == Scales::none)
-          sums[m][r] = load_vector<VecI>(x[m].data + b.layout.whole);
+          part[m][r] = load_vector<VecI>(x[m].data + b.layout.whole);
         else
-          sums[m][r] = VecF{};
+          part[m][r] = VecF{};
       }
-    const uint8_t* bytes[kBlock];
-    for (int r = 0; r < kBlock; ++r) bytes[r] = b.codes[r];
+    const uint8_t* bytes[R];
+    for (int r = 0; r < R; ++r) bytes[r] = b.codes[first + r];
     const int64_t whole = b.layout.steps - (b.last ? 1 : 0);
     for (int64_t s = 0; s < whole; ++s) {
-      step<false>(b, bytes, x, s, lanes, x_lanes);
+      step<false>(b, bytes, x, s, first, lanes, x_lanes);
 #pragma GCC unroll 4
-      for (int r = 0; r < kBlock; ++r) {
-        if constexpr (!Code::kUnpacked) __builtin_prefetch(bytes[r] + b.ahead, 0, 2);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (!Code::kUnpacked) __builtin_prefetch(bytes[r] + bytes_ahead<R>(b), 0, 2);
         bytes[r] += V;
       }
     }
     if constexpr (V > 16 && !Code::kUnpacked)  // rows are whole blocks of 16 bytes
-      if (b.last) step<true>(b, bytes, x, whole, lanes, x_lanes);
+      if (b.last) step<true>(b, bytes, x, whole, first, lanes, x_lanes);
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) sums[m][first + r] = part[m][r];
   }
 };
 

@@ -16,7 +16,7 @@ struct GroupDots {
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int64_t kColumns = kBlockSteps * kStepColumns<Code>;
   // Weight rows at a time, whose sums stay in registers: AVX-512 has 32 of these.
-  static constexpr int R = kVectorBytes == 64 && M <= kBlockM ? kBlock : 2;
+  static constexpr int R = kInOrder<M> ? 1 : kVectorBytes == 64 && M <= kBlockM ? kBlock : 2;
   VecF sums[M][kBlock];
 
   // The words of a block of a weight row, of which `left` bytes are the row's.
@@ -81,14 +81,14 @@ struct GroupDots {
       for (int r = 0; r < R; ++r) {
         multiply<false>(b, bytes[r], x, s, first + r, lanes, part, r);
 #pragma GCC unroll kUnrolled
-        for (int64_t i = 0; i < kBlockSteps * V; i += 64) __builtin_prefetch(bytes[r] + b.ahead + i, 0, 2);
+        for (int64_t i = 0; i < kBlockSteps * V; i += 64) __builtin_prefetch(bytes[r] + bytes_ahead<R>(b) + i, 0, 2);
         bytes[r] += kBlockSteps * V;
       }
     if (b.last)
 #pragma GCC unroll kUnrolled
       for (int r = 0; r < R; ++r) {
         multiply<true>(b, bytes[r], x, whole, first + r, lanes, part, r);
-        for (int64_t i = 0; i < b.last; i += 64) __builtin_prefetch(bytes[r] + b.ahead + i, 0, 2);
+        for (int64_t i = 0; i < b.last; i += 64) __builtin_prefetch(bytes[r] + bytes_ahead<R>(b) + i, 0, 2);
       }
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) sums[m][first + r] = part[m][r];
