@@ -14,6 +14,7 @@ from moert import (
     union_experts,
     unpermute,
 )
+from moert.ops.fused_experts import fused_experts_ref
 from moert.testing import Shape
 
 SHAPE = Shape("several tiles, uneven experts, dropped choices", 150, 8, 2, 136, 72, "zipf")
@@ -115,3 +116,24 @@ def test_a_hundred_repeats_for_any_number_of_threads(operator, dtype):
                 assert all(map(torch.equal, run(), first)), f"{threads} threads"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_and_streamed_gradients(dtype):
+    """Rows of which the combine takes several slices of columns, and gradients that are written past the caches."""
+    shape = Shape("64 MB of rows, 16 MB or more of every gradient", 2048, 64, 4, 2048, 64)
+    x, w1, w2 = leaf(shape.T, 2048, dtype=dtype), leaf(64, 128, 2048, dtype=dtype), leaf(64, 2048, 64, dtype=dtype)
+    routing, before, results = shape.routing(), torch.get_num_threads(), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        try:
+            results.append(gradients(fused_experts(x, routing, w1 / 45, w2 / 8), x, w1, w2))
+        finally:
+            torch.set_num_threads(before)
+        assert all(map(torch.equal, results[-1], results[0])), f"{threads} threads"
+    exact = [a.detach().double().requires_grad_() for a in (x, w1, w2)]
+    wide = gradients(fused_experts_ref(exact[0], routing, exact[1] / 45, exact[2] / 8), *exact)
+    # Sums of 2048 products, whose roundings add up by chance.  bfloat16: of weights, of what lies between, of the result.
+    for got, expected in zip(results[0], wide, strict=True):
+        error = (got.detach().double() - expected).norm() / expected.norm()
+        assert error < (2048**0.5 * 2**-24 if dtype == torch.float32 else 2**-7)

@@ -82,11 +82,19 @@ struct Backward {
     });
   }
 
-  // <a row, b> where a is a row of x or dy of any dtype, widened into `row`.
-  A dot_with(const Rows& a, int64_t t, const A* b, A* row) const {
-    A sum;
-    kernels.widen({at(a.data, a.dtype, t * a.stride), a.dtype, 0, 1, nullptr}, 1, w.H, row, 0);
-    kernels.dot(row, b, w.H, sizeof(A) == 8, &sum);
+  // <row t of a, b>, as many columns at a time as the thread has memory for.
+  A dot_with(const Rows& a, int64_t t, TileMatrix b) const {
+    const TileMemory<A> memory = tile_memory<A>();
+    A sum = 0;
+    for (int64_t n = 0; n < w.H; n += kTileColumns) {
+      const int64_t N = std::min(kTileColumns, w.H - n);
+      kernels.widen({at(a.data, a.dtype, t * a.stride + n), a.dtype, 0, 1, nullptr}, 1, N, memory.row0, 0);
+      kernels.widen(b, 1, N, memory.row1, 0);
+      A part;
+      kernels.dot(memory.row0, memory.row1, N, sizeof(A) == 8, &part);
+      sum += part;
+      b.data = at(b.data, b.dtype, N);
+    }
     return sum;
   }
 
@@ -98,10 +106,8 @@ struct Backward {
       A sum = 0;
       for (int64_t tile = 0; slot >= 0 && tile < tiles; ++tile) sum += sums[tile * slots + slot];
       if (slot >= 0 && w.down_bias.data) {
-        const Memory<A> row = allocate<A>(2 * w.H);
         const char* bias = at(w.down_bias.data, w.down_bias.dtype, tokens.ids[i] * w.down_bias.expert_stride);
-        kernels.widen({bias, w.down_bias.dtype, 0, 1, nullptr}, 1, w.H, row.get() + w.H, 0);
-        sum += dot_with(dy, i / tokens.k, row.get() + w.H, row.get());
+        sum += dot_with(dy, i / tokens.k, {bias, w.down_bias.dtype, 0, 1, nullptr});
       }
       dweights[i] = sum;
     });
@@ -111,9 +117,8 @@ struct Backward {
   void input_weight_gradient(Team& team, const A* rows) const {
     A* dweights = static_cast<A*>(gradients.dweights);
     for_choices(team, [&](int64_t slot, int64_t i) {
-      if (slot < 0) return void(dweights[i] = 0);
-      const Memory<A> row = allocate<A>(w.H);
-      dweights[i] = dot_with(tokens.x, i / tokens.k, rows + slot * w.H, row.get());
+      const TileMatrix row{rows + std::max<int64_t>(slot, 0) * w.H, DTypeOf<A>::value, 0, 1, nullptr};
+      dweights[i] = slot < 0 ? 0 : dot_with(tokens.x, i / tokens.k, row);
     });
   }
 

@@ -2,6 +2,8 @@
 // the weights were packed before.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/gemm_amx.h"
 
 namespace moert::cpu {
@@ -66,7 +68,7 @@ class RightBlock {
     }
     const Pair* ready = lying_pairs(b_, n, k_);
     if (K_ % kStepK == 0) return {ready};
-    std::copy_n(ready, pairs() * kSumsEdge, memory_);
+    std::memcpy(memory_, ready, size_t(pairs() * kSumsEdge) * sizeof(Pair));
     std::fill(memory_ + pairs() * kSumsEdge, memory_ + all_pairs() * kSumsEdge, Pair(0));
     return {memory_};
   }

@@ -54,11 +54,12 @@ struct DotBlock {
 };
 
 // Up to two rows of x are multiplied by one weight row after the other, where four beside one another are read more
-// slowly: with AVX2 they were (Zen 3), by a fifth.
+// slowly: with vectors of AVX2 by a fifth (measured on a Zen 3 alone).
 template <int M>
 constexpr bool kInOrder = kVectorBytes == 32 && M <= 2;
 
-// Bytes to what is prefetched while R weight rows are read: those that follow, or of so many rows the same columns.
+// Bytes to what is prefetched: one row after the other is a stream, and of several rows at a time the same columns of
+// later blocks come next.
 template <int R>
 MOERT_INLINE int64_t bytes_ahead(const DotBlock& b) {
   return R == 1 ? kAheadBytes / 2 : b.ahead;

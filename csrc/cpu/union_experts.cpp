@@ -20,16 +20,23 @@ struct Problem {
   std::vector<int32_t> ids;  // those in [0, E)
   DType between;
   Memory<char> act;  // [T, n * I] of between, gains included
+  Memory<A> gains;   // [T, n], where b2 is multiplied by them
 
   int64_t width() const { return int64_t(ids.size()) * w.I; }
 };
 
 template <typename A>
 Problem<A> problem_of(const UnionRows& tokens, const ExpertWeights& w) {
-  Problem<A> p{tokens, w, {}, between_gemms(tokens.x.dtype), nullptr};
+  Problem<A> p{tokens, w, {}, between_gemms(tokens.x.dtype), nullptr, nullptr};
   std::copy_if(tokens.ids, tokens.ids + tokens.n, std::back_inserter(p.ids),
                [&](int32_t e) { return 0 <= e && e < w.E; });
   p.act = allocate<char>(tokens.T * p.width() * size_of(p.between));
+  if (!w.down_bias.data) return p;
+  const int64_t n = int64_t(p.ids.size());
+  const A* gains = static_cast<const A*>(tokens.gains);
+  p.gains = allocate<A>(tokens.T * n);
+  for (int64_t t = 0; t < tokens.T; ++t)
+    for (int64_t i = 0; i < n; ++i) p.gains[t * n + i] = gains[t * w.E + p.ids[i]];
   return p;
 }
 
@@ -95,35 +102,36 @@ void down_product(const Problem<A>& p, const Tile& tile, const TileMemory<A>& me
 // memory.c0 += gains . b2 of the listed experts.
 template <typename A>
 void add_down_bias(const Problem<A>& p, const Tile& tile, const TileMemory<A>& memory) {
-  const ExpertWeights& w = p.w;
   const int64_t n = int64_t(p.ids.size());
-  const A* gains = static_cast<const A*>(p.tokens.gains) + tile.row * w.E;
-  std::vector<A> listed(tile.M * n);
-  for (int64_t m = 0; m < tile.M; ++m)
-    for (int64_t i = 0; i < n; ++i) listed[m * n + i] = gains[m * w.E + p.ids[i]];
-  const TileMatrix a{listed.data(), DTypeOf<A>::value, n, 1, nullptr};
-  const ExpertVector& bias = w.down_bias;
+  const TileMatrix a{p.gains.get() + tile.row * n, DTypeOf<A>::value, n, 1, nullptr};
+  const ExpertVector& bias = p.w.down_bias;
   const TileMatrix b{at(bias.data, bias.dtype, tile.n), bias.dtype, bias.expert_stride, 1, p.ids.data()};
   gemm_kernels().gemm({tile.M, tile.N, n, {a, false}, {b, true}, memory.c0, memory.scratch, true});
+}
+
+// A tile of y.
+template <typename A>
+void second_tile(const Problem<A>& p, const Tile& tile, void* y) {
+  const TileMemory<A> memory = tile_memory<A>();
+  if (p.ids.empty())
+    for (int64_t m = 0; m < tile.M; ++m) std::fill_n(memory.c0 + m * kTileColumns, tile.N, A(0));
+  else
+    down_product(p, tile, memory);
+  if (p.gains && !p.ids.empty()) add_down_bias(p, tile, memory);
+  const DType dtype = p.tokens.x.dtype;
+  void* out = const_cast<char*>(at(y, dtype, tile.row * p.w.H + tile.n));
+  gemm_kernels().store({tile.M, tile.N, memory.c0, nullptr, nullptr, ScaleOn::output, out, dtype, p.w.H, 1});
 }
 
 template <typename A>
 void forward(const UnionRows& tokens, const ExpertWeights& w, int64_t threads, void* y) {
   const Problem<A> p = problem_of<A>(tokens, w);
   const auto first = tiles(tokens.T, w.I, std::min(kTileColumns, w.I)), second = tiles(tokens.T, w.H, kColumns);
-  const int64_t per_expert = int64_t(first.size());
-  parallel_for(int64_t(p.ids.size()) * per_expert, threads,
-               [&](int64_t task) { first_tile(p, task / per_expert, first[task % per_expert]); });
-  parallel_for(int64_t(second.size()), threads, [&](int64_t task) {
-    const Tile& tile = second[task];
-    const TileMemory<A> memory = tile_memory<A>();
-    if (p.ids.empty())
-      for (int64_t m = 0; m < tile.M; ++m) std::fill_n(memory.c0 + m * kTileColumns, tile.N, A(0));
-    else
-      down_product(p, tile, memory);
-    if (w.down_bias.data && !p.ids.empty()) add_down_bias(p, tile, memory);
-    void* out = const_cast<char*>(at(y, tokens.x.dtype, tile.row * w.H + tile.n));
-    gemm_kernels().store({tile.M, tile.N, memory.c0, nullptr, nullptr, ScaleOn::output, out, tokens.x.dtype, w.H, 1});
+  const int64_t per_expert = int64_t(first.size()), firsts = int64_t(p.ids.size()) * per_expert,
+                seconds = int64_t(second.size());
+  parallel_region(std::min(threads, std::max(firsts, seconds)), [&](Team& team) {
+    team.for_each(firsts, [&](int64_t task) { first_tile(p, task / per_expert, first[task % per_expert]); });
+    team.for_each(seconds, [&](int64_t task) { second_tile(p, second[task], y); });
   });
 }
 

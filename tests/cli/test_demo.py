@@ -83,7 +83,7 @@ def test_second_run_uses_the_checkpoint_and_retrain_does_not(first, tmp_path):
     assert [name for name in rows if "training" in rows[name]] == [*PROVIDERS]
     assert set(rows) == {*PROVIDERS, "moert int4"} and report["generation"]["dtype"] == "bfloat16"
     assert math.log(rows["moert"]["perplexity"]) == pytest.approx(first[2]["training"]["heldout_loss"], rel=2e-3)
-    assert rows["moert int4"]["perplexity"] < 1.02 * rows["moert"]["perplexity"]
+    assert 0.9 * rows["moert"]["perplexity"] < rows["moert int4"]["perplexity"] < 1.02 * rows["moert"]["perplexity"]
     assert "perplexity on 32,640 held-out bytes, bfloat16" in done.stdout
     assert report["training"] == first[2]["training"] and report["generation"]["request"]["prompt"] == "import "
     done = moert_run(out, "--retrain", "--steps", "2")

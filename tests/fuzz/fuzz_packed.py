@@ -9,6 +9,7 @@ than was promised is a finding, and its bytes are left in crash-*.  Run it over 
 (`make test-asan` makes one) to see reads outside of an array too.
 """
 
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import FunctionType
 import atheris
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moert import Routing, fused_experts_quantized
 from moert.cli import checkpoint
@@ -25,6 +27,8 @@ from moert.quant import BitNested, Fp8, Int4, Int4Asymmetric, Int8, Mxfp4, SubOn
 from moert.quant.format import PackedTensor
 from moert.quant.quantize import PRECISIONS
 from moert.quant.readers import layout_of
+from moert.quant.readers.ggml import Ggml
+from moert.quant.readers.gguf_file import gguf_experts
 from moert.quant.sub1 import SubOneBitTensor
 
 FORMATS = [Int8(), Int8(32), Int4(32), Int4(128), Int4Asymmetric(64), Mxfp4(), Ternary2(), Ternary5(), Ternary5(32)]
@@ -36,9 +40,21 @@ CONFIGS = [
     {"quant_method": "fp8", "weight_block_size": [128, 128]},
     {"quant_method": "mxfp4"},
 ]
+CONFIGS += [
+    {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"a": {"weights": weights}}}
+    for kind, weights in (
+        ("pack-quantized", {"num_bits": 4, "group_size": 32}),
+        ("pack-quantized", {"num_bits": 4, "group_size": 32, "symmetric": False, "actorder": "group"}),
+        ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+        ("int-quantized", {"num_bits": 8, "strategy": "tensor", "symmetric": False}),
+    )
+]
+GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0", "Q4_K", "Q5_K", "Q6_K")
 DTYPES = [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.int8]
 PART_DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int32, "blocks": torch.uint8}
 PART_DTYPES |= {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}
+PART_DTYPES |= {"weight_packed": torch.int32, "weight_shape": torch.int64, "weight_zero_point": torch.int8}
+PART_DTYPES |= {"weight_g_idx": torch.int32}
 ERRORS = (ValueError, TypeError, RuntimeError, CommandError)
 MOST = 40  # of a size: small problems meet every edge, and many fit into a second
 LENGTH = 4096  # of an input: what is missing is read as zeros, and the shortest input of a kind is an empty tensor
@@ -105,11 +121,13 @@ def sub1(source: Source, matrices: int, rows: int, columns: int) -> SubOneBitTen
 def unpack_sub1(source: Source) -> None:
     packed = sub1(source, source.ConsumeIntInRange(0, 3), source.size(), source.size())
     assert SubOneBit().unpack(packed).shape == packed.shape
+    SubOneBit().check_values(packed)
 
 
 @atheris.instrument_func
 def multiply(source: Source) -> None:
-    E, H, I, T = 2, 1 + source.size(), 1 + source.size(), source.ConsumeIntInRange(0, 6)
+    E, H, I = 2, 1 + source.size(), 1 + source.size()
+    T = source.ConsumeIntInRange(0, 6) if source.ConsumeBool() else MOST  # panels and tile registers take many rows
     w1, w2 = (
         sub1(source, *shape)
         if (fmt := source.pick([SubOneBit(), *FORMATS])) == SubOneBit()
@@ -125,14 +143,49 @@ def multiply(source: Source) -> None:
 @atheris.instrument_func
 def read(source: Source) -> None:
     """A matrix of another library's checkpoint."""
-    layout = layout_of(source.pick(CONFIGS))
+    config = source.pick(CONFIGS)
+    layout = layout_of(config)
+    dtypes = PART_DTYPES | ({"weight": torch.int8} if config["quant_method"] == "compressed-tensors" else {})
     parts = {}
     for name in layout.names:
         if source.ConsumeProbability() < 0.95:
             shape = (8 * source.ConsumeIntInRange(0, 8) for _ in range(source.pick([1, 2, 2, 3])))
-            parts[name] = source.near(torch.empty(*shape, dtype=PART_DTYPES.get(name, torch.float16)))
+            parts[name] = source.near(torch.empty(*shape, dtype=dtypes.get(name, torch.float16)))
     found = layout.read(parts, Int8(128)).packed
     assert found.format.unpack(found).shape == found.shape
+
+
+@atheris.instrument_func
+def read_blocks(source: Source) -> None:
+    """Blocks of ggml's types, of the right size or another."""
+    kind = source.pick(list(GGML))
+    columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rows, blocks = source.ConsumeIntInRange(0, 4), source.ConsumeIntInRange(0, MOST * 4 // columns + 2)
+    stored = source.near(torch.empty(rows, blocks * size, dtype=torch.uint8))
+    found = Ggml(kind).read({"blocks": stored}, source.pick([Int8(128), Int4(32)])).packed
+    assert found.format.unpack(found).shape == found.shape
+
+
+@atheris.instrument_func
+def read_gguf(source: Source) -> None:
+    """A file with one value and one tensor, then bytes of it changed, and its end cut off."""
+    kind = GGMLQuantizationType[source.pick(list(GGML))]
+    columns, size = GGML_QUANT_SIZES[kind]
+    blocks, rows = source.ConsumeIntInRange(0, 2), source.ConsumeIntInRange(0, 3)
+    name = b"blk.0.ffn_up_exps.weight"
+    file = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q", 17) + b"general.alignment"
+    file += struct.pack("<II", source.ConsumeIntInRange(0, 13), 32)
+    file += struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, blocks * columns, rows, int(kind), 0)
+    file = bytearray(
+        file + bytes(-len(file) % 32) + source.ConsumeBytes(blocks * rows * size).ljust(blocks * rows * size)
+    )
+    for _ in range(source.ConsumeIntInRange(0, 4)):
+        file[source.ConsumeIntInRange(0, len(file) - 1)] = source.ConsumeIntInRange(0, 255)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.gguf")
+        path.write_bytes(file[: len(file) - (source.ConsumeIntInRange(0, 40) if source.ConsumeBool() else 0)])
+        for _, found in gguf_experts(path):
+            assert found.packed.format.unpack(found.packed).shape == found.packed.shape
 
 
 @atheris.instrument_func
@@ -147,7 +200,7 @@ def read_header(source: Source) -> None:
         checkpoint.check_files(directory)
 
 
-TARGETS = [unpack, unpack_sub1, multiply, read, read_header]
+TARGETS = [unpack, unpack_sub1, multiply, read, read_blocks, read_gguf, read_header]
 
 
 @atheris.instrument_func

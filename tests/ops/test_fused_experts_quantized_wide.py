@@ -54,8 +54,10 @@ def test_int8_rows(fmt):
 
 def test_fp8_rows():
     args, run = case(WIDE[1], Fp8(), bias=True)
-    y, exact = (run(f, *args, "fp8_group128") for f in (fused_experts_quantized, fused_experts_quantized_ref))
-    assert row_error(y, exact) < 0.05
+    y = run(fused_experts_quantized, *args, "fp8_group128")
+    exact = run(fused_experts_quantized_ref, *(a.double() for a in args), "fp8_group128")
+    rows = sorted(row_error(y[t : t + 1], exact[t : t + 1]) for t in range(len(y)))
+    assert rows[len(rows) // 2] < 1e-5 and rows[-1] < 0.05  # a value between two codes may become either
 
 
 @pytest.mark.parametrize("fmt", [Int8(32), Int4(), Fp8(), SubOneBit()], ids=str)

@@ -14,6 +14,7 @@ SHAPES = (
     Shape("every expert listed: dense", 6, 5, 5, 24, 16),
     Shape("nothing is a multiple of the vector or the tile", 7, 60, 9, 33, 19),
     Shape("several tiles of each size", 140, 6, 4, 136, 300),
+    Shape("nothing between the products", 9, 5, 3, 33, 0),
 )
 ODD, LARGE = SHAPES[4], SHAPES[5]
 

@@ -91,6 +91,7 @@ def test_empty_and_plain_shapes(shape):
     w = torch.randn(shape)
     packed = SubOneBit().pack(w)
     assert packed.shape == w.shape and SubOneBit().unpack(packed).shape == w.shape
+    SubOneBit().check_values(packed)
 
 
 def test_what_is_refused():

@@ -86,7 +86,7 @@ def _check_shapes(directory: Path, empty, config) -> None:
 
     Before anything of the config's sizes is allocated.
     """
-    from moert.cli.tensor_files import TensorFiles
+    from moert.cli.tensor_files import header
     from moert.integrations.transformers.quantizer import MoertConfig, MoertQuantizer
     from moert.integrations.transformers.streaming import check_shapes
 
@@ -97,7 +97,8 @@ def _check_shapes(directory: Path, empty, config) -> None:
         if packed:
             options = packed if isinstance(packed, MoertConfig) else MoertConfig.from_dict(packed)
             MoertQuantizer(options, pre_quantized=True).preprocess_model(empty)
-        check_shapes(empty, {name: stored.shape for name, stored in TensorFiles(directory).stored.items()})
+        headers = (header(path) for file in weight_files(directory) if (path := directory / file))
+        check_shapes(empty, {name: stored.shape for found in headers for name, (stored, _) in found.items()})
     except (ValueError, TypeError, RuntimeError) as error:
         raise CommandError(first_line(error)) from error
 

@@ -129,7 +129,8 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
 
     write_atomically(model_dir, save)
     done = len(record.losses)
-    cut = "" if done == settings.steps else f" (the time allowed, {settings.seconds:.0f} s, ended it at step {done})"
+    cut = f" (the time allowed, {settings.seconds:.0f} s, ended it at step {done}; beside other programs try --threads 1)"
+    cut = "" if done == settings.steps else cut
     console.print(
         f"Trained {record.parameters / 1e6:.1f} M parameters ({record.active_parameters / 1e6:.1f} M active per token) "
         f"on {done * settings.batch * settings.sequence:,} bytes in {record.seconds:.0f} s{cut}; saved to {model_dir}."

@@ -5,6 +5,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -106,9 +107,10 @@ class SubOneBit:
             raise ValueError("matrix_base must rise by the codewords of each matrix, got others")
         if len(packed.codes) != int(packed.matrix_base[-1]):
             raise ValueError(f"codes must hold {int(packed.matrix_base[-1])} codewords, got {len(packed.codes)}")
-        symbols, base = -(-packed.columns // 2), packed.matrix_base.tolist()
-        for m, (codes, ptr) in enumerate(zip(np.split(packed.codes.numpy(), base[1:-1]), ends.numpy(), strict=True)):
-            reached = np.concatenate([[0], np.cumsum(_lengths()[codes], dtype=np.int64)])[ptr]
+        symbols, all_codes = -(-packed.columns // 2), packed.codes.numpy()
+        for m, (first, last) in enumerate(pairwise(packed.matrix_base.tolist())):
+            lengths = np.cumsum(_lengths()[all_codes[first:last]], dtype=np.int64)
+            reached = np.concatenate([[0], lengths])[ends[m].numpy()]
             if (wrong := np.flatnonzero(np.diff(reached) != symbols)).size:
                 raise ValueError(f"codes must hold {packed.columns} columns a row, got others in row {wrong[0]} of {m}")
 

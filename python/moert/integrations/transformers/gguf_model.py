@@ -127,11 +127,10 @@ def _check(file: GgufFile, architecture: str, sizes: dict) -> None:
         raise ValueError(
             f"attention.head_count must be at most {sizes['hidden_size']}, got {get('attention.head_count')}"
         )
-    plain = dict.fromkeys(("rope.dimension_count", "attention.key_length", "attention.value_length"), head)
-    plain |= {"rope.scale_linear": 1, "rope.scaling.factor": 1, "attention.sliding_window": 0, "attention.clamp_kqv": 0}
-    for key, value in plain.items():
-        if get(key) not in (None, value):
-            raise ValueError(f"{architecture}.{key} must be {value}, the only one read, got {get(key)}")
+    read = dict.fromkeys(("rope.dimension_count", "attention.key_length", "attention.value_length"), (head,))
+    read |= dict.fromkeys(("rope.scale_linear", "rope.scaling.factor"), (1, 0))  # llama.cpp takes 0 for 1
+    read |= dict.fromkeys(("attention.sliding_window", "attention.clamp_kqv"), (0,))
+    _check_values(file, architecture, read)
     scale = get("attention.scale")
     if scale not in (None, 0) and not (type(scale) is float and math.isclose(scale, head**-0.5, rel_tol=1e-6)):
         raise ValueError(f"{architecture}.attention.scale must be {head**-0.5}, the only one read, got {scale}")
@@ -141,11 +140,12 @@ def _check_experts(file: GgufFile, architecture: str) -> None:
     """Of what llama.cpp's router can do, that which the classes of transformers compute."""
     kind, _, fixed = FAMILIES[architecture]
     normed = fixed.get("norm_topk_prob", kind is MixtralConfig)
-    read = {
-        "expert_gating_func": (SOFTMAX,),
-        "expert_weights_norm": (normed,),
-        "expert_weights_scale": (1, 0),  # llama.cpp takes 0 for 1
-    }
+    read = {"expert_gating_func": (SOFTMAX,), "expert_weights_norm": (normed,), "expert_weights_scale": (1, 0)}
+    _check_values(file, architecture, read)
+
+
+def _check_values(file: GgufFile, architecture: str, read: dict[str, tuple]) -> None:
+    """Values, where the file gives them, that leave the model as it is read."""
     for key, values in read.items():
         if (got := file.metadata.get(f"{architecture}.{key}")) not in (None, *values):
             raise ValueError(f"{architecture}.{key} must be {values[0]}, the only one read, got {got}")

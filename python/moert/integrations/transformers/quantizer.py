@@ -52,10 +52,8 @@ class MoertConfig(QuantizationConfigMixin):
             self.made_of = made_of
         if calibrated is not None:
             self.calibrated = calibrated
-        formats = [any_format_of(format, group)]
-        if experts is not None:
-            formats = [fmt for name in experts for fmt, _ in self.formats_of(name)]
-        check_options(skip or (), precision, formats)
+        each = [fmt for name in experts or () for fmt, _ in self.formats_of(name)]
+        check_options(skip or (), precision, each or [any_format_of(format, group)])
 
     def formats_of(self, name: str) -> list[tuple[Format | SubOneBit, int | None]]:
         """Format and codewords of the two weights of a module."""
