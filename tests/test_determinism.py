@@ -133,7 +133,7 @@ def test_slices_and_streamed_gradients(dtype):
         assert all(map(torch.equal, results[-1], results[0])), f"{threads} threads"
     exact = [a.detach().double().requires_grad_() for a in (x, w1, w2)]
     wide = gradients(fused_experts_ref(exact[0], routing, exact[1] / 45, exact[2] / 8), *exact)
-    # Sums of 2048 products, whose roundings add up by chance.  bfloat16: of weights, of what lies between, of the result.
+    # Sums of 2048 products, whose roundings add up by chance; bfloat16: of weights, of rows between, of the result.
     for got, expected in zip(results[0], wide, strict=True):
         error = (got.detach().double() - expected).norm() / expected.norm()
         assert error < (2048**0.5 * 2**-24 if dtype == torch.float32 else 2**-7)

@@ -129,7 +129,7 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
 
     write_atomically(model_dir, save)
     done = len(record.losses)
-    cut = f" (the time allowed, {settings.seconds:.0f} s, ended it at step {done}; beside other programs try --threads 1)"
+    cut = f" (the time allowed, {settings.seconds:.0f} s, ended it at step {done}; on a busy machine try --threads 1)"
     cut = "" if done == settings.steps else cut
     console.print(
         f"Trained {record.parameters / 1e6:.1f} M parameters ({record.active_parameters / 1e6:.1f} M active per token) "

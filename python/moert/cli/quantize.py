@@ -19,7 +19,7 @@ _NAMED = [name + _BITS.get(name, "") for name in NAMES]
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Local Hugging Face MoE checkpoint (safetensors).")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist, but for --report.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory; must not exist, but for --report.")],
     format: Annotated[str, typer.Option(help=f"{', '.join(_NAMED[:-1])} or {_NAMED[-1]}.")] = "int4",
     group: Annotated[int | None, typer.Option(help="Columns that share a scale; default: the format's own.")] = None,
     skip: Annotated[
