@@ -13,7 +13,7 @@ struct Dots {
   using Sum = std::conditional_t<kScales == Scales::none, int32_t, float>;
   static constexpr int P = Code::kPlanes, V = kVectorBytes;
   static constexpr int R = P == 1 && kInOrder<M> ? 1 : kBlock;  // weight rows at a time
-  Vec<Sum> sums[M][kBlock], part[M][R];
+  Vec<Sum> sums[M][kBlock];
 
   // Group of the first lane of step s.
   MOERT_INLINE static int64_t first_group(int64_t s, int shift) { return s * kStepColumns<Code> >> shift; }
@@ -55,16 +55,15 @@ struct Dots {
     return Code::kUnpacked ? (sum << code_shift) + bias : sum;
   }
 
-  MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int code_shift, int m, int r) {
+  MOERT_INLINE void multiply(const Weights& w, const char* x, const VecF& x_scale, int code_shift, Vec<Sum>& sum) {
     if constexpr (kScales == Scales::none) {
       ByteDots<Code::kMaxCode> dots;
-      dots.sums = part[m][r];
+      dots.sums = sum;
 #pragma GCC unroll 5
       for (int p = 0; p < P; ++p) dots.add(w.planes[p], load_vector<VecS>(x + p * V), p);
-      part[m][r] = dots.total(P);
+      sum = dots.total(P);
     } else {
-      const VecI sum = integers(w, x, code_shift);
-      part[m][r] += to_floats(sum) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
+      sum += to_floats(integers(w, x, code_shift)) * (kScales == Scales::both ? w.scale * x_scale : x_scale);
     }
   }
 
@@ -75,7 +74,7 @@ struct Dots {
 
   template <bool kLast>
   MOERT_INLINE void step(const DotBlock& b, const uint8_t* const* bytes, const DotRow* x, int64_t s, int first,
-                         const VecI& lanes, const VecI& x_lanes) {
+                         const VecI& lanes, const VecI& x_lanes, Vec<Sum> (&part)[M][R]) {
     const int64_t at = s * b.layout.step_bytes;
     if constexpr (P == 1) {  // int8 with one scale a row; the weights of the block stay in registers
       static_assert(kScales == Scales::none);
@@ -85,24 +84,33 @@ struct Dots {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) multiply(w[r], x[m].data + at, VecF{}, b.code_shift, m, r);
+        for (int r = 0; r < R; ++r) multiply(w[r], x[m].data + at, VecF{}, b.code_shift, part[m][r]);
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Weights w = unpack<kLast>(b, bytes[r], first + r, s, lanes);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m)
-          multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), b.code_shift, m, r);
+          multiply(w, x[m].data + at, scale_of_step(x[m].scales, s, x_lanes), b.code_shift, part[m][r]);
       }
     }
   }
 
   MOERT_INLINE void run(const DotBlock& b, const DotRow* x) {
-    for (int first = 0; first < kBlock; first += R) run(b, x, first);
+    if constexpr (R == kBlock) {
+      run(b, x, 0, sums);
+    } else {
+      for (int first = 0; first < kBlock; first += R) {
+        Vec<Sum> part[M][R];
+        run(b, x, first, part);
+        for (int m = 0; m < M; ++m)
+          for (int r = 0; r < R; ++r) sums[m][first + r] = part[m][r];
+      }
+    }
   }
 
   // The weight rows [first, first + R).
-  MOERT_INLINE void run(const DotBlock& b, const DotRow* x, int first) {
+  MOERT_INLINE void run(const DotBlock& b, const DotRow* x, int first, Vec<Sum> (&part)[M][R]) {
     const VecI lanes = group_of_lane<Code>(b.shift), x_lanes = group_of_lane<Code>(kGroupShift);
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) {
@@ -115,7 +123,7 @@ struct Dots {
     for (int r = 0; r < R; ++r) bytes[r] = b.codes[first + r];
     const int64_t whole = b.layout.steps - (b.last ? 1 : 0);
     for (int64_t s = 0; s < whole; ++s) {
-      step<false>(b, bytes, x, s, first, lanes, x_lanes);
+      step<false>(b, bytes, x, s, first, lanes, x_lanes, part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         if constexpr (!Code::kUnpacked) __builtin_prefetch(bytes[r] + bytes_ahead<R>(b), 0, 2);
@@ -123,9 +131,7 @@ struct Dots {
       }
     }
     if constexpr (V > 16 && !Code::kUnpacked)  // rows are whole blocks of 16 bytes
-      if (b.last) step<true>(b, bytes, x, whole, first, lanes, x_lanes);
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) sums[m][first + r] = part[m][r];
+      if (b.last) step<true>(b, bytes, x, whole, first, lanes, x_lanes, part);
   }
 };
 
