@@ -22,6 +22,10 @@ constexpr int kPanel = 2 * kLanes<E>;
 template <typename E>
 constexpr int64_t kPanelK = kDepth<E> * kTileK;
 
+// Up to so many rows widen panels as they read them; kernels for more, and for vectors of 16 bytes, are not worth the
+// time that they take to compile.
+constexpr int kWidenedRows = kVectorBytes > 16 ? 4 : 0;
+
 constexpr int64_t kStepsAhead = 32;  // along K, 4 KB of AVX-512 panels of float32
 
 // c[m, 0..kPanel) (+)= sum over k of a[m, k] * b[k]; a is a block of A; b is [K, kPanel], widened as it is read where T
@@ -207,7 +211,7 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
   const int64_t slabs = (t.M + kRows - 1) / kRows;
   for (int64_t n = 0; n < t.N; n += kPanel<E>) {
     const int64_t N = t.N - n < kPanel<E> ? t.N - n : kPanel<E>;
-    const auto multiply = [&](const auto* columns, bool streams) {
+    const auto multiply = [&](const auto* columns, bool streams, auto rows) {
       using T = std::remove_cv_t<std::remove_pointer_t<decltype(columns)>>;
       // One slab streams its panel where it lies; what several multiply again leaves time for the next.
       Ahead ahead = streams && slabs == 1 ? Ahead{} : next_panel<E>(t, b, n, k, slabs * depth);
@@ -220,21 +224,22 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
     };
     if (!b.panels) {
       pack_panel(b, n, k, N, K, panel);
-      multiply(panel, false);
+      multiply(panel, false, rows);
       continue;
     }
     if constexpr (std::is_same_v<E, Pair>) {
-      multiply(lying_pairs(b, n, k), true);
+      multiply(lying_pairs(b, n, k), true, rows);
       continue;
     }
     with_dtype(b.matrix.dtype, [&](auto x) {
       using T = decltype(x);
       if constexpr (std::is_same_v<Acc<T>, E>) {
         const T* lying = lying_panel<E, T>(b, n, k);
-        if constexpr (std::is_same_v<T, E> || !kARows)
-          if (std::is_same_v<T, E> || slabs == 1) return multiply(lying, true);
+        if constexpr (std::is_same_v<T, E>) return multiply(lying, true, rows);
+        if constexpr (!std::is_same_v<T, E> && !kARows && kWidenedRows > 0)
+          if (t.M <= kWidenedRows) return multiply(lying, true, std::make_integer_sequence<int, kWidenedRows>{});
         for (int64_t i = 0; i < K * kPanel<E>; i += kLanes<E>) store(panel + i, load(lying + i));
-        multiply(panel, false);
+        multiply(panel, false, rows);
       }
     });
   }
