@@ -235,11 +235,14 @@ void multiply_panels(const GemmTile& t, const TileOperand& b, const E* block, in
       using T = decltype(x);
       if constexpr (std::is_same_v<Acc<T>, E>) {
         const T* lying = lying_panel<E, T>(b, n, k);
-        if constexpr (std::is_same_v<T, E>) return multiply(lying, true, rows);
-        if constexpr (!std::is_same_v<T, E> && !kARows && kWidenedRows > 0)
-          if (t.M <= kWidenedRows) return multiply(lying, true, std::make_integer_sequence<int, kWidenedRows>{});
-        for (int64_t i = 0; i < K * kPanel<E>; i += kLanes<E>) store(panel + i, load(lying + i));
-        multiply(panel, false, rows);
+        if constexpr (std::is_same_v<T, E>) {
+          multiply(lying, true, rows);
+        } else {
+          if constexpr (!kARows && kWidenedRows > 0)
+            if (t.M <= kWidenedRows) return multiply(lying, true, std::make_integer_sequence<int, kWidenedRows>{});
+          for (int64_t i = 0; i < K * kPanel<E>; i += kLanes<E>) store(panel + i, load(lying + i));
+          multiply(panel, false, rows);
+        }
       }
     });
   }

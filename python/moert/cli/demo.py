@@ -129,8 +129,9 @@ def _train(settings, corpus: Corpus, out: Path, console: Console, started: float
 
     write_atomically(model_dir, save)
     done = len(record.losses)
-    cut = f" (the time allowed, {settings.seconds:.0f} s, ended it at step {done}; on a busy machine try --threads 1)"
-    cut = "" if done == settings.steps else cut
+    cut = ""
+    if done < settings.steps:
+        cut = f" (the time allowed, {settings.seconds:.0f} s, ended it at step {done}; on busy cores try --threads 1)"
     console.print(
         f"Trained {record.parameters / 1e6:.1f} M parameters ({record.active_parameters / 1e6:.1f} M active per token) "
         f"on {done * settings.batch * settings.sequence:,} bytes in {record.seconds:.0f} s{cut}; saved to {model_dir}."
