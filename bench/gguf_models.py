@@ -41,7 +41,7 @@ def rounded(weight: Tensor, kind: str) -> tuple[np.ndarray, gguf.GGMLQuantizatio
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config) -> None:
-    for key, name in (SIZES | FAMILIES["qwen3moe"][1]).items():
+    for key, name in (SIZES | FAMILIES["qwen3moe"].sizes).items():
         value = getattr(config, name)
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"qwen3moe.{key}", value)
     writer.add_uint32("qwen3moe.attention.value_length", config.head_dim)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from foreign_checkpoint import CONFIGS, SIZES
 from k_quants import K_QUANTS, k_quantize
-from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moert.integrations.transformers import InexactWarning, load_gguf
 from moert.integrations.transformers.quantized import PackedExperts
@@ -30,6 +30,10 @@ FAMILIES = {
         **SIZES | {"hidden_size": 256, "head_dim": 64},
     ),
     "olmoe": lambda: OlmoeConfig(intermediate_size=32, num_experts=4, num_experts_per_tok=2, **OLMOE),
+    # A sliding window, shorter than IDS, in its first layer; YaRN.
+    "gpt-oss": lambda: GptOssConfig(
+        intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, **SIZES
+    ),
 }
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -42,11 +46,22 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
 }
+GPT_OSS_NAMES = NAMES | {"post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp"}
 
 
 def numbers(config, arch):
-    width = "expert_feed_forward_length" if arch == "qwen3moe" else "feed_forward_length"
-    return {
+    width = "expert_feed_forward_length" if arch in ("qwen3moe", "gpt-oss") else "feed_forward_length"
+    rope = (
+        {}
+        if arch != "gpt-oss"
+        else {
+            "attention.sliding_window": config.sliding_window,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": config.rope_parameters["factor"],
+            "rope.scaling.original_context_length": config.rope_parameters["original_max_position_embeddings"],
+        }
+    )
+    return rope | {
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "attention.head_count": config.num_attention_heads,
@@ -65,14 +80,17 @@ def written(path, arch, kinds, skip=(), extra=None, **change):
     if arch == "qwen3moe":
         config.norm_topk_prob = True
     model = AutoModelForCausalLM.from_config(config).float().eval()
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "sinks" in name:
+            parameter.data.normal_()
     writer = gguf.GGUFWriter(path, arch)
     values = numbers(config, arch) | {
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
     for key, value in (values | change).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(f"{arch}.{key}", value)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{arch}.{key}", value)
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor)
 
@@ -90,10 +108,13 @@ def written(path, arch, kinds, skip=(), extra=None, **change):
     put("output.weight", model.lm_head.weight, "F16")
     put("output_norm.weight", body.norm.weight, "F32")
     for i, layer in enumerate(body.layers):
-        for inner, name in NAMES.items():
-            weight = dict(layer.named_parameters()).get(f"{inner}.weight")
+        parameters = dict(layer.named_parameters())
+        for inner, name in (GPT_OSS_NAMES if arch == "gpt-oss" else NAMES).items():
+            weight = parameters.get(f"{inner}.weight")
             if weight is None:
                 continue
+            if (bias := parameters.get(f"{inner}.bias")) is not None:
+                put(f"blk.{i}.{name}.bias", bias.data, "F32")
             kind = kinds[3] if name in ("attn_q", "attn_k", "attn_v", "attn_output") else "F32"
             if arch == "llama" and name in ("attn_q", "attn_k"):  # as llama.cpp turns the rows of a head
                 turned = weight.data.view(4, 2, -1, 64).transpose(1, 2).reshape(weight.shape).contiguous()
@@ -101,19 +122,32 @@ def written(path, arch, kinds, skip=(), extra=None, **change):
                 weight.data.copy_(turned.view(4, -1, 2, 64).transpose(1, 2).reshape(weight.shape))
             else:
                 put(f"blk.{i}.{name}.weight", weight.data, kind)
-        experts = layer.mlp.experts
-        for name, part, kind in zip(
-            ("gate", "up", "down"),
-            (*experts.gate_up_proj.data.chunk(2, 1), experts.down_proj.data),
-            kinds,
-            strict=False,
-        ):
-            put(f"blk.{i}.ffn_{name}_exps.weight", part, kind)
+        if arch == "gpt-oss":
+            put(f"blk.{i}.attn_sinks.weight", layer.self_attn.sinks.data, "F32")
+        for (name, part), kind in zip(experts_of(layer.mlp.experts).items(), (*kinds[:3], *["F32"] * 3), strict=False):
+            put(f"blk.{i}.ffn_{name}", part, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def experts_of(experts):
+    """Views of the parameters, weights [E, rows, columns] first."""
+    w1, w2 = experts.gate_up_proj.data, experts.down_proj.data
+    if not experts.is_transposed:
+        gate, up = w1.chunk(2, 1)
+        return {"gate_exps.weight": gate, "up_exps.weight": up, "down_exps.weight": w2}
+    w1, b1 = w1.mT, experts.gate_up_proj_bias.data
+    return {
+        "gate_exps.weight": w1[:, ::2],
+        "up_exps.weight": w1[:, 1::2],
+        "down_exps.weight": w2.mT,
+        "gate_exps.bias": b1[:, ::2],
+        "up_exps.bias": b1[:, 1::2],
+        "down_exps.bias": experts.down_proj_bias.data,
+    }
 
 
 def logits(model):
@@ -133,6 +167,8 @@ def formats(model):
         ("qwen3moe", ("Q4_0", "Q4_0", "MXFP4", "Q5_0"), (Int4(32), Mxfp4())),
         ("llama", ("Q4_0", "Q4_0", "Q4_0", "Q8_0"), (Int4(32), Int4(32))),
         ("olmoe", ("Q8_0", "Q8_0", "Q8_0", "Q4_0"), (Int8(32), Int8(32))),
+        ("gpt-oss", ("MXFP4", "MXFP4", "MXFP4", "Q8_0"), (Mxfp4(), Mxfp4())),
+        ("gpt-oss", ("Q8_0", "Q8_0", "Q4_0", "BF16"), (Int8(32), Int4(32))),
         ("wide", ("TQ1_0", "TQ1_0", "TQ2_0", "Q4_K"), (Ternary2(128), Ternary2(128))),
         ("wide", ("TQ2_0", "TQ1_0", "Q8_0", "Q6_K"), (Ternary2(128), Int8(32))),
     ],
@@ -184,7 +220,7 @@ def test_k_quants_are_converted_and_said(kinds, tmp_path):
     assert 0 < row_error(logits(model), logits(reference)) < 0.05
 
 
-@pytest.mark.parametrize("arch", ["gpt-oss", "deepseek2"])
+@pytest.mark.parametrize("arch", ["qwen2moe", "deepseek2"])
 def test_architectures_that_are_not_read(arch, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
     writer.add_uint32(f"{arch}.expert_count", 4)
@@ -193,7 +229,7 @@ def test_architectures_that_are_not_read(arch, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=f"must be one of qwen3moe, olmoe, llama with experts, got {arch} of 4"):
+    with pytest.raises(ValueError, match=f"must be one of .*, gpt-oss with experts, got {arch} of 4"):
         load_gguf(tmp_path / "m.gguf")
     ((name, read),) = gguf_experts(tmp_path / "m.gguf")
     assert name == "blk.0.ffn_down_exps.weight" and read.packed.shape == (4, 2, 32)
@@ -202,7 +238,11 @@ def test_architectures_that_are_not_read(arch, tmp_path):
 def test_errors(tmp_path):
     path, kinds = tmp_path / "m.gguf", ("Q8_0",) * 4
     for change, skip, message in [
-        ({"expert_count": 0}, (), "must be one of qwen3moe, olmoe, llama with experts, got qwen3moe of 0 experts"),
+        (
+            {"expert_count": 0},
+            (),
+            "must be one of .*, gpt-oss with experts, got qwen3moe of 0 experts",
+        ),
         ({"block_count": 0}, (), "qwen3moe.block_count must be a positive integer, got 0"),
         ({"expert_count": 5}, (), r"mlp.gate.weight must have shape \[5, 64\] by the config, got \[4, 64\]"),
         ({}, ("token_embd.weight",), "must hold token_embd.weight, got none"),
@@ -212,16 +252,6 @@ def test_errors(tmp_path):
         written(path, "qwen3moe", kinds, skip, **change)
         with pytest.raises(ValueError, match=message):
             load_gguf(path)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint32("llama.expert_count", 4)
-    writer.add_string("llama.rope.scaling.type", "yarn")
-    writer.add_tensor("blk.0.x.weight", np.zeros((2, 2), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match="rope.scaling.type must be none, got yarn"):
-        load_gguf(path)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +268,7 @@ def test_errors(tmp_path):
         ({"expert_feed_forward_length": 2**20}, r"must have shape \[4, 1048576, 64\] by the config, got \[4, 32, 64\]"),
         ({"embedding_length": 2**31}, "must have shape .*2147483648.* by the config, got"),
         ({"attention.head_count_kv": 2**30}, "k_proj.weight must have shape .* by the config, got"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type must be none, got yarn"),
         ({"rope.scale_linear": 4}, "qwen3moe.rope.scale_linear must be 1, the only one read, got 4"),
         ({"rope.scaling.factor": 4.0}, "qwen3moe.rope.scaling.factor must be 1, the only one read, got 4.0"),
         ({"expert_weights_scale": 2.5}, "qwen3moe.expert_weights_scale must be 1, the only one read, got 2.5"),
@@ -276,6 +307,33 @@ def test_metadata_that_say_what_is_computed(arch, change, tmp_path):
     change |= {"attention.scale": 0.25}  # 1 / sqrt of 16
     reference = written(tmp_path / "m.gguf", arch, ("Q8_0",) * 4, **change)
     assert row_error(logits(load_gguf(tmp_path / "m.gguf", precision="full")), logits(reference)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"rope.scaling.type": "linear"}, "rope.scaling.type must be none or yarn, got linear"),
+        ({"rope.scaling.factor": math.nan}, "rope.scaling.factor must be a positive finite number, got nan"),
+        ({"rope.scaling.original_context_length": 0}, "original_context_length must be a positive integer, got 0"),
+        ({"rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor must be 1, the only one read, got 0.5"),
+        ({"rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier must be 0, the only one read, got"),
+        ({"rope.freq_base_swa": 5.0}, "rope.freq_base_swa must be 150000.0, the only one read, got 5.0"),
+        ({"attention.sliding_window": 0}, "attention.sliding_window must be a positive integer, got 0"),
+        ({"expert_gating_func": 1}, "expert_gating_func must be 3, the only one read, got 1"),
+    ],
+)
+def test_metadata_of_gpt_oss(change, message, tmp_path):
+    written(tmp_path / "m.gguf", "gpt-oss", ("Q8_0",) * 4, **change)
+    with pytest.raises(ValueError, match=message):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_biases_of_gpt_oss(tmp_path):
+    path, kinds = tmp_path / "m.gguf", ("MXFP4",) * 3 + ("Q8_0",)
+    for name in ("ffn_up_exps", "ffn_gate_exps", "ffn_down_exps", "attn_k"):
+        written(path, "gpt-oss", kinds, (f"blk.1.{name}.bias",))
+        with pytest.raises(ValueError, match="must hold every weight, got no |must be a tensor of .*, got blk.1.ffn"):
+            load_gguf(path)
 
 
 def test_other_routers_than_the_family_has(tmp_path):

@@ -162,7 +162,8 @@ class ReadWeight(ConversionOps):
             quantized_(module, quantizer.convert, quantizer.quantization_config.precision)
         packed, changed = joinable(packed, quantizer.convert)
         quantizer.changed.update(changed)
-        module.take_("w1" if attribute == weight_names(module)[0] else "w2", cat_rows(packed))
+        place = "w1" if attribute == weight_names(module)[0] else "w2"
+        module.take_(place, cat_rows(packed), quantizer.layout.in_halves)
 
 
 def _matrices(collected: dict[str, list[Tensor]], patterns: list[str], start: str) -> dict[str, list[Parts]]:

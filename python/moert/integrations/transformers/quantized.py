@@ -61,13 +61,14 @@ class PackedExperts(PackedWeights, nn.Module):
             packed = self.format.pack_each((gates_first(w, 0) for w in rows) if mixed else rows, self._rows_of(shape))
             self.hold_(place, packed)
 
-    def take_(self, place: str, packed: PackedTensor) -> None:
-        """Packed rows [E, rows, columns] in the class's order of rows, as "w1" or "w2", in place of the parameter."""
+    def take_(self, place: str, packed: PackedTensor, in_halves: bool = False) -> None:
+        """Packed rows [E, rows, columns] as "w1" or "w2", in place of the parameter: in the class's order of rows or,
+        in_halves, gate rows before up rows."""
         name = weight_names(self)[place == "w2"]
         if (wanted := self._rows(getattr(self, name)).shape) != packed.shape:
             raise ValueError(f"{name} must have shape {list(wanted)} by the config, got {list(packed.shape)}")
         fused = self._fused
-        if place == "w1" and fused is not None and fused[1]:
+        if place == "w1" and fused is not None and fused[1] and not in_halves:
             if packed.format.block[0] > 1:
                 raise ValueError(
                     f"{name} must have its gate rows before its up rows in {packed.format}, got both by turns"

@@ -70,6 +70,7 @@ class GgmlExperts(Layout):
 
     names = ("gate", "gate_type", "up", "up_type", "down", "down_type")
     of_experts = True
+    in_halves = True
     format = None
     obstacle = "gate and up are of different types"
 

@@ -26,6 +26,7 @@ class Layout(ABC):
 
     names: tuple[str, ...]  # of the tensors in a weight's place
     of_experts: bool = False  # the names follow that of a whole weight of experts, instead of replacing a matrix
+    in_halves: bool = False  # gate rows come before up rows, also where the model's class has them by turns
 
     @property
     @abstractmethod
