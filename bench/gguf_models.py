@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moert.integrations.transformers.gguf_model import FAMILIES, NAMES, OUTER, SIZES
+from moert.integrations.transformers.gguf_families import FAMILIES, NAMES, OUTER, SIZES
 
 EXPERTS = {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
 ROUTER = "ffn_gate_inp"

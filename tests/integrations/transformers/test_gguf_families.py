@@ -1,0 +1,67 @@
+"""What the architectures of GGUF files take for granted, against what a file says."""
+
+import math
+
+import gguf
+import numpy as np
+import pytest
+from gguf_writer import logits, written
+
+from moert.integrations.transformers import load_gguf
+from moert.quant.readers import gguf_experts
+from moert.testing import row_error
+
+
+def test_architectures_that_are_not_read(tmp_path):
+    arch = "qwen2moe"
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    writer.add_uint32(f"{arch}.expert_count", 4)
+    writer.add_tensor("blk.0.ffn_down_exps.weight", np.zeros((4, 2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=f"must be one of .*, gpt-oss, deepseek2 with experts, got {arch} of 4"):
+        load_gguf(tmp_path / "m.gguf")
+    ((name, read),) = gguf_experts(tmp_path / "m.gguf")
+    assert name == "blk.0.ffn_down_exps.weight" and read.packed.shape == (4, 2, 32)
+
+
+@pytest.mark.parametrize(
+    "arch,change",
+    [
+        ("qwen3moe", {"expert_weights_norm": True, "expert_weights_scale": 1.0, "attention.value_length": 16}),
+        ("llama", {"expert_weights_norm": True, "expert_gating_func": 1, "attention.scale": 0.0}),
+        ("olmoe", {"expert_weights_norm": False, "expert_weights_scale": 0.0, "attention.clamp_kqv": 0.0}),
+    ],
+)
+def test_metadata_that_say_what_is_computed(arch, change, tmp_path):
+    change |= {"attention.scale": 0.25}  # 1 / sqrt of 16
+    reference = written(tmp_path / "m.gguf", arch, ("Q8_0",) * 4, **change)
+    assert row_error(logits(load_gguf(tmp_path / "m.gguf", precision="full")), logits(reference)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"rope.scaling.type": "linear"}, "rope.scaling.type must be none or yarn, got linear"),
+        ({"rope.scaling.factor": math.nan}, "rope.scaling.factor must be a positive finite number, got nan"),
+        ({"rope.scaling.original_context_length": 0}, "original_context_length must be a positive integer, got 0"),
+        ({"rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor must be 1, the only one read, got 0.5"),
+        ({"rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier must be 0, the only one read, got"),
+        ({"rope.freq_base_swa": 5.0}, "rope.freq_base_swa must be 150000.0, the only one read, got 5.0"),
+        ({"attention.sliding_window": 0}, "attention.sliding_window must be a positive integer, got 0"),
+        ({"expert_gating_func": 1}, "expert_gating_func must be 3, the only one read, got 1"),
+    ],
+)
+def test_metadata_of_gpt_oss(change, message, tmp_path):
+    written(tmp_path / "m.gguf", "gpt-oss", ("Q8_0",) * 4, **change)
+    with pytest.raises(ValueError, match=message):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_other_routers_than_the_family_has(tmp_path):
+    for arch, norm in (("llama", False), ("olmoe", True)):
+        written(tmp_path / "m.gguf", arch, ("Q8_0",) * 4, expert_weights_norm=norm)
+        with pytest.raises(ValueError, match=f"{arch}.expert_weights_norm must be {not norm}, the only one read"):
+            load_gguf(tmp_path / "m.gguf")
