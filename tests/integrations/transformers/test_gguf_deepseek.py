@@ -26,6 +26,15 @@ def test_exact(family, halves, tmp_path):
     assert row_error(logits(again), logits(model)) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v3"])
+def test_routers_stay_in_float32(family, tmp_path):
+    reference = written(tmp_path / "m.gguf", family, KINDS).model.layers[1].mlp.gate.state_dict()
+    layer = load_gguf(tmp_path / "m.gguf", dtype=torch.bfloat16).model.layers[1]
+    gate = layer.mlp.gate.state_dict()
+    assert gate.keys() == reference.keys() and all(torch.equal(gate[name], reference[name]) for name in gate)
+    assert {layer.input_layernorm.weight.dtype, layer.self_attn.kv_b_proj.weight.dtype} == {torch.bfloat16}
+
+
 def test_configurations(tmp_path):
     """What neither the logits nor the shapes of these files would show."""
     written(tmp_path / "m.gguf", "deepseek-v2", KINDS)

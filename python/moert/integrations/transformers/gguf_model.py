@@ -91,7 +91,9 @@ def _tensors(file: GgufFile, name: str, config: PretrainedConfig, dtype: torch.d
     if ".experts." in whole:
         kind = gguf().GGMLQuantizationType[file.tensors[name].type]
         return [(whole, file.blocks(name)), (f"{whole}_type", torch.tensor(int(kind)))]
-    value = file.unpack(name).to(dtype)
+    value = file.unpack(name)
+    if file.tensors[name].type != "F32":  # those are small, and the model may want routers in float32 whatever dtype is
+        value = value.to(dtype)
     if isinstance(config, MixtralConfig) and name.endswith((".attn_q.weight", ".attn_k.weight")):
         heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
         value = _half_by_half(value, heads)
