@@ -1,6 +1,7 @@
 """What the architectures of GGUF files take for granted, against what a file says."""
 
 import math
+from itertools import product
 
 import gguf
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from gguf_writer import logits, written
 
 from moert.integrations.transformers import load_gguf
-from moert.quant.readers import gguf_experts
+from moert.integrations.transformers.gguf_families import config_of
+from moert.quant.readers import GgufFile, gguf_experts
 from moert.testing import row_error
 
 
@@ -65,3 +67,26 @@ def test_other_routers_than_the_family_has(tmp_path):
         written(tmp_path / "m.gguf", arch, ("Q8_0",) * 4, expert_weights_norm=norm)
         with pytest.raises(ValueError, match=f"{arch}.expert_weights_norm must be {not norm}, the only one read"):
             load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "llama", "olmoe", "gpt-oss", "deepseek-v2", "deepseek-v3"])
+def test_any_value_is_read_or_refused(family, tmp_path):
+    written(tmp_path / "m.gguf", family, ("Q8_0",) * 4)
+    file = GgufFile(tmp_path / "m.gguf")
+    metadata, refused = dict(file.metadata), 0
+    more = (
+        "expert_gating_func",
+        "expert_weights_norm",
+        "rope.scaling.type",
+        "attention.scale",
+        "attention.q_lora_rank",
+    )
+    keys = [*metadata, *(f"{metadata['general.architecture']}.{name}" for name in more)]
+    values = (-1, 0, 7, 2**40, -0.5, 1e-30, math.nan, math.inf, "x", "yarn", True, False, [1, 2], [])
+    for key, value in product(keys, values):
+        file.metadata = metadata | {key: value}
+        try:
+            config_of(file)
+        except ValueError:
+            refused += 1
+    assert len(keys) * len(values) // 2 < refused < len(keys) * len(values)

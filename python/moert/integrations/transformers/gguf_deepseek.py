@@ -64,14 +64,15 @@ def config_of(metadata: Metadata, **common) -> PretrainedConfig:
     rope = _rope(metadata)
     metadata.check_counts()
     metadata.check_attention(key**-0.5)
-    return kind(
+    return metadata.config(
+        kind,
         rope_parameters=rope,
         num_key_value_heads=heads,
         qk_nope_head_dim=key - rotary,
         v_head_dim=value,
         q_lora_rank=metadata.count("attention.q_lora_rank") or None,
         first_k_dense_replace=dense,
-        routed_scaling_factor=float(metadata.positive("expert_weights_scale", float, 1.0)),
+        routed_scaling_factor=metadata.positive("expert_weights_scale", float, 1.0),
         **_choice(metadata, kind),
         **sizes,
         **common,
@@ -79,7 +80,7 @@ def config_of(metadata: Metadata, **common) -> PretrainedConfig:
 
 
 def _kind(metadata: Metadata) -> type[PretrainedConfig]:
-    if (gating := metadata.get("expert_gating_func", 1)) not in CONFIGS:
+    if (gating := metadata.get("expert_gating_func", 1)) not in tuple(CONFIGS):
         raise ValueError(f"expert_gating_func must be one of {', '.join(map(str, CONFIGS))}, got {gating}")
     return CONFIGS[gating]
 

@@ -112,7 +112,7 @@ def _config_of(family: Family, metadata: Metadata, **common) -> PretrainedConfig
     metadata.check(read | {"expert_gating_func": (family.gating,), "expert_weights_norm": (family.weights_norm,)})
     if rope["rope_type"] == "yarn":
         rope["truncate"] = False  # of gpt-oss, which blends frequencies from fractional places on; llama.cpp rounds
-    return family.config(rope_parameters=rope, **common, **sizes, **family.fixed)
+    return metadata.config(family.config, rope_parameters=rope, **common, **sizes, **family.fixed)
 
 
 def names_of(config: PretrainedConfig) -> dict[str, str]:

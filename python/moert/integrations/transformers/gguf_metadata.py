@@ -3,6 +3,8 @@
 import math
 import re
 
+from transformers import PretrainedConfig
+
 from moert.quant.readers import GgufFile
 
 NO_SCALING = "none"
@@ -24,7 +26,7 @@ class Metadata:
         if type(value) not in (int, kind) or not 0 < value < math.inf:
             number = "integer" if kind is int else "finite number"
             raise ValueError(f"{self.architecture}.{key} must be a positive {number}, got {value}")
-        return value
+        return kind(value)
 
     def count(self, key: str) -> int:
         """An int from 0 on, which it is where the file says nothing."""
@@ -73,8 +75,14 @@ class Metadata:
         self.check({f"rope.scaling.{name}": (1,) for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")})
         return rope | {
             "rope_type": scaling,
-            "factor": float(self.positive("rope.scaling.factor", float)),
+            "factor": self.positive("rope.scaling.factor", float),
             "original_max_position_embeddings": self.positive("rope.scaling.original_context_length", int),
-            "beta_fast": float(self.positive("rope.scaling.yarn_beta_fast", float, 32.0)),
-            "beta_slow": float(self.positive("rope.scaling.yarn_beta_slow", float, 1.0)),
+            "beta_fast": self.positive("rope.scaling.yarn_beta_fast", float, 32.0),
+            "beta_slow": self.positive("rope.scaling.yarn_beta_slow", float, 1.0),
         }
+
+    def config(self, kind: type[PretrainedConfig], **values) -> PretrainedConfig:
+        try:
+            return kind(**values)
+        except Exception as error:  # whatever sizes can provoke
+            raise ValueError(f"{self.file.path} must have sizes that fit {kind.__name__}, got {error}") from error
