@@ -2,13 +2,14 @@
 
 moert and one process per family of peers (bench/peers; environments made by `make bench-peers`, else this one where it
 has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
-Beside every sample the machine's limits are sampled: bytes read per second and the rate of a product, in float32, in
-bfloat16 where rows are and the CPU multiplies it, or, where weights are packed, in int8 or bfloat16 if the CPU has
-either, else in float32, which moert exceeds.  A share is the median over the turns of limit over time, a ratio the
-median of peer over moert.  Over packed weights rows are float32 (kt-kernel's bfloat16), a peer rounds the same weights
-to its own formats of those bits, and every share is of the bytes that moert stores.  Rows go to build/bench (or --out),
-those of a --full run by commit and one by one: it goes on where it was cut off, and what is to be committed is copied
-from there to bench/results.
+Beside every sample the machine's limits are sampled: bytes read per second, operations per second from registers (the
+FMA peak, that of int8) and torch's products in float32 and, where the CPU multiplies them, bfloat16 and int8.  A layer
+is held to the fastest that its numbers can be multiplied by: float32 to the FMA peak, bfloat16 to that or the product
+in bfloat16, packed weights to int8's peak or a product in int8 or bfloat16.  A share is the median over the turns of
+limit over time, a ratio the median of peer over moert.  Over packed weights rows are float32 (kt-kernel's bfloat16), a
+peer rounds the same weights to its own formats of those bits, and every share is of the bytes that moert stores.  Rows
+go to build/bench (or --out), those of a --full run by commit and one by one: it goes on where it was cut off, and what
+is to be committed is copied from there to bench/results.
 """
 
 import argparse

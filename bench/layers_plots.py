@@ -9,7 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from peers.problem import PRODUCT_FLOP, READ_BYTES  # noqa: E402
+from layers_rows import limit_name  # noqa: E402
+from peers.problem import LIMITS, PRODUCT_FLOP, READ_BYTES  # noqa: E402
 
 
 def plot_roofline(rows: list, title: Callable[[dict], str], folder: Path) -> Path:
@@ -17,14 +18,13 @@ def plot_roofline(rows: list, title: Callable[[dict], str], folder: Path) -> Pat
     figure, axes = plt.subplots(figsize=(9, 6))
     intensity = sorted(row.flop / row.bytes for row in rows)
     bandwidth = statistics.median(READ_BYTES / t for row in rows for t in row.times["read"])
-    for product, color in (("product", "0.4"), ("bfloat16 product", "0.55"), ("int8 product", "0.7")):
+    for product, color in zip(LIMITS[1:], ("0.2", "0.35", "0.5", "0.6", "0.7"), strict=True):
         times = [t for row in rows for t in row.times.get(product, ())]
-        name = "float32 product" if product == "product" else product
         if times:
             rate = statistics.median(PRODUCT_FLOP / t for t in times)
             xs = [intensity[0] / 2, rate / bandwidth, max(2 * intensity[-1], 2 * rate / bandwidth)]
             ys = [min(rate, x * bandwidth) / 1e9 for x in xs]
-            axes.plot(xs, ys, color=color, label=f"limit (read, {name})")
+            axes.plot(xs, ys, color=color, label=f"limit (read, {limit_name(product)})")
     names = sorted({name for row in rows for name in row.providers()}, key=lambda name: (name != "moert", name))
     for name in names:
         points = [

@@ -32,7 +32,7 @@ class Row:
         return [max(self.bytes / b, self.flop / r) for b, r in zip(bandwidth, best, strict=True)]
 
     def products(self) -> list[str]:
-        """The limits that rows of this problem are multiplied under: those that the CPU has, the fastest counts."""
+        """The limits that rows of this problem are multiplied under: those that were measured, the fastest counts."""
         found = [name for name in Problem(**self.problem).products if name in self.times]
         return found or ["product"]
 
@@ -58,8 +58,14 @@ def say_limits(limits: dict[str, float], console: Console) -> None:
     for name in LIMITS[1:]:
         if name in limits:
             unit = "GOP/s" if name.startswith("int8") else "GFLOP/s"
-            rates.append(f"{'float32 ' * (name == 'product')}{name} {PRODUCT_FLOP / limits[name] / 1e9:.0f} {unit}")
+            rates.append(f"{limit_name(name)} {PRODUCT_FLOP / limits[name] / 1e9:.0f} {unit}")
     console.print(f"This machine, {'; '.join(rates)}")
+
+
+def limit_name(name: str) -> str:
+    """As it is said: whose product it is."""
+    named = "float32 product" if name == "product" else name
+    return f"torch's {named}" if name.endswith("product") else named
 
 
 def title(problem: dict) -> str:

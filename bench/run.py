@@ -177,14 +177,16 @@ def check(op: str, shape: Shape, case) -> None:
 def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limits) -> list[dict]:
     providers = {"moert": case.providers["moert"]} if options.raw else case.providers
     calls = {name: call(provider, case.inputs, mode) for name, provider in providers.items()}
-    bounds = {name: limits.functions[name] for name in (case.like, dtype)}
+    products = limits.of(dtype)
+    bounds = {name: limits.functions[name] for name in (case.like, *products)}
     rounds = 1 if options.smoke else None
     times = interleaved(calls, options.seconds, rounds, cold=not options.warm, limits=bounds)
     work = 1 if mode == "forward" else 3
     forward = mode == "forward" or case.step_bytes is None
     moved = (work * case.bytes if forward else case.step_bytes) / limits.work[case.like]
     computed = work * case.flop / limits.work[dtype]
-    ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], times[dtype], strict=True)]
+    fastest = map(min, zip(*(times[name] for name in products), strict=True))
+    ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], fastest, strict=True)]
     key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape), "caches": caches(options)}
     key["commit"] = options.commit
     return [row({**key, "provider": name}, times[name], ideals) for name in calls]
@@ -254,7 +256,8 @@ def turn(options: argparse.Namespace, op: str, site: Path | None, out: Path, tur
 
 
 def said(rates: dict) -> str:
-    products = (f"{name} product {rates[name] / 1e9:.0f} GFLOP/s" for name in DTYPES if name in rates)
+    known = {"FMA peak": "FMA peak"} | {name: f"torch's {name} product" for name in DTYPES}
+    products = (f"{said} {rates[name] / 1e9:.0f} GFLOP/s" for name, said in known.items() if name in rates)
     moves = (f"{name} {rates[name] / 1e9:.1f} GB/s" for name in ("read", "copy"))
     return "; ".join((*moves, *products))
 

@@ -5,7 +5,11 @@ from collections.abc import Callable
 
 import torch
 
+from moert import _C
+
 SAMPLE = 0.1  # seconds for which a sample of the limits holds
+
+FLOP = 2 * 1024**3  # of what is multiplied for a limit
 
 Functions = dict[str, Callable[[], object]]
 
@@ -43,7 +47,11 @@ def interleaved(
 
 
 class Limits:
-    """What this machine can do with torch's threads: bytes read, bytes copied, FLOP of a product, in a second."""
+    """What this machine can do with torch's threads, in a second: bytes read, bytes copied and FLOP.
+
+    Those of float32 from registers (the FMA peak), and of torch's product in each dtype: below that peak, but where
+    the CPU has arithmetic of that dtype.
+    """
 
     def __init__(self, dtypes: list[torch.dtype]):
         source, target = torch.ones(2**26), torch.zeros(2**25)
@@ -54,7 +62,14 @@ class Limits:
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
             self.functions[name] = _product(a.to(dtype), b.to(dtype))
-            self.work[name] = 2 * 1024**3
+            self.work[name] = FLOP
+        if hasattr(_C, "multiply_floats"):  # older revisions of moert, which --base times, have none
+            self.functions["FMA peak"] = lambda: _C.multiply_floats(FLOP, torch.get_num_threads())
+            self.work["FMA peak"] = FLOP
+
+    def of(self, dtype: str) -> list[str]:
+        """Those that bound products in the dtype; the fastest counts."""
+        return [name for name in (dtype, "FMA peak") if name in self.functions]
 
     def rates(self) -> dict[str, float]:
         """The best of a few samples."""

@@ -5,78 +5,16 @@
 #include <algorithm>
 #include <thread>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/parallel.h"
-#include "moert/isa.h"
+#include "cpu/peak.h"
 
 namespace moert::bench {
 
 namespace {
 
-constexpr int64_t kMemory = 64 << 20;  // floats: 256 MB, read in turns
-constexpr int64_t kSample = 8 << 20;   // floats: 32 MB
-constexpr int64_t kRounds = 40000;     // of the loop below
-
-using FmaLoop = int64_t (*)(int64_t rounds);
-
-// 12 independent sums of `bytes` each: enough to fill two pipes of four cycles.  Returns the operations done.
-#define MOERT_FMA_LOOP(name, target, bytes)                           \
-  target int64_t name(int64_t rounds) {                               \
-    typedef float Vector __attribute__((vector_size(bytes)));         \
-    Vector sums[12] = {}, x = Vector{} + 0.5f, y = Vector{} + 0.999f; \
-    for (int64_t i = 0; i < rounds; ++i)                              \
-      for (auto& sum : sums) {                                        \
-        sum = sum * x + y;                                            \
-        asm volatile("" : "+v"(sum));                                 \
-      }                                                               \
-    return rounds * 12 * (bytes / 4) * 2;                             \
-  }
-
-#if defined(__x86_64__)
-MOERT_FMA_LOOP(fma_avx512, __attribute__((target("avx512f"))), 64)
-MOERT_FMA_LOOP(fma_avx2, __attribute__((target("avx2,fma"))), 32)
-#endif
-MOERT_FMA_LOOP(fma_generic, , 16)
-
-// The same with products of bytes.
-#define MOERT_INT8_LOOP(name, flags, Register, products)                     \
-  __attribute__((target(flags))) int64_t name(int64_t rounds) {              \
-    Register sums[12] = {};                                                  \
-    const Register x = Register{} + 0x01020304, y = Register{} + 0x04030201; \
-    for (int64_t i = 0; i < rounds; ++i)                                     \
-      for (auto& sum : sums) {                                               \
-        sum = products;                                                      \
-        asm volatile("" : "+v"(sum));                                        \
-      }                                                                      \
-    return rounds * 12 * int64_t(sizeof(Register)) * 2;                      \
-  }
-
-#if defined(__x86_64__)
-MOERT_INT8_LOOP(int8_vnni, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum, x, y))
-MOERT_INT8_LOOP(int8_avx512, "avx512f,avx512bw", __m512i,
-                _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), x)))
-MOERT_INT8_LOOP(int8_avx2, "avx2", __m256i, _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), x)))
-#endif
-
-FmaLoop int8_loop() {
-#if defined(__x86_64__)
-  if (isa() >= Isa::avx512_vnni) return int8_vnni;
-  if (isa() >= Isa::avx512) return int8_avx512;
-  if (isa() >= Isa::avx2) return int8_avx2;
-#endif
-  return fma_generic;
-}
-
-FmaLoop fma_loop() {
-#if defined(__x86_64__)
-  if (isa() >= Isa::avx512) return fma_avx512;
-  if (isa() >= Isa::avx2) return fma_avx2;
-#endif
-  return fma_generic;
-}
+constexpr int64_t kMemory = 64 << 20;      // floats: 256 MB, read in turns
+constexpr int64_t kSample = 8 << 20;       // floats: 32 MB
+constexpr int64_t kOperations = 16 << 20;  // of a thread
 
 typedef float Four __attribute__((vector_size(16)));
 
@@ -123,21 +61,15 @@ double Limits::read_bandwidth() {
   return double(part * threads * 4) / time;
 }
 
-template <typename F>
-double Limits::peak_of(const F& loop) const {
+double Limits::peak_of(int64_t (*multiply)(int64_t operations, int64_t threads)) const {
   int64_t operations = 0;
-  const double time = seconds([&] {
-    cpu::parallel_for(threads, threads, [&](int64_t i) {
-      const int64_t done = loop(kRounds);
-      if (i == 0) operations = done * threads;
-    });
-  });
+  const double time = seconds([&] { operations = multiply(kOperations * threads, threads); });
   return double(operations) / time;
 }
 
-double Limits::fma_peak() const { return peak_of(fma_loop()); }
+double Limits::fma_peak() const { return peak_of(cpu::multiply_floats); }
 
-double Limits::int8_peak() const { return peak_of(int8_loop()); }
+double Limits::int8_peak() const { return peak_of(cpu::multiply_bytes); }
 
 int64_t bench_threads() {
   const char* wanted = std::getenv("OMP_NUM_THREADS");

@@ -26,15 +26,13 @@ class Limits {
   // float32 operations per second from registers, on the instruction set that the kernels use.
   double fma_peak() const;
 
-  // Operations per second on int8 from registers: a multiplication and an addition of each of VNNI's four products, or
-  // of the AVX2 and AVX-512 instructions that give the same; fma_peak() without them.
+  // int8 operations per second from registers, likewise.
   double int8_peak() const;
 
   const int64_t threads;
 
  private:
-  template <typename F>
-  double peak_of(const F& loop) const;
+  double peak_of(int64_t (*multiply)(int64_t operations, int64_t threads)) const;
 
   std::vector<float> memory_;
   int64_t next_ = 0;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/pages.h"
+#include "cpu/peak.h"
 #include "moert/fused_experts_quantized.h"
 #include "moert/isa.h"
 #include "python/formats.h"
@@ -140,6 +141,10 @@ PYBIND11_MODULE(_C, m) {
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { moert::cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       "Large pages for fresh memory, where the system has them; to be asked for before the first write.");
+  m.def("multiply_floats", &moert::cpu::multiply_floats, py::arg("operations"), py::arg("threads"),
+        "Multiplies and adds float32 in registers, so often or a little more: the FMA peak, for benches.");
+  m.def("multiply_bytes", &moert::cpu::multiply_bytes, py::arg("operations"), py::arg("threads"),
+        "The same with int8, as VNNI multiplies it where the CPU has it.");
   define_formats(m);
   define_fp8(m);
   define_bit_nested(m);

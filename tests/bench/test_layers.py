@@ -9,7 +9,7 @@ from rich.console import Console
 import layers
 from layers_plots import plot_peers, plot_roofline
 from layers_rows import Row, cell, say_limits, show, title
-from peers.problem import PRODUCT_FLOP, READ_BYTES, Problem
+from peers.problem import LIMITS, PRODUCT_FLOP, READ_BYTES, Problem
 
 TINY = Problem("tiny", 64, 32, 8, 2, 5, "float32")
 
@@ -37,12 +37,12 @@ def test_a_ratio_is_of_the_same_turns():
 
 
 @pytest.mark.parametrize(
-    "dtype, product", [("float32", "product"), ("bfloat16", "bfloat16 product"), ("int4:32", "int8 product")]
+    "dtype, product", [("float32", "FMA peak"), ("bfloat16", "bfloat16 product"), ("int4:32", "int8 peak")]
 )
 def test_rows_are_held_to_the_product_of_their_type(dtype, product):
     held = row(replace(TINY, dtype=dtype))
     assert held.products() == ["product"]  # of a run without the other
-    held.times |= {name: [PRODUCT_FLOP / 1e8] * 3 for name in ("bfloat16 product", "int8 product")}
+    held.times |= {name: [PRODUCT_FLOP / 1e8] * 3 for name in LIMITS[1:]}
     held.times[product] = [PRODUCT_FLOP / 1e10] * 3
     held.flop = 2e10
     assert held.ideal() == pytest.approx([2.0] * 3)
@@ -66,11 +66,11 @@ def test_the_table_has_share_and_spread():
 
 def test_limits_are_said():
     console = Console(width=170, record=True)
-    say_limits(
-        {"read": READ_BYTES / 2e10, "product": PRODUCT_FLOP / 1e11, "int8 product": PRODUCT_FLOP / 8e11}, console
-    )
+    rates = {"FMA peak": 2e11, "int8 peak": 9e11, "product": 1e11, "int8 product": 8e11}
+    say_limits({"read": READ_BYTES / 2e10} | {name: PRODUCT_FLOP / rate for name, rate in rates.items()}, console)
     said = console.export_text()
-    assert "read 20.0 GB/s; float32 product 100 GFLOP/s; int8 product 800 GOP/s" in said and "bfloat16" not in said
+    assert "read 20.0 GB/s; FMA peak 200 GFLOP/s; int8 peak 900 GOP/s; torch's float32 product 100 GFLOP/s" in said
+    assert "torch's int8 product 800 GOP/s" in said and "bfloat16" not in said
 
 
 def test_plots(tmp_path):

@@ -1,0 +1,89 @@
+#include "cpu/peak.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define MOERT_VECTOR_REGISTER "+v"
+#else
+#define MOERT_VECTOR_REGISTER "+w"
+#endif
+
+#include "cpu/parallel.h"
+
+namespace moert::cpu {
+
+namespace {
+
+struct Loop {
+  void (*run)(int64_t rounds);
+  int64_t operations;  // of one round
+};
+
+constexpr int64_t kSums = 12;        // enough to fill two pipes of four cycles
+constexpr int64_t kRounds = 10'000;  // of one task, some 20 us
+
+// What asm might change is neither left out nor computed beforehand.
+#define MOERT_FLOAT_LOOP(name, target, bytes)                            \
+  target void name(int64_t rounds) {                                     \
+    typedef float Vector __attribute__((vector_size(bytes)));            \
+    Vector sums[kSums] = {}, x = Vector{} + 0.5f, y = Vector{} + 0.999f; \
+    for (int64_t i = 0; i < rounds; ++i)                                 \
+      for (auto& sum : sums) {                                           \
+        sum = sum * x + y;                                               \
+        asm volatile("" : MOERT_VECTOR_REGISTER(sum));                   \
+      }                                                                  \
+  }
+
+// x as well, or its products would be made once.
+#define MOERT_BYTE_LOOP(name, flags, Register, products)                         \
+  __attribute__((target(flags))) void name(int64_t rounds) {                     \
+    Register sums[kSums] = {}, x = Register{} + 0x01020304;                      \
+    const Register y = Register{} + 0x04030201;                                  \
+    for (int64_t i = 0; i < rounds; ++i)                                         \
+      for (auto& sum : sums) {                                                   \
+        sum = products;                                                          \
+        asm volatile("" : MOERT_VECTOR_REGISTER(sum), MOERT_VECTOR_REGISTER(x)); \
+      }                                                                          \
+  }
+
+MOERT_FLOAT_LOOP(floats_generic, , 16)
+#if defined(__x86_64__)
+MOERT_FLOAT_LOOP(floats_avx2, __attribute__((target("avx2,fma"))), 32)
+MOERT_FLOAT_LOOP(floats_avx512, __attribute__((target("avx512f"))), 64)
+MOERT_BYTE_LOOP(bytes_avx2, "avx2", __m256i, _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), y)))
+MOERT_BYTE_LOOP(bytes_avx512, "avx512f,avx512bw", __m512i,
+                _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), y)))
+MOERT_BYTE_LOOP(bytes_vnni, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum, x, y))
+#endif
+
+Loop loop_of(void (*run)(int64_t), int64_t elements) { return {run, kSums * elements * 2}; }
+
+Loop float_loop() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512) return loop_of(floats_avx512, 16);
+  if (isa() >= Isa::avx2) return loop_of(floats_avx2, 8);
+#endif
+  return loop_of(floats_generic, 4);
+}
+
+Loop byte_loop() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::avx512_vnni) return loop_of(bytes_vnni, 64);
+  if (isa() >= Isa::avx512) return loop_of(bytes_avx512, 64);
+  if (isa() >= Isa::avx2) return loop_of(bytes_avx2, 32);
+#endif
+  return float_loop();
+}
+
+int64_t run(const Loop& loop, int64_t operations, int64_t threads) {
+  const int64_t per_task = kRounds * loop.operations, tasks = (operations + per_task - 1) / per_task;
+  parallel_for(tasks, threads, [&](int64_t) { loop.run(kRounds); });
+  return tasks * per_task;
+}
+
+}  // namespace
+
+int64_t multiply_floats(int64_t operations, int64_t threads) { return run(float_loop(), operations, threads); }
+
+int64_t multiply_bytes(int64_t operations, int64_t threads) { return run(byte_loop(), operations, threads); }
+
+}  // namespace moert::cpu
