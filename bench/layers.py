@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from layers_plots import plot_peers, plot_roofline
-from layers_rows import Row, say_limits, show, title
+from layers_rows import BASE, Row, say_limits, show, title
 from peers.problem import FLOATS, LIMITS, Problem
-from record import ROOT, bench_facts, done_before, path_of, save, say
+from record import ROOT, bench_facts, commit, done_before, path_of, save, say
+from revision import build
 
 MODELS = {  # H, I, E, k
     "Qwen3-30B-A3B": (2048, 768, 128, 8),
@@ -60,12 +61,21 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 class Family:
     """The process of one family, of which a program of bench/peers answers."""
 
-    def __init__(self, name: str, python: Path, threads: int, keep_memory: bool, program: str = "worker.py"):
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        threads: int,
+        keep_memory: bool,
+        program: str = "worker.py",
+        site: Path | None = None,
+    ):
         self.name = name
         self.command = [str(python), str(ROOT / "bench" / "peers" / program), name, str(threads)]
         # A waiting thread must not spin: the next one to compute is in another process.
         self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
         self.environment |= KEEP_MEMORY if keep_memory else {}
+        self.environment |= {"PYTHONPATH": str(site)} if site else {}  # in front of what is installed
         self.start()
 
     def start(self) -> None:
@@ -105,19 +115,37 @@ class Family:
         self.log.close()
 
 
+class Base(Family):
+    """moert of another commit, installed at site: its calls are named by that commit, and the limits are moert's."""
+
+    def __init__(self, revision: str, site: Path, options: argparse.Namespace):
+        super().__init__("moert", Path(sys.executable), options.threads, options.keep_memory, site=site)
+        self.name, self.suffix = BASE + revision, f" at {revision}"
+
+    def load(self, problem: dict) -> dict:
+        answer = super().load(problem)
+        self.providers = [name + self.suffix for name in answer["providers"] if name not in LIMITS]
+        missing = {name.removesuffix(self.suffix) + self.suffix: why for name, why in answer["missing"].items()}
+        return answer | {"providers": self.providers, "missing": missing}
+
+    def ask(self, **request) -> dict:
+        asked, *more = request
+        of = request[asked]
+        plain = {asked: of.removesuffix(self.suffix) if isinstance(of, str) else of}
+        return super().ask(**plain, **{name: request[name] for name in more})
+
+
 def main() -> None:
     options = parse()
     problems = chosen(options)
     console = Console(width=170)
     pythons, absent = found()
-    facts = bench_facts(families=list(pythons), **settings_of(options))
+    base = [BASE + commit(options.base)] if options.base else []
+    facts = bench_facts(families=[*pythons, *base], **settings_of(options))
     out = options.out or path_of(options.size, ".layers.json", facts)
     rows = [Row(**row) for row in done_before(out, facts)] if options.full else []
     with ExitStack() as stack:
-        families = []
-        for name, python in pythons.items():
-            families.append(Family(name, python, options.threads, options.keep_memory))
-            stack.callback(families[-1].close)
+        families = started(pythons, options, stack)
         limits = limits_of(families[0], options)
         say_limits(limits, console)
         with Progress(console=console) as progress:
@@ -150,6 +178,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="of one turn of one provider")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep-memory", action="store_true", help="in every family, so that no page is fresh")
+    parser.add_argument(
+        "--base", metavar="REV", help="also build that commit and time its moert, in turns with this one"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.size = next((name for name in ("quick", "full", "smoke") if getattr(options, name)), "usual")
@@ -210,6 +241,20 @@ def found() -> tuple[dict[str, Path], dict[str, str]]:
         else:
             absent[name] = "no environment (make bench-peers)"
     return pythons, absent
+
+
+def started(pythons: dict[str, Path], options: argparse.Namespace, stack: ExitStack) -> list[Family]:
+    """moert's process first; the stack ends them."""
+    if options.base:  # before there are processes that would wait for it
+        site = build(revision := commit(options.base), Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    families: list[Family] = []
+    for name, python in pythons.items():
+        families.append(Family(name, python, options.threads, options.keep_memory))
+        stack.callback(families[-1].close)
+    if options.base:
+        families.append(Base(revision, site, options))
+        stack.callback(families[-1].close)
+    return families
 
 
 def limits_of(moert: Family, options: argparse.Namespace) -> dict[str, float]:

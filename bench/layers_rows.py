@@ -9,6 +9,8 @@ from rich.table import Table
 from peers.problem import LIMITS, PRODUCT_FLOP, READ_BYTES, Problem
 from timing import percentile
 
+BASE = "moert at "  # and a commit, where --base asked for it
+
 
 @dataclass
 class Row:
@@ -75,13 +77,17 @@ def title(problem: dict) -> str:
 
 def show(rows: list[Row], absent: dict[str, str], console: Console) -> None:
     table = Table(title="ms of a layer, median (p20-p80; share of what the machine allows) of turns")
-    for column in ("layer", "moert", "prepacked or int8 rows", "best peer", "", "moert is faster by"):
+    base = next((name for row in rows for name in row.providers() if name.startswith(BASE)), None)
+    of_base = (base, "moert is faster by") if base else ()
+    for column in ("layer", "moert", "prepacked or int8 rows", *of_base, "best peer", "", "moert is faster by"):
         table.add_column(column, justify="left" if column in ("layer", "best peer") else "right")
     for row in rows:
         peer = row.best_peer()
         theirs = (peer, cell(row, peer), f"{row.ratio(peer):.2f}x") if peer else ("none", "", "")
-        other = next((cell(row, name) for name in row.providers() if name.startswith("moert ")), "")
-        table.add_row(title(row.problem), cell(row, "moert"), other, *theirs)
+        mine = [name for name in row.providers() if name.startswith("moert ") and " at " not in name]
+        before = (cell(row, base), f"{row.ratio(base):.2f}x") if base in row.times else ("", "")
+        other = cell(row, mine[0]) if mine else ""
+        table.add_row(title(row.problem), cell(row, "moert"), other, *before[: len(of_base)], *theirs)
     console.print(table)
     for row in rows:
         if row.memory:

@@ -29,6 +29,7 @@ from moert.info import openmp_runtimes
 from moert.runtime import keep_memory
 from moert.testing import BENCH_SHAPES, Shape, row_error
 from record import ROOT, bench_facts, commit, done_before, path_of, save, say
+from revision import build
 from timing import Limits, interleaved, percentile
 
 FILES = ROOT / "bench" / "python"
@@ -230,18 +231,6 @@ def beside_base(options: argparse.Namespace) -> list[dict]:
                         rows[key] = row({**got, "provider": provider}, *samples)
                         rows[key]["commit"] = revision if path else got["commit"]
     return [without_samples(row) for row in rows.values()]
-
-
-def build(revision: str, folder: Path) -> Path:
-    """Installs that commit under folder; returns what to put on PYTHONPATH."""
-    tree, site = folder / "tree", folder / "site"
-    subprocess.check_call(["git", "worktree", "add", "--quiet", "--detach", str(tree), revision], cwd=ROOT)
-    try:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-        subprocess.check_call([*pip, "--target", str(site), str(tree)])
-    finally:
-        subprocess.check_call(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT)
-    return site
 
 
 def turn(options: argparse.Namespace, op: str, site: Path | None, out: Path, turns: int) -> list[dict]:

@@ -70,8 +70,9 @@ def limits(threads: int) -> dict:
     stream = torch.ones(READ_BYTES // 4)
     a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE)
     found = {"read": lambda turn: stream.sum(), "product": lambda turn: a @ b}
-    found["FMA peak"] = lambda turn: _C.multiply_floats(PRODUCT_FLOP, threads)
-    found["int8 peak"] = lambda turn: _C.multiply_bytes(PRODUCT_FLOP, threads)
+    if hasattr(_C, "multiply_floats"):  # older revisions, which --base times, have neither
+        found["FMA peak"] = lambda turn: _C.multiply_floats(PRODUCT_FLOP, threads)
+        found["int8 peak"] = lambda turn: _C.multiply_bytes(PRODUCT_FLOP, threads)
     if _C.cpu_features()["avx512bf16"] or _C.cpu_features()["amx_bf16"]:
         e, f = a.bfloat16(), b.bfloat16()
         found["bfloat16 product"] = lambda turn: e @ f

@@ -1,5 +1,7 @@
 import json
+import sys
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -112,6 +114,25 @@ def test_a_call_that_fails_costs_itself_and_a_process_that_dies_all_of_its_calls
         "dies b": "the process must answer, got exit -9",
     }
     assert held.times == {}
+
+
+def test_another_commit_takes_turns_under_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(layers, "build", lambda revision, folder: tmp_path)  # of nothing: this tree once more
+    monkeypatch.setattr(layers, "commit", lambda revision: f"commit of {revision}")
+    monkeypatch.setattr("sys.argv", ["layers.py", "--smoke", "--base", "HEAD", "--threads", "1"])
+    options = layers.parse()
+    with ExitStack() as stack:
+        families = layers.started({"moert": Path(sys.executable)}, options, stack)
+        assert families[1].environment["PYTHONPATH"] == str(tmp_path) and families[1].command == families[0].command
+        measured = layers.measure(TINY, families, options)
+        bad = families[1].load(asdict(replace(TINY, dtype="int4:32", training=True)))
+    names = ["moert", "moert at commit of HEAD"]
+    assert [name for name in measured.providers() if "prepacked" not in name] == names
+    assert set(names) <= set(measured.errors) and measured.best_peer() is None
+    assert bad["providers"] == [] and list(bad["missing"]) == names[1:]
+    console = Console(width=200, record=True)
+    show([measured, row()], {}, console)
+    assert names[1] in console.export_text()
 
 
 def test_a_process_that_dies_before_it_is_asked_does_not_answer():
