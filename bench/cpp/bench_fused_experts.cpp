@@ -5,50 +5,11 @@
 // and after every call.  Every call routes its tokens anew, so that no cache holds the weights of the next one.
 #include <benchmark/benchmark.h>
 
-#include <memory>
-
-#include "layers.h"
-#include "moert/fused_experts.h"
+#include "float_layer.h"
 
 namespace moert::bench {
 
 namespace {
-
-// One model's experts; kept until the next model's are wanted, since they fill the memory.
-struct Layer {
-  Model model;
-  DType dtype;
-  Bytes w1, w2, dw1, dw2;
-
-  Layer(const Model& m, DType dtype)
-      : model(m),
-        dtype(dtype),
-        w1(values(m.E * 2 * m.I * m.H, dtype, std::sqrt(3.0f / m.H))),
-        w2(values(m.E * m.H * m.I, dtype, std::sqrt(3.0f / m.I))) {}
-
-  ExpertMatrix matrix(const Bytes& data, int64_t rows, int64_t columns, int64_t stride, int64_t first = 0) const {
-    return {data.data() + first * columns * size_of(dtype), dtype, stride * columns, columns, 1};
-  }
-
-  ExpertWeights weights() const {
-    ExpertWeights w{};
-    w.E = model.E, w.H = model.H, w.I = model.I;
-    w.gate = matrix(w1, model.I, model.H, 2 * model.I);
-    w.up = matrix(w1, model.I, model.H, 2 * model.I, model.I);
-    w.down = matrix(w2, model.H, model.I, model.H);
-    return w;
-  }
-};
-
-const Layer& layer_of(const Model& model, DType dtype, bool gradients) {
-  static std::unique_ptr<Layer> layer;
-  if (!layer || layer->model.name != model.name || layer->dtype != dtype) {
-    layer.reset();
-    layer = std::make_unique<Layer>(model, dtype);
-  }
-  if (gradients) layer->dw1.resize(layer->w1.size()), layer->dw2.resize(layer->w2.size());
-  return *layer;
-}
 
 // Backward counts both passes, because training pays both; h is saved in between.
 void fused_experts(benchmark::State& state, const Model& model, DType dtype, const char* routing, bool backward) {
