@@ -112,10 +112,12 @@ size: $(READY)
 docs: $(READY)
 	$(PYTEST) -q tests/test_docs.py
 
-# Operators beside torch, then whole layers beside every peer; ARGS=--quick or --full for both, other ARGS for the layers.
-# ARGS that choose among the layers ask for no operators.
+# Operators beside torch, then whole layers beside every peer: a subset with every regime, about 10 minutes on two cores;
+# ARGS=--quick: a few shapes in bfloat16, about 3; ARGS=--full: everything, hours, resumed where it was cut off.  The
+# --help of both programs says what each size has.  Other ARGS are for the layers; those that choose among them (--model,
+# --dtype, --T, --routing), or time another commit's (--base REV), ask for no operators.
 bench: $(READY)
-	$(if $(filter --model% --dtype% --T% --routing%,$(ARGS)),,$(BIN)/python bench/run.py $(filter --quick --full --smoke --keep-memory,$(ARGS)))
+	$(if $(filter --model% --dtype% --T% --routing% --base%,$(ARGS)),,$(BIN)/python bench/run.py $(filter --quick --full --smoke --keep-memory,$(ARGS)))
 	$(BIN)/python bench/layers.py $(ARGS)
 
 bench-peers: $(READY)

@@ -1,4 +1,9 @@
-"""Whole MoE layers beside everything a user could pick instead; `bench/layers.py --help` says the options.
+"""Whole MoE layers beside everything a user could pick instead.
+
+Usually (about six minutes): Qwen3-30B-A3B at T = 1, 16, 64, 256 and 1024 in bfloat16 and float32, at 1, 16 and 256 in
+int4; gpt-oss-20b at 1 and 256 in bfloat16; training steps of OLMoE at 1024 in both.  --quick (about two minutes):
+Qwen3-30B-A3B in bfloat16 at 1, 16, 256 and 1024.  --full (hours): every model, dtype, T and routing of the options
+below, and training at 1024 and 4096.
 
 moert and one process per family of peers (bench/peers; environments made by `make bench-peers`, else this one where it
 has the package; a family without either is left out and named) take turns, so that only one of them computes at a time.
@@ -138,7 +143,7 @@ class Base(Family):
 def main() -> None:
     options = parse()
     problems = chosen(options)
-    console = Console(width=170)
+    console = Console(width=230 if options.base else 170)
     pythons, absent = found()
     base = [BASE + commit(options.base)] if options.base else []
     facts = bench_facts(families=[*pythons, *base], **settings_of(options))
@@ -166,15 +171,15 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="one model in bfloat16, three minutes")
+    size.add_argument("--quick", action="store_true", help="one model in bfloat16; about two minutes")
     size.add_argument("--full", action="store_true", help="every model, dtype, T and routing; hours, resumes")
     size.add_argument("--smoke", action="store_true", help="one tiny layer, one call each, writes nothing")
     for name, values in SELECTORS.items():
         kind = type(values[0])
         parser.add_argument(f"--{name}", nargs="+", type=kind, choices=values, help="of the rows above, these alone")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, help="7, in --quick 5")
     parser.add_argument("--seconds", type=float, default=0.3, help="of one turn of one provider")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep-memory", action="store_true", help="in every family, so that no page is fresh")
@@ -184,6 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.size = next((name for name in ("quick", "full", "smoke") if getattr(options, name)), "usual")
+    options.turns = options.turns or (5 if options.quick else 7)
     if options.smoke:
         options.turns, options.seconds = 1, 0.0
     return options
@@ -216,7 +222,7 @@ def every() -> list[Problem]:
 
 
 def usual(quick: bool) -> list[Problem]:
-    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 64, 256, 1024), False)]
+    wanted = [("Qwen3-30B-A3B", "bfloat16", (1, 16, 256, 1024) if quick else (1, 16, 64, 256, 1024), False)]
     if not quick:
         wanted += [("Qwen3-30B-A3B", "float32", (1, 16, 64, 256, 1024), False)]
         wanted += [("Qwen3-30B-A3B", "int4:32", (1, 16, 256), False)]

@@ -1,10 +1,16 @@
 """Another commit of moert, built so that it can be timed beside this one."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from record import ROOT
+
+# Python reads it after the .pth files: the finder of an editable install would answer before PYTHONPATH is looked at.
+WITHOUT_FINDERS = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__name__.startswith("ScikitBuild")]
+"""
 
 
 def build(revision: str, folder: Path) -> Path:
@@ -16,4 +22,14 @@ def build(revision: str, folder: Path) -> Path:
         subprocess.check_call([*pip, "--target", str(site), str(tree)])
     finally:
         subprocess.check_call(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT)
+    put_in_front(site)
     return site
+
+
+def put_in_front(site: Path) -> None:
+    """With site on PYTHONPATH, moert is that of site."""
+    (site / "sitecustomize.py").write_text(WITHOUT_FINDERS)
+    command = [sys.executable, "-c", "import moert; print(moert.__file__)"]
+    found = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(site)}, cwd=site, text=True).strip()
+    if not Path(found).is_relative_to(site):
+        sys.exit(f"moert must be found in {site}, got {found}")

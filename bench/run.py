@@ -1,4 +1,9 @@
-"""The benches' only entry: tests first, then times.  `bench/run.py --help` says the options.
+"""Times of the operators beside torch, tests of them first.
+
+Without a choice of --op, --dtype, --mode or --shapes: in --quick (about a minute) bfloat16 at the two shapes of the
+model that `moert run` trains, usually (about four minutes) bfloat16 at every shape of moert.testing.BENCH_SHAPES, which
+are decoding, few sequences, prefill and training, and float32 at those two; steps forward and backward from 1024 tokens
+on.  With a choice, or in --full (half an hour), everything, which is also larger shapes of some operators.
 
 Rows go to build/bench (or --out), those of a --full run by commit and case by case: it goes on where it was cut off,
 and what is to be committed is copied from there to bench/results.  A row: op, provider, mode, dtype, shape, seconds at
@@ -30,7 +35,7 @@ from moert.runtime import keep_memory
 from moert.testing import BENCH_SHAPES, Shape, row_error
 from record import ROOT, bench_facts, commit, done_before, path_of, save, say
 from revision import build
-from timing import Limits, interleaved, percentile
+from timing import FLOP, Limits, interleaved, percentile
 
 FILES = ROOT / "bench" / "python"
 sys.path.append(str(FILES))
@@ -38,6 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("forward", "forward_backward")
 SECONDS = {"quick": 0.1, "usual": 0.3, "full": 1.0}  # for each provider of each row
 QUICK_SHAPES = 2
+STEP_TOKENS = 1024  # of a subset: with fewer nobody trains
 
 
 def main() -> None:
@@ -48,7 +54,7 @@ def main() -> None:
     out = options.out or path_of("base" if options.base else options.size, ".json", facts)
     done = done_before(out, facts) if options.full and not options.base else []
     if not options.smoke and not options.raw:
-        run_tests(options.op, options.quick)
+        run_tests(options.op, options.full)
     runtimes = openmp_runtimes()
     if len(runtimes) > 1:
         sys.exit(f"OpenMP must be loaded once, got {', '.join(runtimes)}")
@@ -72,14 +78,18 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     ops = sorted(path.stem.removeprefix("bench_") for path in FILES.glob("bench_*.py"))
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help=f"bfloat16 and the first {QUICK_SHAPES} shapes")
-    size.add_argument("--full", action="store_true", help="for longer, and what was measured before is kept")
+    size.add_argument(
+        "--quick", action="store_true", help=f"bfloat16 and the first {QUICK_SHAPES} shapes; about a minute"
+    )
+    size.add_argument(
+        "--full", action="store_true", help="everything, for longer, and what was measured before is kept"
+    )
     size.add_argument("--smoke", action="store_true", help="smallest shape, one call each, no tests")
-    parser.add_argument("--op", nargs="+", default=ops, choices=ops)
+    parser.add_argument("--op", nargs="+", choices=ops)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--mode", nargs="+", choices=list(MODES))
     parser.add_argument("--shapes", type=int, help="only the first so many")
     parser.add_argument("--seconds", type=float, help="time for each provider of each row")
     parser.add_argument("--threads", type=int)
@@ -87,11 +97,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help="a call right after another, not from cold caches")
     parser.add_argument("--base", metavar="REV", help="also build and time that commit, in turns with this one")
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--raw", action="store_true", help=argparse.SUPPRESS
-    )  # one turn of --base: only moert, all times
+    # One turn of --base: only moert, all times.
+    parser.add_argument("--raw", choices=("subset", "all"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.size = next((name for name in ("quick", "full", "smoke") if getattr(options, name)), "usual")
+    chosen = options.op or options.dtype or options.mode or options.shapes
+    options.subset = options.raw == "subset" if options.raw else not chosen and options.size in ("quick", "usual")
+    options.op, options.mode = options.op or ops, options.mode or list(MODES)
     few = {"quick": (["bfloat16"], QUICK_SHAPES), "smoke": (["float32"], 1)}.get(options.size, (list(DTYPES), 99))
     options.dtype, options.shapes = options.dtype or few[0], options.shapes or few[1]
     options.commit = commit("HEAD")  # whatever is committed during the run
@@ -108,11 +120,11 @@ def write(path: Path, facts: dict, limits: dict, rows: list[dict]) -> None:
     save(path, {"machine": facts, "limits": limits, "rows": rows})
 
 
-def run_tests(ops: list[str], quick: bool) -> None:
-    """No speed of an operator that is wrong."""
+def run_tests(ops: list[str], full: bool) -> None:
+    """No speed of an operator that is wrong.  Not full: forward and backward alone."""
     files = [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in ops]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu"]
-    command += ["-k", "test_forward or test_backward"] if quick else []
+    command += [] if full else ["-k", "test_forward or test_backward"]
     if subprocess.call([*command, *files], cwd=ROOT):
         sys.exit("the operators' tests must pass before they are timed")
 
@@ -124,8 +136,16 @@ def cases(options: argparse.Namespace) -> list[tuple]:
         module = import_module(f"bench_{op}")
         shapes = getattr(module, "SHAPES", BENCH_SHAPES)[: options.shapes]
         modes = [mode for mode in options.mode if mode in getattr(module, "MODES", MODES)]
-        found += product([op], options.dtype, shapes, getattr(module, "VARIANTS", (None,)), [modes])
+        for dtype, shape, variant in product(options.dtype, shapes, getattr(module, "VARIANTS", (None,))):
+            wanted = [mode for mode in modes if not options.subset or in_subset(dtype, shape, mode)]
+            found += [(op, dtype, shape, variant, wanted)] if wanted else []
     return found
+
+
+def in_subset(dtype: str, shape: Shape, mode: str) -> bool:
+    """Every regime once, and the model that moert run trains in float32."""
+    shapes = BENCH_SHAPES if dtype == "bfloat16" else BENCH_SHAPES[:QUICK_SHAPES]
+    return shape in shapes and (mode == "forward" or shape.T >= STEP_TOKENS)
 
 
 def every(
@@ -185,7 +205,7 @@ def measure(op, case, mode: str, dtype: str, shape: Shape, options, limits: Limi
     work = 1 if mode == "forward" else 3
     forward = mode == "forward" or case.step_bytes is None
     moved = (work * case.bytes if forward else case.step_bytes) / limits.work[case.like]
-    computed = work * case.flop / limits.work[dtype]
+    computed = work * case.flop / FLOP
     fastest = map(min, zip(*(times[name] for name in products), strict=True))
     ideals = [max(moved * m, computed * c) for m, c in zip(times[case.like], fastest, strict=True)]
     key = {"op": op, "mode": mode, "dtype": dtype, "shape": str(shape), "caches": caches(options)}
@@ -234,11 +254,11 @@ def beside_base(options: argparse.Namespace) -> list[dict]:
 
 
 def turn(options: argparse.Namespace, op: str, site: Path | None, out: Path, turns: int) -> list[dict]:
-    command = [sys.executable, str(ROOT / "bench" / "run.py"), "--raw", "--out", str(out), "--op", op]
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), "--raw", "subset" if options.subset else "all"]
+    command += ["--out", str(out), "--op", op]
     command += ["--dtype", *options.dtype, "--mode", *options.mode, "--shapes", str(options.shapes)]
     command += ["--seconds", str(options.seconds / turns), "--threads", str(torch.get_num_threads())]
     command += [f"--{name}" for name, on in (("keep-memory", options.keep_memory), ("warm", options.warm)) if on]
-    # In front of everything, also of an editable install's finder: its hooks only answer what the path does not.
     environment = {**os.environ, **({"PYTHONPATH": str(site)} if site else {})}
     subprocess.check_call(command + (["--smoke"] if options.smoke else []), env=environment)
     return json.loads(out.read_text())

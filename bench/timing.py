@@ -21,16 +21,18 @@ def interleaved(
     cold: bool = True,
     limits: Functions | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of single calls, one of each function a round, from cold caches; about `seconds` for each function.
+    """Seconds of single calls, one of each function a round, from cold caches.
 
+    It takes about `seconds` for each function, what goes before the calls included, but for five rounds at least.
     Not cold: of a second call right after the first.  limits: functions whose times say what the machine can do; each
     round has those that were sampled last, at most SAMPLE seconds before it.
 
     Interleaved, because a machine that slows down for a while would otherwise slow down one of them only.
     """
-    flush = torch.zeros(2**24)  # 64 MiB: more than the caches that this process can hope to keep
+    flush = torch.ones(2**24)  # 64 MiB: more than the caches that this process can hope to keep
     longest = max(_warm_up(function, 0.0 if rounds else seconds / 10) for function in functions.values())
-    count = rounds or max(5, min(1000, int(seconds / max(longest, 1e-6))))
+    before = _seconds(lambda: flush.add_(1)) if cold else longest
+    count = rounds or max(5, min(1000, int(seconds / max(longest + before, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in (*functions, *(limits or ()))}
     sample, due = {}, 0.0
     for _ in range(count):
@@ -59,11 +61,15 @@ class Limits:
         self.functions: Functions = {"read": source.sum, "copy": lambda: target.copy_(source[: len(target)])}
         # A copy reads half of these bytes and writes the other half.
         self.work = {"read": source.nbytes, "copy": 2 * target.nbytes}
-        for dtype in dtypes:
+        # Older revisions of moert, which --base times, have no peak.  Beside it a product in a dtype that the CPU does
+        # not multiply is no limit, and takes torch seconds.
+        has_peak, features = hasattr(_C, "multiply_floats"), _C.cpu_features()
+        narrow = features["avx512bf16"] or features["amx_bf16"]
+        for dtype in dtypes if narrow or not has_peak else {torch.float32} & set(dtypes):
             name = str(dtype).removeprefix("torch.")
             self.functions[name] = _product(a.to(dtype), b.to(dtype))
             self.work[name] = FLOP
-        if hasattr(_C, "multiply_floats"):  # older revisions of moert, which --base times, have none
+        if has_peak:
             self.functions["FMA peak"] = lambda: _C.multiply_floats(FLOP, torch.get_num_threads())
             self.work["FMA peak"] = FLOP
 

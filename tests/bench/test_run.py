@@ -18,8 +18,27 @@ def test_sizes(monkeypatch):
     usual, quick, full = (options(monkeypatch, *size) for size in ([], ["--quick"], ["--full"]))
     assert usual.dtype == full.dtype == ["float32", "bfloat16"] and quick.dtype == ["bfloat16"]
     assert quick.seconds < usual.seconds < full.seconds
-    assert len(run.cases(quick)) < len(run.cases(usual)) == len(run.cases(full))
+    assert len(run.cases(quick)) < len(run.cases(usual)) < len(run.cases(full))
     assert options(monkeypatch, "--quick", "--seconds", "2", "--dtype", "float32").seconds == 2
+
+
+def test_the_usual_subset_has_every_operator_and_regime(monkeypatch):
+    usual, full = options(monkeypatch), options(monkeypatch, "--full")
+    cases = run.cases(usual)
+    assert {(op, variant) for op, _, _, variant, _ in cases} == {
+        (op, variant) for op, _, _, variant, _ in run.cases(full)
+    }
+    assert {shape for _, dtype, shape, _, _ in cases if dtype == "bfloat16"} == set(run.BENCH_SHAPES)
+    assert {shape.T >= 1024 for _, _, shape, _, modes in cases if "forward_backward" in modes} == {True}
+    fused = [case for case in cases if case[0] == "fused_experts"]
+    assert len([case for case in fused if case[1] == "float32"]) == 2
+
+
+def test_a_choice_has_everything_of_it(monkeypatch):
+    asked, full = (options(monkeypatch, *more, "--op", "permute") for more in ([], ["--full"]))
+    assert run.cases(asked) == run.cases(full) and not asked.subset
+    smoke = options(monkeypatch, "--smoke")
+    assert {tuple(modes) for *_, modes in run.cases(smoke)} == {("forward",), run.MODES}
 
 
 def test_a_full_run_goes_on_where_it_was_cut_off(monkeypatch, tmp_path):
