@@ -1,9 +1,10 @@
 """Times of the operators beside torch, tests of them first.
 
-Without a choice of --op, --dtype, --mode or --shapes: in --quick (about a minute) bfloat16 at the two shapes of the
-model that `moert run` trains, usually (about four minutes) bfloat16 at every shape of moert.testing.BENCH_SHAPES, which
-are decoding, few sequences, prefill and training, and float32 at those two; steps forward and backward from 1024 tokens
-on.  With a choice, or in --full (half an hour), everything, which is also larger shapes of some operators.
+Without a choice of --op, --dtype, --mode or --shapes: in --quick (one to two minutes, most of it tests) bfloat16 at the
+two shapes of the model that `moert run` trains, usually (about four minutes) bfloat16 at every shape of
+moert.testing.BENCH_SHAPES, which are decoding, few sequences, prefill and training, and float32 at those two; steps
+forward and backward from 1024 tokens on.  With a choice, or in --full (half an hour or more), everything, which is also
+larger shapes of some operators.
 
 Rows go to build/bench (or --out), those of a --full run by commit and case by case: it goes on where it was cut off,
 and what is to be committed is copied from there to bench/results.  A row: op, provider, mode, dtype, shape, seconds at
