@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The C++ tests and the operator tests under the address and undefined-behaviour sanitizers.  usage: test_asan.sh PYTHON
+# The C++ tests, and those of operators, routers and packed formats, under the address and undefined-behaviour sanitizers.
+# usage: test_asan.sh PYTHON
 set -euo pipefail
 python=$1 build=build/asan sanitize=address,undefined
 mkdir -p build
-tests=${TESTS:-tests/ops tests/routers}
+tests=${TESTS:-tests/ops tests/routers $(echo tests/quant/test_{bit_nested,format,fp8,grid,int4,int8,mxfp4,sub1,ternary}.py) tests/quant/readers}
 
 cmake -S . -B $build -G Ninja -DMOERT_TESTS=ON -DMOERT_CUDA=OFF -DMOERT_SANITIZE=$sanitize \
   -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$(realpath -s "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >$build.log || { cat $build.log; exit 1; }
