@@ -68,6 +68,13 @@ def test_repr_names_the_parts():
     assert "TopKRouter" in text and "num_experts=8, hidden=16, intermediate=24" in text
 
 
+def test_x_of_another_size_is_an_error_of_x():
+    with pytest.raises(ValueError, match=r"x must be \[T, 16\], got \[5, 17\]"):
+        layer()(torch.randn(5, H + 1))
+    with pytest.raises(ValueError, match="x must have H=16 columns, as w1 and w2 have, got 17"):
+        MoELayer(TopKRouter(H + 1, E, k), GluExperts(E, H, I))(torch.randn(5, H + 1))
+
+
 def test_shared_experts_of_another_shape_are_an_error():
     moe = layer(shared_experts=nn.Linear(H, 1))
     expected = r"rows added to experts \(shared_experts\) must have shape \[5, 16\], got \[5, 1\]"

@@ -442,7 +442,7 @@ GOOD = {
 ERRORS = [
     ({"x": torch.zeros(H)}, r"x must be \[T, H\], got shape \[6\]"),
     ({"x": torch.zeros(3, H).long()}, "x must have dtype Float, BFloat16, Half or Double, got Long"),
-    ({"x": torch.zeros(3, H + 1)}, r"w1 must have shape \[E, 2I, H=7\], got \[4, 10, 6\]"),
+    ({"w1": torch.zeros(E, 2 * I, H + 1)}, r"w1 must have shape \[E, 2I, H=6\], got \[4, 10, 7\]"),
     ({"x": torch.zeros(2, H)}, r"ids must have shape \[T=2, k\], got \[3, 2\]"),
     ({"ids": torch.zeros(3, 2)}, "ids must have an integer dtype, got Float"),
     ({"ids": torch.zeros(6).int()}, r"ids must be \[T, k\], got shape \[6\]"),
@@ -468,6 +468,14 @@ def test_errors(wrong, message):
         fused_experts(
             a["x"], routing, a["w1"], a["w2"], (a["b1"], a["b2"]), a["activation"], a["layout"], a["scale_on"]
         )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_columns_that_no_weight_has_are_an_error_of_x(transposed):
+    w1, w2 = (w.mT if transposed else w for w in (GOOD["w1"], GOOD["w2"]))
+    routing, layout = Routing(GOOD["ids"], GOOD["weights"], E), ExpertLayout(transposed)
+    with pytest.raises(ValueError, match="x must have H=6 columns, as w1 and w2 have, got 7"):
+        fused_experts(torch.zeros(3, H + 1), routing, w1, w2, layout=layout)
 
 
 def test_routing_for_another_number_of_experts():
