@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,24 @@ def test_other_sizes_than_the_config(tmp_path):
         (foreign / "config.json").write_text(json.dumps(config | change))
         with pytest.raises((ValueError, RuntimeError), match=message):
             load_quantized(foreign, dtype=torch.float32)
+
+
+def test_a_path_that_is_not_there_is_said_without_asking_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def ask(name, **_):
+        asked.append(name)
+        raise OSError("asked the Hub")
+
+    monkeypatch.setattr("moert.integrations.transformers.loading.AutoConfig.from_pretrained", ask)
+    for path in (tmp_path / "no", str(tmp_path / "no"), "./no", "../no", "~/no", "some/models/no", Path("org/no")):
+        with pytest.raises(ValueError, match="directory must exist or be a name on the Hub, got .*no"):
+            load_quantized(path)
+    assert not asked
+    for name in ("gpt2", "org/name-1.0_awq"):
+        with pytest.raises(OSError, match="asked the Hub"):
+            load_quantized(name)
+    assert asked == ["gpt2", "org/name-1.0_awq"]
 
 
 def test_what_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """load_quantized: a checkpoint that another library quantized, its experts on moert's packed kernels."""
 
+import os
+import re
 import warnings
 from os import PathLike
 
@@ -11,6 +13,9 @@ from moert.quant.quantize import format_of
 from moert.quant.readers import layout_of
 
 TOLD = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong, for an error of our own
+
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class InexactWarning(UserWarning):
@@ -34,6 +39,7 @@ def load_quantized(
     if options.setdefault("use_safetensors", True) is not True:
         got = options["use_safetensors"]
         raise ValueError(f"use_safetensors must be True, as pickled files can run code, got {got}")
+    _check_is_there(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=options.get("trust_remote_code", False))
     foreign_(config, _source(config), convert, precision)
     return loaded(
@@ -65,6 +71,13 @@ def loaded(where: str | PathLike, model: PreTrainedModel, info: dict) -> PreTrai
         text = f"{where}: experts' matrices are not as in the file: {count} {change}"
         warnings.warn(text, InexactWarning, stacklevel=3)
     return model
+
+
+def _check_is_there(directory: str | PathLike) -> None:
+    """What is not here and can only be a path is no name to ask the Hub for."""
+    path = os.fspath(directory)
+    if not os.path.isdir(path) and (isinstance(directory, PathLike) or not _HUB_NAME.fullmatch(path)):
+        raise ValueError(f"directory must exist or be a name on the Hub, got {path}")
 
 
 def _source(config: PretrainedConfig) -> dict:
