@@ -42,6 +42,7 @@ def _invoke(error):
 def test_interrupt_is_a_line():
     done = _invoke(KeyboardInterrupt())
     assert done.exit_code == 130 and done.stderr == "moert command: interrupted\n"
+    assert _invoke(KeyboardInterrupt("go on")).stderr == "moert command: interrupted; go on\n"
     assert _invoke(CommandError("x must be y, got z")).stderr == "moert command: x must be y, got z\n"
 
 

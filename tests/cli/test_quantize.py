@@ -106,6 +106,39 @@ def test_a_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_wrong_options_do_not_wait_for_transformers(tmp_path):
+    code = "import sys; from moert.cli.app import app; app({}, standalone_mode=False)"
+    for options, message in [
+        (["--format", "int9"], "format must be one of"),
+        (["--report-tokens", "9"], "report-tokens must be left out"),
+        ([], "model must be a local directory"),
+    ]:
+        arguments = ["quantize", str(tmp_path / "nothing"), str(tmp_path / "out"), *options]
+        check = f"try:\n    {code.format(arguments)}\nfinally:\n    assert 'transformers' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_interruption_says_that_the_same_call_goes_on(checkpoint, tmp_path, monkeypatch):
+    import moert.cli.conversion as conversion
+
+    def interrupted(path, *arguments, write=conversion.write_tensors):
+        if path.name.startswith("model-00002"):
+            raise KeyboardInterrupt
+        return write(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_tensors", interrupted)
+        done = quantize(checkpoint, tmp_path / "out")
+    assert done.exit_code == 130
+    partial = tmp_path / "out.partial"
+    assert done.stderr.endswith(f"moert quantize: interrupted; the same call goes on from {partial}\n")
+    first = (partial / next(path.name for path in partial.iterdir() if path.name.startswith("model-00001"))).stat()
+    assert quantize(checkpoint, tmp_path / "out").exit_code == 0
+    (kept,) = (tmp_path / "out").glob("model-00001*")
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+
+
 def test_the_bar_has_bytes_rate_and_remaining_time():
     bar, seconds = _bar(), [0.0]
     bar.get_time = lambda: seconds[0]

@@ -19,8 +19,9 @@ def _one_line(command):
         except CommandError as error:
             typer.echo(f"moert {command.__name__}: {error}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            typer.echo(f"moert {command.__name__}: interrupted", err=True)
+        except KeyboardInterrupt as error:
+            told = "".join(f"; {each}" for each in error.args)
+            typer.echo(f"moert {command.__name__}: interrupted{told}", err=True)
             sys.exit(130)
 
     return wrapped

@@ -1,7 +1,7 @@
 """`moert quantize`: a float checkpoint to a packed one, about one layer's experts in memory at a time."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +10,11 @@ from rich import progress
 from rich.console import Console
 from rich.filesize import decimal
 
-from moert.cli.errors import CommandError, first_line
+from moert.cli.errors import CommandError, check_directory, first_line
 from moert.cli.packing import NAMES
+from moert.quant.format import RowFormat
+from moert.quant.quantize import any_format_of, check_options
+from moert.quant.sub1 import SubOneBit
 
 _BITS = {"bit_nested": " (4 bits)", "bit_nested_5_4": " (8 bits)"}
 _NAMED = [name + _BITS.get(name, "") for name in NAMES]
@@ -48,7 +51,12 @@ def quantize(
     """Pack the experts of a checkpoint; from_pretrained loads OUT once moert.integrations.transformers is imported.
 
     A call that was cut off can be repeated."""
-    try:
+    for name, text, tokens in (("calibrate", calibrate, calibrate_tokens), ("report", report, report_tokens)):
+        if text is None and tokens is not None:
+            raise CommandError(f"{name}-tokens must be left out without --{name}")
+    _check_format(format, group, skip or (), precision, calibrate is not None)
+    check_directory(source)
+    try:  # takes seconds, which wrong options need not wait for
         import matplotlib  # noqa: F401  for the report's picture
 
         from moert.integrations.transformers import MoertConfig
@@ -56,13 +64,7 @@ def quantize(
         raise CommandError(
             f"needs transformers, safetensors and matplotlib: pip install 'moert[cli]' ({error})"
         ) from error
-    try:
-        options = MoertConfig(format, group, skip, precision)
-    except ValueError as error:
-        raise CommandError(first_line(error)) from error
-    for name, text, tokens in (("calibrate", calibrate, calibrate_tokens), ("report", report, report_tokens)):
-        if text is None and tokens is not None:
-            raise CommandError(f"{name}-tokens must be left out without --{name}")
+    options = MoertConfig(format, group, skip, precision)
     calibration = _calibration(source, options, calibrate, calibrate_tokens)
     if report is None:
         _convert(source, target, options, calibration)
@@ -78,11 +80,17 @@ def quantize(
     quantize_report.report(source, target, report, ids, Console(highlight=False))
 
 
-def _calibration(source: Path, options, text: Path | None, tokens: int | None):
-    from moert.quant.format import RowFormat
-    from moert.quant.quantize import any_format_of
-    from moert.quant.sub1 import SubOneBit
+def _check_format(format: str, group: int | None, skip: Sequence[str], precision: str, calibrated: bool) -> None:
+    try:
+        fmt = any_format_of(format, group)
+        check_options(skip, precision, [fmt])
+    except ValueError as error:
+        raise CommandError(first_line(error)) from error
+    if calibrated and not isinstance(fmt, RowFormat | SubOneBit):
+        raise CommandError(f"calibrate must be left out for {format}, which is rounded to nearest")
 
+
+def _calibration(source: Path, options, text: Path | None, tokens: int | None):
     if text is None:
         if options.format == SubOneBit.spelling:
             told = "sub1 without --calibrate TEXT rounds to nearest; by data its outputs err less than half as much"
@@ -90,9 +98,6 @@ def _calibration(source: Path, options, text: Path | None, tokens: int | None):
         return None
     from moert.cli.calibration import Calibration
 
-    fmt = any_format_of(options.format, options.group)
-    if not isinstance(fmt, RowFormat | SubOneBit):
-        raise CommandError(f"calibrate must be left out for {options.format}, which is rounded to nearest")
     calibration = Calibration.of(source, text, tokens)
     options.calibrated = calibration.facts
     return calibration
@@ -107,6 +112,10 @@ def _convert(source: Path, target: Path, options, calibration) -> None:
             warnings.filterwarnings("ignore", r".* experts of .* had fewer than min_rows", UserWarning)  # said below
             task = bar.add_task("", total=conversion.work)
             conversion.run(*_tellers(bar, task))
+    except KeyboardInterrupt:
+        if not conversion.partial.exists():
+            raise
+        raise KeyboardInterrupt(f"the same call goes on from {conversion.partial}") from None
     except OSError as error:
         raise CommandError(f"OUT must be writable: {first_line(error)}") from error
     after = sum(part.nbytes for part in conversion.parts)
