@@ -46,7 +46,10 @@ def test_packed_experts_beside_the_others(checkpoint):
     windows = [list(range(40, 60)), list(range(90, 100))]
     load = Load(checkpoint, threads=1, packings=("int4:32",))
     batches = [[list(range(40, 56)), list(range(90, 106))]] * 3
-    compared = compare(load, Request("def f(", 3), Request("def f(", 1), 2, windows, batches)
+    told = []
+    compared = compare(load, Request("def f(", 3), Request("def f(", 1), 2, windows, batches, told.append)
+    assert [step.partition(" ")[0] for step in told] == [f"{i + 1}/26" for i in range(26)]
+    assert told[0] == "1/26 eager: loading" and told[-1] == "26/26 eager: training"
     rows = compared.rows
     assert [name for name in rows if "training" in rows[name]] == ["eager", "grouped_mm", "moert"]
     assert all(len(steps) == 2 * 3 for steps in compared.steps.values())

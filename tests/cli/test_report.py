@@ -122,12 +122,14 @@ def test_weights_beside_a_reference():
 
 
 def test_waiting_says_what_takes_long_without_a_terminal(capsys):
-    with waiting(Console(), "Loading …"):
+    with waiting(Console(), "Loading …") as tell:
         assert capsys.readouterr() == ("", "Loading …\n")  # at once, and not between the lines of the result
+        tell("1/2 weights")
+        assert capsys.readouterr() == ("", "  1/2 weights\n")
 
 
 def test_waiting_turns_on_a_terminal(capsys):
     out = io.StringIO()
-    with waiting(Console(file=out, force_terminal=True, width=80), "Loading …"):
-        pass
-    assert "Loading …" in out.getvalue() and capsys.readouterr().err == ""
+    with waiting(Console(file=out, force_terminal=True, width=80), "Loading …") as tell:
+        tell("1/2 weights")
+    assert "Loading … 1/2 weights" in out.getvalue() and capsys.readouterr().err == ""

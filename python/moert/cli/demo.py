@@ -57,8 +57,8 @@ def demo(settings, request: Request, out: Path, load: Load, retrain: bool, conso
     verdict = _print_loss(record, console)
     prefill = Request(_ascii(corpus, PREFILL_BYTES), 1)
     windows = evenly_spaced(corpus.heldout, settings.sequence, WINDOWS).tolist() if load.packings else None
-    with waiting(console, f"Generating and training with {', '.join((*PROVIDERS, *load.packed))} …"):
-        compared = compare(load, request, prefill, ROUNDS, windows, _batches(settings, corpus))
+    with waiting(console, f"Generating and training with {', '.join((*PROVIDERS, *load.packed))} …") as tell:
+        compared = compare(load, request, prefill, ROUNDS, windows, _batches(settings, corpus), tell)
     texts, rows = compared.texts, compared.rows
     differences = [d for name in PROVIDERS[1:] if (d := first_difference(texts["eager"], texts[name], name))]
     console.print(Panel(Text(request.prompt, style="dim").append(texts["moert"].text, style="default"),

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from moert.cli.errors import CommandError, first_line
@@ -169,28 +170,40 @@ def compare(
     rounds: int,
     windows: list[list[int]] | None = None,
     batches: list[list[list[int]]] | None = None,
+    tell: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """All providers side by side: texts, prefills and decodes in interleaved rounds, perplexities of the windows, and
     training steps of the batches, in as many rounds of their own, so that their memory is not a generation's.
+
+    tell hears of every step before it begins: its number of all, and who does what.
     """
     names = (*PROVIDERS, *load.packed)
+    trained = PROVIDERS if batches else ()
+    steps = count(1)
+    total = len(names) * (2 + rounds + bool(windows)) + len(trained) * rounds
+
+    def each(providers: Iterable[Provider], what: str) -> Iterator[Provider]:
+        for provider in providers:
+            tell(f"{next(steps)}/{total} {provider.experts}: {what}")
+            yield provider
+
     with ExitStack() as stack:
         providers = [stack.enter_context(Provider(name, load)) for name in names]
-        for provider in providers:
+        for provider in each(providers, "loading"):
             provider.wait()
-        texts = {p.experts: p.generate(replace(text, trace=True)) for p in providers}
+        texts = {p.experts: p.generate(replace(text, trace=True)) for p in each(providers, "text")}
         prefills: dict[str, list] = {name: [] for name in names}
         decodes: dict[str, list] = {name: [] for name in names}
-        for provider in turns(providers, rounds):
+        for provider in each(turns(providers, rounds), "prefill and decoding"):
             prefills[provider.experts].append(provider.generate(prefill))
             decodes[provider.experts].append(provider.generate(text))
         weights = {p.experts: p.weight_bytes for p in providers}
-        perplexities = {p.experts: p.perplexity(windows) for p in providers} if windows else {}
-        steps: dict[str, list[float]] = {}
-        for provider in turns(providers[: len(PROVIDERS)], rounds if batches else 0):
-            steps.setdefault(provider.experts, []).extend(provider.train(batches))
+        perplexities = {p.experts: p.perplexity(windows) for p in each(providers, "perplexity")} if windows else {}
+        seconds: dict[str, list[float]] = {}
+        for provider in each(turns(providers[: len(trained)], rounds if batches else 0), "training"):
+            seconds.setdefault(provider.experts, []).extend(provider.train(batches))
     tokens = sum(map(len, batches[0])) if batches else 0
-    return Comparison(texts, prefills, decodes, weights, perplexities, providers[0].dtype, steps, tokens)
+    return Comparison(texts, prefills, decodes, weights, perplexities, providers[0].dtype, seconds, tokens)
 
 
 def turns(providers: list[Provider], rounds: int) -> Iterator[Provider]:

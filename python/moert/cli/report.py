@@ -30,14 +30,17 @@ def write_json(path: Path, value: dict) -> None:
 
 
 @contextmanager
-def waiting(console: Console, what: str) -> Iterator[None]:
-    """A spinner on a terminal; elsewhere a line on stderr, so that a log too says what takes so long."""
+def waiting(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal; elsewhere a line on stderr, so that a log too says what takes so long.
+
+    What it yields tells of a step of it in the same place.
+    """
     if console.is_terminal:
-        with console.status(what):
-            yield
+        with console.status(what) as status:
+            yield lambda step: status.update(f"{what} {step}")
     else:
         print(what, file=sys.stderr, flush=True)
-        yield
+        yield lambda step: print(f"  {step}", file=sys.stderr, flush=True)
 
 
 def speed_table(rows: dict[str, dict], title: str) -> Table:

@@ -51,8 +51,8 @@ def time_shape(shape: str, layers: int, load: Load, tokens: int, out: Path | Non
         prefill = replace(text, prompt="".join(map(chr, range(32, 127))) * 6, max_new_tokens=1)
         prefill = replace(prefill, prompt=prefill.prompt[:PREFILL_TOKENS])
         load = replace(load, directory=Path(folder), random=True)
-        with waiting(console, f"{title}: {', '.join((*PROVIDERS, *load.packed))} …"):
-            rows = compare(load, text, prefill, ROUNDS).rows
+        with waiting(console, f"{title}: {', '.join((*PROVIDERS, *load.packed))} …") as tell:
+            rows = compare(load, text, prefill, ROUNDS, tell=tell).rows
     for row in rows.values():
         row["milliseconds_per_layer"] = {
             "prefill": 1e3 * PREFILL_TOKENS / row["prefill_tokens_per_second"] / layers,
