@@ -20,7 +20,7 @@ def write_gguf(model: nn.Module, kind: str, path: Path) -> None:
     """
     writer = gguf.GGUFWriter(path, "qwen3moe")
     _add_sizes(writer, model.config)
-    tensors = {f"{name}.weight": model.get_parameter(inner) for name, inner in OUTER.items()}
+    tensors = {name: model.get_parameter(inner) for name, inner in OUTER.items()}
     for i in range(model.config.num_hidden_layers):
         tensors |= {f"blk.{i}.{name}.weight": _weight(model, i, name) for name in NAMES}
     for name, weight in tensors.items():

@@ -251,6 +251,10 @@ def beside_base(options: argparse.Namespace) -> list[dict]:
                         samples = (before[name] + got[name] for name in ("times", "ideals"))
                         rows[key] = row({**got, "provider": provider}, *samples)
                         rows[key]["commit"] = revision if path else got["commit"]
+    for key, found in rows.items():
+        if key[-1] == "base":  # an older commit has no peak to be held to: the limits are this one's
+            this = rows[(*key[:-1], "moert")]
+            found["roofline_share"] = this["roofline_share"] * this["p50"] / found["p50"]
     return [without_samples(row) for row in rows.values()]
 
 

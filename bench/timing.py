@@ -64,7 +64,7 @@ class Limits:
         # Older revisions of moert, which --base times, have no peak.  Beside it a product in a dtype that the CPU does
         # not multiply is no limit, and takes torch seconds.
         has_peak, features = hasattr(_C, "multiply_floats"), _C.cpu_features()
-        narrow = features["avx512bf16"] or features["amx_bf16"]
+        narrow = features.get("avx512bf16") or features.get("amx_bf16")
         for dtype in dtypes if narrow or not has_peak else {torch.float32} & set(dtypes):
             name = str(dtype).removeprefix("torch.")
             self.functions[name] = _product(a.to(dtype), b.to(dtype))

@@ -12,9 +12,9 @@ namespace moert::bench {
 
 namespace {
 
-constexpr int64_t kMemory = 64 << 20;      // floats: 256 MB, read in turns
-constexpr int64_t kSample = 8 << 20;       // floats: 32 MB
-constexpr int64_t kOperations = 16 << 20;  // of a thread
+constexpr int64_t kMemory = 64 << 20;       // floats: 256 MB, read in turns
+constexpr int64_t kSample = 8 << 20;        // floats: 32 MB
+constexpr int64_t kOperations = 256 << 20;  // of a thread: a millisecond or more
 
 typedef float Four __attribute__((vector_size(16)));
 

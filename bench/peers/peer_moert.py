@@ -73,10 +73,10 @@ def limits(threads: int) -> dict:
     if hasattr(_C, "multiply_floats"):  # older revisions, which --base times, have neither
         found["FMA peak"] = lambda turn: _C.multiply_floats(PRODUCT_FLOP, threads)
         found["int8 peak"] = lambda turn: _C.multiply_bytes(PRODUCT_FLOP, threads)
-    if _C.cpu_features()["avx512bf16"] or _C.cpu_features()["amx_bf16"]:
+    if _C.cpu_features().get("avx512bf16") or _C.cpu_features().get("amx_bf16"):
         e, f = a.bfloat16(), b.bfloat16()
         found["bfloat16 product"] = lambda turn: e @ f
-    if _C.cpu_features()["avx512vnni"]:
+    if _C.cpu_features().get("avx512vnni"):
         c, d = torch.randint(-127, 128, (2, PRODUCT_SIZE, PRODUCT_SIZE), dtype=torch.int8)
         found["int8 product"] = lambda turn: torch._int_mm(c, d)
     return found

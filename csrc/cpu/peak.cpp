@@ -3,11 +3,14 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define MOERT_VECTOR_REGISTER "+v"
-#else
+#elif defined(__aarch64__)
 #define MOERT_VECTOR_REGISTER "+w"
+#else
+#define MOERT_VECTOR_REGISTER "+m"
 #endif
 
 #include "cpu/parallel.h"
+#include "moert/isa.h"
 
 namespace moert::cpu {
 
@@ -18,8 +21,11 @@ struct Loop {
   int64_t operations;  // of one round
 };
 
-constexpr int64_t kSums = 12;        // enough to fill two pipes of four cycles
-constexpr int64_t kRounds = 10'000;  // of one task, some 20 us
+#if defined(__aarch64__)
+constexpr int64_t kSums = 20;  // enough to fill four pipes of four cycles
+#else
+constexpr int64_t kSums = 12;  // two pipes of four cycles, 16 registers with AVX2
+#endif
 
 // What asm might change is neither left out nor computed beforehand.
 #define MOERT_FLOAT_LOOP(name, target, bytes)                            \
@@ -75,9 +81,10 @@ Loop byte_loop() {
 }
 
 int64_t run(const Loop& loop, int64_t operations, int64_t threads) {
-  const int64_t per_task = kRounds * loop.operations, tasks = (operations + per_task - 1) / per_task;
-  parallel_for(tasks, threads, [&](int64_t) { loop.run(kRounds); });
-  return tasks * per_task;
+  // As many for each thread, or the last to end would have done less than it could.
+  const int64_t per_round = threads * loop.operations, rounds = operations / per_round + (operations % per_round != 0);
+  parallel_for(threads, threads, [&](int64_t) { loop.run(rounds); });
+  return rounds * per_round;
 }
 
 }  // namespace

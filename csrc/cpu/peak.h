@@ -1,4 +1,5 @@
-// Loops that multiply and add from registers alone: no product is faster, so the benches hold products to them.
+// Loops that multiply and add from registers alone.  Products in the same arithmetic are slower, so the benches hold
+// them to these; AMX and AVX512-BF16 multiply faster.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,7 @@
 namespace moert::cpu {
 
 // float32, in fused multiply-adds of the instruction set in use.  Both return the operations done, a multiplication and
-// an addition of every element: what was asked for, rounded up to whole tasks of some millions.
+// an addition of every element: what was asked for, rounded up to as many for each thread.
 int64_t multiply_floats(int64_t operations, int64_t threads);
 
 // int8, each of VNNI's four products, or the AVX2 and AVX-512 instructions that give the same; floats without them.

@@ -141,9 +141,17 @@ PYBIND11_MODULE(_C, m) {
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { moert::cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       "Large pages for fresh memory, where the system has them; to be asked for before the first write.");
-  m.def("multiply_floats", &moert::cpu::multiply_floats, py::arg("operations"), py::arg("threads"),
+  const auto peak = [](int64_t (*multiply)(int64_t, int64_t)) {
+    return [multiply](int64_t operations, int64_t threads) {
+      if (operations < 0 || threads < 1 || threads > 1024)
+        throw py::value_error("operations must be at least 0 and threads in [1, 1024]");
+      const py::gil_scoped_release others;
+      return multiply(operations, threads);
+    };
+  };
+  m.def("multiply_floats", peak(&moert::cpu::multiply_floats), py::arg("operations"), py::arg("threads"),
         "Multiplies and adds float32 in registers, so often or a little more: the FMA peak, for benches.");
-  m.def("multiply_bytes", &moert::cpu::multiply_bytes, py::arg("operations"), py::arg("threads"),
+  m.def("multiply_bytes", peak(&moert::cpu::multiply_bytes), py::arg("operations"), py::arg("threads"),
         "The same with int8, as VNNI multiplies it where the CPU has it.");
   define_formats(m);
   define_fp8(m);

@@ -34,6 +34,15 @@ FAMILIES = {
     "deepseek-v2": lambda: DeepseekV2Config(
         n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2, q_lora_rank=None, **LATENT
     ),
+    "deepseek-v2-groups": lambda: DeepseekV2Config(
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        topk_method="group_limited_greedy",
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=32,
+        **LATENT,
+    ),
     "deepseek-v3": CONFIGS["deepseek"],
 }
 NAMES = {
@@ -66,7 +75,12 @@ DEEPSEEK_NAMES = {
 GPT_OSS_NAMES = NAMES | {"post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp"}
 
 
-ARCHITECTURES = {"wide": "qwen3moe", "deepseek-v2": "deepseek2", "deepseek-v3": "deepseek2"}  # else the family's name
+ARCHITECTURES = {
+    "wide": "qwen3moe",
+    "deepseek-v2": "deepseek2",
+    "deepseek-v2-groups": "deepseek2",
+    "deepseek-v3": "deepseek2",
+}  # else the family's name
 OTHER_NAMES = {"gpt-oss": GPT_OSS_NAMES, "deepseek2": DEEPSEEK_NAMES}
 
 
@@ -109,6 +123,7 @@ def latent_numbers(config, halves):
         found |= {"rope.scaling.yarn_log_multiplier": 0.1 * config.rope_parameters["mscale"]}
     if config.model_type == "deepseek_v3":
         found |= {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5}
+    if config.n_group:
         found |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return found | {
         "attention.kv_lora_rank": rank,
@@ -137,7 +152,7 @@ def written(path, family, kinds, skip=(), extra=None, halves=False, **change):
     writer = gguf.GGUFWriter(path, arch)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (numbers(model.config, arch, halves) | change).items():
-        add[type(value)](f"{arch}.{key}", value)
+        add[type(value)](key if key.startswith("tokenizer") else f"{arch}.{key}", value)
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor)
 

@@ -1,5 +1,6 @@
 """DeepSeek-V2 and V3 in GGUF files: latent attention whole and in halves, dense layers, shared experts, routing."""
 
+import numpy as np
 import pytest
 import torch
 from gguf_writer import formats, logits, written
@@ -15,7 +16,7 @@ KINDS = ("Q4_0", "Q4_0", "Q8_0", "Q8_0")
 
 
 @pytest.mark.parametrize("halves", [False, True])
-@pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v2-groups", "deepseek-v3"])
 def test_exact(family, halves, tmp_path):
     reference = written(tmp_path / "m.gguf", family, KINDS, halves=halves)
     model = load_gguf(tmp_path / "m.gguf", precision="full")
@@ -44,7 +45,7 @@ def test_configurations(tmp_path):
     written(tmp_path / "m.gguf", "deepseek-v3", KINDS, expert_weights_norm=False, expert_weights_scale=1.5)
     config = config_of(GgufFile(tmp_path / "m.gguf"))
     assert type(config) is DeepseekV3Config and not config.norm_topk_prob and config.routed_scaling_factor == 1.5
-    assert (config.n_group, config.topk_group, config.q_lora_rank) == (2, 1, 32)
+    assert (config.n_group, config.topk_group, config.q_lora_rank, config.num_mtp_layers) == (2, 1, 32, 0)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,13 @@ def test_configurations(tmp_path):
             {"expert_weights_norm": True},
             "expert_weights_norm must be False, the only one read",
         ),
-        ("deepseek-v2", {"expert_group_count": 2}, "expert_group_count must be 1, the only one read, got 2"),
+        ("deepseek-v2", {"rope.dimension_count": 7}, "rope.dimension_count must be even, got 7"),
+        (
+            "deepseek-v2",
+            {"attention.temperature_scale": 0.5},
+            "temperature_scale must be 0, the only one read",
+        ),
+        ("deepseek-v3", {"expert_used_count": 3}, "expert_used_count must be at most 2, those of the groups, got 3"),
         ("deepseek-v2", {"rope.scaling.yarn_log_multiplier": 0.0}, "yarn_log_multiplier must be a positive finite"),
         ("deepseek-v2", {"rope.scaling.type": "linear"}, "rope.scaling.type must be none or yarn, got linear"),
         (
@@ -69,7 +76,7 @@ def test_configurations(tmp_path):
             {"leading_dense_block_count": 4},
             "leading_dense_block_count must be below block_count=3",
         ),
-        ("deepseek-v2", {"leading_dense_block_count": -1.0}, "leading_dense_block_count must be a positive integer"),
+        ("deepseek-v2", {"leading_dense_block_count": -1.0}, "leading_dense_block_count must be an integer from 0 on"),
         ("deepseek-v2", {"attention.head_count_kv": 1}, "attention.head_count_kv must be 4, the only one read, got 1"),
         ("deepseek-v2", {"attention.scale": 0.5}, "attention.scale must be 0.2.*, the only one read, got 0.5"),
         ("deepseek-v2", {"attention.kv_lora_rank": 2**30}, "must have shape .* by the config, got"),
@@ -85,10 +92,24 @@ def test_metadata(family, change, message, tmp_path):
         load_gguf(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("name", ["attn_k_b", "attn_v_b", "attn_q", "ffn_up_shexp"])
-def test_a_missing_tensor(name, tmp_path):
+@pytest.mark.parametrize("name", ["attn_k_b", "attn_v_b", "ffn_up_exps", "ffn_gate_exps"])
+def test_a_missing_half(name, tmp_path):
     written(tmp_path / "m.gguf", "deepseek-v2", KINDS, (f"blk.1.{name}.weight",), halves=True)
-    with pytest.raises(ValueError, match="must hold every weight, got no |must be a tensor of .*, got blk.1.attn_v_b"):
+    with pytest.raises(ValueError, match=r"must hold model.layers.1\..* once, whole or in its halves, got 1 tensors"):
+        load_gguf(tmp_path / "m.gguf")
+
+
+def test_a_weight_twice(tmp_path):
+    extra = {"blk.1.attn_kv_b.weight": np.zeros((128, 32), np.float32)}
+    written(tmp_path / "m.gguf", "deepseek-v2", KINDS, extra=extra, halves=True)
+    with pytest.raises(ValueError, match="must hold .*kv_b_proj.weight once, whole or in its halves, got 3 tensors"):
+        load_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["attn_q", "ffn_up_shexp"])
+def test_a_missing_tensor(name, tmp_path):
+    written(tmp_path / "m.gguf", "deepseek-v2", KINDS, (f"blk.1.{name}.weight",))
+    with pytest.raises(ValueError, match="must hold every weight, got no model.layers.1"):
         load_gguf(tmp_path / "m.gguf")
 
 

@@ -39,3 +39,16 @@ def test_metadata_that_would_change_the_model(change, message, tmp_path):
     written(tmp_path / "m.gguf", "qwen3moe", ("Q8_0",) * 4, **change)
     with pytest.raises(ValueError, match=message):
         load_gguf(tmp_path / "m.gguf")
+
+
+def test_tokens(tmp_path):
+    ids = {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("bos", "padding", "eos", "eot"), 3)}
+    written(tmp_path / "m.gguf", "gpt-oss", ("Q8_0",) * 4, **ids)
+    model = load_gguf(tmp_path / "m.gguf")
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (3, 4, [5, 6])
+    written(tmp_path / "m.gguf", "gpt-oss", ("Q8_0",) * 4, **ids | {"tokenizer.ggml.eot_token_id": 5})
+    assert load_gguf(tmp_path / "m.gguf").generation_config.eos_token_id == 5
+    written(tmp_path / "m.gguf", "gpt-oss", ("Q8_0",) * 4, **ids | {"tokenizer.ggml.eos_token_id": 96})
+    with pytest.raises(ValueError, match="tokenizer.ggml.eos_token_id must be an id below 96, got 96"):
+        load_gguf(tmp_path / "m.gguf")

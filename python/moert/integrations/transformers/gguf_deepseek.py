@@ -56,11 +56,15 @@ def config_of(metadata: Metadata, **common) -> PretrainedConfig:
         metadata.check(read | {"attention.head_count_kv": (1,)})
     else:
         metadata.check({"attention.head_count_kv": (heads,)})
+    if rotary % 2:
+        raise ValueError(f"rope.dimension_count must be even, got {rotary}")
     if key <= rotary:
         raise ValueError(f"attention.key_length must be above rope.dimension_count={rotary}, got {key}")
     if (dense := metadata.count("leading_dense_block_count")) >= sizes["num_hidden_layers"]:
         got = f"block_count={sizes['num_hidden_layers']}, got {dense}"
         raise ValueError(f"leading_dense_block_count must be below {got}")
+    # llama.cpp takes 0 for 1.
+    scale = metadata.positive("expert_weights_scale", float) if metadata.get("expert_weights_scale") else 1.0
     rope = _rope(metadata)
     metadata.check_counts()
     metadata.check_attention(key**-0.5)
@@ -72,7 +76,7 @@ def config_of(metadata: Metadata, **common) -> PretrainedConfig:
         v_head_dim=value,
         q_lora_rank=metadata.count("attention.q_lora_rank") or None,
         first_k_dense_replace=dense,
-        routed_scaling_factor=metadata.positive("expert_weights_scale", float, 1.0),
+        routed_scaling_factor=scale,
         **_choice(metadata, kind),
         **sizes,
         **common,
@@ -86,20 +90,28 @@ def _kind(metadata: Metadata) -> type[PretrainedConfig]:
 
 
 def _choice(metadata: Metadata, kind: type[PretrainedConfig]) -> dict:
-    """How experts are chosen: of V2 without groups and norm, which its class of transformers has not."""
-    if kind is DeepseekV2Config:
-        metadata.check({"expert_group_count": (1, 0), "expert_weights_norm": (False,)})
-        return {}
+    """How experts are chosen: of the best groups by their largest score (V2) or the sum of their two largest (V3).
+
+    A file from before llama.cpp knew of groups says nothing of them and is run, as there, without.
+    """
     groups, used = (metadata.count(f"expert_group_{name}") or 1 for name in ("count", "used_count"))
-    if (experts := metadata.get("expert_count")) % groups or experts < 2 * groups:
-        raise ValueError(
-            f"expert_group_count must divide {experts} experts into groups of at least 2, got {groups} groups"
-        )
+    experts, k = metadata.get("expert_count"), metadata.get("expert_used_count")
+    if experts % groups or experts < 2 * groups:
+        got = f"{groups} groups"
+        raise ValueError(f"expert_group_count must divide {experts} experts into groups of at least 2, got {got}")
     if used > groups:
         raise ValueError(f"expert_group_used_count must be at most {groups}, got {used}")
+    if k > used * (experts // groups):
+        raise ValueError(
+            f"expert_used_count must be at most {used * (experts // groups)}, those of the groups, got {k}"
+        )
     if type(norm := metadata.get("expert_weights_norm", False)) is not bool:
         raise ValueError(f"expert_weights_norm must be true or false, got {norm}")
-    return {"n_group": groups, "topk_group": used, "norm_topk_prob": norm}
+    found = {"n_group": groups, "topk_group": used}
+    if kind is DeepseekV3Config:
+        return found | {"norm_topk_prob": norm, "num_mtp_layers": 0}
+    metadata.check({"expert_weights_norm": (False,)})  # its class of transformers has none
+    return found | {"topk_method": "greedy" if groups == 1 else "group_limited_greedy"}
 
 
 def _rope(metadata: Metadata) -> dict:

@@ -77,7 +77,11 @@ FAMILIES = {
         rope_scaling=(NO_SCALING, "yarn"),
     ),
 }
-OUTER = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight", "output": "lm_head.weight"}
+OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 ARCHITECTURES = (*FAMILIES, gguf_deepseek.ARCHITECTURE)
 
 
@@ -89,10 +93,9 @@ def config_of(file: GgufFile) -> PretrainedConfig:
         raise ValueError(f"general.architecture must be one of {', '.join(ARCHITECTURES)} with experts, got {got}")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} must hold token_embd.weight, got none")
-    common = {
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
+    vocabulary = file.tensors["token_embd.weight"].shape[0]
+    common = {"vocab_size": vocabulary, "tie_word_embeddings": "output.weight" not in file.tensors}
+    common |= metadata.tokens(vocabulary)
     if metadata.architecture == gguf_deepseek.ARCHITECTURE:
         return gguf_deepseek.config_of(metadata, **common)
     return _config_of(FAMILIES[metadata.architecture], metadata, **common)
@@ -105,6 +108,8 @@ def _config_of(family: Family, metadata: Metadata, **common) -> PretrainedConfig
     if head < 1:
         got = sizes["num_attention_heads"]
         raise ValueError(f"attention.head_count must be at most {sizes['hidden_size']}, got {got}")
+    if head % 2:
+        raise ValueError(f"the columns of a head, which are turned in pairs, must be even, got {head}")
     rope = metadata.rope(family.rope_scaling)
     metadata.check_attention(head**-0.5, "sliding_window" in sizes)
     read = dict.fromkeys(("rope.dimension_count", "attention.key_length", "attention.value_length"), (head,))

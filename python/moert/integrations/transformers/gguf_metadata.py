@@ -30,7 +30,10 @@ class Metadata:
 
     def count(self, key: str) -> int:
         """An int from 0 on, which it is where the file says nothing."""
-        return self.positive(key, int) if self.get(key, 0) != 0 else 0
+        value = self.get(key, 0)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{self.architecture}.{key} must be an integer from 0 on, got {value}")
+        return value
 
     def sizes(self, names: dict[str, str]) -> dict:
         """The sizes of a configuration; names: of ours, by the file's."""
@@ -41,6 +44,21 @@ class Metadata:
         for key, values in read.items():
             if (got := self.get(key)) not in (None, *values):
                 raise ValueError(f"{self.architecture}.{key} must be {values[0]}, the only one read, got {got}")
+
+    def tokens(self, vocabulary: int) -> dict[str, int | list[int]]:
+        """The ids that the file gives, of which generation stops at the last two."""
+        found = {}
+        for name in ("bos", "padding", "eos", "eot"):
+            key = f"tokenizer.ggml.{name}_token_id"
+            if (token := self.file.metadata.get(key)) is None:
+                continue
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise ValueError(f"{key} must be an id below {vocabulary}, got {token}")
+            found[name] = token
+        ends = list(dict.fromkeys(found[name] for name in ("eos", "eot") if name in found))
+        tokens = {"bos_token_id": found.get("bos"), "pad_token_id": found.get("padding")}
+        tokens |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
+        return {name: token for name, token in tokens.items() if token is not None}
 
     def check_counts(self) -> None:
         """Blocks and experts."""
@@ -56,7 +74,8 @@ class Metadata:
     def check_attention(self, scale: float, window: bool = False) -> None:
         """What every family leaves as it is but its own scale of the products; window: a sliding one is read."""
         read = {"rope.scale_linear": (1, 0), "attention.clamp_kqv": (0,)}  # llama.cpp takes 0 for 1
-        read |= {"rope.freq_base_swa": (self.get("rope.freq_base"),)}
+        read |= {"rope.freq_base_swa": (self.get("rope.freq_base"),), "attention.sliding_window_pattern": (2,)}
+        read |= {"attention.temperature_scale": (0,), "attention.temperature_length": (0,)}
         if not window:
             read |= {"attention.sliding_window": (0,)}
         self.check(read)

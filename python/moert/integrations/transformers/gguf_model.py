@@ -20,6 +20,8 @@ from moert.quant.int8 import Int8
 from moert.quant.readers import GgufFile
 from moert.quant.readers.ggml import gguf
 
+WHOLE = ([""], ["_down"], ["_gate", "_up"], ["_k", "_v"])  # the parts that make a weight
+ROUTERS = ("ffn_gate_inp.weight", "exp_probs_b.bias")
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by: Llama 3's scaling
 
 
@@ -49,23 +51,26 @@ def _check_shapes(file: GgufFile, model_class: type, config: PretrainedConfig) -
     except Exception as error:  # whatever sizes can provoke
         raise ValueError(f"{file.path} must have sizes that fit {model_class.__name__}, got {error}") from error
     wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
-    found = set(model.all_tied_weights_keys)
+    found: dict[str, list[str]] = {name: [""] for name in model.all_tied_weights_keys}
     for name, tensor in file.tensors.items():
         if name == ROPE_FACTORS:
             continue
         whole = _name_in_model(file, name, config)
-        weight, half = re.fullmatch(r"(.*?)(_gate|_up|_down|_k|_v)?", whole).groups()
+        weight, part = re.fullmatch(r"(.*?)(_gate|_up|_down|_k|_v|)", whole).groups()
         if weight not in wanted:
             raise ValueError(f"{file.path} must hold tensors of {model_class.__name__} alone, got {whole}")
-        shape = _shape_in_file(config, half, wanted[weight])
+        shape = _shape_in_file(config, part, wanted[weight])
         if list(tensor.shape) != shape:
             raise ValueError(f"{whole} must have shape {shape} by the config, got {list(tensor.shape)}")
-        found.add(weight)
-    if missing := wanted.keys() - found:
+        found.setdefault(weight, []).append(part)
+    if missing := wanted.keys() - found.keys():
         raise ValueError(f"checkpoint must hold every weight, got no {min(missing)}")
+    for weight, parts in found.items():
+        if sorted(parts) not in WHOLE:
+            raise ValueError(f"{file.path} must hold {weight} once, whole or in its halves, got {len(parts)} tensors")
 
 
-def _shape_in_file(config: PretrainedConfig, part: str | None, shape: list[int]) -> list[int]:
+def _shape_in_file(config: PretrainedConfig, part: str, shape: list[int]) -> list[int]:
     """What a tensor's is that stands for such a part of a weight of this shape."""
     if part in ("_k", "_v"):
         return gguf_deepseek.shape_in_file(config, part)
@@ -92,7 +97,7 @@ def _tensors(file: GgufFile, name: str, config: PretrainedConfig, dtype: torch.d
         kind = gguf().GGMLQuantizationType[file.tensors[name].type]
         return [(whole, file.blocks(name)), (f"{whole}_type", torch.tensor(int(kind)))]
     value = file.unpack(name)
-    if file.tensors[name].type != "F32":  # those are small, and the model may want routers in float32 whatever dtype is
+    if not name.endswith(ROUTERS):  # which the model may want in float32 whatever dtype is; the loader casts them else
         value = value.to(dtype)
     if isinstance(config, MixtralConfig) and name.endswith((".attn_q.weight", ".attn_k.weight")):
         heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
@@ -113,7 +118,7 @@ def _biases(file: GgufFile, name: str, whole: str, dtype: torch.dtype) -> list[t
 def _name_in_model(file: GgufFile, name: str, config: PretrainedConfig) -> str:
     """Of a weight of experts, and its bias, also which part it is: …gate_up_proj_up, …gate_up_proj_bias_up."""
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    inner = names_of(config).get(block[2]) if block else OUTER.get(name.removesuffix(".weight"))
+    inner = names_of(config).get(block[2]) if block else OUTER.get(name)
     if inner is None:
         raise ValueError(f"{file.path} must hold tensors of {type(config).__name__} alone, got {name}")
     if block and block[3] == "bias":
