@@ -34,7 +34,8 @@ def test_import_adds_at_most_a_tenth_of_a_second():
     """More only where the processor is busy or slow, which torch's own import shows (0.047 of it on an idle one)."""
     clock = "a = time.process_time(); import torch; b = time.process_time(); import moert; c = time.process_time()"
     kept = {name: value for name, value in IN_TESTS.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as pip leaves it
-    times = [map(float, python(f"import time; {clock}; print(b - a, c - b)", kept).split()) for _ in range(3)]
+    # Up to seven, as programs beside it can disturb three in a row.
+    times = (map(float, python(f"import time; {clock}; print(b - a, c - b)", kept).split()) for _ in range(7))
     assert any(moert <= max(0.1, 0.055 * torch) for torch, moert in times)
 
 
