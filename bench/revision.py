@@ -30,6 +30,7 @@ def put_in_front(site: Path) -> None:
     """With site on PYTHONPATH, moert is that of site."""
     (site / "sitecustomize.py").write_text(WITHOUT_FINDERS)
     command = [sys.executable, "-c", "import moert; print(moert.__file__)"]
-    found = subprocess.check_output(command, env={**os.environ, "PYTHONPATH": str(site)}, cwd=site, text=True).strip()
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = subprocess.check_output(command, env=environment, cwd=site.parent, text=True).strip()  # not from its folder
     if not Path(found).is_relative_to(site):
         sys.exit(f"moert must be found in {site}, got {found}")
