@@ -1,11 +1,13 @@
 """Tiny GGUF files of whole models, written by the gguf package, and the float model of what is in each."""
 
 import gguf
+import pytest
 import torch
 from foreign_checkpoint import CONFIGS, SIZES
 from k_quants import K_QUANTS, k_quantize
 from transformers import AutoModelForCausalLM, DeepseekV2Config, GptOssConfig, OlmoeConfig, Qwen3MoeConfig
 
+from moert.integrations.transformers import load_gguf
 from moert.integrations.transformers.quantized import PackedExperts
 
 IDS = torch.arange(14).view(2, 7) * 5 % 96
@@ -176,6 +178,13 @@ def written(path, family, kinds, skip=(), extra=None, halves=False, **change):
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def check_refused(path, family, message, **change):
+    """Such metadata of a family are an error with that message."""
+    written(path, family, ("Q8_0",) * 4, **change)
+    with pytest.raises(ValueError, match=message):
+        load_gguf(path)
 
 
 def put_layer(put, layer, arch, kinds, halves):
